@@ -1,0 +1,121 @@
+"""Writes a checkpoint folder so that it is there whole or not at all: a folder beside it, fsync, rename.
+
+Knows files and folders; what a tensor means is the caller's business.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.safetensors_file import SafetensorsWriter
+from model.checkpoint.source import TensorInfo
+from parallel.errors import CheckpointError
+
+MAX_FILE_BYTES = 5_000_000_000
+"""A Hugging Face folder is cut in files of about this size."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What travels with a checkpoint besides weights and config.json."""
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError when `path` exists and may not be replaced."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already; name another place or add --overwrite")
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; at the end it takes the name `path`. On an error nothing is left of it."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> None:
+    """Copy the tokenizer's files from a folder, or the one file of it, into the folder `target`."""
+    if source is None:
+        return
+    names = TOKENIZER_FILES if source.is_dir() else (source.name,)
+    folder = source if source.is_dir() else source.parent
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+    groups: Iterable[tuple[str, tuple[str, ...]]],
+) -> None:
+    """Write a Hugging Face folder's weights: one file, or several with an index.
+
+    `groups` pairs what to `read` next with the names that come of it, in the order in which they are given.
+    """
+    files: list[list[tuple[str, tuple[str, ...]]]] = [[]]
+    size = 0
+    for group in groups:
+        group_bytes = sum(tensors[name].num_bytes for name in group[1])
+        if files[-1] and size + group_bytes > MAX_FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(group)
+        size += group_bytes
+    weight_map = {}
+    for number, file in enumerate(files, 1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        names = [tensor for _, group in file for tensor in group]
+        weight_map.update(dict.fromkeys(names, name))
+        with SafetensorsWriter(folder / name, {tensor: tensors[tensor] for tensor in names}) as writer:
+            for key, _ in file:
+                for tensor, value in read(key):
+                    writer.write(tensor, value)
+    if len(files) > 1:
+        total = sum(info.num_bytes for info in tensors.values())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,224 @@
+"""A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
+
+Knows llama.cpp's names, layouts and metadata; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/tokenizer.py`).
+Only float types and the blocks Q8_0, Q4_0 and Q4_1 are read: these are what `read_rows` can give exactly.
+"""
+
+import math
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.gguf_header import StoredTensor, read_gguf_header
+from model.checkpoint.source import TensorInfo
+from model.config import RopeScaling, scale_frequency
+from parallel.errors import CheckpointError
+from parallel.file_slices import FileReader
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """How one type of GGUF stores elements: blocks of `block_elements` in `block_bytes`."""
+
+    name: str
+    block_elements: int
+    block_bytes: int
+    dtype: torch.dtype
+    """Type of the elements as read."""
+    quantized: bool = False
+
+
+_ENCODINGS = {
+    0: _Encoding("F32", 1, 4, torch.float32),
+    1: _Encoding("F16", 1, 2, torch.float16),
+    30: _Encoding("BF16", 1, 2, torch.bfloat16),
+    8: _Encoding("Q8_0", 32, 34, torch.float32, quantized=True),
+    2: _Encoding("Q4_0", 32, 18, torch.float32, quantized=True),
+    3: _Encoding("Q4_1", 32, 20, torch.float32, quantized=True),
+}
+"""By the number of ggml_type."""
+
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+class GgufFile:
+    """A GGUF file of architecture llama as a CheckpointSource."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for another architecture, a tensor type that cannot be read, or a file that is cut off."""
+        self.path = path
+        header = read_gguf_header(path)
+        self._metadata = header.metadata
+        self._has_vocabulary = "tokenizer.ggml.tokens" in header.metadata
+        self._check_architecture()
+        self._stored = {_build_name(name): tensor for name, tensor in header.tensors.items()}
+        self._check_tensors()
+        rope = self._stored.pop(_ROPE_FREQUENCIES, None)
+        self.tensors = {name: TensorInfo(t.shape, _ENCODINGS[t.type_number].dtype) for name, t in self._stored.items()}
+        self.config = self._build_config()
+        if rope is not None:
+            self._add_rope_scaling(rope)
+        self._heads = {
+            "self_attn.q_proj.weight": self.config["num_attention_heads"],
+            "self_attn.k_proj.weight": self.config["num_key_value_heads"],
+        }
+        self._check_heads()
+        # The vocabulary alone is tens of megabytes of Python strings, in every rank.
+        self._metadata.clear()
+
+    def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, dequantized; q and k rows in Hugging Face's order."""
+        stored = self._stored[name]
+        heads = self._heads.get(name.split(".", 3)[-1])
+        if heads is None:
+            return _read_stored_rows(reader, self.path, stored, start, stop)
+        # llama.cpp interleaves the two halves of each head's rotary pairs; a row's place is known within whole heads only.
+        head_rows = stored.shape[0] // heads
+        first = start // head_rows * head_rows
+        last = max(first, -(-stop // head_rows) * head_rows)
+        rows = _read_stored_rows(reader, self.path, stored, first, last)
+        ordered = rows.view(-1, head_rows // 2, 2, stored.shape[1]).transpose(1, 2).reshape(last - first, stored.shape[1])
+        return ordered[start - first : stop - first].contiguous()
+
+    def tokenizer_path(self) -> Path | None:
+        """The file itself, when it holds a vocabulary."""
+        return self.path if self._has_vocabulary else None
+
+    def _require(self, key: str) -> Any:
+        if key not in self._metadata:
+            raise CheckpointError(f"{self.path} lacks the metadata key {key}: convert it again with a current llama.cpp")
+        return self._metadata[key]
+
+    def _check_architecture(self) -> None:
+        architecture = self._require("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(f"{self.path} holds architecture {architecture!r}, but only 'llama' is supported")
+        experts, parts = self._metadata.get("llama.expert_count", 0), self._metadata.get("split.count", 1)
+        if experts:
+            raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
+        if parts > 1:
+            raise CheckpointError(f"{self.path} is one of {parts} parts: join them with `llama-gguf-split --merge` first")
+
+    def _check_tensors(self) -> None:
+        size = self.path.stat().st_size
+        for name, tensor in self._stored.items():
+            encoding = _ENCODINGS.get(tensor.type_number)
+            if encoding is None:
+                known = ", ".join(e.name for e in _ENCODINGS.values())
+                raise CheckpointError(f"{name} has type {_name_type(tensor.type_number)}, but only {known} can be read: quantize to one")
+            if tensor.shape[-1] % encoding.block_elements:
+                raise CheckpointError(
+                    f"{name}: rows of {tensor.shape[-1]} elements do not divide into {encoding.name} blocks of {encoding.block_elements}"
+                )
+            end = tensor.offset_bytes + math.prod(tensor.shape) // encoding.block_elements * encoding.block_bytes
+            if end > size:
+                raise CheckpointError(f"{self.path} has {size} bytes, but {name} reaches byte {end}: copy it again")
+
+    def _check_heads(self) -> None:
+        for name, tensor in self._stored.items():
+            heads = self._heads.get(name.split(".", 3)[-1])
+            if heads is not None and (len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads)):
+                raise CheckpointError(f"{name} of shape {list(tensor.shape)} does not divide into {heads} heads of an even width")
+
+    def _build_config(self) -> dict[str, Any]:
+        hidden, heads = self._require("llama.embedding_length"), self._require("llama.attention.head_count")
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        kv_heads = self._metadata.get("llama.attention.head_count_kv", heads)
+        if isinstance(heads, list) or isinstance(kv_heads, list):
+            raise CheckpointError(f"{self.path} gives each layer its own number of heads, but only one number for all layers is supported")
+        query = self.tensors.get("model.layers.0.self_attn.q_proj.weight")
+        config: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": self._require("llama.feed_forward_length"),
+            "num_hidden_layers": self._require("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": self._metadata.get("llama.attention.key_length", hidden // max(heads, 1)),
+            "vocab_size": embedding.shape[0] if embedding else len(self._require("tokenizer.ggml.tokens")),
+            "max_position_embeddings": self._require("llama.context_length"),
+            "rms_norm_eps": _shorten_float32(self._require("llama.attention.layer_norm_rms_epsilon")),
+            "rope_theta": _shorten_float32(self._metadata.get("llama.rope.freq_base", 10000.0)),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
+            "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
+        }
+        scaling = self._metadata.get("llama.rope.scaling.type", "none")
+        if scaling != "none":
+            config["rope_scaling"] = {"rope_type": scaling, "factor": self._metadata.get("llama.rope.scaling.factor")}
+        return config
+
+    def _add_rope_scaling(self, stored: StoredTensor) -> None:
+        """llama.cpp keeps the llama3 scaling only as divisors of the frequencies: find the constants that give them."""
+        reader = FileReader()
+        divisors = _read_stored_rows(reader, self.path, stored, 0, stored.shape[0]).double()
+        reader.close()
+        if torch.all(divisors == 1):
+            return
+        # Every Llama 3.1 to 3.3 has these; only the factor differs, and the longest wavelength shows it.
+        scaling = RopeScaling(
+            factor=float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+        )
+        width, theta = 2 * stored.shape[0], self.config["rope_theta"]
+        plain = [theta ** (-2 * i / width) for i in range(stored.shape[0])]
+        expected = torch.tensor([f / scale_frequency(f, scaling) for f in plain], dtype=torch.float64)
+        if not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
+            raise CheckpointError(f"{self.path}: {_ROPE_FREQUENCIES} does not hold {scaling}: use the Hugging Face checkpoint")
+        self.config["rope_scaling"] = {"rope_type": "llama3", **asdict(scaling)}
+
+
+def _read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    encoding = _ENCODINGS[stored.type_number]
+    row_bytes = math.prod(stored.shape[1:]) // encoding.block_elements * encoding.block_bytes
+    data = reader.read_span(path, stored.offset_bytes + start * row_bytes, (stop - start) * row_bytes)
+    shape = (stop - start, *stored.shape[1:])
+    if not encoding.quantized or start == stop:
+        return data.view(encoding.dtype).view(shape)
+    # gguf takes 0.2 s to import, which a rank that reads another format need not pay.
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    blocks = data.numpy().reshape(stop - start, row_bytes)
+    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(stored.type_number))).view(shape)
+
+
+def _build_name(name: str) -> str:
+    """The Hugging Face name of a llama.cpp tensor; an unknown one keeps its own."""
+    if name.startswith("blk."):
+        _, layer, rest = name.split(".", 2)
+        return f"model.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else name
+    return _TOP_NAMES.get(name, name)
+
+
+def _name_type(number: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(number).name if number in set(GGMLQuantizationType) else f"number {number}"
+
+
+def _shorten_float32(value: float) -> float:
+    """The shortest decimal that is the same float32, as the original config.json wrote it: 1e-05, not 9.999999747378752e-06."""
+    return next(short for digits in range(1, 10) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == struct.pack("<f", value))

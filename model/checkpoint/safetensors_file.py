@@ -1,0 +1,134 @@
+"""safetensors files: the header read and checked against the file's size, rows located, new files written in a stream.
+
+The safetensors library maps files and writes only what is whole in memory; a rank needs single rows, counted, and a
+70B checkpoint is rewritten tensor by tensor. Knows one file and its names; no models.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from model.checkpoint.source import TensorInfo
+from parallel.errors import CheckpointError
+from parallel.file_slices import StoredRows
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    info: TensorInfo
+    """Shape and type."""
+    offset_bytes: int
+    """Where it begins in the file."""
+
+    def stored_rows(self, path: Path, first_row: int = 0) -> StoredRows:
+        """Its rows, counted from `first_row`."""
+        shape = self.info.shape or (1,)
+        return StoredRows(path, self.offset_bytes, first_row, first_row + shape[0], shape[1:], self.info.dtype)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises CheckpointError when the file is missing, is not safetensors, or is shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            if length > min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{path} is no whole safetensors file: it has {size} bytes, its header alone needs {length + 8}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+    tensors, start = {}, 8 + length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+            info = TensorInfo(tuple(entry["shape"]), _DTYPES[dtype])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {entry}") from None
+        if end - begin != info.num_bytes:
+            raise CheckpointError(f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}")
+        if start + end > size:
+            raise CheckpointError(f"{path} is truncated: it has {size} bytes, {name} ends at byte {start + end}; copy it again")
+        tensors[name] = StoredTensor(info, start + begin)
+    return tensors
+
+
+class SafetensorsWriter:
+    """Writes one file, tensor after tensor in the order of `tensors`; it appears under its name only when it is whole."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._path, self._temporary = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
+        self._left = dict(tensors)
+        self._hash = hashlib.sha256()
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        entries: dict[str, object] = dict(header)
+        for name, info in tensors.items():
+            entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, offset + info.num_bytes]}
+            offset += info.num_bytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = self._temporary.open("wb")
+        self._put(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor."""
+        expected = next(iter(self._left))
+        assert name == expected, (name, expected)
+        info = self._left.pop(name)
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), (name, tensor.shape, tensor.dtype, info)
+        self._put(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that was written."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and not self._left:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.rename(self._path)
+        else:
+            self._file.close()
+            self._temporary.unlink()
+            assert kind is not None, f"not written: {list(self._left)}"
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)

@@ -1,0 +1,195 @@
+"""The one token generator: sequences wait, are prefilled, decode together, and leave when they end.
+
+Every rank runs the same engine on the same requests and takes the same steps. Predict, evaluation and serving consume
+the events of `step`. Knows token ids only: no text, no files, no processes.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from model.attention import KeyValueCache
+from model.llama import LlamaForCausalLM, Span
+from model.sampling import SamplingParams, SamplingState, sample
+from parallel.errors import RequestError
+
+PREFILL_TOKENS = 512
+"""Prompt tokens in one forward pass: bounds the memory of activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to go on with."""
+
+    index: int
+    """The caller's number of it."""
+    prompt_ids: tuple[int, ...]
+    """Ids to start from, at least one."""
+    params: SamplingParams
+    """How to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token."""
+
+    index: int
+    """The request's number."""
+    token_id: int
+    """The token."""
+    logprob: float | None
+    """Its log-probability, where asked for."""
+    finish_reason: str | None
+    """"eos" or "length" with the last token."""
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """What the engine has done, for speeds."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    """From the engine's first step to the first token."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: Request
+    cache: KeyValueCache
+    sampling: SamplingState
+    last_id: int = 0
+    num_new: int = field(default=0)
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(self, model: LlamaForCausalLM, max_batch_size: int = 16) -> None:
+        self._model, self._max_batch_size = model, max_batch_size
+        self._waiting: deque[Request] = deque()
+        self._running: list[_Sequence] = []
+        self.times = EngineTimes()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError when it cannot fit the model's context."""
+        check_request(request, self._model.config.max_position_embeddings, self._model.config.vocab_size)
+        self._waiting.append(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._waiting or self._running)
+
+    def step(self) -> list[TokenEvent]:
+        """One token more for every running sequence, or the first token of the next waiting ones."""
+        started = time.perf_counter()
+        times = self.times
+        admitted = self._admit()
+        if admitted:
+            events = self._prefill(admitted)
+            times.prefill_seconds += time.perf_counter() - started
+            times.prefill_tokens += sum(len(sequence.request.prompt_ids) for sequence in admitted)
+            times.first_token_seconds = times.first_token_seconds or time.perf_counter() - started
+            return events
+        sequences = list(self._running)
+        hidden = self._model([Span(sequence.cache, (sequence.last_id,)) for sequence in sequences])
+        events = self._choose(sequences, self._model.logits_local(hidden))
+        times.decode_seconds += time.perf_counter() - started
+        times.decode_tokens += len(sequences)
+        return events
+
+    def _admit(self) -> list[_Sequence]:
+        admitted = []
+        while self._waiting and len(self._running) + len(admitted) < self._max_batch_size:
+            request = self._waiting.popleft()
+            params = request.params
+            penalized = set(request.prompt_ids)
+            pad = self._model.config.pad_token_id
+            if pad is not None and pad not in self._model.config.eos_token_ids:
+                penalized.add(pad)  # MindFormers' rows are padded, and its penalty runs over the padded row
+            state = SamplingState(params, penalized, np.random.RandomState(params.seed))
+            capacity = len(request.prompt_ids) + params.max_new_tokens
+            admitted.append(_Sequence(request, self._model.build_cache(capacity), state))
+        return admitted
+
+    def _prefill(self, sequences: list[_Sequence]) -> list[TokenEvent]:
+        """Run the prompts, as many tokens at a time as fit one pass, and take each first token."""
+        events = []
+        for group in _group_prompts(sequences):
+            hidden = None
+            for first in range(0, max(len(sequence.request.prompt_ids) for sequence in group), PREFILL_TOKENS):
+                part = slice(first, first + PREFILL_TOKENS)
+                hidden = self._model([Span(sequence.cache, sequence.request.prompt_ids[part]) for sequence in group])
+            assert hidden is not None
+            if len(group) == 1:
+                last = hidden[-1:]
+            else:
+                lengths = [len(sequence.request.prompt_ids) for sequence in group]
+                last = hidden[np.cumsum(lengths) - 1]
+            self._running.extend(group)
+            events.extend(self._choose(group, self._model.logits_local(last)))
+        return events
+
+    def _choose(self, sequences: Sequence[_Sequence], logits_local: torch.Tensor) -> list[TokenEvent]:
+        model = self._model
+        chosen = sample(logits_local, [sequence.sampling for sequence in sequences], model.shares.vocab, model.collectives)
+        events = []
+        for sequence, (token, logprob) in zip(sequences, chosen, strict=True):
+            sequence.last_id = token
+            sequence.num_new += 1
+            params, reason = sequence.request.params, None
+            if token in model.config.eos_token_ids and not params.ignore_eos:
+                reason = "eos"
+            elif sequence.num_new == params.max_new_tokens:
+                reason = "length"
+            if reason:
+                self._running.remove(sequence)
+            events.append(TokenEvent(sequence.request.index, token, logprob, reason))
+        return events
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+    """Run `requests` to their ends; tokens come as they are made."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        yield from engine.step()
+
+
+def check_request(request: Request, context_tokens: int, vocab_size: int) -> None:
+    """Raise RequestError unless the prompt is not empty, of known ids, and fits the context with its new tokens."""
+    length = len(request.prompt_ids)
+    if length == 0:
+        raise RequestError(f"prompt {request.index} has no tokens; write at least one word")
+    if length >= context_tokens:
+        raise RequestError(f"prompt {request.index} has {length} tokens, but the model's context is {context_tokens}: shorten it")
+    if length + request.params.max_new_tokens > context_tokens:
+        raise RequestError(
+            f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
+            f"but the model's context is {context_tokens}"
+        )
+    worst = max(request.prompt_ids)
+    if worst >= vocab_size or min(request.prompt_ids) < 0:
+        raise RequestError(f"prompt {request.index} has id {worst}, but the vocabulary has {vocab_size}: is it another model's tokenizer?")
+
+
+def _group_prompts(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
+    """Prompts that fit one pass together; a longer one alone."""
+    group: list[_Sequence] = []
+    tokens = 0
+    for sequence in sequences:
+        length = len(sequence.request.prompt_ids)
+        if group and tokens + length > PREFILL_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(sequence)
+        tokens += length
+    if group:
+        yield group

@@ -1,0 +1,104 @@
+"""int8 weights times unquantized activations, exactly: the activation goes in as two int8 slices.
+
+    s = max|x| / 127 (one a row);  a = x / s;  hi = round(a);  lo = round((a - hi) * 254)
+    y = (Q(hi) + Q(lo) / 254) * s          Q: the integer product times the weight's scale
+
+Q accumulates integers, so its result does not depend on threads, on the rows beside it, on the ranks, or on which
+kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no layers, no files.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_EXACT_COLUMNS = 1024
+"""127 * 128 * 1024 < 2**24: an integer product this long is exact in float32, in any order."""
+_PLAIN_ROWS = 256
+"""Weight rows that the plain kernel turns to float at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Kernel:
+    """One way to multiply by an int8 matrix."""
+
+    name: str
+    """Shown in the stats."""
+    pack: Callable[[torch.Tensor, torch.Tensor], Any]
+    """(weight int8 [rows, columns], scale float32 [rows]) to whatever `multiply` takes."""
+    multiply: Callable[[torch.Tensor, Any], torch.Tensor]
+    """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer product, rounded, times the scale."""
+
+
+def two_slice_linear(x: torch.Tensor, packed: Any, kernel: Int8Kernel) -> torch.Tensor:
+    """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows]."""
+    x = x.float()
+    scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
+    scaled = x / scale
+    high = scaled.round()
+    low = (scaled - high).mul_(254).round_()
+    product = kernel.multiply(torch.cat((high, low)), packed)
+    rows = x.shape[0]
+    return (product[rows:] / 254).add_(product[:rows]).mul_(scale)
+
+
+def _pack_plain(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight, scale
+
+
+def _multiply_plain(slices: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    weight, scale = packed
+    out = torch.empty((slices.shape[0], weight.shape[0]), dtype=torch.float32, device=slices.device)
+    for first in range(0, weight.shape[0], _PLAIN_ROWS):
+        rows = weight[first : first + _PLAIN_ROWS]
+        total = torch.zeros((slices.shape[0], rows.shape[0]), dtype=torch.float64, device=slices.device)
+        for column in range(0, weight.shape[1], _EXACT_COLUMNS):
+            part = slice(column, column + _EXACT_COLUMNS)
+            total += F.linear(slices[:, part], rows[:, part].float())
+        out[:, first : first + _PLAIN_ROWS] = total.float()
+    return out.mul_(scale)
+
+
+def _pack_fbgemm(weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    with warnings.catch_warnings():
+        # Quantized tensors are on their way out of PyTorch's eager mode; the operators under them are not.
+        warnings.simplefilter("ignore")
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _multiply_fbgemm(slices: torch.Tensor, packed: Any) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(slices, 1.0, 128, packed)
+    return product
+
+
+PLAIN = Int8Kernel("int8-plain", _pack_plain, _multiply_plain)
+FBGEMM = Int8Kernel("int8-two-slice-fbgemm", _pack_fbgemm, _multiply_fbgemm)
+
+
+@functools.cache
+def choose_int8_kernel(device_type: str) -> Int8Kernel:
+    """The fastest kernel that gives exact products here; PLAIN works everywhere."""
+    if device_type == "cpu" and "x86" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "x86"
+        if _is_exact(FBGEMM):
+            return FBGEMM
+    return PLAIN
+
+
+def _is_exact(kernel: Int8Kernel) -> bool:
+    """Extreme values expose processors whose 8-bit products saturate (x86 without VNNI)."""
+    values = torch.tensor([127.0, -127.0]).repeat_interleave(64)
+    weight = torch.tensor([[127], [-128]], dtype=torch.int8).expand(2, 128).contiguous()
+    slices = torch.stack((values, values.flip(0), values.abs(), -values.abs()))
+    scale = torch.tensor([0.5, 3.0])
+    try:
+        product = kernel.multiply(slices, kernel.pack(weight, scale))
+    except RuntimeError:  # an engine that this processor lacks
+        return False
+    return torch.equal(product, _multiply_plain(slices, (weight, scale)))

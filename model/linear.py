@@ -1,0 +1,130 @@
+"""Linear layers split over output rows, and the embedding split over its vocabulary.
+
+Every product runs over the whole inner dimension on one rank, in a shape that keeps its bits whoever owns the rows:
+weight rows fill whole tiles of 16, activation rows are filled up to a whole tile, and the rest is cut off again.
+Knows tensors and local sizes; no ranks, no names, no files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.int8 import Int8Kernel, two_slice_linear
+from parallel.layout import TILE_ROWS
+
+_ROW_TILE = {torch.float32: 8, torch.bfloat16: 16}
+"""Activation rows at which PyTorch's CPU products stop depending on the threads and on the rows beside."""
+_HALF_SINGLE_ROWS = 8
+"""float16 on a CPU: up to so many rows, row by row is faster than one product of them (measured: 25 against 3-5 GB/s)."""
+_HALF_CHUNK_ROWS = 512
+"""float16 on a CPU, many rows: weight rows that are turned to float32 at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Local rows of one weight inside a fused layer."""
+
+    num_rows: int
+    """Rows on this rank."""
+    unit: int
+    """Rows of a unit; a unit that is no multiple of a tile is filled up to one."""
+
+
+def tile_rows(blocks: Sequence[RowBlock]) -> tuple[int, torch.Tensor | None]:
+    """Rows of the tiled weight, and where in it the real rows are (None: it has no others)."""
+    places, total = [], 0
+    for block in blocks:
+        for first in range(0, block.num_rows, block.unit):
+            rows = min(block.unit, block.num_rows - first)
+            places.append(torch.arange(total, total + rows))
+            total += -(-rows // TILE_ROWS) * TILE_ROWS
+    index = torch.cat(places)
+    return total, None if len(index) == total else index
+
+
+def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [rows, columns] times weight [tiled rows, columns]: bitwise the same for any split of the tiles and any threads."""
+    rows = x.shape[0]
+    if rows == 1 or x.device.type != "cpu":
+        return F.linear(x, weight)
+    if x.dtype == torch.float16:
+        if rows <= _HALF_SINGLE_ROWS:
+            return torch.cat([F.linear(row, weight) for row in x.split(1)])
+        wide = x.float()
+        return torch.cat([float_linear(wide, chunk.float()).half() for chunk in weight.split(_HALF_CHUNK_ROWS)], dim=1)
+    missing = -rows % _ROW_TILE[x.dtype]
+    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows] if missing else F.linear(x, weight)
+
+
+class ColumnParallelLinear(nn.Module):
+    """The rows of one or several fused weights that this rank owns. Built on meta; `assign` gives it its weights."""
+
+    def __init__(self, in_features: int, blocks: Sequence[RowBlock], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.blocks = in_features, tuple(blocks)
+        total, self._index = tile_rows(blocks)
+        self.weight = nn.Parameter(torch.empty((total, in_features), dtype=dtype, device="meta"), requires_grad=False)
+
+    def assign(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Take the local rows [block rows, in_features] of every block."""
+        whole = _join(weights, self.blocks, self.in_features).to(self.weight.dtype)
+        if self._index is not None:
+            self._index = self._index.to(device)
+            tiled = whole.new_zeros(self.weight.shape)
+            tiled[self._index.cpu()] = whole
+            whole = tiled
+        self.weight = nn.Parameter(whole.to(device), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, local rows of all blocks]."""
+        out = float_linear(x, self.weight)
+        return out if self._index is None else out[:, self._index]
+
+
+class Int8ColumnParallelLinear(nn.Module):
+    """The same with int8 weights and one scale an output row; activations stay unquantized (A16W8)."""
+
+    def __init__(self, in_features: int, blocks: Sequence[RowBlock], kernel: Int8Kernel) -> None:
+        super().__init__()
+        self.in_features, self.blocks, self.kernel = in_features, tuple(blocks), kernel
+        self._packed: Any = None
+
+    def assign(self, weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Take the local int8 rows and their scales [block rows] of every block, and pack them for the kernel."""
+        whole = _join(weights, self.blocks, self.in_features).to(device)
+        scale = torch.cat([part.reshape(-1).float() for part in scales]).to(device)
+        self._packed = self.kernel.pack(whole, scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, local rows of all blocks], in the type of x."""
+        return two_slice_linear(x, self._packed, self.kernel).to(x.dtype)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """The vocabulary rows of this rank; the same tiled rows serve as a tied output head."""
+
+    def __init__(self, hidden_size: int, first_id: int, block: RowBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first_id, self.num_ids = first_id, block.num_rows
+        self.rows = ColumnParallelLinear(hidden_size, (block,), dtype)
+
+    def assign(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Take the local rows [ids, hidden]."""
+        self.rows.assign([weight], device)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [ids, hidden] of the ids that are owned here; rows of the other ids hold whatever lies at the edge."""
+        local = (ids - self.first_id).clamp_(0, self.num_ids - 1)
+        if self.rows._index is not None:
+            local = self.rows._index[local]
+        return F.embedding(local, self.rows.weight)
+
+
+def _join(weights: Sequence[torch.Tensor], blocks: Sequence[RowBlock], in_features: int) -> torch.Tensor:
+    for weight, block in zip(weights, blocks, strict=True):
+        assert weight.shape == (block.num_rows, in_features), (weight.shape, block)
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

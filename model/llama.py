@@ -1,0 +1,213 @@
+"""The forward pass of a Llama-family decoder on one rank, read top to bottom.
+
+Shapes: T tokens of all sequences one after another, H the full hidden size, *_local what this rank owns.
+Each layer gathers four times: attention heads, output projection, feed-forward, down projection. Every product runs
+over its whole inner dimension, so the result does not depend on the number of ranks (see `model/linear.py`).
+Knows ranks by number and the collectives it is given; no processes, no files, no environment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.attention import Attention, KeyValueCache
+from model.config import DTYPES, LlamaConfig
+from model.int8 import choose_int8_kernel
+from model.linear import ColumnParallelLinear, Int8ColumnParallelLinear, RowBlock, VocabParallelEmbedding
+from model.rotary import Rotary, rotate
+from model.scheme import Scheme
+from parallel.collectives import Collectives
+from parallel.layout import plan_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence."""
+
+    cache: KeyValueCache
+    """What the sequence has so far; `forward` extends it."""
+    ids: Sequence[int]
+    """The new tokens."""
+
+
+class Shares:
+    """What every rank owns of every split, in units of elements."""
+
+    def __init__(self, config: LlamaConfig, rank: int, world_size: int) -> None:
+        layout, ranks = config.layout(), range(world_size)
+        layout.check(world_size)
+
+        def widths(split: str, size: int) -> list[int]:
+            parts = [getattr(layout, split).interval(size, r, world_size) for r in ranks]
+            return [stop - start for start, stop in parts]
+
+        self.rank, self.world_size = rank, world_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        (q_start, q_stop), (kv_start, kv_stop) = plan_heads(heads, kv_heads, rank, world_size)
+        self.num_heads, self.num_kv_heads = q_stop - q_start, kv_stop - kv_start
+        self.query = widths("query", heads * config.head_dim)
+        self.hidden = widths("hidden", config.hidden_size)
+        self.intermediate = widths("intermediate", config.intermediate_size)
+        self.vocab = widths("vocab", config.vocab_size)
+        self.first_id = sum(self.vocab[:rank])
+        self.ends = [sum(self.vocab[: r + 1]) for r in ranks]
+        self.key_value = self.num_kv_heads * config.head_dim
+        self.units = {"hidden": layout.hidden.unit, "intermediate": layout.intermediate.unit, "vocab": layout.vocab.unit}
+        self.units["head"] = config.head_dim
+
+    def block(self, kind: str, unit: str | None = None) -> RowBlock:
+        """The rows that this rank owns of a split."""
+        width = getattr(self, kind)
+        return RowBlock(width if isinstance(width, int) else width[self.rank], self.units[unit or kind])
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, as Hugging Face rounds it."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+
+    def assign(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Take the weight [hidden]."""
+        assert weight.shape == self.weight.shape
+        self.weight = nn.Parameter(weight.to(device, self.weight.dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] to [T, H]."""
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return normed.to(x.dtype).mul_(self.weight)
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, prefix: str, scheme: Scheme, shares: Shares, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+
+        def linear(in_features: int, names: Sequence[str], blocks: Sequence[RowBlock]) -> nn.Module:
+            # Fused layers are int8 together or not at all: a mixed one would need two products anyway.
+            if all(scheme.is_quantized(f"{prefix}.{name}") for name in names):
+                return Int8ColumnParallelLinear(in_features, blocks, choose_int8_kernel(device.type))
+            return ColumnParallelLinear(in_features, blocks, dtype)
+
+        self.shares, self.head_dim = shares, config.head_dim
+        key_value = shares.block("key_value", "head")
+        query_size = config.num_attention_heads * config.head_dim
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.qkv_proj = linear(config.hidden_size, QKV, (shares.block("query", "head"), key_value, key_value))
+        self.o_proj = linear(query_size, O_PROJ, (shares.block("hidden"),))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.gate_up_proj = linear(config.hidden_size, GATE_UP, (shares.block("intermediate"), shares.block("intermediate")))
+        self.down_proj = linear(config.intermediate_size, DOWN_PROJ, (shares.block("hidden"),))
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+O_PROJ = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN_PROJ = ("mlp.down_proj",)
+FUSED = {"qkv_proj": QKV, "o_proj": O_PROJ, "gate_up_proj": GATE_UP, "down_proj": DOWN_PROJ}
+"""Which weights, by their names in the layer, each linear of DecoderLayer holds."""
+
+
+class LlamaForCausalLM(nn.Module):
+    """The decoder. Built on meta; `model/loading.py` fills it."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        scheme: Scheme,
+        collectives: Collectives,
+        *,
+        dtype: str,
+        device: torch.device,
+        num_threads: int = 1,
+    ) -> None:
+        super().__init__()
+        self.config, self.scheme, self.collectives, self.device = config, scheme, collectives, device
+        self.dtype = DTYPES[dtype]
+        self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
+        self.rotary, self.attention = Rotary(config), Attention(num_threads)
+        self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, f"model.layers.{i}", scheme, shares, self.dtype, device) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype)
+        self.lm_head: nn.Module = self.embed_tokens.rows
+        if not config.tie_word_embeddings:
+            int8 = scheme.is_quantized("lm_head")
+            blocks = (shares.block("vocab"),)
+            self.lm_head = (
+                Int8ColumnParallelLinear(config.hidden_size, blocks, choose_int8_kernel(device.type))
+                if int8
+                else ColumnParallelLinear(config.hidden_size, blocks, self.dtype)
+            )
+
+    def build_cache(self, capacity: int) -> KeyValueCache:
+        """An empty cache for one sequence of up to `capacity` tokens."""
+        config, shares = self.config, self.shares
+        return KeyValueCache(config.num_hidden_layers, shares.num_kv_heads, capacity, config.head_dim, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Hidden states [T, H] of the new tokens of all spans, after the last norm."""
+        ids = [token for span in spans for token in span.ids]
+        positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
+        cos, sin = self.rotary.angles(positions, self.device)
+        hidden = self._embed(ids)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            hidden = hidden + self._attend(layer, index, layer.input_layernorm(hidden), spans, cos, sin)
+            hidden = hidden + self._feed_forward(layer, layer.post_attention_layernorm(hidden))
+        for span in spans:
+            span.cache.length += len(span.ids)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
+
+    @torch.inference_mode()
+    def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [rows, vocab_local] of this rank's part of the vocabulary, for hidden states [rows, H]."""
+        return self.lm_head(hidden).float()
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """[T, H]: every rank looks up all ids in its own rows; of each id, the owner's row counts."""
+        tokens = torch.tensor(ids, device=self.device)
+        local = self.embed_tokens(tokens)
+        shares = self.shares
+        if shares.world_size == 1:
+            return local
+        size = self.config.hidden_size
+        parts = self.collectives.gather_columns(local, [size] * shares.world_size).view(len(ids), shares.world_size, size)
+        owner = torch.bucketize(tokens, torch.tensor(shares.ends, device=self.device), right=True)
+        return parts[torch.arange(len(ids), device=self.device), owner]
+
+    def _attend(
+        self, layer: DecoderLayer, index: int, x: torch.Tensor, spans: Sequence[Span], cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        shares, tokens = self.shares, x.shape[0]
+        heads, kv_heads = shares.num_heads, shares.num_kv_heads
+        qkv = layer.qkv_proj(x).view(tokens, heads + 2 * kv_heads, layer.head_dim)
+        turned = rotate(qkv[:, : heads + kv_heads], cos, sin)
+        query, keys, values = turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
+        parts, first = [], 0
+        for span in spans:
+            rows = slice(first, first + len(span.ids))
+            all_keys, all_values = span.cache.append(index, keys[rows], values[rows])
+            parts.append(self.attention(query[rows], all_keys, all_values))
+            first += len(span.ids)
+        local = parts[0] if len(parts) == 1 else torch.cat(parts)
+        attended = self.collectives.gather_columns(local, shares.query)
+        return self.collectives.gather_columns(layer.o_proj(attended), shares.hidden)
+
+    def _feed_forward(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        shares = self.shares
+        gate, up = layer.gate_up_proj(x).chunk(2, dim=1)
+        # exp, + and / one by one: PyTorch's own silu rounds the last elements of a tensor differently.
+        wide = gate.float()
+        inner = (wide / torch.exp(-wide).add_(1)).mul_(up)
+        full = self.collectives.gather_columns(inner.to(x.dtype), shares.intermediate)
+        return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)

@@ -1,0 +1,86 @@
+"""Rows of tensors, read straight from files: exactly the bytes asked for, counted.
+
+Knows files, offsets and tensors; no weight names, no formats. A format says where a tensor's bytes start.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parallel.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Where rows [start, stop) of one tensor lie in a file, row after row."""
+
+    path: Path
+    """The file."""
+    offset_bytes: int
+    """Where row `start` begins."""
+    start: int
+    """First row that is stored here."""
+    stop: int
+    """One past the last row that is stored here."""
+    row_shape: tuple[int, ...]
+    """Shape of one row."""
+    dtype: torch.dtype
+    """Type of the elements as stored."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        count = 1
+        for size in self.row_shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class FileReader:
+    """Reads rows, keeps the open files, and counts the bytes. One a rank; not for several threads."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self._files: dict[Path, int] = {}
+
+    def read_rows(self, parts: list[StoredRows], start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor stored in `parts` (in row order, overlaps allowed), in one new tensor.
+
+        Raises CheckpointError when a part of the rows is stored nowhere or a file is short.
+        """
+        out = torch.empty((stop - start, *parts[0].row_shape), dtype=parts[0].dtype)
+        row = start
+        for part in parts:
+            end = min(stop, part.stop)
+            if part.start <= row < end:
+                self._read_into(out[row - start : end - start], part, row)
+                row = end
+        if row < stop:
+            raise CheckpointError(f"rows {row} to {stop} of a tensor are stored in none of its files ({parts[0].path.name}, …)")
+        return out
+
+    def read_span(self, path: Path, offset_bytes: int, length_bytes: int) -> torch.Tensor:
+        """`length_bytes` bytes of a file as a uint8 tensor."""
+        return self.read_rows([StoredRows(path, offset_bytes, 0, length_bytes, (), torch.uint8)], 0, length_bytes)
+
+    def close(self) -> None:
+        """Close the files; the count stays."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _read_into(self, target: torch.Tensor, part: StoredRows, first_row: int) -> None:
+        if target.numel() == 0:
+            return
+        if part.path not in self._files:
+            self._files[part.path] = os.open(part.path, os.O_RDONLY)
+        view = memoryview(target.view(torch.uint8).numpy().data).cast("B")
+        offset, done = part.offset_bytes + (first_row - part.start) * part.row_bytes, 0
+        while done < len(view):
+            count = os.preadv(self._files[part.path], [view[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{part.path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again")
+            done += count
+        self.read_bytes += done

@@ -1,0 +1,176 @@
+"""Who owns what: every split dimension is a sequence of units that are never cut, and a rank owns a run of units.
+
+Pure integers: knows sizes, ranks and world sizes, no tensors, no weight names, no processes.
+
+All splits run over output rows (dimension 0). A product's inner dimension is never cut, so a sum over it is always
+made whole, by one rank, in one order: that is what makes results equal bit for bit for every world size, and what
+leaves the quantization groups along the inner dimension whole. See `model/linear.py` for the other half of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.errors import LayoutError
+
+TILE_ROWS = 16
+"""A matrix product of PyTorch on a CPU keeps every bit when its output rows are split at multiples of this."""
+
+
+def split_evenly(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Run [start, stop) of `count` things that `rank` owns: as even as it goes, earlier ranks one more."""
+    base, extra = divmod(count, world_size)
+    start = rank * base + min(rank, extra)
+    return start, start + base + (1 if rank < extra else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """No split: every rank owns every row."""
+
+    def interval(self, size: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Rows [start, stop) of a dimension of `size` rows that `rank` owns."""
+        return 0, size
+
+    def num_units(self, size: int) -> int | None:
+        """How many ranks this split can serve; None is any number."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Runs of `unit` rows; the last unit may be shorter."""
+
+    unit: int
+    """Rows that are never separated."""
+
+    def interval(self, size: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Rows [start, stop) of a dimension of `size` rows that `rank` owns."""
+        start, stop = split_evenly(self.num_units(size), rank, world_size)
+        return min(start * self.unit, size), min(stop * self.unit, size)
+
+    def num_units(self, size: int) -> int:
+        """How many ranks this split can serve."""
+        return -(-size // self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Heads of grouped-query attention, a unit being one key-value head with its query heads.
+
+    With more ranks than key-value heads, each rank keeps one key-value head (a copy) and a part of its query heads.
+    """
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key-value heads; divides `num_heads`."""
+    head_dim: int
+    """Rows of one head."""
+    side: str
+    """"query" or "key_value": which of the two this dimension holds."""
+
+    def interval(self, size: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Rows [start, stop) of a dimension of `size` rows that `rank` owns."""
+        query, key_value = plan_heads(self.num_heads, self.num_kv_heads, rank, world_size)
+        start, stop = query if self.side == "query" else key_value
+        return start * self.head_dim, stop * self.head_dim
+
+    def num_units(self, size: int) -> int:
+        """How many ranks this split can serve: a query head is the smallest part."""
+        return self.num_heads
+
+
+Split = Whole | Rows | Heads
+
+
+def plan_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Query heads and key-value heads, each [start, stop), of `rank`.
+
+    Up to `num_kv_heads` ranks whole groups are dealt out; beyond, ranks are dealt out to groups, and the ranks of one
+    group split its query heads and each keep its key-value head.
+    """
+    group = num_heads // num_kv_heads
+    if world_size <= num_kv_heads:
+        start, stop = split_evenly(num_kv_heads, rank, world_size)
+        return (start * group, stop * group), (start, stop)
+    kv_head = 0
+    while split_evenly(world_size, kv_head, num_kv_heads)[1] <= rank:
+        kv_head += 1
+    first_rank, end_rank = split_evenly(world_size, kv_head, num_kv_heads)
+    start, stop = split_evenly(group, rank - first_rank, end_rank - first_rank)
+    return (kv_head * group + start, kv_head * group + stop), (kv_head, kv_head + 1)
+
+
+def slices(shape: Sequence[int], split: Split, rank: int, world_size: int) -> tuple[slice, ...]:
+    """The part of a tensor of `shape` that `rank` owns, as one slice a dimension."""
+    start, stop = split.interval(shape[0], rank, world_size)
+    return (slice(start, stop), *(slice(0, size) for size in shape[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The splits of one decoder model, one a kind of dimension."""
+
+    query: Heads
+    """Rows of query projections."""
+    key_value: Heads
+    """Rows of key and value projections."""
+    hidden: Rows
+    """Rows of the projections back into the residual stream."""
+    intermediate: Rows
+    """Rows of the feed-forward's inner dimension."""
+    vocab: Rows
+    """Rows of the embedding and of the output head."""
+    whole: Whole
+    """What every rank keeps: norms."""
+    max_world_size: int
+    """The largest number of ranks with a unit for each."""
+    reason: str
+    """What sets `max_world_size`, in words."""
+
+    def check(self, world_size: int) -> None:
+        """Raise LayoutError unless every rank of `world_size` has a unit of every split."""
+        if world_size < 1:
+            raise LayoutError(f"the number of ranks is {world_size}, but at least 1 is needed")
+        if world_size > self.max_world_size:
+            works = "1 works" if self.max_world_size == 1 else f"1 to {self.max_world_size} all work"
+            raise LayoutError(f"{world_size} ranks are too many: the model has {self.reason}; {works}")
+
+
+def plan_layout(
+    *,
+    hidden: int,
+    intermediate: int,
+    vocab: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    group: int = 1,
+) -> Layout:
+    """Lay out a decoder of these sizes.
+
+    `group`: rows that a packed format stores together (1: none); units are multiples of it.
+    Units are `TILE_ROWS` rows where that leaves one for every query head, smaller in tiny models.
+    Raises LayoutError when the head counts do not divide.
+    """
+    if num_heads % num_kv_heads:
+        raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads: it does not divide")
+
+    def rows(size: int) -> Rows:
+        unit = min(TILE_ROWS, max(1, size // num_heads))
+        return Rows(unit=-(-unit // group) * group)
+
+    splits = {"hidden": (rows(hidden), hidden), "intermediate": (rows(intermediate), intermediate), "vocab": (rows(vocab), vocab)}
+    limits = {f"{split.num_units(size)} units of {name} rows": split.num_units(size) for name, (split, size) in splits.items()}
+    limits[f"{num_heads} query heads"] = num_heads
+    reason = min(limits, key=lambda words: (limits[words], words != f"{num_heads} query heads"))
+    return Layout(
+        query=Heads(num_heads, num_kv_heads, head_dim, "query"),
+        key_value=Heads(num_heads, num_kv_heads, head_dim, "key_value"),
+        hidden=splits["hidden"][0],
+        intermediate=splits["intermediate"][0],
+        vocab=splits["vocab"][0],
+        whole=Whole(),
+        max_world_size=limits[reason],
+        reason=reason,
+    )

@@ -1,0 +1,138 @@
+"""Collectives of CPU ranks on one x86-64 host: every rank writes its slot, raises its number, and reads all slots.
+
+Two buffers alternate: whoever writes a buffer again knows from the numbers in between that all have read it.
+Plain loads and stores keep their order on x86-64 only; elsewhere use torch.distributed. A wait yields the processor
+and ends when a peer dies. The memory has no name in any file system: it is gone when the last rank is.
+"""
+
+import mmap
+import os
+import select
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import Store
+
+from parallel.errors import PeerError
+
+_SLOT_BYTES = 1 << 20
+_FLAG_WORDS = 8  # one 64-byte cache line a rank, so that ranks do not disturb each other
+_SPINS_BETWEEN_CHECKS = 2000
+_SPINS_BEFORE_SLEEP = 50_000
+_SLEEP_SECONDS = 0.0002
+
+
+class SharedMemoryCollectives:
+    """Gather through memory that all ranks of one host map."""
+
+    name = "shm"
+
+    def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._timeout_seconds = timeout_seconds
+        self._sequence = 0
+        flag_bytes = world_size * _FLAG_WORDS * 8
+        size = flag_bytes + 2 * world_size * _SLOT_BYTES
+        memory = _map_shared(store, rank, size)
+        self._flags = memoryview(memory)[:flag_bytes].cast("q")
+        slots = torch.frombuffer(memory, dtype=torch.uint8, offset=flag_bytes).view(2, world_size, _SLOT_BYTES)
+        self._slots = [[slots[buffer, peer] for peer in range(world_size)] for buffer in range(2)]
+        self._views: dict[tuple[object, ...], list[torch.Tensor]] = {}
+        self._peers = [peer for peer in range(world_size) if peer != rank]
+        self._watch = _PeerWatch(store, rank, self._peers)
+        self.barrier()
+
+    def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]; many rows go in several rounds."""
+        rows, itemsize = local.shape[0], local.element_size()
+        rows_a_round = _SLOT_BYTES // (max(sizes) * itemsize)
+        if rows <= rows_a_round:
+            return self._gather_round(local, sizes)
+        if rows_a_round == 0:
+            raise ValueError(f"a row of {max(sizes)} x {itemsize} bytes does not fit a slot of {_SLOT_BYTES} bytes")
+        return torch.cat([self._gather_round(part, sizes) for part in local.split(rows_a_round)])
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self._sequence += 1
+        self._meet("barrier")
+
+    def close(self) -> None:
+        """Close what watches the peers; the memory goes with the process."""
+        self._watch.close()
+
+    def _gather_round(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        self._sequence += 1
+        views = self._slot_views(self._sequence % 2, local.shape[0], sizes, local.dtype)
+        views[self.rank].copy_(local)
+        self._meet("gather_columns")
+        return torch.cat(views, dim=1)
+
+    def _slot_views(self, buffer: int, rows: int, sizes: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        key = (buffer, rows, tuple(sizes), dtype)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= 256:  # prefill meets ever new row counts; decode only a few
+                self._views.clear()
+            views = [
+                slot[: rows * size * dtype.itemsize].view(dtype).view(rows, size)
+                for slot, size in zip(self._slots[buffer], sizes, strict=True)
+            ]
+            self._views[key] = views
+        return views
+
+    def _meet(self, operation: str) -> None:
+        """Raise this rank's number and wait until every peer's has come as far."""
+        flags, sequence = self._flags, self._sequence
+        flags[self.rank * _FLAG_WORDS] = sequence
+        deadline = 0.0
+        for peer in self._peers:
+            spins = 0
+            while flags[peer * _FLAG_WORDS] < sequence:
+                os.sched_yield()
+                spins += 1
+                if spins % _SPINS_BETWEEN_CHECKS == 0:
+                    now = time.monotonic()
+                    deadline = deadline or now + self._timeout_seconds
+                    if self._watch.is_dead(peer) and flags[peer * _FLAG_WORDS] < sequence:
+                        raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in {operation}")
+                    if now > deadline:
+                        raise PeerError(
+                            f"rank {peer} did not reach {operation} within {self._timeout_seconds:g} s of rank {self.rank}; "
+                            "a longer --timeout allows slower ranks"
+                        )
+                if spins > _SPINS_BEFORE_SLEEP:
+                    time.sleep(_SLEEP_SECONDS)
+
+
+class _PeerWatch:
+    """Tells whether a peer's process has ended, zombies included."""
+
+    def __init__(self, store: Store, rank: int, peers: Sequence[int]) -> None:
+        store.set(f"tandem/pid/{rank}", str(os.getpid()))
+        self._descriptors = {peer: os.pidfd_open(int(store.get(f"tandem/pid/{peer}"))) for peer in peers}
+
+    def is_dead(self, peer: int) -> bool:
+        """True when the peer's process has ended."""
+        return bool(select.select([self._descriptors[peer]], [], [], 0)[0])
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+
+def _map_shared(store: Store, rank: int, size: int) -> mmap.mmap:
+    """Map `size` bytes that rank 0 creates without a name and the others open through /proc."""
+    if rank == 0:
+        descriptor = os.memfd_create("tandem")
+        os.ftruncate(descriptor, size)
+        store.set("tandem/shm", f"/proc/{os.getpid()}/fd/{descriptor}")
+        return mmap.mmap(descriptor, size)
+    descriptor = os.open(store.get("tandem/shm").decode(), os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)

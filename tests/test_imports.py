@@ -1,0 +1,143 @@
+"""The rules that hold the three packages apart, read from the syntax trees: nothing is imported, so half-built modules are checked too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+# A package may import itself and those below it.
+FLOORS = {"parallel": 0, "model": 1, "launcher": 2}
+ENVIRONMENT_READER = "launcher/environment.py"
+ENVIRONMENT_NAMES = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
+PROCESS_MODULES = ("subprocess", "multiprocessing", "torch.multiprocessing", "pty")
+PROCESS_NAMES = {"os.system", "os.popen", "os.fork", "os.forkpty", "concurrent.futures.ProcessPoolExecutor"}
+PROCESS_PREFIXES = ("os.exec", "os.spawn", "os.posix_spawn")
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+
+
+def violations(root: Path) -> list[str]:
+    """Every broken rule under `root`, as `path:line: what`, in order of path and line."""
+    found = []
+    for folder in (*FLOORS, "scripts", "tests"):
+        for path in sorted((root / folder).rglob("*.py")):
+            relative = path.relative_to(root)
+            for part in (*relative.parts[:-1], path.stem):
+                if part in VAGUE_NAMES:
+                    found.append(f"{relative}:1: the name {part!r} does not say what is inside")
+            if folder in FLOORS:
+                tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+                found += [f"{relative}:{line}: {what}" for line, what in sorted(_module_violations(relative, tree))]
+    return found
+
+
+def _module_violations(relative: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    package = relative.parts[0]
+    if tree.body and ast.get_docstring(tree) is None:
+        yield 1, "the module does not open with a docstring"
+    for line, name in set(_dotted_names(tree)):
+        top = name.split(".")[0]
+        if FLOORS.get(top, -1) > FLOORS[package]:
+            yield line, f"{package} imports {name}, which lies above it"
+        if name in ENVIRONMENT_NAMES and relative.as_posix() != ENVIRONMENT_READER:
+            yield line, f"{name} is used outside {ENVIRONMENT_READER}"
+        if package != "launcher" and _starts_processes(name):
+            yield line, f"{package} uses {name}, which starts processes"
+
+
+def _starts_processes(name: str) -> bool:
+    in_module = any(name == module or name.startswith(f"{module}.") for module in PROCESS_MODULES)
+    return in_module or name in PROCESS_NAMES or name.startswith(PROCESS_PREFIXES)
+
+
+def _dotted_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of every import, at any depth, and of every use of an imported name, with aliases resolved.
+
+    Relative imports cannot leave their package and are left out.
+    """
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                top = alias.name.split(".")[0]
+                aliases[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                if alias.name == "*" and node.module == "os":
+                    yield node.lineno, "os.environ"
+                yield node.lineno, f"{node.module}.{alias.name}"
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = _resolve(node, aliases)
+            if name is not None:
+                yield node.lineno, name
+        elif isinstance(node, ast.Call) and node.args:
+            function, argument = _resolve(node.func, aliases), node.args[0]
+            named = function == "importlib.import_module" or (isinstance(node.func, ast.Name) and node.func.id == "__import__")
+            if named and isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                yield node.lineno, argument.value
+
+
+def _resolve(node: ast.expr, aliases: dict[str, str]) -> str | None:
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = _resolve(node.value, aliases)
+        return None if owner is None else f"{owner}.{node.attr}"
+    return None
+
+
+def test_the_project_keeps_every_rule() -> None:
+    assert all(any((PROJECT_ROOT / package).rglob("*.py")) for package in FLOORS)
+    assert violations(PROJECT_ROOT) == []
+
+
+def _write(root: Path, relative: str, source: str) -> None:
+    path = root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+
+
+def test_a_tree_that_keeps_the_rules_is_accepted(tmp_path: Path) -> None:
+    _write(tmp_path, "parallel/__init__.py", "")
+    _write(tmp_path, "parallel/layout.py", '"""Integers."""\nimport os\nfrom . import slices\nos.cpu_count()\n')
+    _write(tmp_path, "model/llama.py", '"""The model."""\nfrom parallel.layout import x\nimport model.config\n')
+    _write(tmp_path, "launcher/environment.py", '"""The one reader."""\nimport os\nos.environ["RANK"]\n')
+    _write(tmp_path, "launcher/cli.py", '"""The front."""\nimport subprocess\nfrom model import llama\nimport parallel.layout\n')
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("relative", "body", "expected"),
+    [
+        ("parallel/a.py", "import model", "2: parallel imports model, which lies above it"),
+        ("parallel/a.py", "from model.config import C", "2: parallel imports model.config.C, which lies above it"),
+        ("model/deep/a.py", "import launcher.cli as c", "2: model imports launcher.cli, which lies above it"),
+        ("model/a.py", "def f():\n    from launcher import cli", "3: model imports launcher.cli, which lies above it"),
+        ("model/a.py", "if TYPE_CHECKING:\n    import launcher", "3: model imports launcher, which lies above it"),
+        ("model/a.py", "import importlib\nimportlib.import_module('launcher.cli')", "3: model imports launcher.cli, which lies above it"),
+        ("model/a.py", "__import__('launcher')", "2: model imports launcher, which lies above it"),
+        ("launcher/cli.py", "import os\nos.environ.get('RANK')", "3: os.environ is used outside launcher/environment.py"),
+        ("launcher/cli.py", "import os as o\no.getenv('RANK')", "3: os.getenv is used outside launcher/environment.py"),
+        ("model/a.py", "from os import environb as e", "2: os.environb is used outside launcher/environment.py"),
+        ("model/a.py", "from os import *", "2: os.environ is used outside launcher/environment.py"),
+        ("model/a.py", "import subprocess", "2: model uses subprocess, which starts processes"),
+        ("parallel/a.py", "import torch.multiprocessing as mp", "2: parallel uses torch.multiprocessing, which starts processes"),
+        ("parallel/a.py", "import os\nos.fork()", "3: parallel uses os.fork, which starts processes"),
+        ("parallel/a.py", "import os\nos.execvp('a', ['a'])", "3: parallel uses os.execvp, which starts processes"),
+        ("model/utils.py", "", "1: the name 'utils' does not say what is inside"),
+        ("tests/helpers/a.py", "", "1: the name 'helpers' does not say what is inside"),
+    ],
+)
+def test_a_broken_rule_is_found(tmp_path: Path, relative: str, body: str, expected: str) -> None:
+    _write(tmp_path, relative, f'"""A module."""\n{body}\n')
+    assert f"{relative}:{expected}" in violations(tmp_path)
+
+
+def test_a_module_without_a_docstring_is_found(tmp_path: Path) -> None:
+    _write(tmp_path, "model/a.py", "x = 1\n")
+    assert violations(tmp_path) == ["model/a.py:1: the module does not open with a docstring"]
