@@ -184,6 +184,11 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def default_settings() -> Settings:
+    """What holds without a YAML file: nothing is said."""
+    return _build_settings({}, "no config")
+
+
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}

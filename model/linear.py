@@ -92,6 +92,8 @@ class Int8ColumnParallelLinear(nn.Module):
         super().__init__()
         self.in_features, self.blocks, self.kernel = in_features, tuple(blocks), kernel
         self._packed: Any = None
+        self.weight_bytes = sum(block.num_rows for block in blocks) * (in_features + 4)
+        """int8 weights and float32 scales."""
 
     def assign(self, weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> None:
         """Take the local int8 rows and their scales [block rows] of every block, and pack them for the kernel."""

@@ -147,6 +147,12 @@ class LlamaForCausalLM(nn.Module):
                 else ColumnParallelLinear(config.hidden_size, blocks, self.dtype)
             )
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank keeps."""
+        floats = sum(tensor.nbytes for tensor in self.parameters())
+        return floats + sum(layer.weight_bytes for layer in self.modules() if isinstance(layer, Int8ColumnParallelLinear))
+
     def build_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         config, shares = self.config, self.shares

@@ -103,9 +103,7 @@ def _sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def _linear_specs(
-    name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme
-) -> dict[str, WeightSpec]:
+def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme) -> dict[str, WeightSpec]:
     if not scheme.is_quantized(name):
         return {f"{name}.weight": WeightSpec(shape, FLOAT_DTYPES, split)}
     rows, columns = shape

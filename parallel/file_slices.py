@@ -81,6 +81,8 @@ class FileReader:
         while done < len(view):
             count = os.preadv(self._files[part.path], [view[done:]], offset + done)
             if count == 0:
-                raise CheckpointError(f"{part.path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again")
+                raise CheckpointError(
+                    f"{part.path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again"
+                )
             done += count
         self.read_bytes += done

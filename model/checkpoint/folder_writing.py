@@ -19,18 +19,6 @@ from parallel.errors import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
 """A Hugging Face folder is cut in files of about this size."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-)
-"""What travels with a checkpoint besides weights and config.json."""
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -67,17 +55,6 @@ def write_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path | None, target: Path) -> None:
-    """Copy the tokenizer's files from a folder, or the one file of it, into the folder `target`."""
-    if source is None:
-        return
-    names = TOKENIZER_FILES if source.is_dir() else (source.name,)
-    folder = source if source.is_dir() else source.parent
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
 
 
 def write_tensors(

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.folder_writing import copy_tokenizer, write_folder, write_json
+from model.checkpoint.folder_writing import write_folder, write_json
+from model.checkpoint.hf_folder import SINGLE_FILE
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
 from model.checkpoint.source import CheckpointSource, TensorInfo
 from model.config import LlamaConfig, read_config
 from model.scheme import Scheme
+from model.tokenizer_writing import write_tokenizer
 from model.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
@@ -25,7 +27,9 @@ FORMAT_VERSION = 1
 
 
 def rank_file_name(rank: int, world_size: int) -> str:
-    """rank_00_of_08.safetensors."""
+    """rank_00_of_08.safetensors; of one rank model.safetensors, so that the folder is a Hugging Face folder again."""
+    if world_size == 1:
+        return SINGLE_FILE
     return f"rank_{rank:02d}_of_{world_size:02d}.safetensors"
 
 
@@ -81,7 +85,11 @@ def write_rank_files(
     specs = plan_weights(config, scheme)
     rows = {name: [spec.rows(rank, world_size) for rank in range(world_size)] for name, spec in specs.items()}
     infos = [
-        {name: TensorInfo((stop - start, *spec.shape[1:]), source.tensors[name].dtype) for name, spec in specs.items() for start, stop in [rows[name][r]]}
+        {
+            name: TensorInfo((stop - start, *spec.shape[1:]), source.tensors[name].dtype)
+            for name, spec in specs.items()
+            for start, stop in [rows[name][r]]
+        }
         for r in range(world_size)
     ]
     total = sum(info.num_bytes for rank in infos for info in rank.values())
@@ -106,7 +114,7 @@ def write_rank_files(
             },
         )
         write_json(folder / "config.json", source.config)
-        copy_tokenizer(source.tokenizer_path(), folder)
+        write_tokenizer(source.tokenizer_path(), folder)
     reader.close()
     return reader.read_bytes
 

@@ -78,7 +78,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {entry}") from None
         if end - begin != info.num_bytes:
-            raise CheckpointError(f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}")
+            raise CheckpointError(
+                f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}"
+            )
         if start + end > size:
             raise CheckpointError(f"{path} is truncated: it has {size} bytes, {name} ends at byte {start + end}; copy it again")
         tensors[name] = StoredTensor(info, start + begin)

@@ -1,0 +1,1 @@
+"""The front: commands, settings, launch environments, starting and watching ranks. Imports model and parallel."""

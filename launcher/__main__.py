@@ -1,0 +1,5 @@
+"""`python -m launcher` is `tandem`."""
+
+from launcher.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""Shows a run to people and writes its results: text as it is decoded, the final lines, JSONL and stats.
+
+Turns ids into text; knows nothing of models. Results go to standard output, everything else to standard error.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from launcher.job import Job
+from model.tokenizer import StreamDecoder, Tokenizer, continuation
+
+
+class WorkProgress:
+    """Long work: a bar on a terminal, a plain line for each tenth elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._terminal = what, Terminal(stderr=True)
+        self._bar: Progress | None = None
+        self._tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` are done."""
+        if self._terminal.is_terminal:
+            if self._bar is None:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                self._bar = Progress(*columns, console=self._terminal)
+                self._bar.start()
+                self._bar.add_task(self._what)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        elif done * 10 // total > self._tenths or done == total:
+            self._tenths = done * 10 // total
+            print(f"{self._what}: {done} of {total}", file=sys.stderr, flush=True)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._tenths = 0
+
+
+class RunConsole:
+    """Consumes the events of one run. `prompts`: the texts of the job's requests."""
+
+    def __init__(self, job: Job, prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._job, self._prompts, self._tokenizer = job, prompts, tokenizer
+        self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._logprobs: list[list[float | None]] = [[] for _ in prompts]
+        self._reasons: list[str | None] = [None] * len(prompts)
+        self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in job.requests]
+        self._texts = [""] * len(prompts)
+        self._replayed = [0] * len(prompts)
+        self._num_printed = 0
+        self._loading = WorkProgress(f"loading on {job.world_size} rank{'s' if job.world_size > 1 else ''}, layers")
+        self._terminal = Terminal(stderr=True)
+        self._live: Live | None = None
+        self.stats: dict[str, Any] | None = None
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take one event of rank 0."""
+        kind = event.pop("event")
+        if kind == "start":
+            self._replayed = [0] * len(self._prompts)
+        elif kind == "loading":
+            self._loading(event["done"], event["total"])
+        elif kind == "token":
+            self._take_token(**event)
+        elif kind == "stats":
+            self.stats = event
+            self._stop_live()
+
+    def close(self) -> None:
+        """Take progress bars away."""
+        self._loading.close()
+        self._stop_live()
+
+    def write(self, output: Path | None, stats: Path | None, restarts: int) -> None:
+        """Write JSONL results and stats, each whole or not at all, and tell the speed."""
+        if output is not None:
+            _write_whole(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records()))
+        if self.stats is None:
+            return
+        self.stats["restarts"] = restarts
+        if stats is not None:
+            _write_whole(stats, json.dumps(self.stats, indent=2) + "\n")
+        s = self.stats
+        print(
+            f"decode {s['decode_tokens_per_second']:.1f} tokens/s, prefill {s['prefill_tokens_per_second']:.1f} tokens/s, "
+            f"loaded in {s['load_seconds']:.2f} s; {s['world_size']} rank(s) x {s['threads_per_rank']} thread(s), {s['kernel']}, {s['collectives']}",
+            file=sys.stderr,
+        )
+
+    def _take_token(self, index: int, token_id: int, logprob: float | None, finish_reason: str | None) -> None:
+        position = self._replayed[index]
+        self._replayed[index] += 1
+        if position < len(self._tokens[index]):
+            return  # made again after a restart
+        self._tokens[index].append(token_id)
+        self._logprobs[index].append(logprob)
+        self._reasons[index] = finish_reason
+        self._texts[index] += self._streams[index].push(token_id)
+        if self._terminal.is_terminal:
+            self._show_live()
+        while self._num_printed < len(self._prompts) and self._reasons[self._num_printed]:
+            self._print_result(self._num_printed)
+            self._num_printed += 1
+
+    def _print_result(self, index: int) -> None:
+        text = self._prompts[index] + self._continuation(index)
+        if self._live is not None and sys.stdout.isatty():
+            self._live.console.file.flush()
+            self._stop_live()
+        print(f"'text_generation_text': {[text]}", flush=True)
+
+    def _continuation(self, index: int) -> str:
+        return continuation(self._tokenizer, self._job.requests[index].prompt_ids, self._tokens[index])
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = []
+        for index, request in enumerate(self._job.requests):
+            record: dict[str, Any] = {
+                "index": index,
+                "prompt": self._prompts[index],
+                "prompt_token_ids": list(request.prompt_ids),
+                "token_ids": self._tokens[index],
+                "text": self._continuation(index),
+                "finish_reason": self._reasons[index],
+            }
+            if request.params.logprobs:
+                record["logprobs"] = self._logprobs[index]
+            records.append(record)
+        return records
+
+    def _show_live(self) -> None:
+        if self._live is None:
+            self._live = Live(console=self._terminal, refresh_per_second=12, transient=True)
+            self._live.start()
+        width = max(40, self._terminal.width * max(1, (self._terminal.height - 2) // max(1, len(self._prompts) - self._num_printed)) - 4)
+        lines = [Text((prompt + text)[-width:]) for prompt, text in zip(self._prompts, self._texts, strict=True)]
+        self._live.update(Text("\n").join(lines[self._num_printed :]))
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

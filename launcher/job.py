@@ -1,0 +1,54 @@
+"""What a run is: everything that its ranks need, decided and checked before any of them starts.
+
+A plain value that travels as JSON from the parent to the ranks. Knows no text: prompts are ids already.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.generation import Request
+from model.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run of `predict`."""
+
+    checkpoint: str
+    """Absolute path."""
+    world_size: int
+    """Ranks."""
+    context_tokens: int
+    """Longest sequence."""
+    dtype: str
+    """Compute type: float32, bfloat16 or float16."""
+    device: str
+    """cpu, or an accelerator's device type."""
+    collectives: str
+    """auto, shm, gloo or nccl."""
+    threads_per_rank: int | None
+    """None: the cores at hand, shared evenly."""
+    timeout_seconds: float
+    """A step without progress of a peer for so long ends the run."""
+    max_batch_size: int
+    """Sequences decoded together."""
+    requests: tuple[Request, ...]
+    """What to decode."""
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The inverse of `to_json`."""
+        raw: dict[str, Any] = json.loads(text)
+        requests = tuple(Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"])) for r in raw.pop("requests"))
+        return cls(**raw, requests=requests)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint."""
+        return Path(self.checkpoint)

@@ -1,0 +1,81 @@
+"""The program of a rank that our own parent started: `python -m launcher.rank_process FOLDER`.
+
+Reads the job from FOLDER, reports to the parent through the socket in it, and ends with the parent.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from launcher.environment import read_environment
+from launcher.job import Job
+from launcher.worker import Emit, run_rank
+from parallel.errors import PeerError
+
+JOB_FILE = "job.json"
+SOCKET_FILE = "events.sock"
+_PR_SET_PDEATHSIG = 1
+_SECONDS_FOR_THE_CULPRIT = 3.0
+
+
+def waiting_file(rank: int) -> str:
+    """Where a rank leaves the name of the operation in which it noticed that a peer is gone."""
+    return f"waiting_{rank}.json"
+
+
+def join_store(rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+    """The key-value store of the ranks, as the launcher's environment names it."""
+    timeout = timedelta(seconds=timeout_seconds)
+    store: dist.Store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    return store
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """Ranks above 0 report nothing."""
+
+
+def _connect_to_parent(folder: Path) -> Emit:
+    connection = Client(str(folder / SOCKET_FILE), "AF_UNIX")
+
+    def emit(event: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(event).encode())
+
+    emit({"event": "start"})
+    return emit
+
+
+@record
+def main() -> None:
+    """Run this rank to its end."""
+    os.dup2(2, 1)  # standard error is the log file; results go through the socket
+    # A parent that is killed cannot stop its ranks; the kernel does.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    folder = Path(sys.argv[1])
+    job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
+    environment = read_environment()
+    assert environment.rank is not None and environment.local_rank is not None
+    rank = environment.rank
+    store = join_store(rank, job.world_size, job.timeout_seconds) if job.world_size > 1 else None
+    emit = _connect_to_parent(folder) if rank == 0 else _silent
+    try:
+        run_rank(job, rank, environment.local_rank, environment.local_world_size or job.world_size, store, emit)
+    except PeerError as error:
+        (folder / waiting_file(rank)).write_text(json.dumps({"waiting_in": str(error)}), encoding="utf-8")
+        # The agent shall see the rank that failed first, not this one; it ends this one when it has.
+        time.sleep(_SECONDS_FOR_THE_CULPRIT)
+        raise
+
+
+if __name__ == "__main__":
+    main()

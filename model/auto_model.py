@@ -1,0 +1,110 @@
+"""A model in the caller's own process, in MindFormers' words: `AutoModel.from_pretrained(dir).generate(ids, ...)`.
+
+One rank, no processes started. Several ranks go through `tandem predict`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.checkpoint.formats import open_checkpoint
+from model.config import build_config
+from model.generation import Engine, Request, generate
+from model.llama import LlamaForCausalLM
+from model.loading import load_model
+from model.sampling import SamplingParams
+from model.scheme import read_scheme
+from parallel.collectives import IdentityCollectives
+from parallel.errors import RequestError
+
+MAX_LENGTH = 20
+"""MindFormers' GenerationConfig.max_length, used when nobody gives a length."""
+
+
+class AutoModel:
+    """A loaded model."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self._model = model
+        self.config = model.config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: str | None = None, device: str = "cpu") -> "AutoModel":
+        """Load a checkpoint of any readable format. `dtype`: float32, bfloat16 or float16; None takes the checkpoint's."""
+        source = open_checkpoint(Path(path))
+        config = build_config(source.config, str(path))
+        model = LlamaForCausalLM(
+            config,
+            read_scheme(source.config),
+            IdentityCollectives(),
+            dtype=dtype or config.dtype,
+            device=torch.device(device),
+            num_threads=torch.get_num_threads(),
+        )
+        load_model(model, source)
+        return cls(model)
+
+    def generate(
+        self,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any],
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> list[npt.NDArray[np.int32]]:
+        """Prompts and their continuations, one int32 array a row.
+
+        input_ids: one row, or rows of equal length filled up with the pad id at the right. As in MindFormers,
+        `max_length` counts the whole row, `max_new_tokens` on top of the longest prompt; a row ends there or behind its
+        end-of-sequence id. Raises RequestError for rows of different lengths and prompts beyond the length.
+        """
+        prompts = self._strip_padding(input_ids)
+        longest = max(map(len, prompts))
+        limit = longest + max_new_tokens if max_new_tokens is not None else max_length or MAX_LENGTH
+        limit = min(limit, self.config.max_position_embeddings)
+        if limit <= longest:
+            raise RequestError(f"max_length is {limit}, but the longest prompt has {longest} tokens; set a larger max_length")
+        requests = [
+            Request(
+                index,
+                prompt,
+                SamplingParams(
+                    max_new_tokens=limit - len(prompt),
+                    do_sample=do_sample,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    repetition_penalty=repetition_penalty,
+                    seed=seed or 0,
+                ),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        rows = [list(prompt) for prompt in prompts]
+        for event in generate(Engine(self._model, max_batch_size=len(requests)), requests):
+            rows[event.index].append(event.token_id)
+        return [np.array(row, dtype=np.int32) for row in rows]
+
+    def _strip_padding(self, input_ids: Any) -> list[tuple[int, ...]]:
+        rows = [input_ids] if len(input_ids) and np.ndim(input_ids[0]) == 0 else list(input_ids)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) != 1:
+            raise RequestError(f"input_ids has rows of lengths {lengths}; fill them up to one length with the pad id at the right")
+        pad = self.config.pad_token_id
+        pad = 0 if pad is None else pad
+        stripped = []
+        for row in rows:
+            ids = [int(i) for i in row]
+            while len(ids) > 1 and ids[-1] == pad:
+                ids.pop()
+            stripped.append(tuple(ids))
+        return stripped

@@ -1,0 +1,1 @@
+"""Quantization algorithms: from float weights to integers and scales."""
