@@ -97,7 +97,8 @@ class RunConsole:
         s = self.stats
         print(
             f"decode {s['decode_tokens_per_second']:.1f} tokens/s, prefill {s['prefill_tokens_per_second']:.1f} tokens/s, "
-            f"loaded in {s['load_seconds']:.2f} s; {s['world_size']} rank(s) x {s['threads_per_rank']} thread(s), {s['kernel']}, {s['collectives']}",
+            f"loaded in {s['load_seconds']:.2f} s; {s['world_size']} rank(s) x {s['threads_per_rank']} thread(s), "
+            f"{s['kernel']}, {s['collectives']}",
             file=sys.stderr,
         )
 

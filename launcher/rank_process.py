@@ -14,8 +14,9 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
 from launcher.environment import read_environment
 from launcher.job import Job
@@ -33,10 +34,10 @@ def waiting_file(rank: int) -> str:
     return f"waiting_{rank}.json"
 
 
-def join_store(rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+def join_store(rank: int, world_size: int, timeout_seconds: float) -> Store:
     """The key-value store of the ranks, as the launcher's environment names it."""
     timeout = timedelta(seconds=timeout_seconds)
-    store: dist.Store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    store: Store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
     store.set_timeout(timeout)
     return store
 

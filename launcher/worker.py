@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from launcher.job import Job
 from model.checkpoint.formats import open_checkpoint

@@ -67,12 +67,17 @@ class Attention:
 
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[kv heads, group, tokens, head_dim] over [kv heads, all tokens, head_dim]."""
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        # Measured for one query over 1000 keys: bfloat16 965 us, turned to float32 first 195 us; float16 even 1643 us.
+        query, keys, values = query.float(), keys.float(), values.float()
     shape = (keys.shape[0], query.shape[1], *keys.shape[1:])
     causal = mask is None and query.shape[2] > 1
     # A stride of 0 repeats a key-value head for its group without a copy.
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         query, keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape), attn_mask=mask, is_causal=causal
     )
+    return out.to(dtype)
 
 
 def _attend_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

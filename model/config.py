@@ -148,8 +148,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _divide(hidden: int, heads: int, source: str) -> int:
-    if not isinstance(heads, int) or heads < 1 or hidden % heads:
+def _divide(hidden: Any, heads: Any, source: str) -> int:
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
         raise ConfigError(f"{source}: hidden_size {hidden} does not divide by num_attention_heads {heads}; give head_dim")
     return hidden // heads
 

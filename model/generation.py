@@ -106,7 +106,7 @@ class Engine:
         return events
 
     def _admit(self) -> list[_Sequence]:
-        admitted = []
+        admitted: list[_Sequence] = []
         while self._waiting and len(self._running) + len(admitted) < self._max_batch_size:
             request = self._waiting.popleft()
             params = request.params

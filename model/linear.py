@@ -53,9 +53,9 @@ def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
     if x.dtype == torch.float16:
         if rows <= _HALF_SINGLE_ROWS:
-            return torch.cat([F.linear(row, weight) for row in x.split(1)])
+            return torch.cat([F.linear(row, weight) for row in torch.split(x, 1)])
         wide = x.float()
-        return torch.cat([float_linear(wide, chunk.float()).half() for chunk in weight.split(_HALF_CHUNK_ROWS)], dim=1)
+        return torch.cat([float_linear(wide, chunk.float()).half() for chunk in torch.split(weight, _HALF_CHUNK_ROWS)], dim=1)
     missing = -rows % _ROW_TILE[x.dtype]
     return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows] if missing else F.linear(x, weight)
 

@@ -177,12 +177,13 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits [rows, vocab_local] of this rank's part of the vocabulary, for hidden states [rows, H]."""
-        return self.lm_head(hidden).float()
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits.float()
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, H]: every rank looks up all ids in its own rows; of each id, the owner's row counts."""
         tokens = torch.tensor(ids, device=self.device)
-        local = self.embed_tokens(tokens)
+        local: torch.Tensor = self.embed_tokens(tokens)
         shares = self.shares
         if shares.world_size == 1:
             return local

@@ -17,6 +17,8 @@ from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
+_PART_BYTES = 8 << 20
+
 
 def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
     """Raise CheckpointError, listing ten of each kind, unless the checkpoint holds exactly what the model needs."""
@@ -41,6 +43,20 @@ def load_model(
     def read(name: str) -> torch.Tensor:
         return source.read_rows(reader, name, *specs[name].rows(shares.rank, shares.world_size))
 
+    def read_float(name: str) -> torch.Tensor:
+        """In the compute type; a large tensor of another type in parts, so that it is not in memory twice."""
+        start, stop = specs[name].rows(shares.rank, shares.world_size)
+        info = source.tensors[name]
+        row_bytes = info.num_bytes // info.shape[0]
+        if info.dtype == model.dtype or (stop - start) * row_bytes <= 2 * _PART_BYTES:
+            return read(name).to(model.dtype)
+        out = torch.empty((stop - start, *info.shape[1:]), dtype=model.dtype)
+        step = max(1, _PART_BYTES // row_bytes)
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            out[first - start : end - start] = source.read_rows(reader, name, first, end)
+        return out
+
     def fill(module: nn.Module, names: Sequence[str]) -> None:
         if isinstance(module, Int8ColumnParallelLinear):
             weights = [unpack_int8(read(f"{name}.weight_packed"), module.in_features) for name in names]
@@ -48,9 +64,11 @@ def load_model(
         elif any(f"{name}.weight_packed" in specs for name in names):
             raise CheckpointError(f"{', '.join(names)} run as one product and must be quantized together, or all be in 'ignore'")
         else:
-            module.assign([read(f"{name}.weight") for name in names], device)  # type: ignore[operator]
+            module.assign([read_float(f"{name}.weight") for name in names], device)  # type: ignore[operator]
 
     total = len(model.layers) + 1
+    # The largest tensor first: what it takes on the way is free again for the layers.
+    model.embed_tokens.assign(read_float("model.embed_tokens.weight"), device)
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer)
         prefix = f"model.layers.{index}"
@@ -59,7 +77,6 @@ def load_model(
         for attribute, names in FUSED.items():
             fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
         on_progress(index + 1, total)
-    model.embed_tokens.assign(read("model.embed_tokens.weight"), device)
     model.norm.assign(read("model.norm.weight"), device)
     if not model.config.tie_word_embeddings:
         fill(model.lm_head, ["lm_head"])

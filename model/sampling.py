@@ -121,7 +121,7 @@ def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
         return values
     ids = np.array(sorted(state.penalized), dtype=np.int64) - first_id
     ids = ids[(ids >= 0) & (ids < len(values))]
-    out = values.copy()
+    out: Floats = values.copy()
     seen = out[ids]
     out[ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
     return out
@@ -136,8 +136,8 @@ def _best(values: Floats, count: int) -> Ids:
         ids = np.flatnonzero(values >= threshold)
     else:
         ids = np.arange(len(values))
-    order = np.lexsort((ids, -values[ids]))
-    return ids[order][:count]
+    best: Ids = ids[np.lexsort((ids, -values[ids]))]
+    return best[:count]
 
 
 def _draw(ids: Ids, logits: Floats, state: SamplingState) -> int:
@@ -160,4 +160,5 @@ def _log_probability(values: Floats) -> Floats:
     """float32 log-softmax of the whole vocabulary, summed in float64."""
     wide = values.astype(np.float64)
     top = wide.max()
-    return (wide - (top + np.log(np.exp(wide - top).sum()))).astype(np.float32)
+    result: Floats = (wide - (top + np.log(np.exp(wide - top).sum()))).astype(np.float32)
+    return result

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 
@@ -55,7 +56,7 @@ class IdentityCollectives:
 class DistributedCollectives:
     """torch.distributed: gloo on CPUs, the device's own backend elsewhere."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
         self.name, self.rank, self.world_size = backend, rank, world_size
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 
@@ -51,7 +51,7 @@ class SharedMemoryCollectives:
             return self._gather_round(local, sizes)
         if rows_a_round == 0:
             raise ValueError(f"a row of {max(sizes)} x {itemsize} bytes does not fit a slot of {_SLOT_BYTES} bytes")
-        return torch.cat([self._gather_round(part, sizes) for part in local.split(rows_a_round)])
+        return torch.cat([self._gather_round(part, sizes) for part in torch.split(local, rows_a_round)])
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -37,7 +37,7 @@ if [ -e "$float" ]; then
     say "3/5 convert: $float is there"
 else
     say "3/5 convert: GGUF to a Hugging Face folder, $float"
-    "$python" -m launcher convert "$gguf" "$part/float"
+    "$python" -m launcher convert "$gguf" "$part/float" --dtype float16
     mv "$part/float" "$float"
 fi
 

@@ -110,7 +110,7 @@ class SafetensorsWriter:
         assert name == expected, (name, expected)
         info = self._left.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), (name, tensor.shape, tensor.dtype, info)
-        self._put(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._put(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data))
 
     @property
     def sha256(self) -> str:

@@ -34,11 +34,20 @@ class TensorInfo:
 class CheckpointSource(Protocol):
     """An opened checkpoint: headers are read, tensors are not."""
 
-    path: Path
-    config: dict[str, Any]
-    """Values of config.json, or what the format's own metadata gives in its place."""
-    tensors: Mapping[str, TensorInfo]
-    """Every tensor, by its Hugging Face name."""
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Values of config.json, or what the format's own metadata gives in its place."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by its Hugging Face name."""
+        ...
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
