@@ -76,6 +76,8 @@ class RunConsole:
             self._loading(event["done"], event["total"])
         elif kind == "token":
             self._take_token(**event)
+        elif kind == "warning":
+            print(f"warning: {event['message']}", file=sys.stderr)
         elif kind == "stats":
             self.stats = event
             self._stop_live()

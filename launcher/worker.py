@@ -19,6 +19,7 @@ from model.checkpoint.formats import open_checkpoint
 from model.config import build_config
 from model.generation import Engine, generate
 from model.int8 import choose_int8_kernel
+from model.linear import keeps_bits
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
 from model.scheme import read_scheme
@@ -43,6 +44,8 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
         emit({"event": "loading", "done": done, "total": total})
 
     read_bytes = load_model(model, source, report)
+    if not _is_reproducible(device, model.dtype, threads):
+        emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
     collectives.barrier()
     load_seconds = time.perf_counter() - started
     engine = Engine(model, job.max_batch_size)
@@ -122,6 +125,11 @@ def read_peak_rss_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _is_reproducible(device: torch.device, dtype: torch.dtype, threads: int) -> bool:
+    """CPUs are tried; an accelerator's own products are not known to keep their bits when their rows are split."""
+    return device.type == "cpu" and keeps_bits(dtype, threads)
 
 
 def _speed(tokens: int, seconds: float) -> float:

@@ -60,6 +60,25 @@ def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows] if missing else F.linear(x, weight)
 
 
+def keeps_bits(dtype: torch.dtype, num_threads: int) -> bool:
+    """Whether this PyTorch on this processor keeps the bits of a product when its rows are split and threads change.
+
+    A small sample of what the tests hold in full: another processor or release may break it, and then a run says so.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((6 * TILE_ROWS, 320), generator=generator).to(dtype)
+    threads, kept = torch.get_num_threads(), True
+    for rows in (1, 5, 40):
+        x = torch.randn((rows, 320), generator=generator).to(dtype)
+        torch.set_num_threads(num_threads)
+        whole = float_linear(x, weight)
+        torch.set_num_threads(1)
+        parts = torch.cat([float_linear(x, weight[: 2 * TILE_ROWS].clone()), float_linear(x, weight[2 * TILE_ROWS :].clone())], dim=1)
+        kept = kept and torch.equal(whole, parts)
+    torch.set_num_threads(threads)
+    return kept
+
+
 class ColumnParallelLinear(nn.Module):
     """The rows of one or several fused weights that this rank owns. Built on meta; `assign` gives it its weights."""
 

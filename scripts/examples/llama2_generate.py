@@ -1,0 +1,34 @@
+"""MindFormers' run_llama2_generate.py, line by line in tandem's words: one process, no launcher.
+
+    python scripts/examples/llama2_generate.py CHECKPOINT_DIR
+
+| MindFormers                                              | here                                          |
+|----------------------------------------------------------|-----------------------------------------------|
+| from mindformers import AutoModel, LlamaTokenizer        | from model import AutoModel, LlamaTokenizer   |
+| model = AutoModel.from_pretrained(dir)                   | the same                                      |
+| tokenizer = LlamaTokenizer.from_pretrained(dir)          | the same                                      |
+| inputs_ids = tokenizer(prompt, max_length=.., ..)["input_ids"] | the same                                |
+| outputs = model.generate(inputs_ids, max_length=.., ..)  | the same                                      |
+| print(tokenizer.decode(output))                          | the same                                      |
+
+Several ranks: scripts/run_predict.sh parallel CONFIG CHECKPOINT N.
+"""
+
+import sys
+
+from model import AutoModel, LlamaTokenizer
+
+
+def main(path: str) -> None:
+    """Decode the original's three prompts with the checkpoint in `path`."""
+    model = AutoModel.from_pretrained(path)
+    tokenizer = LlamaTokenizer.from_pretrained(path)
+    prompts = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
+    inputs_ids = tokenizer(prompts, max_length=32, padding="max_length")["input_ids"]
+    outputs = model.generate(inputs_ids, max_length=48, do_sample=False, top_k=3, top_p=1.0)
+    for output in outputs:
+        print(tokenizer.decode(output))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
