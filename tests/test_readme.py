@@ -1,0 +1,57 @@
+"""The README is held to the project: its commands parse, its paths exist, its file map is whole."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from launcher.cli import app
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+TEXT = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+
+
+def parse_tandem(arguments: list[str]) -> None:
+    """Parse without running; raises click.UsageError for what tandem would refuse."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    name, *rest = arguments
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, f"there is no command {name}"
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_readme_parses(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "tandem":
+        parse_tandem(words[1:])
+    elif words[0] == "torchrun":
+        parse_tandem(words[words.index("launcher") + 1 :])
+    elif words[0].startswith("scripts/"):
+        assert (PROJECT_ROOT / words[0]).is_file() and (PROJECT_ROOT / words[2]).is_file()
+    else:
+        assert words[0] in ("bash", "source")
+        assert words[0] == "source" or (PROJECT_ROOT / words[1]).is_file()
+
+
+def test_a_wrong_option_would_be_noticed() -> None:
+    with pytest.raises(Exception, match="no-such-option"):
+        parse_tandem(["predict", "--no-such-option"])
+
+
+def test_the_file_map_names_every_module_and_nothing_else() -> None:
+    named = set(re.findall(r"`((?:parallel|model|launcher|configs|scripts)/[\w/.]*)`", TEXT.split("## Files")[1]))
+    for place in named:
+        assert (PROJECT_ROOT / place).exists(), place
+    for package in ("parallel", "model", "launcher"):
+        for path in (PROJECT_ROOT / package).rglob("*.py"):
+            relative = path.relative_to(PROJECT_ROOT).as_posix()
+            covered = relative in named or any(place.endswith("/") and relative.startswith(place) for place in named)
+            assert covered or path.name in ("__init__.py", "__main__.py"), f"{relative} is missing in the README's file map"
