@@ -34,6 +34,8 @@ class LaunchEnvironment:
     """Host on which ranks find each other."""
     master_port: int | None = None
     """Port on which ranks find each other."""
+    restart_count: int = 0
+    """Which start of the same group this is, from 0."""
     worker_num: int | None = None
     """Ranks asked for by MS_WORKER_NUM."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +98,7 @@ _LAUNCHERS: dict[str, tuple[_Variable, ...]] = {
         _Variable(name="WORLD_SIZE", fills="world_size", parse=_parse_count, marks=True),
         _Variable(name="LOCAL_RANK", fills="local_rank", marks=True),
         _Variable(name="LOCAL_WORLD_SIZE", fills="local_world_size", parse=_parse_count, required=False),
+        _Variable(name="TORCHELASTIC_RESTART_COUNT", fills="restart_count", required=False),
         # Shells often export these two for other purposes, so they mark nothing.
         _Variable(name="MASTER_ADDR", fills="master_addr", parse=_parse_text),
         _Variable(name="MASTER_PORT", fills="master_port", parse=_parse_port),

@@ -218,7 +218,7 @@ def _join(job: Job, environment: LaunchEnvironment, console: RunConsole) -> None
     """Be one rank of a group that a launcher started."""
     rank, local_rank = environment.rank, environment.local_rank
     assert rank is not None and local_rank is not None
-    store = join_store(rank, job.world_size, job.timeout_seconds) if job.world_size > 1 else None
+    store = join_store(environment, job.timeout_seconds)
     emit = console.on_event if rank == 0 else lambda event: None
     run_rank(job, rank, local_rank, environment.local_world_size or job.world_size, store, emit)
 

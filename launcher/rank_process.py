@@ -14,11 +14,11 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from launcher.environment import read_environment
+from launcher.environment import LaunchEnvironment, read_environment
 from launcher.job import Job
 from launcher.worker import Emit, run_rank
 from parallel.errors import PeerError
@@ -29,17 +29,22 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_FOR_THE_CULPRIT = 3.0
 
 
-def waiting_file(rank: int) -> str:
+def waiting_file(attempt: int, rank: int) -> str:
     """Where a rank leaves the name of the operation in which it noticed that a peer is gone."""
-    return f"waiting_{rank}.json"
+    return f"waiting_{attempt}_{rank}.json"
 
 
-def join_store(rank: int, world_size: int, timeout_seconds: float) -> Store:
-    """The key-value store of the ranks, as the launcher's environment names it."""
+def join_store(environment: LaunchEnvironment, timeout_seconds: float) -> Store | None:
+    """The key-value store of the ranks, as the launcher's environment names it; None for a single rank."""
+    rank, world_size = environment.rank, environment.world_size
+    assert rank is not None and world_size is not None
+    if world_size == 1:
+        return None
     timeout = timedelta(seconds=timeout_seconds)
     store: Store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
     store.set_timeout(timeout)
-    return store
+    # The agent's store outlives a restart; what the ranks of an earlier attempt left in it must not be found.
+    return PrefixStore(f"tandem/attempt_{environment.restart_count}", store)
 
 
 def _silent(event: dict[str, Any]) -> None:
@@ -67,12 +72,12 @@ def main() -> None:
     environment = read_environment()
     assert environment.rank is not None and environment.local_rank is not None
     rank = environment.rank
-    store = join_store(rank, job.world_size, job.timeout_seconds) if job.world_size > 1 else None
+    store = join_store(environment, job.timeout_seconds)
     emit = _connect_to_parent(folder) if rank == 0 else _silent
     try:
         run_rank(job, rank, environment.local_rank, environment.local_world_size or job.world_size, store, emit)
     except PeerError as error:
-        (folder / waiting_file(rank)).write_text(json.dumps({"waiting_in": str(error)}), encoding="utf-8")
+        (folder / waiting_file(environment.restart_count, rank)).write_text(json.dumps({"waiting_in": str(error)}), encoding="utf-8")
         # The agent shall see the rank that failed first, not this one; it ends this one when it has.
         time.sleep(_SECONDS_FOR_THE_CULPRIT)
         raise

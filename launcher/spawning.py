@@ -80,7 +80,7 @@ def spawn_ranks(
             try:
                 elastic_launch(config, sys.executable)("-m", "launcher.rank_process", shlex.quote(name) if " " in name else name)
             except ChildFailedError as error:
-                raise RanksFailedError(build_verdict(error.failures, folder, log_dir, logs.restarts)) from None
+                raise RanksFailedError(build_verdict(error.failures, job.world_size, folder, log_dir, logs.restarts)) from None
             except SignalException as error:
                 raise StoppedError(int(error.sigval)) from None
             receiver.finish()

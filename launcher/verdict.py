@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,10 +59,12 @@ class Verdict:
         temporary.rename(log_dir / VERDICT_FILE)
 
 
-def build_verdict(failures: Mapping[int, ProcessFailure], folder: Path, log_dir: Path, restarts: int) -> Verdict:
+def build_verdict(failures: Mapping[int, ProcessFailure], world_size: int, folder: Path, log_dir: Path, restarts: int) -> Verdict:
     """The verdict on `failures` by rank. A rank that only noticed another's end is not the first."""
-    notes = {rank: folder / waiting_file(rank) for rank in range(10_000) if (folder / waiting_file(rank)).exists()}
-    waiting = {rank: str(json.loads(file.read_text(encoding="utf-8"))["waiting_in"]) for rank, file in notes.items()}
+    waiting = {}
+    for rank in range(world_size):
+        with suppress(FileNotFoundError):
+            waiting[rank] = str(json.loads((folder / waiting_file(restarts, rank)).read_text(encoding="utf-8"))["waiting_in"])
     culprits = {rank: failure for rank, failure in failures.items() if rank not in waiting} or dict(failures)
     rank, failure = min(culprits.items(), key=lambda item: item[1].timestamp)
     exception, trace = _read_exception(failure)

@@ -136,9 +136,7 @@ def keep_torch_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _build_model(
-    folder: Path, dtype: str = "float32", collectives: Collectives | None = None, num_threads: int = 1
-) -> LlamaForCausalLM:
+def _build_model(folder: Path, dtype: str = "float32", collectives: Collectives | None = None, num_threads: int = 1) -> LlamaForCausalLM:
     source = open_checkpoint(folder)
     model = LlamaForCausalLM(
         build_config(source.config),

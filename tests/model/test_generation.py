@@ -1,0 +1,192 @@
+"""Generation: every prompt of a batch goes on as it would alone, and ends where it has to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model import AutoModel
+from model.generation import PREFILL_TOKENS, Engine, Request, TokenEvent, generate
+from model.llama import LlamaForCausalLM, Span
+from model.sampling import SamplingParams
+from parallel.errors import RequestError
+
+PROMPTS = ((5, 60, 7), (9, 8, 7, 6, 5, 4, 3, 41, 42, 43, 44), (70,), (12, 13, 14, 15, 16, 17), (1, 2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    return build_model(tiny_llama("nine_heads"))
+
+
+@pytest.fixture
+def auto_model(model: LlamaForCausalLM) -> AutoModel:
+    return AutoModel(model)
+
+
+def decode_plainly(model: LlamaForCausalLM, prompt: tuple[int, ...], count: int) -> list[int]:
+    """Greedy, one sequence, the whole prefix again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        hidden = model([Span(model.build_cache(len(ids)), ids)])
+        ids.append(int(model.logits_local(hidden[-1:]).argmax()))
+    return ids[len(prompt) :]
+
+
+def run(model: LlamaForCausalLM, requests: list[Request], max_batch_size: int = 16) -> tuple[list[list[int]], list[TokenEvent]]:
+    events = list(generate(Engine(model, max_batch_size), requests))
+    return [[event.token_id for event in events if event.index == request.index] for request in requests], events
+
+
+def ask(prompts: tuple[tuple[int, ...], ...], **options: Any) -> list[Request]:
+    params = SamplingParams(**{"max_new_tokens": 12, "ignore_eos": True, **options})
+    return [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 16])
+def test_ragged_prompts_in_a_batch_go_on_as_each_alone(model: LlamaForCausalLM, max_batch_size: int) -> None:
+    found, events = run(model, ask(PROMPTS), max_batch_size)
+    assert found == [decode_plainly(model, prompt, 12) for prompt in PROMPTS]
+    reasons = [event.finish_reason for event in events if event.finish_reason]
+    assert reasons == ["length"] * len(PROMPTS)
+
+
+def test_no_more_sequences_run_at_once_than_the_batch_holds(model: LlamaForCausalLM) -> None:
+    engine = Engine(model, max_batch_size=2)
+    for request in ask(PROMPTS, max_new_tokens=3):
+        engine.add(request)
+    steps = []
+    while engine.has_unfinished:
+        steps.append([event.index for event in engine.step()])
+    assert max(map(len, steps)) == 2
+    assert sorted(index for step in steps for index in step) == sorted(list(range(len(PROMPTS))) * 3)
+
+
+def test_a_sequence_that_ends_makes_room_while_the_others_go_on(model: LlamaForCausalLM) -> None:
+    lengths = (9, 2, 5, 1, 3)
+    requests = [
+        Request(i, p, SamplingParams(max_new_tokens=n, ignore_eos=True)) for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
+    ]
+    found, _ = run(model, requests, 2)
+    assert found == [decode_plainly(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+
+
+def test_sampled_tokens_do_not_depend_on_who_is_in_the_batch(model: LlamaForCausalLM) -> None:
+    requests = [
+        Request(i, prompt, SamplingParams(max_new_tokens=10, do_sample=True, top_k=0, temperature=0.7, seed=i, ignore_eos=True))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    together, _ = run(model, requests)
+    assert together == [run(model, [request])[0][0] for request in requests]
+
+
+def test_an_end_of_sequence_id_ends_its_sequence_only_unless_it_is_ignored(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = run(model, ask(PROMPTS))
+    end = plain[0][4]
+    object.__setattr__(model.config, "eos_token_ids", (end, 96))
+    try:
+        found, events = run(model, ask(PROMPTS, ignore_eos=False))
+        ignored, _ = run(model, ask(PROMPTS))
+    finally:
+        object.__setattr__(model.config, "eos_token_ids", (2,))
+    assert ignored == plain
+    for index, tokens in enumerate(plain):
+        ends = [place for place, token in enumerate(tokens) if token in (end, 96)]
+        assert found[index] == tokens[: ends[0] + 1 if ends else None]
+        (last,) = [event for event in events if event.index == index and event.finish_reason]
+        assert last.finish_reason == ("eos" if ends else "length")
+    assert found[0][-1] == end and len(found[0]) <= 5
+
+
+def test_a_long_prompt_is_prefilled_in_several_passes(model: LlamaForCausalLM) -> None:
+    long = tuple((31 * i + 7) % 97 for i in range(PREFILL_TOKENS + 70))
+    prompts = (PROMPTS[0], long, PROMPTS[1])
+    found, _ = run(model, ask(prompts, max_new_tokens=3))
+    assert found == [decode_plainly(model, prompt, 3) for prompt in prompts]
+
+
+def test_no_pass_is_longer_than_the_bound(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda spans: (seen.append(sum(len(span.ids) for span in spans)), forward(spans))[1])
+    prompts = tuple((3,) * length for length in (300, 200, 100, PREFILL_TOKENS + 1, 400, 112))
+    run(model, ask(prompts, max_new_tokens=1))
+    assert seen == [500, 100, PREFILL_TOKENS, 1, 512]
+
+
+def test_log_probabilities_come_with_the_tokens_that_ask(model: LlamaForCausalLM) -> None:
+    _, events = run(model, ask(PROMPTS[:2], logprobs=True))
+    assert all(event.logprob is not None and event.logprob <= 0 for event in events)
+    _, silent = run(model, ask(PROMPTS[:2]))
+    assert [event.token_id for event in silent] == [event.token_id for event in events]
+    assert all(event.logprob is None for event in silent)
+
+
+def test_the_engine_counts_what_it_has_done(model: LlamaForCausalLM) -> None:
+    engine = Engine(model)
+    list(generate(engine, ask(PROMPTS, max_new_tokens=4)))
+    assert engine.times.prefill_tokens == sum(map(len, PROMPTS))
+    assert engine.times.decode_tokens == 3 * len(PROMPTS)
+    assert 0 < engine.times.first_token_seconds <= engine.times.prefill_seconds and engine.times.decode_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new_tokens", "words"),
+    [
+        ((), 5, "prompt 0 has no tokens"),
+        ((1,) * 1200, 5, "prompt 0 has 1200 tokens, but the model's context is 1200: shorten it"),
+        ((1,) * 1190, 11, "prompt 0 has 1190 tokens and asks for 11 new ones, but the model's context is 1200"),
+        ((1, 97), 5, "prompt 0 has id 97, but the vocabulary has 97"),
+        ((1, -1), 5, "prompt 0 has id"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused(model: LlamaForCausalLM, prompt: tuple[int, ...], max_new_tokens: int, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        Engine(model).add(Request(0, prompt, SamplingParams(max_new_tokens=max_new_tokens)))
+
+
+def test_generate_gives_prompts_and_continuations(auto_model: AutoModel, model: LlamaForCausalLM) -> None:
+    expected = [5, 60, 7, *decode_plainly(model, (5, 60, 7), 4)]
+    for input_ids in ([5, 60, 7], [[5, 60, 7]], np.array([[5, 60, 7]]), (5, 60, 7)):
+        (found,) = auto_model.generate(input_ids, max_new_tokens=4)
+        assert found.dtype == np.int32 and found.tolist() == expected
+
+
+def test_padding_on_the_right_is_no_part_of_a_prompt(auto_model: AutoModel, model: LlamaForCausalLM) -> None:
+    rows = auto_model.generate([[5, 60, 7, 0, 0], [9, 8, 7, 6, 5]], max_new_tokens=3)
+    # Both rows end at the longest prompt and three: the shorter prompt gets more new tokens.
+    assert rows[0].tolist() == [5, 60, 7, *decode_plainly(model, (5, 60, 7), 5)]
+    assert rows[1].tolist() == [9, 8, 7, 6, 5, *decode_plainly(model, (9, 8, 7, 6, 5), 3)]
+
+
+def test_max_length_counts_the_whole_row_and_max_new_tokens_goes_before_it(auto_model: AutoModel) -> None:
+    assert len(auto_model.generate([5, 60, 7], max_length=9)[0]) == 9
+    assert len(auto_model.generate([5, 60, 7])[0]) == 20
+    assert len(auto_model.generate([5, 60, 7], max_length=9, max_new_tokens=2)[0]) == 5
+
+
+def test_a_loaded_folder_generates_what_its_model_generates(tiny_llama: Callable[[str], Path], auto_model: AutoModel) -> None:
+    loaded = AutoModel.from_pretrained(str(tiny_llama("nine_heads")))
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 10, "seed": 4}
+    assert loaded.generate([5, 6], **options)[0].tolist() == auto_model.generate([5, 6], **options)[0].tolist()
+    assert auto_model.generate([5, 6], **options)[0].tolist() != auto_model.generate([5, 6], **{**options, "seed": 5})[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "options", "words"),
+    [
+        ([[1, 2], [3]], {}, r"input_ids has rows of lengths \[1, 2\]; fill them up"),
+        ([1, 2, 3], {"max_length": 3}, "max_length is 3, but the longest prompt has 3 tokens"),
+        ([1] * 25, {}, "max_length is 20, but the longest prompt has 25 tokens"),
+        ([1, 2], {"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
+        ([1, 97], {}, "prompt 0 has id 97"),
+        ([[]], {}, "prompt 0 has no tokens"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(auto_model: AutoModel, input_ids: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        auto_model.generate(input_ids, **options)
