@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 from multiprocessing.connection import Client
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -30,7 +31,7 @@ _SECONDS_FOR_THE_CULPRIT = 3.0
 
 
 def waiting_file(attempt: int, rank: int) -> str:
-    """Where a rank leaves the name of the operation in which it noticed that a peer is gone."""
+    """Where a rank that another one's failure ends leaves the name of the operation that it was in."""
     return f"waiting_{attempt}_{rank}.json"
 
 
@@ -61,6 +62,19 @@ def _connect_to_parent(folder: Path) -> Emit:
     return emit
 
 
+def _leave(note: Path, frame: FrameType | None) -> None:
+    """End as SIGTERM does, but leave behind the outermost collective, or else the innermost function, that was running."""
+    names = []
+    while frame is not None:
+        names.append((Path(frame.f_code.co_filename).parent.name, frame.f_code.co_name))
+        frame = frame.f_back
+    collectives = [name for folder, name in names if folder == "parallel"]
+    if not note.exists():
+        note.write_text(collectives[-1] if collectives else names[0][1], encoding="utf-8")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @record
 def main() -> None:
     """Run this rank to its end."""
@@ -68,16 +82,18 @@ def main() -> None:
     # A parent that is killed cannot stop its ranks; the kernel does.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     folder = Path(sys.argv[1])
-    job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
     environment = read_environment()
     assert environment.rank is not None and environment.local_rank is not None
     rank = environment.rank
+    note = folder / waiting_file(environment.restart_count, rank)
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(note, frame))
+    job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
     store = join_store(environment, job.timeout_seconds)
     emit = _connect_to_parent(folder) if rank == 0 else _silent
     try:
         run_rank(job, rank, environment.local_rank, environment.local_world_size or job.world_size, store, emit)
     except PeerError as error:
-        (folder / waiting_file(environment.restart_count, rank)).write_text(json.dumps({"waiting_in": str(error)}), encoding="utf-8")
+        note.write_text(error.operation, encoding="utf-8")
         # The agent shall see the rank that failed first, not this one; it ends this one when it has.
         time.sleep(_SECONDS_FOR_THE_CULPRIT)
         raise

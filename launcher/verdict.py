@@ -36,14 +36,16 @@ class Verdict:
     traceback_tail: str | None
     """The last lines of its traceback."""
     others_waiting_in: dict[int, str]
-    """What the other ranks said when they noticed."""
+    """The operation that each other rank was in when it noticed or was ended."""
     log_file: str
     restarts_used: int
 
     def describe(self) -> str:
         """Three lines for people."""
         cause = self.exception or (f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}")
-        others = "; ".join(self.others_waiting_in.values()) or "the other ranks were ended"
+        others = (
+            "; ".join(f"rank {rank} was in {name}" for rank, name in self.others_waiting_in.items()) or "nothing known of the other ranks"
+        )
         return "\n".join(
             (
                 f"rank {self.first_failed_rank} failed first (pid {self.pid} on {self.host}): {cause}",
@@ -64,7 +66,7 @@ def build_verdict(failures: Mapping[int, ProcessFailure], world_size: int, folde
     waiting = {}
     for rank in range(world_size):
         with suppress(FileNotFoundError):
-            waiting[rank] = str(json.loads((folder / waiting_file(restarts, rank)).read_text(encoding="utf-8"))["waiting_in"])
+            waiting[rank] = (folder / waiting_file(restarts, rank)).read_text(encoding="utf-8")
     culprits = {rank: failure for rank, failure in failures.items() if rank not in waiting} or dict(failures)
     rank, failure = min(culprits.items(), key=lambda item: item[1].timestamp)
     exception, trace = _read_exception(failure)

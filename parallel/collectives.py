@@ -72,7 +72,9 @@ class DistributedCollectives:
         try:
             dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8))
         except RuntimeError as error:
-            raise PeerError(f"rank {self.rank} waited in gather_columns for a rank that died or stopped: {error}") from error
+            raise PeerError(
+                f"rank {self.rank} waited in gather_columns for a rank that died or stopped: {error}", "gather_columns"
+            ) from error
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def barrier(self) -> None:
@@ -80,7 +82,7 @@ class DistributedCollectives:
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise PeerError(f"rank {self.rank} waited in barrier for a rank that died or stopped: {error}") from error
+            raise PeerError(f"rank {self.rank} waited in barrier for a rank that died or stopped: {error}", "barrier") from error
 
     def close(self) -> None:
         """Leave the process group."""

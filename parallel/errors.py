@@ -52,3 +52,8 @@ class RunError(TandemError, RuntimeError):
 
 class PeerError(RunError):
     """Another rank died or stopped answering while this one waited for it."""
+
+    def __init__(self, message: str, operation: str) -> None:
+        super().__init__(message)
+        self.operation = operation
+        """What this rank waited in."""

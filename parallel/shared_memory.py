@@ -96,11 +96,12 @@ class SharedMemoryCollectives:
                     now = time.monotonic()
                     deadline = deadline or now + self._timeout_seconds
                     if self._watch.is_dead(peer) and flags[peer * _FLAG_WORDS] < sequence:
-                        raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in {operation}")
+                        raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in {operation}", operation)
                     if now > deadline:
                         raise PeerError(
                             f"rank {peer} did not reach {operation} within {self._timeout_seconds:g} s of rank {self.rank}; "
-                            "a longer --timeout allows slower ranks"
+                            "a longer --timeout allows slower ranks",
+                            operation,
                         )
                 if spins > _SPINS_BEFORE_SLEEP:
                     time.sleep(_SLEEP_SECONDS)

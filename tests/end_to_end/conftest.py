@@ -222,9 +222,7 @@ def tandem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tandem]:
     tandem = Tandem(tmp_path_factory.mktemp("tandem"))
     yield tandem
     for running in tandem.started:
-        running.end() if running.process.poll() is None else None
-        for pid in running.find_processes():
-            os.kill(pid, signal.SIGKILL)
+        running.end()
 
 
 @pytest.fixture(scope="session")
@@ -254,25 +252,26 @@ def checkpoints(tandem: Tandem, tmp_path_factory: pytest.TempPathFactory) -> Che
 
 
 @pytest.fixture(scope="session")
-def generate_with_transformers() -> Callable[..., list[list[int]]]:
-    """Greedy continuations in float32 by transformers: (folder, prompts as ids, number of new tokens) to ids."""
+def choose_with_transformers() -> Callable[..., list[list[int]]]:
+    """What transformers takes in float32 after each part of a continuation: (folder, prompts as ids, continuations) to ids.
 
-    def generate(folder: Path, prompts: Sequence[Sequence[int]], num_new: int) -> list[list[int]]:
+    Where that equals the continuation, it is transformers' own greedy one, by induction; one forward pass a prompt tells it.
+    """
+
+    def choose(folder: Path, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[list[int]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from transformers import LlamaForCausalLM
 
             model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            continuations = []
-            for prompt in prompts:
-                ids = list(prompt)
-                for _ in range(num_new):
-                    with torch.inference_mode():
-                        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-                continuations.append(ids[len(prompt) :])
-        return continuations
+        chosen = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            with torch.inference_mode():
+                logits = model(torch.tensor([[*prompt, *continuation]])).logits[0]
+            chosen.append(logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist())
+        return chosen
 
-    return generate
+    return choose
 
 
 def _write_tokenizer(folder: Path) -> int:

@@ -152,7 +152,8 @@ MISTAKES = {
         lambda good, folder: ["quantize", "--checkpoint", good.float, "-a", "int3", "--output", folder / "int3"], ("'int3'", "rtn-a16w8")
     ),
     "reshard for too many workers": Mistake(
-        lambda good, folder: ["reshard", good.float, folder / "many", "--workers", "12"], (r"\b12 ranks", r"\b9 query heads", "1 to 9 all work")
+        lambda good, folder: ["reshard", good.float, folder / "many", "--workers", "12"],
+        (r"\b12 ranks", r"\b9 query heads", "1 to 9 all"),
     ),
 }
 

@@ -1,6 +1,7 @@
 """Ranks that are killed and runs that are stopped: the exit code, the verdict, the restart, and that no process is left."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -12,8 +13,6 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Running, Tandem
-
-import os
 
 NUM_PROMPTS = 3
 VERDICT_FIELDS = {
@@ -48,8 +47,8 @@ class Decoding:
 
 def _arguments(checkpoints: "Checkpoints") -> list[str | Path]:
     # One prompt after the other: the line of the first tells that the second is being decoded.
-    options = ("--max-batch-size", "1", "--max-new-tokens", "500", "--ignore-eos", "--dtype", "float32", "--workers", "2")
-    return ["--checkpoint", checkpoints.float, *options]
+    options = ("--max-batch-size", "1", "--max-new-tokens", "500", "--ignore-eos", "--dtype", "float32")
+    return ["--checkpoint", checkpoints.float, "--workers", "2", "--threads-per-rank", "1", *options]
 
 
 def _start_decoding(tandem: "Tandem", checkpoints: "Checkpoints", *options: str) -> Decoding:
@@ -108,6 +107,34 @@ def test_a_restart_after_a_killed_rank_gives_the_tokens_of_an_undisturbed_run(ta
     assert undisturbed.stats["restarts"] == 0
     assert (decoding.folder / "logs" / "worker_1.attempt_0.log").is_file()
     assert not (decoding.folder / "logs" / "verdict.json").exists()
+
+
+def test_the_verdict_after_a_restart_names_the_rank_that_failed_last_time(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    """Rank 1 is killed, and rank 0 of the second attempt: what was noticed in the first attempt must not speak for the second."""
+    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "1")
+    os.kill(decoding.ranks[1], signal.SIGKILL)
+    again = _wait_for_new_ranks(decoding)
+    os.kill(again[0], signal.SIGKILL)
+    code, _, stderr = decoding.finish()
+    assert code == 1, stderr
+    assert decoding.running.find_processes() == []
+    verdict = json.loads((decoding.folder / "logs" / "verdict.json").read_text())
+    assert (verdict["first_failed_rank"], verdict["pid"], verdict["signal"]) == (0, again[0], "SIGKILL")
+    assert verdict["restarts_used"] == 1
+    assert "0" not in verdict["others_waiting_in"]
+
+
+def _wait_for_new_ranks(decoding: Decoding) -> dict[int, int]:
+    """The ranks of the next attempt, once both have mapped their memory and so wait for each other or decode."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ranks = decoding.running.find_ranks()
+        if len(ranks) == 2 and not set(ranks.values()) & set(decoding.ranks.values()):
+            if all("memfd:tandem" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks.values()):
+                return ranks
+        assert decoding.running.process.poll() is None, decoding.running.process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the ranks were not started again")
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -17,7 +17,7 @@ def test_greedy_tokens_equal_the_recorded_ones_of_transformers(tandem: "Tandem",
     items = golden["items"]
     prompts = [word for item in items for word in ("--prompt", item["prompt"])]
     outcome = tandem.predict(
-        *("--checkpoint", folder, "--workers", str(workers), "--dtype", "float32", "--greedy"),
+        *("--checkpoint", folder, "--workers", str(workers), "--threads-per-rank", "1", "--dtype", "float32", "--greedy"),
         *("--max-new-tokens", str(golden["max_new_tokens"]), *prompts),
     )
     assert outcome.stats["world_size"] == workers

@@ -134,11 +134,12 @@ def test_logs_of_all_ranks_are_private(name: str, run: "Outcome") -> None:
 
 
 def test_float32_takes_the_tokens_of_transformers(
-    tandem: "Tandem", checkpoints: "Checkpoints", generate_with_transformers: Callable[..., list[list[int]]]
+    tandem: "Tandem", checkpoints: "Checkpoints", choose_with_transformers: Callable[..., list[list[int]]]
 ) -> None:
     records = _get_run(tandem, checkpoints, "float, 1 rank").records
     prompts = [record["prompt_token_ids"] for record in records]
-    assert [record["token_ids"] for record in records] == generate_with_transformers(checkpoints.float, prompts, NUM_NEW)
+    tokens = [record["token_ids"] for record in records]
+    assert choose_with_transformers(checkpoints.float, prompts, tokens) == tokens
 
 
 def test_torchrun_gives_the_same_results_and_its_single_thread_is_no_limit(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
@@ -157,14 +158,16 @@ def test_torchrun_gives_the_same_results_and_its_single_thread_is_no_limit(tande
 
 def test_sampling_depends_on_the_seed_alone_and_prompts_come_from_a_file(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     """Three runs: two ranks and one with the same seed, one with another; prompts as lines and as JSONL."""
-    prompts = ["It's \"quoted\" and \\ has ünïcödé 🚲", "  two   blanks  "]
+    prompts = ['It\'s "quoted" and \\ has ünïcödé 🚲', "  two   blanks  "]
     lines, objects = tandem.folder / "prompts.txt", tandem.folder / "prompts.jsonl"
     lines.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
     objects.write_text("".join(json.dumps({"prompt": prompt, "id": 7}) + "\n" for prompt in prompts), encoding="utf-8")
 
     def sample(path: Path, seed: str, workers: str) -> "Outcome":
         options = ("--do-sample", "--seed", seed, "--temperature", "1.5", "--top-k", "0", "--top-p", "0.95", "--max-new-tokens", "16")
-        return tandem.predict("--checkpoint", checkpoints.float, "--prompts-file", path, "--workers", workers, *options)
+        return tandem.predict(
+            "--checkpoint", checkpoints.float, "--prompts-file", path, "--workers", workers, "--threads-per-rank", "1", *options
+        )
 
     one, two, other = sample(lines, "7", "1"), sample(objects, "7", "2"), sample(lines, "8", "1")
     assert [record["prompt"] for record in one.records] == prompts
@@ -190,6 +193,16 @@ def test_a_sequence_ends_with_the_end_token_unless_told_to_go_on(tandem: "Tandem
     assert (stopped["token_ids"], stopped["finish_reason"]) == (usual[:first], "eos")
     (went_on,) = tandem.predict(*arguments, "--ignore-eos").records
     assert (went_on["token_ids"], went_on["finish_reason"]) == (usual[:12], "length")
+
+
+@pytest.mark.xfail(reason="eos_token_id of the YAML is accepted and then not used", strict=True)
+def test_the_end_token_of_the_yaml_goes_over_that_of_the_checkpoint(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
+    usual = _get_run(tandem, checkpoints, "float, 1 rank").records[0]["token_ids"]
+    config = tmp_path / "eos.yaml"
+    config.write_text(checkpoints.config.read_text().replace("    do_sample:", f"    eos_token_id: {usual[4]}\n    do_sample:"))
+    options = ("--workers", "1", "--threads-per-rank", "1", "--prompt", DEFAULT_PROMPTS[0], "--max-new-tokens", "12")
+    (record,) = tandem.predict("--config", config, "--checkpoint", checkpoints.float, *options).records
+    assert (record["token_ids"], record["finish_reason"]) == (usual[: usual.index(usual[4]) + 1], "eos")
 
 
 def _count_cores() -> int:

@@ -1,5 +1,6 @@
 """Generation: every prompt of a batch goes on as it would alone, and ends where it has to."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def ask(prompts: tuple[tuple[int, ...], ...], **options: Any) -> list[Request]:
     return [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 2, 16])
+@pytest.mark.parametrize("max_batch_size", [2, 16])
 def test_ragged_prompts_in_a_batch_go_on_as_each_alone(model: LlamaForCausalLM, max_batch_size: int) -> None:
     found, events = run(model, ask(PROMPTS), max_batch_size)
     assert found == [decode_plainly(model, prompt, 12) for prompt in PROMPTS]
@@ -87,12 +88,9 @@ def test_an_end_of_sequence_id_ends_its_sequence_only_unless_it_is_ignored(
 ) -> None:
     plain, _ = run(model, ask(PROMPTS))
     end = plain[0][4]
-    object.__setattr__(model.config, "eos_token_ids", (end, 96))
-    try:
-        found, events = run(model, ask(PROMPTS, ignore_eos=False))
-        ignored, _ = run(model, ask(PROMPTS))
-    finally:
-        object.__setattr__(model.config, "eos_token_ids", (2,))
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eos_token_ids=(end, 96)))
+    found, events = run(model, ask(PROMPTS, ignore_eos=False))
+    ignored, _ = run(model, ask(PROMPTS))
     assert ignored == plain
     for index, tokens in enumerate(plain):
         ends = [place for place, token in enumerate(tokens) if token in (end, 96)]
@@ -131,7 +129,8 @@ def test_the_engine_counts_what_it_has_done(model: LlamaForCausalLM) -> None:
     list(generate(engine, ask(PROMPTS, max_new_tokens=4)))
     assert engine.times.prefill_tokens == sum(map(len, PROMPTS))
     assert engine.times.decode_tokens == 3 * len(PROMPTS)
-    assert 0 < engine.times.first_token_seconds <= engine.times.prefill_seconds and engine.times.decode_seconds > 0
+    assert engine.times.first_token_seconds == pytest.approx(engine.times.prefill_seconds, rel=0.1)  # there is one prefill
+    assert engine.times.first_token_seconds > 0 and engine.times.decode_seconds > 0
 
 
 @pytest.mark.parametrize(
