@@ -138,7 +138,7 @@ def quantize(
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
     approach: Annotated[
-        str, typer.Option("--approach", "-a", "-q", help="rtn-a16w8: int8 weights, round to nearest, one scale an output row.")
+        str, typer.Option("--approach", "-a", "-q", help="Required. rtn-a16w8: int8 weights, round to nearest, one scale an output row.")
     ] = "",
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: output/<approach>_ckpt.")] = None,
     overwrite: OverwriteOption = False,
@@ -176,7 +176,7 @@ def reshard(
     run(source, target, workers, overwrite=overwrite)
 
 
-@app.command()
+@app.command(epilog="Example: tandem env --json")
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False) -> None:
     """Tell which launch environment was detected, and from which variables."""
     from dataclasses import asdict

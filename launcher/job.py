@@ -22,6 +22,10 @@ class Job:
     """Ranks."""
     context_tokens: int
     """Longest sequence."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a sequence."""
+    pad_token_id: int | None
+    """Id that fills rows; MindFormers' repetition penalty counts it."""
     dtype: str
     """Compute type: float32, bfloat16 or float16."""
     device: str
@@ -46,7 +50,8 @@ class Job:
         """The inverse of `to_json`."""
         raw: dict[str, Any] = json.loads(text)
         requests = tuple(Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"])) for r in raw.pop("requests"))
-        return cls(**raw, requests=requests)
+        eos_token_ids = tuple(raw.pop("eos_token_ids"))
+        return cls(**raw, eos_token_ids=eos_token_ids, requests=requests)
 
     @property
     def path(self) -> Path:

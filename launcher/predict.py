@@ -153,7 +153,7 @@ def plan_job(
     options: PredictOptions, settings: Settings, opened: OpenedModel, tokenizer: Tokenizer, prompts: list[str], world_size: int
 ) -> Job:
     """Fill in every decision. Options go over the YAML, the YAML over defaults. Raises InputError."""
-    own, sampling = settings.tandem, settings.sampling
+    own, sampling, said_ids = settings.tandem, settings.sampling, settings.model_values
     context = min(opened.config.max_position_embeddings, settings.seq_length or opened.config.max_position_embeddings)
     prompt_ids = [tuple(tokenizer.encode(prompt)) for prompt in prompts]
     lengths = plan_lengths(options, settings, [len(ids) for ids in prompt_ids], context)
@@ -179,6 +179,9 @@ def plan_job(
         checkpoint=str(opened.source.path.absolute()),
         world_size=world_size,
         context_tokens=context,
+        # Ids that the YAML names go over the checkpoint's, as in MindFormers.
+        eos_token_ids=(said_ids["eos_token_id"],) if "eos_token_id" in said_ids else opened.config.eos_token_ids,
+        pad_token_id=said_ids.get("pad_token_id", opened.config.pad_token_id),
         dtype=_one_of("dtype", _first(options.dtype, own.dtype, settings.compute_dtype, opened.config.dtype), tuple(DTYPES)),
         device=_choose_device(_one_of("device", _first(options.device, own.device, "auto"), DEVICES)),
         collectives=_one_of("collectives", _first(options.collectives, own.collectives, "auto"), COLLECTIVES),

@@ -37,7 +37,12 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
     device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, local_rank)
     collectives = connect(job, rank, local_world_size, store)
     source = open_checkpoint(job.path)
-    config = replace(build_config(source.config), max_position_embeddings=job.context_tokens)
+    config = replace(
+        build_config(source.config),
+        max_position_embeddings=job.context_tokens,
+        eos_token_ids=job.eos_token_ids,
+        pad_token_id=job.pad_token_id,
+    )
     model = LlamaForCausalLM(config, read_scheme(source.config), collectives, dtype=job.dtype, device=device, num_threads=threads)
 
     def report(done: int, total: int) -> None:

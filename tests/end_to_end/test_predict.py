@@ -195,7 +195,6 @@ def test_a_sequence_ends_with_the_end_token_unless_told_to_go_on(tandem: "Tandem
     assert (went_on["token_ids"], went_on["finish_reason"]) == (usual[:12], "length")
 
 
-@pytest.mark.xfail(reason="eos_token_id of the YAML is accepted and then not used", strict=True)
 def test_the_end_token_of_the_yaml_goes_over_that_of_the_checkpoint(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
     usual = _get_run(tandem, checkpoints, "float, 1 rank").records[0]["token_ids"]
     config = tmp_path / "eos.yaml"
