@@ -116,6 +116,14 @@ def test_of_equal_logits_the_lowest_id_wins(sizes: list[int], sample_split: Call
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_of_equal_logits_the_lowest_ids_are_the_candidates(
+    sizes: list[int], sample_split: Callable[..., list[tuple[int, float | None]]]
+) -> None:
+    found = sample_split(torch.zeros((90, VOCAB)), lambda: [start_state(seed, do_sample=True, top_k=30) for seed in range(90)], sizes)
+    assert max(token for token, _ in found) < 30 and len(set(found)) > 20
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_log_probabilities_are_those_of_the_raw_logits(
     do_sample: bool, sizes: list[int], sample_split: Callable[..., list[tuple[int, float | None]]]
