@@ -69,7 +69,9 @@ class AutoModel:
         """
         prompts = self._strip_padding(input_ids)
         longest = max(map(len, prompts))
-        limit = longest + max_new_tokens if max_new_tokens is not None else max_length or MAX_LENGTH
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}, but has to be at least 1")
+        limit = longest + max_new_tokens if max_new_tokens is not None else MAX_LENGTH if max_length is None else max_length
         limit = min(limit, self.config.max_position_embeddings)
         if limit <= longest:
             raise RequestError(f"max_length is {limit}, but the longest prompt has {longest} tokens; set a larger max_length")

@@ -175,9 +175,11 @@ def check_request(request: Request, context_tokens: int, vocab_size: int) -> Non
             f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
             f"but the model's context is {context_tokens}"
         )
-    worst = max(request.prompt_ids)
-    if worst >= vocab_size or min(request.prompt_ids) < 0:
-        raise RequestError(f"prompt {request.index} has id {worst}, but the vocabulary has {vocab_size}: is it another model's tokenizer?")
+    unknown = next((i for i in request.prompt_ids if not 0 <= i < vocab_size), None)
+    if unknown is not None:
+        raise RequestError(
+            f"prompt {request.index} has id {unknown}, but the vocabulary has {vocab_size}: is it another model's tokenizer?"
+        )
 
 
 def _group_prompts(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:

@@ -53,9 +53,12 @@ class RankFiles:
                     found = "no such tensor" if stored is None else f"shape {list(stored.info.shape)}"
                     raise CheckpointError(f"{path / file} holds {found} under {name}, but {LAYOUT_FILE} says {list(wanted)}")
                 parts.append(stored.stored_rows(path / file, start))
-                dtype = stored.info.dtype
+            dtypes = {part.dtype for part in parts}
+            if len(dtypes) > 1:
+                found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                raise CheckpointError(f"{path}: {name} is stored as {found} in different rank files; write them again with tandem reshard")
             self._parts[name] = parts
-            self.tensors[name] = TensorInfo(shape, dtype)
+            self.tensors[name] = TensorInfo(shape, dtypes.pop())
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, from the file that holds all of them if there is one."""

@@ -38,6 +38,7 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
     kinds = {found.dtype for found in tensors.values() if found.dtype in FLOAT_DTYPES}
     config = dict(source.config)
     if len(kinds) == 1:
+        config.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
         config["torch_dtype"] = str(kinds.pop()).removeprefix("torch.")
     _write(source, target, config, tensors, read, [(name, (name,)) for name in tensors], on_progress)
 

@@ -6,6 +6,7 @@ The safetensors library maps files and writes only what is whole in memory; a ra
 
 import hashlib
 import json
+import operator
 import os
 import struct
 from collections.abc import Mapping
@@ -68,16 +69,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} cannot be read as safetensors: its header is a {type(header).__name__}, not an object")
     tensors, start = {}, 8 + length
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+            begin, end = operator.index(begin), operator.index(end)
             info = TensorInfo(tuple(entry["shape"]), _DTYPES[dtype])
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {entry}") from None
-        if end - begin != info.num_bytes:
+        if begin < 0 or end - begin != info.num_bytes:
             raise CheckpointError(
                 f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}"
             )

@@ -143,12 +143,7 @@ def test_progress_goes_up_to_all_tensors(tmp_path: Path, tiny_llama: Callable[[s
     assert steps == [(done, total) for done in range(1, total + 1)]
 
 
-STALE_DTYPE = pytest.mark.xfail(reason="convert writes torch_dtype and leaves the old dtype, which wins", raises=AssertionError)
-
-
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float16", marks=STALE_DTYPE), pytest.param("bfloat16", marks=STALE_DTYPE), "float32", None]
-)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", None])
 def test_a_converted_folder_holds_every_tensor_in_the_type_asked_for(
     dtype: str | None, tmp_path: Path, tiny_llama: Callable[[str], Path]
 ) -> None:
