@@ -4,7 +4,6 @@ Turns ids into text; knows nothing of models. Results go to standard output, eve
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from launcher.job import Job
+from launcher.whole_file import write_whole
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
 
 
@@ -90,12 +90,12 @@ class RunConsole:
     def write(self, output: Path | None, stats: Path | None, restarts: int) -> None:
         """Write JSONL results and stats, each whole or not at all, and tell the speed."""
         if output is not None:
-            _write_whole(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records()))
+            write_whole(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records()))
         if self.stats is None:
             return
         self.stats["restarts"] = restarts
         if stats is not None:
-            _write_whole(stats, json.dumps(self.stats, indent=2) + "\n")
+            write_whole(stats, json.dumps(self.stats, indent=2) + "\n")
         s = self.stats
         print(
             f"decode {s['decode_tokens_per_second']:.1f} tokens/s, prefill {s['prefill_tokens_per_second']:.1f} tokens/s, "
@@ -121,9 +121,8 @@ class RunConsole:
 
     def _print_result(self, index: int) -> None:
         text = self._prompts[index] + self._continuation(index)
-        if self._live is not None and sys.stdout.isatty():
-            self._live.console.file.flush()
-            self._stop_live()
+        if sys.stdout.isatty():
+            self._stop_live()  # a result must not land among the live lines
         print(f"'text_generation_text': {[text]}", flush=True)
 
     def _continuation(self, index: int) -> str:
@@ -157,13 +156,3 @@ class RunConsole:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -86,7 +86,7 @@ def predict(options: PredictOptions) -> None:
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
-    opened = open_model(_choose(options.checkpoint, settings.load_checkpoint, "no checkpoint: give --checkpoint"), settings)
+    opened = open_model(find_checkpoint(options.checkpoint, settings), settings)
     opened.config.layout().check(world_size)
     tokenizer = read_tokenizer(Path(settings.vocab_file) if settings.vocab_file else _tokenizer_path(opened.source))
     prompts = read_prompts(options)
@@ -109,12 +109,20 @@ def predict(options: PredictOptions) -> None:
         console.write(options.output, options.stats, restarts)
 
 
-def open_model(path: str | Path, settings: Settings, *, quantized: bool = True) -> OpenedModel:
+def find_checkpoint(option: Path | None, settings: Settings) -> Path:
+    """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
+    path = option or settings.load_checkpoint
+    if not path:
+        raise ConfigError("no checkpoint: give --checkpoint")
+    return Path(path)
+
+
+def open_model(path: Path, settings: Settings, *, quantized: bool = True) -> OpenedModel:
     """Open a checkpoint and hold it against its own config.json and the YAML. Raises InputError.
 
     `quantized`: whether the YAML's quantization_config describes this checkpoint, and not one still to be made.
     """
-    source = open_checkpoint(Path(path))
+    source = open_checkpoint(path)
     config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
     wanted = settings.quantization if quantized else None
@@ -262,14 +270,6 @@ def _read_prompt(line: str, path: Path, number: int) -> str:
 
 def _tokenizer_path(source: CheckpointSource) -> Path:
     return source.tokenizer_path() or source.path
-
-
-def _choose(*values: Any) -> Any:
-    """The first that is there; the last is the message when none is."""
-    found = next((value for value in values[:-1] if value), None)
-    if found is None:
-        raise ConfigError(values[-1])
-    return found
 
 
 def _first(*values: Any) -> Any:

@@ -32,7 +32,7 @@ _SECONDS_FOR_THE_CULPRIT = 3.0
 
 def waiting_file(attempt: int, rank: int) -> str:
     """Where a rank that another one's failure ends leaves the name of the operation that it was in."""
-    return f"waiting_{attempt}_{rank}.json"
+    return f"waiting_{attempt}_{rank}"
 
 
 def join_store(environment: LaunchEnvironment, timeout_seconds: float) -> Store | None:

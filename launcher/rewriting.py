@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from launcher.console import WorkProgress
-from launcher.predict import open_model
+from launcher.predict import find_checkpoint, open_model
 from launcher.settings import default_settings, read_settings
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.rank_files import write_rank_files
@@ -26,12 +26,9 @@ def quantize(config: Path | None, checkpoint: Path | None, approach: str, output
     if approach not in APPROACHES:
         raise ConfigError(f"the approach {approach!r} is unknown; there is {', '.join(APPROACHES)} (option -a)")
     settings = read_settings(config) if config else default_settings()
-    path = checkpoint or settings.load_checkpoint
-    if not path:
-        raise ConfigError("no checkpoint: give --checkpoint")
     target = output or Path("output") / f"{approach}_ckpt"
     # The YAML says what the result shall be; the source is float still.
-    opened = open_model(path, settings, quantized=False)
+    opened = open_model(find_checkpoint(checkpoint, settings), settings, quantized=False)
     check_target(target, overwrite=overwrite)
     words = settings.quantization.modules_to_not_convert if settings.quantization else DEFAULT_NOT_CONVERTED
     started = time.perf_counter()

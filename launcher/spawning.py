@@ -5,7 +5,6 @@ The agent starts, watches, restarts and ends processes; this file gives it the j
 
 import json
 import logging
-import shlex
 import sys
 import tempfile
 import threading
@@ -78,7 +77,7 @@ def spawn_ranks(
             receiver = _Receiver(listener, on_event)
             receiver.start()
             try:
-                elastic_launch(config, sys.executable)("-m", "launcher.rank_process", shlex.quote(name) if " " in name else name)
+                elastic_launch(config, sys.executable)("-m", "launcher.rank_process", name)
             except ChildFailedError as error:
                 raise RanksFailedError(build_verdict(error.failures, job.world_size, folder, log_dir, logs.restarts)) from None
             except SignalException as error:

@@ -4,7 +4,6 @@ Knows what the elastic agent and the ranks left behind; starts and ends nothing.
 """
 
 import json
-import os
 import signal
 import socket
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launcher.rank_process import waiting_file
+from launcher.whole_file import write_whole
 
 VERDICT_FILE = "verdict.json"
 _TAIL_LINES = 12
@@ -56,9 +56,7 @@ class Verdict:
 
     def write(self, log_dir: Path) -> None:
         """Leave verdict.json in the log folder."""
-        temporary = log_dir / f".{VERDICT_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        temporary.rename(log_dir / VERDICT_FILE)
+        write_whole(log_dir / VERDICT_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def build_verdict(failures: Mapping[int, ProcessFailure], world_size: int, folder: Path, log_dir: Path, restarts: int) -> Verdict:
