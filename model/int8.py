@@ -1,7 +1,7 @@
-"""int8 weights times unquantized activations, exactly: the activation goes in as two int8 slices.
+"""int8 weights times activations: integers as they are, or floats, which go in as two int8 slices.
 
     s = max|x| / 127 (one a row);  a = x / s;  hi = round(a);  lo = round((a - hi) * 254)
-    y = (Q(hi) + Q(lo) / 254) * s          Q: the integer product times the weight's scale
+    y = (Q(hi) + Q(lo) / 254) * s          Q: the integer product times the weight's scale, summed over the groups of columns
 
 Q accumulates integers, so its result does not depend on threads, on the rows beside it, on the ranks, or on which
 kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no layers, no files.
@@ -9,7 +9,7 @@ kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no 
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 _EXACT_COLUMNS = 1024
-"""127 * 128 * 1024 < 2**24: an integer product this long is exact in float32, in any order."""
+"""128 * 128 * 1024 = 2**24: an integer product this long is exact in float32, in any order."""
 _PLAIN_ROWS = 256
 """Weight rows that the plain kernel turns to float at a time."""
 
@@ -34,18 +34,41 @@ class Int8Kernel:
     """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer product, rounded, times the scale."""
 
 
-def two_slice_linear(x: torch.Tensor, packed: Any, kernel: Int8Kernel) -> torch.Tensor:
-    """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows]."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns [start, stop) of a weight whose rows have one scale each there."""
+
+    start: int
+    """First column."""
+    stop: int
+    """One past the last column."""
+    packed: Any
+    """What the kernel made of them."""
+
+
+def two_slice_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, order: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows].
+
+    `order`: the column of x that stands first, second, … in the parts; None: as they are.
+    """
     rows = x.shape[0]
     scale = x.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(1e-30)
     # Both slices are made in place: on small matrices, every operator less is felt.
     slices = torch.empty((2 * rows, x.shape[1]), dtype=torch.float32, device=x.device)
     high, low = slices[:rows], slices[rows:]
-    scaled = x / scale
+    scaled = x / scale if order is None else x[:, order] / scale
     torch.round(scaled, out=high)
     torch.sub(scaled, high, out=low).mul_(254).round_()
-    product = kernel.multiply(slices, packed)
+    product = one_slice_linear(slices, parts[0], kernel)
+    for part in parts[1:]:
+        product += one_slice_linear(slices, part, kernel)
     return product[rows:].div_(254).add_(product[:rows]).mul_(scale)
+
+
+def one_slice_linear(integers: torch.Tensor, part: Part, kernel: Int8Kernel) -> torch.Tensor:
+    """integers from -128 to 127 as float32 [rows, columns of the whole weight] times one part of it: float32 [rows, weight rows]."""
+    inside = integers if part.stop - part.start == integers.shape[1] else integers[:, part.start : part.stop].contiguous()
+    return kernel.multiply(inside, part.packed)
 
 
 def _pack_plain(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,13 +7,11 @@ Knows tensors and local sizes; no ranks, no names, no files.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.int8 import Int8Kernel, two_slice_linear
 from parallel.layout import TILE_ROWS
 
 _ROW_TILE = {torch.float32: 8, torch.bfloat16: 16}
@@ -102,27 +100,6 @@ class ColumnParallelLinear(nn.Module):
         """[rows, in_features] to [rows, local rows of all blocks]."""
         out = float_linear(x, self.weight)
         return out if self._index is None else out[:, self._index]
-
-
-class Int8ColumnParallelLinear(nn.Module):
-    """The same with int8 weights and one scale an output row; activations stay unquantized (A16W8)."""
-
-    def __init__(self, in_features: int, blocks: Sequence[RowBlock], kernel: Int8Kernel) -> None:
-        super().__init__()
-        self.in_features, self.blocks, self.kernel = in_features, tuple(blocks), kernel
-        self._packed: Any = None
-        self.weight_bytes = sum(block.num_rows for block in blocks) * (in_features + 4)
-        """int8 weights and float32 scales."""
-
-    def assign(self, weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> None:
-        """Take the local int8 rows and their scales [block rows] of every block, and pack them for the kernel."""
-        whole = _join(weights, self.blocks, self.in_features).to(device)
-        scale = torch.cat([part.reshape(-1).float() for part in scales]).to(device)
-        self._packed = self.kernel.pack(whole, scale)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in_features] to [rows, local rows of all blocks], in the type of x."""
-        return two_slice_linear(x, self._packed, self.kernel).to(x.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):

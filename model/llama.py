@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import Attention, KeyValueCache
+from model.attention import Attention, Cache, KeyValueCache
 from model.config import DTYPES, LlamaConfig
-from model.int8 import choose_int8_kernel
-from model.linear import ColumnParallelLinear, Int8ColumnParallelLinear, RowBlock, VocabParallelEmbedding
+from model.linear import RowBlock, VocabParallelEmbedding
+from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.rotary import Rotary, rotate
 from model.scheme import Scheme
 from parallel.collectives import Collectives
@@ -27,7 +27,7 @@ from parallel.layout import plan_heads
 class Span:
     """New tokens of one sequence."""
 
-    cache: KeyValueCache
+    cache: Cache
     """What the sequence has so far; `forward` extends it."""
     ids: Sequence[int]
     """The new tokens."""
@@ -90,10 +90,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
 
         def linear(in_features: int, names: Sequence[str], blocks: Sequence[RowBlock]) -> nn.Module:
-            # Fused layers are int8 together or not at all: a mixed one would need two products anyway.
-            if all(scheme.is_quantized(f"{prefix}.{name}") for name in names):
-                return Int8ColumnParallelLinear(in_features, blocks, choose_int8_kernel(device.type))
-            return ColumnParallelLinear(in_features, blocks, dtype)
+            return build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, device)
 
         self.shares, self.head_dim = shares, config.head_dim
         key_value = shares.block("key_value", "head")
@@ -104,6 +101,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.gate_up_proj = linear(config.hidden_size, GATE_UP, (shares.block("intermediate"), shares.block("intermediate")))
         self.down_proj = linear(config.intermediate_size, DOWN_PROJ, (shares.block("hidden"),))
+        self.cache_scales: torch.Tensor | None = None
+
+    def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
+        """Take the scales of an int8 cache: [1], or one for each row of the key and value projections that is here."""
+        scales = torch.stack((keys, values)).float().expand(2, self.shares.key_value)
+        self.cache_scales = scales.reshape(2, -1, 1, self.head_dim).to(device)
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -133,30 +136,27 @@ class LlamaForCausalLM(nn.Module):
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads)
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, f"model.layers.{i}", scheme, shares, self.dtype, device) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype)
         self.lm_head: nn.Module = self.embed_tokens.rows
         if not config.tie_word_embeddings:
-            int8 = scheme.is_quantized("lm_head")
-            blocks = (shares.block("vocab"),)
-            self.lm_head = (
-                Int8ColumnParallelLinear(config.hidden_size, blocks, choose_int8_kernel(device.type))
-                if int8
-                else ColumnParallelLinear(config.hidden_size, blocks, self.dtype)
-            )
+            self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, device)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank keeps."""
         floats = sum(tensor.nbytes for tensor in self.parameters())
-        return floats + sum(layer.weight_bytes for layer in self.modules() if isinstance(layer, Int8ColumnParallelLinear))
+        return floats + sum(layer.weight_bytes for layer in self.modules() if isinstance(layer, QuantizedColumnParallelLinear))
+
+    def build_layer(self, index: int) -> DecoderLayer:
+        """A decoder layer without weights."""
+        return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.device)
 
     def build_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         config, shares = self.config, self.shares
-        return KeyValueCache(config.num_hidden_layers, shares.num_kv_heads, capacity, config.head_dim, self.dtype, self.device)
+        sizes = (config.num_hidden_layers, shares.num_kv_heads, capacity, config.head_dim)
+        return KeyValueCache(*sizes, self.dtype, self.device, self.scheme.kv_cache)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -165,20 +165,30 @@ class LlamaForCausalLM(nn.Module):
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         cos, sin = self.rotary.angles(positions, self.device)
         hidden = self._embed(ids)
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            hidden = hidden + self._attend(layer, index, layer.input_layernorm(hidden), spans, cos, sin)
-            hidden = hidden + self._feed_forward(layer, layer.post_attention_layernorm(hidden))
+        for index in range(len(self.layers)):
+            hidden = self._run_layer(index, hidden, spans, cos, sin)
         for span in spans:
             span.cache.length += len(span.ids)
         normed: torch.Tensor = self.norm(hidden)
         return normed
 
     @torch.inference_mode()
+    def run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        """One layer alone: hidden states [T, H] of the new tokens of all spans to those behind the layer."""
+        positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
+        return self._run_layer(index, hidden, spans, *self.rotary.angles(positions, self.device))
+
+    @torch.inference_mode()
     def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits [rows, vocab_local] of this rank's part of the vocabulary, for hidden states [rows, H]."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits.float()
+
+    def _run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span], cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        hidden = hidden + self._attend(layer, index, layer.input_layernorm(hidden), spans, cos, sin)
+        return hidden + self._feed_forward(layer, layer.post_attention_layernorm(hidden))
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, H]: every rank looks up all ids in its own rows; of each id, the owner's row counts."""
@@ -203,7 +213,7 @@ class LlamaForCausalLM(nn.Module):
         parts, first = [], 0
         for span in spans:
             rows = slice(first, first + len(span.ids))
-            all_keys, all_values = span.cache.append(index, keys[rows], values[rows])
+            all_keys, all_values = span.cache.append(index, keys[rows], values[rows], layer.cache_scales)
             parts.append(self.attention(query[rows], all_keys, all_values))
             first += len(span.ids)
         local = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,9 +10,9 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
-from model.linear import Int8ColumnParallelLinear
 from model.llama import FUSED, DecoderLayer, LlamaForCausalLM
-from model.scheme import Scheme, unpack_int8
+from model.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
+from model.scheme import Scheme, unpack_integers
 from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
@@ -37,51 +37,107 @@ def load_model(
     another shape or type, and when a file is short.
     """
     check_checkpoint(source, model.config, model.scheme)
-    specs = plan_weights(model.config, model.scheme)
-    shares, device, reader = model.shares, model.device, FileReader()
+    loader = ModelLoader(model, source)
+    total = len(model.layers) + 1
+    # The largest tensor first: what it takes on the way is free again for the layers.
+    loader.load_embedding()
+    for index in range(len(model.layers)):
+        loader.load_layer(index)
+        on_progress(index + 1, total)
+    loader.load_head()
+    on_progress(total, total)
+    loader.reader.close()
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, left
+    return loader.reader.read_bytes
 
-    def read(name: str) -> torch.Tensor:
-        return source.read_rows(reader, name, *specs[name].rows(shares.rank, shares.world_size))
 
-    def read_float(name: str) -> torch.Tensor:
+class ModelLoader:
+    """Reads this rank's rows of one checkpoint, and gives them to the layers of one model."""
+
+    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource) -> None:
+        self.reader = FileReader()
+        self._model, self._source = model, source
+        self._specs = plan_weights(model.config, model.scheme)
+        self._rank, self._world_size = model.shares.rank, model.shares.world_size
+
+    def load_embedding(self) -> None:
+        """The vocabulary rows, which a tied head shares."""
+        self._model.embed_tokens.assign(self._read_float("model.embed_tokens.weight"), self._model.device)
+
+    def load_layer(self, index: int) -> None:
+        """One decoder layer."""
+        layer, prefix = self._model.layers[index], f"model.layers.{index}"
+        assert isinstance(layer, DecoderLayer)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            getattr(layer, norm).assign(self.read(f"{prefix}.{norm}.weight"), self._model.device)
+        for attribute, names in FUSED.items():
+            self._fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
+        if f"{prefix}.self_attn.k_scale" in self._specs:
+            scales = [self.read(f"{prefix}.self_attn.{name}") for name in ("k_scale", "v_scale")]
+            layer.assign_cache_scales(scales[0], scales[1], self._model.device)
+
+    def load_head(self) -> None:
+        """The last norm, and the output head where it is not the embedding."""
+        self._model.norm.assign(self.read("model.norm.weight"), self._model.device)
+        if not self._model.config.tie_word_embeddings:
+            self._fill(self._model.lm_head, ["lm_head"])
+
+    def read(self, name: str) -> torch.Tensor:
+        """This rank's rows of a tensor, as they are stored."""
+        return self._source.read_rows(self.reader, name, *self._specs[name].rows(self._rank, self._world_size))
+
+    def _fill(self, module: nn.Module, names: Sequence[str]) -> None:
+        device = self._model.device
+        if isinstance(module, SeparateLinears):
+            for linear, name in zip(module.linears, names, strict=True):
+                self._fill(linear, [name])
+        elif isinstance(module, QuantizedColumnParallelLinear):
+            module.assign([self._read_quantized(name, module) for name in names], device)
+        else:
+            module.assign([self._read_float(f"{name}.weight") for name in names], device)  # type: ignore[operator]
+
+    def _read_quantized(self, name: str, module: QuantizedColumnParallelLinear) -> StoredLinear:
+        scheme, columns = module.scheme, module.in_features
+        weight = unpack_integers(self.read(f"{name}.weight_packed"), scheme.bits, columns) if scheme.packed else self.read(f"{name}.weight")
+        scale = self.read(f"{name}.weight_scale").float()
+        group_index = self.read(f"{name}.weight_g_idx") if scheme.act_order else None
+        if not scheme.symmetric:
+            self._take_off_zero_points(name, scheme.bits, weight, scheme.group_size or columns, group_index)
+        return StoredLinear(
+            weight=weight,
+            scale=scale,
+            group_index=group_index,
+            input_scale=float(self.read(f"{name}.input_scale")) if scheme.activation == "tensor" else 1.0,
+            input_zero_point=int(self.read(f"{name}.input_zero_point")) if f"{name}.input_zero_point" in self._specs else 0,
+            smooth_scale=self.read(f"{name}.smooth_scale") if scheme.smooth else None,
+        )
+
+    def _take_off_zero_points(self, name: str, bits: int, weight: torch.Tensor, group: int, index: torch.Tensor | None) -> None:
+        """Subtract the zero points from 4-bit weights in place: what is left fits 8 bits."""
+        spec, per_word = self._specs[f"{name}.weight_zero_point"], 32 // bits
+        first_word, end_word = spec.rows(self._rank, self._world_size)
+        first_row, _ = self._specs[f"{name}.weight_packed"].rows(self._rank, self._world_size)
+        packed = self.read(f"{name}.weight_zero_point")
+        zero_points = unpack_integers(packed.T, bits, (end_word - first_word) * per_word).T
+        skip = first_row - first_word * per_word
+        mine = zero_points[skip : skip + weight.shape[0]]
+        if index is None:
+            weight -= mine.repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        else:
+            weight -= mine[:, index.long()]
+
+    def _read_float(self, name: str) -> torch.Tensor:
         """In the compute type; a large tensor of another type in parts, so that it is not in memory twice."""
-        start, stop = specs[name].rows(shares.rank, shares.world_size)
+        dtype, source = self._model.dtype, self._source
+        start, stop = self._specs[name].rows(self._rank, self._world_size)
         info = source.tensors[name]
         row_bytes = info.num_bytes // info.shape[0]
-        if info.dtype == model.dtype or (stop - start) * row_bytes <= 2 * _PART_BYTES:
-            return read(name).to(model.dtype)
-        out = torch.empty((stop - start, *info.shape[1:]), dtype=model.dtype)
+        if info.dtype == dtype or (stop - start) * row_bytes <= 2 * _PART_BYTES:
+            return self.read(name).to(dtype)
+        out = torch.empty((stop - start, *info.shape[1:]), dtype=dtype)
         step = max(1, _PART_BYTES // row_bytes)
         for first in range(start, stop, step):
             end = min(first + step, stop)
-            out[first - start : end - start] = source.read_rows(reader, name, first, end)
+            out[first - start : end - start] = source.read_rows(self.reader, name, first, end)
         return out
-
-    def fill(module: nn.Module, names: Sequence[str]) -> None:
-        if isinstance(module, Int8ColumnParallelLinear):
-            weights = [unpack_int8(read(f"{name}.weight_packed"), module.in_features) for name in names]
-            module.assign(weights, [read(f"{name}.weight_scale") for name in names], device)
-        elif any(f"{name}.weight_packed" in specs for name in names):
-            raise CheckpointError(f"{', '.join(names)} run as one product and must be quantized together, or all be in 'ignore'")
-        else:
-            module.assign([read_float(f"{name}.weight") for name in names], device)  # type: ignore[operator]
-
-    total = len(model.layers) + 1
-    # The largest tensor first: what it takes on the way is free again for the layers.
-    model.embed_tokens.assign(read_float("model.embed_tokens.weight"), device)
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, DecoderLayer)
-        prefix = f"model.layers.{index}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, norm).assign(read(f"{prefix}.{norm}.weight"), device)
-        for attribute, names in FUSED.items():
-            fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
-        on_progress(index + 1, total)
-    model.norm.assign(read("model.norm.weight"), device)
-    if not model.config.tie_word_embeddings:
-        fill(model.lm_head, ["lm_head"])
-    on_progress(total, total)
-    reader.close()
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, left
-    return reader.read_bytes

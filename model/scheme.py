@@ -1,9 +1,26 @@
-"""How the weights of a checkpoint are stored: float, or int8 with a scale for each output row (A16W8).
+"""How the weights of a checkpoint are stored: float, or integers with scales; and what runs as int8 beside them.
 
-Reads and writes the `quantization_config` of config.json in compressed-tensors' form, and its packed int8 layout.
+Reads and writes the `quantization_config` of config.json in compressed-tensors' form, widened where that has no word for
+what Golden Stick does: formats `smooth-…` (a divisor for each input channel of each linear) and int8 key-value caches
+with a scale for each channel. Every reader gives these names, whatever its format calls them. X is a linear:
+
+    X.weight             int8 [rows, columns]                      format int-quantized
+    X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see `pack_integers`
+    X.weight_shape       int64 [2]                                 pack-quantized only
+    X.weight_scale       float [rows, groups]; one group where there is no group_size
+    X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, not symmetric; packed along the rows
+    X.weight_g_idx       int32 [columns]                           group of each column, act-order only
+    X.input_scale        float [1]                                 static activations
+    X.input_zero_point   int8 [1]                                  static activations, not symmetric
+    X.smooth_scale       float [columns]                           formats smooth-…: inputs are divided by it
+    A.k_scale, A.v_scale float [1] or [key-value rows]             static int8 cache; A is the layer's self_attn
+
+    weight = (integer - zero point) * scale;   input = round(x / (smooth * input_scale) + zero point)
+
 Knows no files and no ranks.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +29,83 @@ import torch
 
 from parallel.errors import ConfigError
 
+SMOOTH = "smooth-"
+"""Prefix of the formats that carry smooth scales. No other program reads these, and none loads them by mistake."""
+_FORMATS = {"pack-quantized": True, "int-quantized": False}
+"""Format: whether integers are packed into words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScheme:
+    """How the quantized linears of a checkpoint are stored and multiplied."""
+
+    bits: int = 8
+    """Of a weight: 4 or 8."""
+    group_size: int | None = None
+    """Columns that share a scale; None: the whole row."""
+    symmetric: bool = True
+    """Zero points of the weights are 0 and not stored."""
+    packed: bool = True
+    """Integers are stored in int32 words."""
+    act_order: bool = False
+    """Columns of a group lie anywhere: `weight_g_idx` says which."""
+    activation: str | None = None
+    """None: floats; "token": int8 with the scale of each row; "tensor": int8 with a stored scale."""
+    activation_symmetric: bool = True
+    """Zero points of static activations are 0 and not stored."""
+    smooth: bool = False
+    """Inputs are divided by a stored vector first."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"quantization_config: weights of {self.bits} bits are not supported; there are 4 and 8")
+        if self.activation is not None and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
+        if not self.packed and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ConfigError("quantization_config: format int-quantized needs symmetric 8-bit weights with one scale an output row")
+        if self.bits == 8 and not self.symmetric:
+            raise ConfigError("quantization_config: 8-bit weights with zero points are not supported; symmetric ones are")
+
+    def num_groups(self, columns: int) -> int:
+        """Scales of one row."""
+        return 1 if self.group_size is None else -(-columns // self.group_size)
+
+    @property
+    def name(self) -> str:
+        """A activations, W weights, each with its bits; as it stands in the stats."""
+        if self.activation is None:
+            words = "rtn-a16w8" if self.bits == 8 and self.group_size is None else f"a16w{self.bits}"
+        else:
+            words = f"a8w8-{'dynamic' if self.activation == 'token' else 'static'}"
+        return words + ("-smooth" if self.smooth else "") + (f"-g{self.group_size}" if self.group_size else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What the linears of a checkpoint are stored as."""
+    """What a checkpoint stores as integers, and whether its key-value cache is int8."""
 
-    name: str = "none"
-    """"none" or "rtn-a16w8": shown in the stats."""
+    linear: LinearScheme | None = None
+    """Of every linear that is not in `ignore`; None: all are float."""
     ignore: tuple[str, ...] = ()
-    """Linears, by full name, that stay float."""
+    """Linears that stay float: full names, or `re:` and a pattern for the start of one."""
+    kv_cache: str | None = None
+    """None: floats; int8 with stored scales "channel" or "tensor", or "token": scales of each token, made on the way."""
 
-    def is_quantized(self, linear: str) -> bool:
-        """Whether the linear of this full name (without `.weight`) is stored as int8."""
-        return self.name != "none" and linear not in self.ignore
+    @property
+    def name(self) -> str:
+        """In the stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
+        words = [self.linear.name] if self.linear else []
+        return "-".join([*words, *(["c8"] if self.kv_cache else [])]) or "none"
+
+    def find_linear(self, name: str) -> LinearScheme | None:
+        """How the linear of this full name (without `.weight`) is stored; None: float."""
+        if self.linear is None or any(_names(entry, name) for entry in self.ignore):
+            return None
+        return self.linear
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the linear of this full name is stored as integers."""
+        return self.find_linear(name) is not None
 
 
 def read_scheme(raw: Mapping[str, Any]) -> Scheme:
@@ -37,59 +118,117 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
         return Scheme()
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise ConfigError(f"quantization_config: quant_method {method!r} is not supported; there is 'compressed-tensors'")
-    groups = list(quantization.get("config_groups", {}).values())
-    if len(groups) != 1:
+        raise ConfigError(f"quantization_config: quant_method {method!r} is not supported; there are 'compressed-tensors', 'gptq', 'awq'")
+    groups = list((quantization.get("config_groups") or {}).values())
+    if len(groups) > 1:
         raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
-    group = groups[0]
-    weights = group.get("weights") or {}
-    found = {key: weights.get(key) for key in _A16W8}
-    found["targets"], found["input_activations"] = group.get("targets"), group.get("input_activations")
-    found["format"] = group.get("format") or quantization.get("format")
-    found["kv_cache_scheme"] = quantization.get("kv_cache_scheme")
-    for key, value in {**_A16W8, **_A16W8_GROUP}.items():
-        if found[key] != value:
-            raise ConfigError(f"quantization_config: {key} is {found[key]!r}, but only {value!r} is supported (int8 weights, W8A16)")
-    ignore = tuple(quantization.get("ignore") or ())
-    patterns = [name for name in ignore if name.startswith("re:")]
-    if patterns:
-        raise ConfigError(f"quantization_config: the pattern {patterns[0]!r} in ignore is not supported; list full names")
-    return Scheme("rtn-a16w8", ignore)
-
-
-_A16W8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-_A16W8_GROUP = {"format": "pack-quantized", "targets": ["Linear"], "input_activations": None, "kv_cache_scheme": None}
+    linear = _read_linear(groups[0], quantization.get("format")) if groups else None
+    kv_cache = _read_kv_cache(quantization.get("kv_cache_scheme"))
+    if linear is None and kv_cache is None:
+        raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
+    return Scheme(linear, tuple(quantization.get("ignore") or ()), kv_cache)
 
 
 def write_scheme(scheme: Scheme) -> dict[str, Any]:
     """The `quantization_config` for config.json, as transformers and vLLM read it."""
-    return {
+    linear = scheme.linear
+    format = "dense" if linear is None else f"{SMOOTH if linear.smooth else ''}{'pack' if linear.packed else 'int'}-quantized"
+    out: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**_A16W8, "group_size": None, "dynamic": False, "observer": "minmax"},
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
+        "config_groups": {},
         "ignore": list(scheme.ignore),
         "kv_cache_scheme": None,
     }
+    if linear is not None:
+        weights = _write_args(linear.bits, linear.symmetric, "channel" if linear.group_size is None else "group", dynamic=False)
+        weights.update(group_size=linear.group_size, observer="minmax")
+        if linear.act_order:
+            weights["actorder"] = "group"
+        activations = None
+        if linear.activation:
+            activations = _write_args(8, linear.activation_symmetric, linear.activation, dynamic=linear.activation == "token")
+        group = {"targets": ["Linear"], "format": format, "weights": weights, "input_activations": activations, "output_activations": None}
+        out["config_groups"] = {"group_0": group}
+    if scheme.kv_cache is not None:
+        out["kv_cache_scheme"] = _write_args(8, True, scheme.kv_cache, dynamic=scheme.kv_cache == "token")
+    return out
 
 
-def pack_int8(weight: torch.Tensor) -> torch.Tensor:
-    """int8 [rows, columns] to int32 [rows, ceil(columns / 4)]: value + 128, four a word, lowest byte first."""
-    rows, columns = weight.shape
-    padded = torch.full((rows, -(-columns // 4) * 4), 128, dtype=torch.uint8)
-    padded[:, :columns] = (weight.to(torch.int16) + 128).to(torch.uint8)
+def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [rows, columns] to int32 [rows, ceil(columns * bits / 32)]: value + 2^(bits-1), the first in the lowest bits."""
+    rows, columns = values.shape
+    per_word, offset = 32 // bits, 1 << (bits - 1)
+    padded = torch.full((rows, -(-columns // per_word) * per_word), offset, dtype=torch.uint8)
+    padded[:, :columns] = (values.to(torch.int16) + offset).to(torch.uint8)
+    if bits == 4:
+        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
     return padded.view(torch.int32)
 
 
-def unpack_int8(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `pack_int8`."""
-    # Adding 128 modulo 256 is flipping the highest bit.
-    flipped = packed.view(torch.uint8).bitwise_xor(128).view(torch.int8)
-    return flipped if flipped.shape[1] == columns else flipped[:, :columns].contiguous()
+def unpack_integers(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack_integers`."""
+    unpacked = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        unpacked = torch.stack((unpacked & 15, unpacked >> 4), dim=2).flatten(1)
+        unpacked = unpacked.view(torch.int8).sub_(8)
+    else:
+        # Adding 128 modulo 256 is flipping the highest bit.
+        unpacked = unpacked.bitwise_xor(128).view(torch.int8)
+    return unpacked if unpacked.shape[1] == columns else unpacked[:, :columns].contiguous()
+
+
+def _names(entry: str, name: str) -> bool:
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+
+
+def _read_linear(group: Mapping[str, Any], default_format: str | None) -> LinearScheme:
+    targets, format = group.get("targets"), group.get("format") or default_format or ""
+    if targets != ["Linear"]:
+        raise ConfigError(f"quantization_config: targets {targets!r} are not supported; only ['Linear'] is")
+    if format.removeprefix(SMOOTH) not in _FORMATS:
+        raise ConfigError(f"quantization_config: format {format!r} is not supported; there are {', '.join(_FORMATS)}")
+    if group.get("output_activations"):
+        raise ConfigError("quantization_config: output_activations are not supported")
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
+    if weights.get("num_bits") not in (4, 8):
+        raise ConfigError(f"quantization_config: weights of {weights.get('num_bits')} bits are not supported; there are 4 and 8")
+    if activations:
+        _check_int(activations, "input_activations", ("token", "tensor"), dynamic=(True, False))
+        if activations.get("num_bits") != 8 or bool(activations.get("dynamic")) != (activations["strategy"] == "token"):
+            raise ConfigError("quantization_config: input_activations have to be 8 bits, dynamic for each token or static for the tensor")
+    return LinearScheme(
+        bits=weights["num_bits"],
+        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
+        symmetric=bool(weights.get("symmetric", True)),
+        packed=_FORMATS[format.removeprefix(SMOOTH)],
+        act_order=weights.get("actorder") == "group",
+        activation=activations["strategy"] if activations else None,
+        activation_symmetric=bool(activations.get("symmetric", True)) if activations else True,
+        smooth=format.startswith(SMOOTH),
+    )
+
+
+def _read_kv_cache(raw: Mapping[str, Any] | None) -> str | None:
+    if not raw:
+        return None
+    _check_int(raw, "kv_cache_scheme", ("tensor", "channel", "token"), dynamic=(True, False))
+    if raw.get("num_bits") != 8 or not raw.get("symmetric", True) or bool(raw.get("dynamic")) != (raw["strategy"] == "token"):
+        raise ConfigError("quantization_config: kv_cache_scheme has to be symmetric int8, static (tensor, channel) or dynamic (token)")
+    return str(raw["strategy"])
+
+
+def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]) -> None:
+    allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
+    for key, values in allowed.items():
+        found = raw.get(key) or False if key == "dynamic" else raw.get(key)
+        if found not in values:
+            raise ConfigError(
+                f"quantization_config: {key} of {section} is {found!r}, but only {' or '.join(map(repr, values))} is supported (int8, int4)"
+            )
+
+
+def _write_args(bits: int, symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}

@@ -3,7 +3,7 @@
 Knows names and sizes; reads nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,19 @@ _LINEARS: Mapping[str, tuple[str, str, str]] = {
     "mlp.up_proj": ("intermediate", "hidden", "intermediate"),
     "mlp.down_proj": ("hidden", "intermediate", "hidden"),
 }
+MINDFORMERS_NAMES: Mapping[str, str] = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+"""Linears of a layer, by MindFormers' names for them."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
+"""Old exports carry rotary frequencies, and zeros for what a symmetric scheme says is zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +51,15 @@ class WeightSpec:
     """Types that can be read."""
     split: Split
     """How its rows are dealt out."""
+    full_rows: int | None = None
+    """What `split` deals out, where `shape` packs several of these rows into a word."""
+    rows_a_word: int = 1
+    """Rows in one word."""
 
     def rows(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Rows [start, stop) of `rank`."""
-        return self.split.interval(self.shape[0], rank, world_size)
+        """Rows [start, stop) of `rank`; words that several ranks need belong to each of them."""
+        start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
+        return start // self.rows_a_word, -(-stop // self.rows_a_word)
 
 
 def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
@@ -60,6 +76,20 @@ def linear_names(config: LlamaConfig) -> Iterator[str]:
             yield f"model.layers.{layer}.{name}"
 
 
+def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the linears, the head included, whose Hugging Face or MindFormers name contains one of `words`.
+
+    A tied head is always among them: it is the embedding.
+    """
+    found = []
+    for name in (*linear_names(config), "lm_head"):
+        layer, short = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
+        names = (name, f"{layer}.{MINDFORMERS_NAMES[short]}" if short in MINDFORMERS_NAMES else name)
+        if any(word in one for word in words for one in names) or (name == "lm_head" and config.tie_word_embeddings):
+            found.append(name)
+    return tuple(found)
+
+
 def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
     """Every tensor that a checkpoint of this model, stored in this scheme, has to hold."""
     layout = config.layout()
@@ -71,6 +101,10 @@ def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
         specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
         for name, (_, _, split) in _LINEARS.items():
             specs.update(_linear_specs(f"{prefix}.{name}", linear_shape(config, name), getattr(layout, split), layout, scheme))
+        if scheme.kv_cache in ("channel", "tensor"):
+            shape, kind = ((_sizes(config)["key_value"],), "key_value") if scheme.kv_cache == "channel" else ((1,), "whole")
+            cache = WeightSpec(shape, FLOAT_DTYPES, getattr(layout, kind))
+            specs.update({f"{prefix}.self_attn.{name}": cache for name in ("k_scale", "v_scale")})
     specs["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
         specs.update(_linear_specs("lm_head", embedding.shape, layout.vocab, layout, scheme))
@@ -83,7 +117,7 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tenso
     for name, info in tensors.items():
         spec = specs.get(name)
         if spec is None:
-            # A tied model may carry its head a second time, and old exports carry the rotary frequencies.
+            # A tied model may carry its head a second time.
             if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
                 report.unexpected.append(name)
         elif info.shape != spec.shape:
@@ -104,14 +138,28 @@ def _sizes(config: LlamaConfig) -> dict[str, int]:
 
 
 def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme) -> dict[str, WeightSpec]:
-    if not scheme.is_quantized(name):
+    linear = scheme.find_linear(name)
+    if linear is None:
         return {f"{name}.weight": WeightSpec(shape, FLOAT_DTYPES, split)}
     rows, columns = shape
-    return {
-        f"{name}.weight_packed": WeightSpec((rows, -(-columns // 4)), (torch.int32,), split),
-        f"{name}.weight_scale": WeightSpec((rows, 1), FLOAT_DTYPES, split),
-        f"{name}.weight_shape": WeightSpec((2,), (torch.int64,), layout.whole),
-    }
+    per_word, groups, whole = 32 // linear.bits, linear.num_groups(columns), layout.whole
+    specs = {f"{name}.weight_scale": WeightSpec((rows, groups), FLOAT_DTYPES, split)}
+    if linear.packed:
+        specs[f"{name}.weight_packed"] = WeightSpec((rows, -(-columns // per_word)), (torch.int32,), split)
+        specs[f"{name}.weight_shape"] = WeightSpec((2,), (torch.int64,), whole)
+    else:
+        specs[f"{name}.weight"] = WeightSpec(shape, (torch.int8,), split)
+    if not linear.symmetric:
+        specs[f"{name}.weight_zero_point"] = WeightSpec((-(-rows // per_word), groups), (torch.int32,), split, rows, per_word)
+    if linear.act_order:
+        specs[f"{name}.weight_g_idx"] = WeightSpec((columns,), (torch.int32,), whole)
+    if linear.activation == "tensor":
+        specs[f"{name}.input_scale"] = WeightSpec((1,), FLOAT_DTYPES, whole)
+        if not linear.activation_symmetric:
+            specs[f"{name}.input_zero_point"] = WeightSpec((1,), (torch.int8,), whole)
+    if linear.smooth:
+        specs[f"{name}.smooth_scale"] = WeightSpec((columns,), FLOAT_DTYPES, whole)
+    return specs
 
 
 def _word(dtype: torch.dtype) -> str:

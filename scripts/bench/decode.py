@@ -24,7 +24,7 @@ from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
-from model.scheme import Scheme, write_scheme
+from model.scheme import LinearScheme, Scheme, write_scheme
 from model.weights import plan_weights
 
 _GIB = 1 << 30
@@ -43,7 +43,7 @@ def measure_bandwidth_bytes_per_second() -> float:
 
 def write_random_checkpoint(folder: Path, raw: dict[str, object], dtype: torch.dtype) -> None:
     """A checkpoint of random weights, tensor by tensor, and a tokenizer of one letter."""
-    config, scheme = build_config(raw), Scheme("rtn-a16w8", ("lm_head",))
+    config, scheme = build_config(raw), Scheme(LinearScheme(), ("lm_head",))
     infos = {}
     for name, spec in plan_weights(config, scheme).items():
         infos[name] = TensorInfo(spec.shape, dtype if dtype in spec.dtypes else spec.dtypes[0])

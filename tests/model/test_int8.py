@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import int8
-from model.int8 import FBGEMM, PLAIN, Int8Kernel, choose_int8_kernel, two_slice_linear
+from model.int8 import FBGEMM, PLAIN, Int8Kernel, Part, choose_int8_kernel, two_slice_linear
 
 SHAPES = ((1, 1, 1), (2, 3, 5), (1, 16, 31), (3, 17, 64), (5, 33, 100), (16, 64, 129), (2, 300, 1025), (33, 48, 4099))
 KERNELS = (PLAIN, FBGEMM)
@@ -57,7 +57,7 @@ def test_fbgemm_gives_the_bits_of_the_plain_kernel_for_real_activations() -> Non
         x = torch.randn(rows, columns) * torch.randn(columns).exp()
         _, weight, scale = make_integers(rows, outputs, columns, seed)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            plain, fast = (two_slice_linear(x.to(dtype), kernel.pack(weight, scale), kernel) for kernel in (PLAIN, FBGEMM))
+            plain, fast = (multiply(x.to(dtype), weight, scale, kernel) for kernel in (PLAIN, FBGEMM))
             assert torch.equal(plain, fast), (rows, outputs, columns, dtype)
 
 
@@ -68,9 +68,13 @@ def make_activations(rows: int, columns: int) -> torch.Tensor:
     return x
 
 
+def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, kernel: Int8Kernel) -> torch.Tensor:
+    return two_slice_linear(x, [Part(0, weight.shape[1], kernel.pack(weight, scale))], kernel)
+
+
 def test_a_row_does_not_depend_on_the_number_of_rows_or_on_its_neighbours(kernel: Int8Kernel) -> None:
     _, weight, scale = make_integers(1, 70, 333)
-    packed, x = kernel.pack(weight, scale), make_activations(37, 333)
+    packed, x = [Part(0, 333, kernel.pack(weight, scale))], make_activations(37, 333)
     whole = two_slice_linear(x, packed, kernel)
     for start, stop in [(0, 1), (1, 2), (4, 9), (20, 37), (36, 37)]:
         assert torch.equal(two_slice_linear(x[start:stop], packed, kernel), whole[start:stop])
@@ -80,7 +84,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows_or_on_its_neighbours(kernel
 
 def test_a_row_does_not_depend_on_the_number_of_threads(kernel: Int8Kernel, keep_torch_threads: None) -> None:
     _, weight, scale = make_integers(1, 520, 1200)
-    packed = kernel.pack(weight, scale)
+    packed = [Part(0, weight.shape[1], kernel.pack(weight, scale))]
     for rows in (1, 2, 5, 33):
         x, found = make_activations(rows, 1200), []
         for threads in (1, 2, 3):
@@ -93,9 +97,9 @@ def test_weight_rows_may_be_split_anywhere(kernel: Int8Kernel) -> None:
     _, weight, scale = make_integers(1, 300, 257)
     for rows in (1, 6):
         x = make_activations(rows, 257)
-        whole = two_slice_linear(x, kernel.pack(weight, scale), kernel)
+        whole = multiply(x, weight, scale, kernel)
         for cut in (1, 16, 77, 256, 299):
-            parts = [two_slice_linear(x, kernel.pack(weight[part], scale[part]), kernel) for part in (slice(cut), slice(cut, None))]
+            parts = [multiply(x, weight[part], scale[part], kernel) for part in (slice(cut), slice(cut, None))]
             assert torch.equal(torch.cat(parts, dim=1), whole), cut
 
 
@@ -107,7 +111,7 @@ def test_the_error_of_two_slices_is_below_a_thousandth_beside_an_outlier_of_300(
     step = x.abs().amax(dim=1, keepdim=True) / 127
     one_slice = (x / step).round() * step
     coarse = (one_slice.double() @ (weight.double() * scale.double()[:, None]).T - expected).norm()
-    error = (two_slice_linear(x, kernel.pack(weight, scale), kernel).double() - expected).norm()
+    error = (multiply(x, weight, scale, kernel).double() - expected).norm()
     assert error / expected.norm() < 1e-3
     assert error < coarse / 100  # the second slice counts in steps of 1 / 254
 
@@ -118,7 +122,7 @@ def test_rows_of_zeros_and_of_the_largest_values_stay_finite(kernel: Int8Kernel,
     x = torch.zeros((3, 48), dtype=dtype)
     x[1] = torch.finfo(dtype).tiny
     x[2, 5] = 60000
-    found = two_slice_linear(x, kernel.pack(weight, scale), kernel)
+    found = multiply(x, weight, scale, kernel)
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert torch.equal(found[0], torch.zeros(8))
     torch.testing.assert_close(found[2], float(x[2, 5]) * weight[:, 5].float() * scale, rtol=1e-5, atol=0)

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.int8 import PLAIN
-from model.linear import ColumnParallelLinear, Int8ColumnParallelLinear, RowBlock, VocabParallelEmbedding, float_linear, tile_rows
+from model.linear import ColumnParallelLinear, RowBlock, VocabParallelEmbedding, float_linear, tile_rows
 from parallel.layout import Rows
 
 CPU = torch.device("cpu")
@@ -89,22 +88,6 @@ def test_every_number_of_ranks_gives_the_bits_of_one(num_rows: int, unit: int, d
             parts = [build(rank, world_size)(x).chunk(2, dim=1) for rank in range(world_size)]
             joined = torch.cat([part[0] for part in parts] + [part[1] for part in parts], dim=1)
             assert torch.equal(joined, whole), (rows, world_size)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_fused_int8_layer_holds_its_blocks_one_behind_the_other(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(4)
-    blocks = [RowBlock(10, 5), RowBlock(7, 7)]
-    weights = [torch.randint(-128, 128, (block.num_rows, 40), generator=generator, dtype=torch.int8) for block in blocks]
-    scales = [(torch.rand((block.num_rows, 1), generator=generator) + 0.1).to(dtype) for block in blocks]
-    layer = Int8ColumnParallelLinear(40, blocks, PLAIN)
-    layer.assign(weights, scales, CPU)
-    x = make((3, 40), dtype)
-    expected = x.double() @ torch.cat([weight.double() * scale.double() for weight, scale in zip(weights, scales, strict=True)]).T
-    found = layer(x)
-    assert found.dtype == dtype
-    assert (found.double() - expected).norm() / expected.norm() < (5e-4 if dtype == torch.float32 else 4e-3)
-    assert layer.weight_bytes == 17 * 40 + 17 * 4
 
 
 @pytest.mark.parametrize("unit", [10, 16])

@@ -59,6 +59,31 @@ def test_a_short_file_is_an_error_that_names_it_and_both_sizes(tmp_path: Path) -
         FileReader().read_rows([part], 0, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_columns_are_read_alone_or_with_their_rows_where_they_are_many(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.arange(7 * 40).view(7, 40).to(dtype)
+    part = store(tmp_path / "a", tensor, start=5)
+    for first, last, whole in [(0, 40, True), (3, 4, False), (31, 40, False), (30, 40, True), (0, 39, True), (12, 12, False)]:
+        reader = FileReader()
+        found = reader.read_columns(part, first, last)
+        assert found.dtype == dtype and found.is_contiguous() and torch.equal(found, tensor[:, first:last])
+        assert reader.read_bytes == 7 * (40 if whole else last - first) * dtype.itemsize
+        reader.close()
+
+
+def test_columns_of_rows_that_do_not_fit_one_chunk_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.file_slices._CHUNK_BYTES", 100)
+    tensor = torch.arange(7 * 10, dtype=torch.int32).view(7, 10)
+    assert torch.equal(FileReader().read_columns(store(tmp_path / "a", tensor), 2, 9), tensor[:, 2:9])
+
+
+def test_columns_of_a_short_file_are_an_error_that_names_both_sizes(tmp_path: Path) -> None:
+    part = store(tmp_path / "a", torch.zeros(3, 10, dtype=torch.int32))
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-6])
+    with pytest.raises(CheckpointError, match=r"a ends at byte 118, but a tensor reaches byte 124: copy it again"):
+        FileReader().read_columns(part, 8, 10)
+
+
 def test_a_span_of_bytes_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(100)))
     reader = FileReader()

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +20,10 @@ from model.config import build_config
 from model.generation import Engine, Request, generate
 from model.llama import LlamaForCausalLM, Span
 from model.loading import check_checkpoint
-from model.quantization.rtn import quantize_rows
+from model.quantization.rounding import quantize_rows
 from model.sampling import SamplingParams
-from model.scheme import Scheme, pack_int8, read_scheme, unpack_int8, write_scheme
-from parallel.errors import CheckpointError, ConfigError
+from model.scheme import LinearScheme, Scheme, pack_integers, read_scheme, unpack_integers
+from parallel.errors import CheckpointError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,12 +71,12 @@ def test_halves_go_to_the_even_side_and_the_ends_are_clipped() -> None:
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 2**32 - 1))
 def test_packing_is_four_codes_a_word_and_unpacking_undoes_it(rows: int, columns: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(-128, 128, (rows, columns)).astype(np.int8)
-    packed = pack_int8(torch.from_numpy(codes))
+    packed = pack_integers(torch.from_numpy(codes), 8)
     assert packed.dtype == torch.int32 and packed.shape == (rows, -(-columns // 4))
     words = packed.numpy().view(np.uint32)
     for column in range(columns):
         assert np.array_equal(((words[:, column // 4] >> (8 * (column % 4))) & 255).astype(int) - 128, codes[:, column])
-    assert torch.equal(unpack_int8(packed, columns), torch.from_numpy(codes))
+    assert torch.equal(unpack_integers(packed, 8, columns), torch.from_numpy(codes))
 
 
 @pytest.mark.parametrize("name", ["nine_heads", "tied"])
@@ -92,7 +91,7 @@ def test_a_quantized_folder_holds_the_codes_of_every_linear_and_the_rest_as_it_w
     for key, weight in before.items():
         if key.endswith(tuple(f"{linear}.weight" for linear in LINEARS)):
             codes, scale = quantize_rows(weight)
-            expected |= {f"{key}_packed": pack_int8(codes), f"{key}_scale": scale, f"{key}_shape": torch.tensor(weight.shape)}
+            expected |= {f"{key}_packed": pack_integers(codes, 8), f"{key}_scale": scale, f"{key}_shape": torch.tensor(weight.shape)}
         else:
             expected[key] = weight
     assert set(after) == set(expected) and len(after) == len(before) + 2 * 2 * len(LINEARS)
@@ -172,7 +171,7 @@ def test_a_large_checkpoint_is_cut_in_files_with_an_index(
     quantize(tiny_llama("nine_heads"), tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     assert all(torch.equal(tensor, whole[name]) for file in files for name, tensor in load_file(file).items()) and set(whole) == set(held)
-    check_checkpoint(open_checkpoint(tmp_path / "int8"), build_config(open_checkpoint(tmp_path / "int8").config), Scheme("rtn-a16w8"))
+    check_checkpoint(open_checkpoint(tmp_path / "int8"), build_config(open_checkpoint(tmp_path / "int8").config), Scheme(LinearScheme()))
 
 
 def test_a_target_that_holds_something_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -184,30 +183,6 @@ def test_a_target_that_holds_something_is_replaced_only_when_asked(tmp_path: Pat
     with pytest.raises(CheckpointError, match="exists already"):
         check_target(tmp_path / "file", overwrite=False)
     check_target(tmp_path, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
-        ({"config_groups": {}}, "has 0 config_groups, but only 1 is supported"),
-        ({"format": "int-quantized"}, "format is 'int-quantized', but only 'pack-quantized'"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is "),
-        ({"ignore": ["re:.*lm_head"]}, "the pattern 're:.*lm_head' in ignore is not supported"),
-    ],
-)
-def test_a_scheme_that_is_not_supported_is_refused(changes: dict[str, Any], words: str) -> None:
-    written = {**write_scheme(Scheme("rtn-a16w8", ("lm_head",))), **changes}
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        read_scheme({"quantization_config": written})
-
-
-@pytest.mark.parametrize(("key", "value"), [("num_bits", 4), ("symmetric", False), ("strategy", "group"), ("type", "float")])
-def test_other_weights_than_int8_with_a_scale_a_row_are_refused(key: str, value: object) -> None:
-    written = write_scheme(Scheme("rtn-a16w8"))
-    written["config_groups"]["group_0"]["weights"][key] = value
-    with pytest.raises(ConfigError, match=re.escape(f"{key} is {value!r}, but only")):
-        read_scheme({"quantization_config": written})
 
 
 @pytest.mark.parametrize("name", ["nine_heads", "tied"])

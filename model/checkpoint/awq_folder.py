@@ -1,0 +1,94 @@
+"""A folder that AutoAWQ wrote (version GEMM): 4-bit weights, packed along the outputs in an order of its own.
+
+`qweight` is int32 [inputs, outputs / 8]; the 8 nibbles of a word, lowest first, are its output rows 0, 2, 4, 6, 1, 3, 5, 7.
+`qzeros` is packed the same way and holds the zero points themselves.
+Knows AWQ's settings and words; `model/checkpoint/column_packed.py` knows the tensors.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.column_packed import (
+    ColumnFolder,
+    ColumnPackedFolder,
+    declares_method,
+    quantized_linears,
+    read_bits,
+    read_group_size,
+    read_settings,
+)
+from model.scheme import LinearScheme
+from parallel.errors import ConfigError
+from parallel.file_slices import FileReader
+
+SETTINGS_FILE = "quant_config.json"
+_ROWS_A_WORD = 8
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Output row of each nibble, lowest nibble first."""
+_BLOCK_BYTES = 8 << 20
+
+
+def is_awq(path: Path) -> bool:
+    """Whether a folder declares AWQ weights; False for all that cannot be read."""
+    return declares_method(path, "awq", SETTINGS_FILE)
+
+
+class AwqFolder(ColumnPackedFolder):
+    """Opened by its headers and its biases.
+
+    Raises ConfigError for settings that are not supported, CheckpointError for files and tensors that do not fit them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        folder = ColumnFolder(path)
+        linear = _read_linear(read_settings(folder, SETTINGS_FILE))
+        shapes = {name: (words * _ROWS_A_WORD, inputs) for name, (inputs, words) in quantized_linears(folder).items()}
+        super().__init__(folder, linear, shapes)
+
+    def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
+        first = start // _ROWS_A_WORD
+        words = self._folder.read_columns(reader, f"{linear}.qweight", first, -(-stop // _ROWS_A_WORD))
+        inputs, num_words = words.shape
+        out = torch.empty((num_words * _ROWS_A_WORD, -(-inputs // _ROWS_A_WORD)), dtype=torch.int32)
+        step = max(1, _BLOCK_BYTES // (4 * inputs))
+        for word in range(0, num_words, step):
+            end = min(word + step, num_words)
+            out[word * _ROWS_A_WORD : end * _ROWS_A_WORD] = _pack_inputs(words[:, word:end])
+        skip = start - first * _ROWS_A_WORD
+        return out[skip : skip + stop - start].contiguous()
+
+    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(words)
+        for nibble, row in enumerate(_ORDER):
+            out |= ((words >> (4 * nibble)) & 15) << (4 * row)
+        return out
+
+
+def _pack_inputs(words: torch.Tensor) -> torch.Tensor:
+    """int32 [inputs, words] of 8 output rows each to int32 [8 * words, ceil(inputs / 8)] of 8 inputs each."""
+    inputs, num_words = words.shape
+    padding = -inputs % _ROWS_A_WORD
+    if padding:
+        words = torch.cat((words, words.new_zeros((padding, num_words))))
+    stored = words.contiguous().view(torch.uint8).view(-1, num_words, 4)
+    even, odd = stored[0::2], stored[1::2]
+    pairs = torch.empty((even.shape[0], num_words, _ROWS_A_WORD), dtype=torch.uint8)
+    low, high = (even & 0x0F) | (odd << 4), (even >> 4) | (odd & 0xF0)
+    for byte in range(4):
+        pairs[:, :, _ORDER[2 * byte]] = low[:, :, byte]
+        pairs[:, :, _ORDER[2 * byte + 1]] = high[:, :, byte]
+    return pairs.flatten(1).T.contiguous().view(torch.int32)
+
+
+def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
+    version = str(settings.get("version") or "gemm")
+    if version.lower() != "gemm":
+        raise ConfigError(f"quantization_config: AWQ version {version!r} is not supported; only 'gemm' is")
+    return LinearScheme(
+        bits=read_bits(settings, ("bits", "w_bit"), (4,)),
+        group_size=read_group_size(settings, ("group_size", "q_group_size")),
+        symmetric=not settings.get("zero_point", True),
+    )

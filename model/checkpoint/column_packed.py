@@ -1,0 +1,254 @@
+"""What GPTQ and AWQ folders share: linears stored as [inputs, outputs], their integers in int32 words, read by output row.
+
+    X.qweight  int32 [inputs, outputs], one of the two packed; the format says which
+    X.qzeros   int32 [groups, ceil(outputs * bits / 32)]
+    X.scales   float [groups, outputs]
+    X.g_idx    int32 [inputs]; GPTQ only
+    X.bias     float [outputs]; zeros, which AutoGPTQ stores for every linear
+
+They come out under the names of `model/scheme.py`. A rank's output rows are columns here, so bytes are read by column.
+Knows the tensors and where settings lie; not what the settings mean, nor how integers lie in words.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
+from model.checkpoint.safetensors_file import read_header
+from model.checkpoint.source import TensorInfo
+from model.config import build_config, read_config
+from model.scheme import LinearScheme, Scheme, unpack_integers, write_scheme
+from model.weights import FLOAT_DTYPES, linear_names
+from parallel.errors import CheckpointError, ConfigError
+from parallel.file_slices import FileReader
+
+_STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
+"""Tensors of a quantized linear that are not given under these names."""
+
+
+class ColumnFolder(HuggingFaceFolder):
+    """A Hugging Face folder that also gives columns, and whose only safetensors file may have any name.
+
+    AutoGPTQ named it gptq_model-4bit-128g.safetensors. Raises what HuggingFaceFolder raises.
+    """
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1 or files[0].name == SINGLE_FILE or (path / INDEX_FILE).is_file():
+            super().__init__(path)
+            return
+        self.path, self.config = path, read_config(path / "config.json")
+        self._stored = {name: (files[0], stored) for name, stored in read_header(files[0]).items()}
+        self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
+
+    def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
+        """Columns [first, last) of a tensor of two dimensions, all its rows."""
+        file, stored = self._stored[name]
+        return reader.read_columns(stored.stored_rows(file), first, last)
+
+
+class ColumnPackedFolder(ABC):
+    """A checkpoint of one of these formats, opened by its headers; its biases are read and have to be zero.
+
+    `shapes` holds [output rows, inputs] of every quantized linear by its full name. Raises CheckpointError for tensors
+    that are missing, of another shape or type, and for biases that are not zero.
+    """
+
+    def __init__(self, folder: ColumnFolder, linear: LinearScheme, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.path = folder.path
+        self._folder, self._linear, self._shapes = folder, linear, shapes
+        if not shapes:
+            raise CheckpointError(
+                f"{self.path} declares weights of {linear.bits} bits, but 0 of its tensors are a qweight; give the quantized checkpoint"
+            )
+        model = build_config(folder.config)
+        ignore = tuple(name for name in (*linear_names(model), "lm_head") if name not in shapes)
+        self.config: dict[str, Any] = {**folder.config, "quantization_config": write_scheme(Scheme(linear, ignore))}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, info in folder.tensors.items():
+            owner, _, part = name.rpartition(".")
+            if owner not in shapes or part not in _STORED:
+                self.tensors[name] = info
+            elif part == "qweight":
+                self._check_stored(owner)
+                self.tensors.update(self._canonical_tensors(owner))
+        self._check_biases()
+
+    def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor.
+
+        Raises CheckpointError when zero points or groups of the rows contradict the settings.
+        """
+        owner, _, part = name.rpartition(".")
+        if owner not in self._shapes or name in self._folder.tensors:
+            return self._folder.read_rows(reader, name, start, stop)
+        if part == "weight_packed":
+            if self._linear.symmetric:
+                self._check_symmetric(reader, owner, start, stop)
+            self._check_groups(reader, owner)
+            return self._read_weight(reader, owner, start, stop)
+        if part == "weight_scale":
+            return self._folder.read_columns(reader, f"{owner}.scales", start, stop).T.contiguous()
+        if part == "weight_zero_point":
+            return self._order_zero_points(self._folder.read_columns(reader, f"{owner}.qzeros", start, stop)).T.contiguous()
+        if part == "weight_g_idx":
+            return self._read_group_index(reader, owner, start, stop)
+        return torch.tensor(self._shapes[owner])[start:stop]
+
+    def tokenizer_path(self) -> Path:
+        """The folder itself."""
+        return self._folder.tokenizer_path()
+
+    @abstractmethod
+    def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
+        """Output rows [start, stop) packed along the inputs: int32 [stop - start, ceil(inputs * bits / 32)]."""
+
+    @abstractmethod
+    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
+        """Words of qzeros, any columns of it, with the zero point itself of the first output row in the lowest bits."""
+
+    def _canonical_tensors(self, linear: str) -> dict[str, TensorInfo]:
+        (rows, columns), per_word, groups = self._shapes[linear], 32 // self._linear.bits, self._num_groups(linear)
+        out = {
+            f"{linear}.weight_packed": TensorInfo((rows, -(-columns // per_word)), torch.int32),
+            f"{linear}.weight_scale": TensorInfo((rows, groups), self._folder.tensors[f"{linear}.scales"].dtype),
+            f"{linear}.weight_shape": TensorInfo((2,), torch.int64),
+        }
+        if not self._linear.symmetric:
+            out[f"{linear}.weight_zero_point"] = TensorInfo((-(-rows // per_word), groups), torch.int32)
+        if self._linear.act_order:
+            out[f"{linear}.weight_g_idx"] = TensorInfo((columns,), torch.int32)
+        return out
+
+    def _num_groups(self, linear: str) -> int:
+        return self._linear.num_groups(self._shapes[linear][1])
+
+    def _check_stored(self, linear: str) -> None:
+        (rows, columns), groups, integers = self._shapes[linear], self._num_groups(linear), (torch.int32,)
+        needed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]] = {
+            "scales": ((groups, rows), FLOAT_DTYPES, True),
+            "qzeros": ((groups, -(-rows * self._linear.bits // 32)), integers, not self._linear.symmetric),
+            "g_idx": ((columns,), integers, self._linear.act_order),
+        }
+        for part, (shape, dtypes, required) in needed.items():
+            info = self._folder.tensors.get(f"{linear}.{part}")
+            if info is None and required:
+                raise CheckpointError(f"{self.path} holds {linear}.qweight, but no {linear}.{part}; copy the whole checkpoint")
+            if info is not None and (info.shape != shape or info.dtype not in dtypes):
+                raise CheckpointError(
+                    f"{self.path}: {linear}.{part} is {_describe(info)}, but {_describe(TensorInfo(shape, dtypes[-1]))} belongs to this "
+                    f"qweight and group_size {self._linear.group_size or -1}; compare group_size with the checkpoint"
+                )
+
+    def _check_biases(self) -> None:
+        reader = FileReader()
+        try:
+            for linear in self._shapes:
+                name = f"{linear}.bias"
+                if name not in self._folder.tensors:
+                    continue
+                rows = self._folder.tensors[name].shape[0]
+                wrong = int(self._folder.read_rows(reader, name, 0, rows).count_nonzero())
+                if wrong:
+                    raise CheckpointError(
+                        f"{self.path}: {wrong} of {rows} values of {name} are not 0, but linears with a bias are not supported; "
+                        "use a checkpoint without biases"
+                    )
+        finally:
+            reader.close()
+
+    def _check_symmetric(self, reader: FileReader, linear: str, start: int, stop: int) -> None:
+        name, per_word = f"{linear}.qzeros", 32 // self._linear.bits
+        if name not in self._folder.tensors or start == stop:
+            return
+        first = start // per_word
+        words = self._order_zero_points(self._folder.read_columns(reader, name, first, -(-stop // per_word)))
+        zero_points = unpack_integers(words, self._linear.bits, stop - first * per_word)[:, start - first * per_word :]
+        wrong = int(zero_points.count_nonzero())
+        if wrong:
+            raise CheckpointError(
+                f"{self.path} declares symmetric weights, but {wrong} of {zero_points.numel()} zero points that {name} holds for rows "
+                f"{start} to {stop} are not {1 << (self._linear.bits - 1)}; declare it as not symmetric"
+            )
+
+    def _check_groups(self, reader: FileReader, linear: str) -> None:
+        name, columns = f"{linear}.g_idx", self._shapes[linear][1]
+        if name not in self._folder.tensors or self._linear.act_order:
+            return
+        found = self._folder.read_rows(reader, name, 0, columns)
+        wrong = int((found != torch.arange(columns, dtype=torch.int32) // (self._linear.group_size or columns)).count_nonzero())
+        if wrong:
+            raise CheckpointError(
+                f"{self.path} declares groups in the order of the inputs, but {wrong} of {columns} entries of {name} are others; "
+                "declare desc_act"
+            )
+
+    def _read_group_index(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
+        groups = self._num_groups(linear)
+        found = self._folder.read_rows(reader, f"{linear}.g_idx", start, stop)
+        wrong = found[(found < 0) | (found >= groups)]
+        if len(wrong):
+            raise CheckpointError(f"{self.path}: {linear}.g_idx names group {int(wrong[0])}, but there are {groups}; copy it again")
+        return found
+
+
+def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
+    """Shape of `qweight` by the full name of its linear. Raises CheckpointError for one that is not int32 [a, b]."""
+    out = {}
+    for name, info in folder.tensors.items():
+        if name.endswith(".qweight"):
+            if len(info.shape) != 2 or info.dtype != torch.int32:
+                raise CheckpointError(f"{folder.path}: {name} is {_describe(info)}, but int32 of 2 dimensions is needed; export it again")
+            out[name.removesuffix(".qweight")] = (info.shape[0], info.shape[1])
+    return out
+
+
+def declares_method(path: Path, method: str, settings_file: str) -> bool:
+    """Whether a folder's config.json, or else the settings file beside it, declares this `quant_method`; False for all that cannot be read.
+
+    A settings file need not name its method. A config.json that names one is believed.
+    """
+    try:
+        declared = read_config(path / "config.json").get("quantization_config")
+        if isinstance(declared, dict) and declared.get("quant_method") is not None:
+            return str(declared["quant_method"]).lower() == method
+        return str(read_config(path / settings_file).get("quant_method", method)).lower() == method
+    except (ConfigError, OSError):
+        return False
+
+
+def read_settings(folder: ColumnFolder, settings_file: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json, or else the settings file beside it. Raises ConfigError when there is neither."""
+    declared = folder.config.get("quantization_config")
+    return declared if isinstance(declared, dict) and declared else read_config(folder.path / settings_file)
+
+
+def read_bits(settings: Mapping[str, Any], keys: Iterable[str], allowed: tuple[int, ...]) -> int:
+    """Bits of a weight, under the first of `keys` that is there. Raises ConfigError for others than `allowed`."""
+    bits = _first(settings, keys)
+    if bits not in allowed:
+        words = " and ".join(map(str, allowed))
+        raise ConfigError(
+            f"quantization_config: weights of {bits} bits are not supported; there {'are' if len(allowed) > 1 else 'is'} {words}"
+        )
+    return int(bits)
+
+
+def read_group_size(settings: Mapping[str, Any], keys: Iterable[str]) -> int | None:
+    """Inputs that share a scale; None for -1, the whole row. Raises ConfigError for what is neither."""
+    size = _first(settings, keys)
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        raise ConfigError(f"quantization_config: group_size is {size!r}, but a whole number of at least 1 is needed, or -1")
+    return None if size == -1 else size
+
+
+def _first(settings: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    return next((settings[key] for key in keys if key in settings), None)
+
+
+def _describe(info: TensorInfo) -> str:
+    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

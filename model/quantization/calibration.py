@@ -1,0 +1,128 @@
+"""Quantizes a checkpoint layer by layer on one rank: never more than one decoder layer is in memory as floats.
+
+Samples go through the float layers; what goes into layer N + 1 comes from the float layer N, as in Golden Stick, or for
+GPTQ from the rounded one, so that later layers make up for it. Knows a model, a recipe and a work folder; no processes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from model.checkpoint.source import CheckpointSource
+from model.config import LlamaConfig
+from model.llama import FUSED, DecoderLayer, LlamaForCausalLM
+from model.loading import ModelLoader
+from model.quantization.awq import dequantize
+from model.quantization.layer_rounding import LayerRounder, RoundedLayer
+from model.quantization.observing import InputObserver, Observations, choose_kept_tokens, run_samples
+from model.quantization.recipe import Recipe
+from model.quantization.work_folder import WorkFolder
+from model.scheme import Scheme
+from model.weights import plan_weights
+from parallel.collectives import Collectives
+from parallel.file_slices import FileReader
+
+Progress = Callable[[int, int], None]
+
+
+def quantize_layers(
+    source: CheckpointSource,
+    config: LlamaConfig,
+    recipe: Recipe,
+    samples: Sequence[Sequence[int]],
+    collectives: Collectives,
+    work: WorkFolder,
+    *,
+    dtype: str,
+    device: torch.device,
+    num_threads: int,
+    on_progress: Progress,
+) -> None:
+    """Quantize the layers that `work` does not hold yet, and the head; all ranks call this together.
+
+    samples: token ids, where the recipe needs them. `on_progress` gets (layers done, layers in all, the head one of them).
+    """
+    model = LlamaForCausalLM(config, Scheme(), collectives, dtype=dtype, device=device, num_threads=num_threads)
+    loader, total = ModelLoader(model, source), config.num_hidden_layers + 1
+    specs, scheme = plan_weights(config, Scheme()), recipe.build_scheme(config)
+    rank, world_size = collectives.rank, collectives.world_size
+    rounder = LayerRounder(config, scheme, recipe, collectives, loader.read, lambda name: specs[name].rows(rank, world_size)[0])
+    lengths = [len(sample) for sample in samples] if recipe.needs_samples else []
+    first = work.count_done()
+    hidden = None
+    if lengths and first < total:
+        hidden = work.read_hidden(first) if first else read_embeddings(source, samples).to(model.dtype)
+    on_progress(first, total)
+    for index in range(first, total):
+        if index < config.num_hidden_layers:
+            rounded = _quantize_layer(model, loader, rounder, recipe, index, hidden, lengths)
+        else:
+            rounded = _quantize_head(model, loader, rounder, hidden)
+        work.write_rank(index, rank, rounded.tensors)
+        collectives.barrier()
+        if rank == 0:
+            work.finish_layer(index, rounded.report, hidden if index + 1 < total else None)
+        collectives.barrier()
+        on_progress(index + 1, total)
+    loader.reader.close()
+
+
+@torch.inference_mode()
+def _quantize_layer(
+    model: LlamaForCausalLM,
+    loader: ModelLoader,
+    rounder: LayerRounder,
+    recipe: Recipe,
+    index: int,
+    hidden: torch.Tensor | None,
+    lengths: Sequence[int],
+) -> RoundedLayer:
+    if hidden is None:
+        return rounder.round_layer(index, None)
+    again = recipe.method == "gptq"
+    seen = Observations(model, len(hidden), hessian=again)
+    loader.load_layer(index)
+    run_samples(model, index, hidden, lengths, seen, keep_hidden=again)
+    model.layers[index] = model.build_layer(index)  # its weights are free again
+    rounded = rounder.round_layer(index, seen)
+    if again:
+        del seen
+        loader.load_layer(index)
+        _put_rounded(model, index, rounded)
+        run_samples(model, index, hidden, lengths, None, keep_hidden=False)
+        model.layers[index] = model.build_layer(index)
+    return rounded
+
+
+@torch.inference_mode()
+def _quantize_head(model: LlamaForCausalLM, loader: ModelLoader, rounder: LayerRounder, hidden: torch.Tensor | None) -> RoundedLayer:
+    if hidden is None or model.config.tie_word_embeddings:
+        return rounder.round_head(None)
+    model.norm.assign(loader.read("model.norm.weight"), model.device)
+    observer = InputObserver(model.config.hidden_size, choose_kept_tokens(len(hidden)), hessian=False)
+    for rows in torch.split(hidden, 1024):
+        observer(model.norm(rows.to(model.device)))
+    return rounder.round_head(observer)
+
+
+def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> None:
+    """Put the rounded weights in the place of the float ones, where all linears of a product were rounded."""
+    layer, prefix, tensors = model.layers[index], f"model.layers.{index}", rounded.tensors
+    assert isinstance(layer, DecoderLayer)
+    for attribute, names in FUSED.items():
+        full = [f"{prefix}.{name}" for name in names]
+        if all(f"{name}.weight_scale" in tensors for name in full):
+            weights = [
+                dequantize(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))
+                for name in full
+            ]
+            getattr(layer, attribute).assign(weights, model.device)
+
+
+def read_embeddings(source: CheckpointSource, samples: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Hidden states [tokens of all samples, H] before the first layer; reads only the rows of ids that occur."""
+    reader, name = FileReader(), "model.embed_tokens.weight"
+    ids, places = torch.unique(torch.tensor([token for sample in samples for token in sample]), return_inverse=True)
+    rows = torch.cat([source.read_rows(reader, name, token, token + 1) for token in ids.tolist()])
+    reader.close()
+    return rows[places]

@@ -1,0 +1,257 @@
+"""Turns the linears of one decoder layer into integers, as a recipe says, from what a calibration saw.
+
+Every rank rounds its own rows; what spans all rows (the largest weights of an input channel, errors) is exchanged.
+Results are unpacked: `X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as model/scheme.py
+names it. Knows tensors and names; no files.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from model.config import LlamaConfig
+from model.linear import float_linear
+from model.llama import FUSED
+from model.quantization.awq import dequantize, search_scale
+from model.quantization.gptq import invert_hessian, quantize_gptq
+from model.quantization.observing import InputObserver, Observations
+from model.quantization.recipe import Recipe
+from model.quantization.rounding import asymmetric_scale, quantize_groups, quantize_rows, symmetric_scale
+from model.quantization.smoothing import smooth_scale
+from model.scheme import Scheme
+from parallel.collectives import Collectives
+
+_PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}
+"""The linear whose rows make the input of another."""
+_NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}
+"""The norm that makes the input of others."""
+
+
+@dataclass(slots=True)
+class RoundedLayer:
+    """One layer, quantized: this rank's rows."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By full name; of a tensor that every rank has whole, the whole."""
+    report: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a linear: what it cost."""
+
+
+class LayerRounder:
+    """Rounds the layers of one checkpoint on one rank."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        scheme: Scheme,
+        recipe: Recipe,
+        collectives: Collectives,
+        read: Callable[[str], torch.Tensor],
+        first_row: Callable[[str], int],
+    ) -> None:
+        """`read`: this rank's rows of a stored tensor; `first_row`: where these begin in the whole."""
+        self._config, self._scheme, self._recipe = config, scheme, recipe
+        self._collectives, self._read, self._first_row = collectives, read, first_row
+
+    def round_layer(self, index: int, seen: Observations | None) -> RoundedLayer:
+        """Quantize decoder layer `index`. `seen` is None where the recipe needs no samples."""
+        prefix, out = f"model.layers.{index}", RoundedLayer()
+        scales = self._choose_scales(prefix, seen)
+        for group, names in FUSED.items():
+            observer = seen.inputs[group] if seen else None
+            upper = None
+            for short in names:
+                name = f"{prefix}.{short}"
+                if self._scheme.is_quantized(name):
+                    if self._recipe.method == "gptq" and upper is None:
+                        assert observer is not None and observer.hessian is not None
+                        upper = invert_hessian(observer.hessian)
+                        observer.hessian = None  # it has been overwritten
+                    self._round_linear(name, self._read_scaled(name, short, prefix, scales), scales.get(short), observer, upper, out)
+            if group in _NORMS and self._recipe_folds and names[0] in scales:
+                norm = f"{prefix}.{_NORMS[group]}.weight"
+                weight = self._read(norm)
+                out.tensors[norm] = (weight.float() / scales[names[0]]).to(weight.dtype)
+        if self._recipe.kv_cache == "channel":
+            assert seen is not None
+            for kind, absmax in zip(("k_scale", "v_scale"), seen.cache.absmax, strict=True):
+                scale = symmetric_scale(absmax)
+                out.tensors[f"{prefix}.self_attn.{kind}"] = torch.where(scale == 0, torch.ones_like(scale), scale).half()
+        return out
+
+    def round_head(self, observer: InputObserver | None) -> RoundedLayer:
+        """Quantize the output head, round to nearest whatever the method: nothing behind it makes up for errors."""
+        out = RoundedLayer()
+        if self._scheme.is_quantized("lm_head"):
+            weight, scale = self._read("lm_head.weight"), None
+            if self._recipe.smooth and observer is not None:
+                scale = smooth_scale(observer.absmax, self._column_absmax([weight]), self._recipe.alpha)
+                if self._recipe_folds:
+                    norm = self._read("model.norm.weight")
+                    out.tensors["model.norm.weight"] = (norm.float() / scale).to(norm.dtype)
+                weight = _scale_columns(weight, scale)
+            self._round_linear("lm_head", weight, scale, observer, None, out)
+        return out
+
+    @property
+    def _recipe_folds(self) -> bool:
+        return self._recipe.fold or self._recipe.method == "awq"
+
+    def _choose_scales(self, prefix: str, seen: Observations | None) -> dict[str, torch.Tensor]:
+        """What each linear's weight is multiplied by, and its input divided: float32 [columns], by its name in the layer."""
+        recipe, scales = self._recipe, {}
+        if seen is None or not (recipe.smooth or recipe.method == "awq"):
+            return {}
+        for group, names in FUSED.items():
+            quantized = [name for name in names if self._scheme.is_quantized(f"{prefix}.{name}")]
+            if not self._recipe_folds:
+                for name in quantized:
+                    weight = self._read(f"{prefix}.{name}.weight")
+                    scales[name] = smooth_scale(seen.inputs[group].absmax, self._column_absmax([weight]), recipe.alpha)
+            elif quantized == list(names) and self._can_fold(prefix, group):
+                # One scale for all linears of an input: what makes the input can divide it by one vector only.
+                scale = self._choose_shared_scale([f"{prefix}.{name}" for name in names], group, seen.inputs[group])
+                scales.update(dict.fromkeys(names, scale))
+        return scales
+
+    def _can_fold(self, prefix: str, group: str) -> bool:
+        return group in _NORMS or self._scheme.is_quantized(f"{prefix}.{_PRODUCERS[group]}")
+
+    def _choose_shared_scale(self, names: list[str], group: str, observer: InputObserver) -> torch.Tensor:
+        weights = [self._read(f"{name}.weight") for name in names]
+        share = self._share_heads if group == "o_proj" else _keep
+        linear = self._recipe.linear
+        assert linear is not None
+        if self._recipe.method == "awq":
+            return search_scale(
+                weights,
+                observer.kept,
+                share(observer.mean_absolute),
+                linear.bits,
+                linear.group_size or weights[0].shape[1],
+                symmetric=linear.symmetric,
+                add_up=lambda errors: self._add_up([errors], names)[0],
+                share=share,
+            )
+        return smooth_scale(share(observer.absmax), share(self._column_absmax(weights)), self._recipe.alpha)
+
+    def _share_heads(self, channels: torch.Tensor) -> torch.Tensor:
+        """The largest of the channels of query heads that read one value head, which alone can scale them: [columns]."""
+        kv_heads, head_dim = self._config.num_key_value_heads, self._config.head_dim
+        grouped = channels.view(kv_heads, -1, head_dim)
+        return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+
+    def _read_scaled(self, name: str, short: str, prefix: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Local rows of a weight: divided where they make the input of another, multiplied for their own."""
+        weight = self._read(f"{name}.weight")
+        consumers = [FUSED[group][0] for group, producer in _PRODUCERS.items() if producer == short]
+        if self._recipe_folds and consumers and consumers[0] in scales:
+            divisor = scales[consumers[0]]
+            if short == "self_attn.v_proj":
+                divisor = divisor.view(self._config.num_key_value_heads, -1, self._config.head_dim)[:, 0].reshape(-1)
+            first = self._first_row(f"{name}.weight")
+            weight = (weight.float() / divisor[first : first + weight.shape[0]].unsqueeze(1)).to(weight.dtype)
+        return weight if short not in scales else _scale_columns(weight, scales[short])
+
+    def _round_linear(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        observer: InputObserver | None,
+        upper: torch.Tensor | None,
+        out: RoundedLayer,
+    ) -> None:
+        linear, tensors = self._recipe.linear, out.tensors
+        assert linear is not None
+        zero_points = None
+        if upper is not None:
+            group = linear.group_size or weight.shape[1]
+            integers, scales, zero_points = quantize_gptq(weight, upper, linear.bits, group, symmetric=linear.symmetric)
+        elif linear.group_size is None and linear.symmetric:
+            integers, scales = quantize_rows(weight, linear.bits)
+        else:
+            group = linear.group_size or weight.shape[1]
+            integers, scales, zero_points = quantize_groups(weight, linear.bits, group, symmetric=linear.symmetric)
+        if self._recipe.half_scales:
+            scales = scales.half()
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = integers, scales
+        if zero_points is not None:
+            tensors[f"{name}.weight_zero_point"] = zero_points
+        input_scale = None
+        if linear.activation == "tensor":
+            assert observer is not None
+            divisor = torch.ones(1) if scale is None else scale
+            input_scale, zero_point = asymmetric_scale((observer.low / divisor).amin(), (observer.high / divisor).amax())
+            tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"] = input_scale.reshape(1), zero_point.reshape(1)
+        if scale is not None and not self._recipe_folds:
+            tensors[f"{name}.smooth_scale"] = scale
+        out.report.append(self._measure(name, weight, dequantize(integers, scales, zero_points), scale, observer, tensors))
+
+    def _measure(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        rounded: torch.Tensor,
+        scale: torch.Tensor | None,
+        observer: InputObserver | None,
+        tensors: dict[str, torch.Tensor],
+    ) -> dict[str, Any]:
+        """The relative error of the outputs for the kept inputs, or of the weight where nothing was seen; and the outliers."""
+        entry: dict[str, Any] = {"linear": name, "error_of": "weight" if observer is None else "output"}
+        weight = weight.float()
+        if observer is None:
+            errors, sizes = (rounded - weight).square().sum(dim=1), weight.square().sum(dim=1)
+        else:
+            x = observer.kept if scale is None else observer.kept / scale
+            exact = float_linear(x, weight)
+            errors = (float_linear(self._round_inputs(name, x, tensors), rounded) - exact).square().sum(dim=0)
+            sizes = exact.square().sum(dim=0)
+            absmax = observer.absmax
+            channel = int(absmax.argmax())
+            entry |= {"outlier": float(absmax[channel]), "outlier_channel": channel, "median_absmax": float(absmax.median())}
+        error, size = self._add_up([errors, sizes], [name])
+        return entry | {"relative_error": (error / size) ** 0.5 if size else 0.0}
+
+    def _round_inputs(self, name: str, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        linear = self._recipe.linear
+        assert linear is not None
+        if linear.activation == "tensor":
+            scale, zero_point = tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"]
+            return ((x / scale + zero_point).round().clamp(-128, 127) - zero_point) * scale
+        if linear.activation == "token":
+            row_scale = x.abs().amax(dim=1, keepdim=True).div(127.5).clamp_min(1e-30)
+            return (x / row_scale).round().clamp(-128, 127) * row_scale
+        return x
+
+    def _column_absmax(self, weights: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The largest magnitude of each input channel over the rows of all ranks, float32 [columns]."""
+        local = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
+        ranks = self._collectives.world_size
+        return self._collectives.gather_columns(local.unsqueeze(0), [local.numel()] * ranks).view(ranks, -1).amax(dim=0)
+
+    def _add_up(self, rows: list[torch.Tensor], names: list[str]) -> list[float]:
+        """Sums over the rows of all ranks; rows that several ranks keep count on the first of them only, in row order."""
+        ranks, first = self._collectives.world_size, self._first_row(f"{names[0]}.weight")
+        width = self._collectives.gather_columns(torch.tensor([[first, len(rows[0])]]), [2] * ranks).view(ranks, 2).tolist()
+        sums = []
+        for local in rows:
+            whole = self._collectives.gather_columns(local.double().unsqueeze(0), [count for _, count in width])[0]
+            parts, place, end = [], 0, -1
+            for start, count in width:
+                if start > end:
+                    parts.append(whole[place : place + count])
+                    end = start + count - 1
+                place += count
+            sums.append(float(torch.cat(parts).sum()))
+        return sums
+
+
+def _scale_columns(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight.float() * scale).to(weight.dtype)
+
+
+def _keep(channels: torch.Tensor) -> torch.Tensor:
+    return channels

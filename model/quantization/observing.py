@@ -1,0 +1,124 @@
+"""What a calibration sees of the activations of one decoder layer, and one pass of all samples through it.
+
+Every rank sees whole inputs, since they are gathered anyway; keys and values are this rank's own. Knows a model and its
+hooks; nothing of rounding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.llama import FUSED, DecoderLayer, LlamaForCausalLM, Span
+
+PASS_TOKENS = 2048
+"""Tokens of several samples that go through a layer together, unless one sample alone has more."""
+KEPT_TOKENS = 256
+"""Inputs that are kept whole, evenly over all samples: to measure errors, and for AWQ's search."""
+
+
+class InputObserver:
+    """Statistics of the inputs [tokens, columns] of one linear."""
+
+    def __init__(self, columns: int, kept_tokens: torch.Tensor, *, hessian: bool) -> None:
+        """kept_tokens: sorted positions, over all samples, of the tokens to keep."""
+        self.low = torch.full((columns,), float("inf"))
+        self.high = torch.full((columns,), float("-inf"))
+        self.hessian = torch.zeros((columns, columns)) if hessian else None
+        self.kept = torch.empty((len(kept_tokens), columns))
+        self._sum_absolute = torch.zeros(columns, dtype=torch.float64)
+        self._kept_tokens, self._num_tokens = kept_tokens, 0
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """Take the next tokens."""
+        x = x.float()
+        torch.minimum(self.low, x.amin(dim=0), out=self.low)
+        torch.maximum(self.high, x.amax(dim=0), out=self.high)
+        self._sum_absolute += x.abs().sum(dim=0, dtype=torch.float64)
+        if self.hessian is not None:
+            self.hessian.addmm_(x.T, x)
+        first, end = torch.searchsorted(self._kept_tokens, torch.tensor([self._num_tokens, self._num_tokens + len(x)])).tolist()
+        self.kept[first:end] = x[self._kept_tokens[first:end] - self._num_tokens]
+        self._num_tokens += len(x)
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """Largest magnitude of each channel, float32 [columns]."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def mean_absolute(self) -> torch.Tensor:
+        """Mean magnitude of each channel, float32 [columns]."""
+        return (self._sum_absolute / max(1, self._num_tokens)).float()
+
+
+class CacheObserver:
+    """Stands in for the key-value cache of every sample, one after another: keeps the largest magnitudes, stores nothing."""
+
+    length = 0
+
+    def __init__(self, num_rows: int) -> None:
+        self.absmax = torch.zeros((2, num_rows))
+        """Of each row of the key (0) and value (1) projections of this rank."""
+
+    def append(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look at [tokens, heads, head_dim] and give it back, [heads, tokens, head_dim]."""
+        for kind, states in enumerate((keys, values)):
+            torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float(), out=self.absmax[kind])
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+class Observations:
+    """Everything that is seen of one layer."""
+
+    def __init__(self, model: LlamaForCausalLM, num_tokens: int, *, hessian: bool) -> None:
+        config, kept = model.config, choose_kept_tokens(num_tokens)
+        columns = dict.fromkeys(FUSED, config.hidden_size)
+        columns.update(o_proj=config.num_attention_heads * config.head_dim, down_proj=config.intermediate_size)
+        self.inputs = {name: InputObserver(columns[name], kept, hessian=hessian) for name in FUSED}
+        """By the attribute of DecoderLayer."""
+        self.cache = CacheObserver(model.shares.key_value)
+
+
+def choose_kept_tokens(num_tokens: int) -> torch.Tensor:
+    """Sorted positions of up to KEPT_TOKENS tokens, evenly over all."""
+    return torch.arange(min(num_tokens, KEPT_TOKENS)) * num_tokens // min(num_tokens, KEPT_TOKENS)
+
+
+def run_samples(
+    model: LlamaForCausalLM, index: int, hidden: torch.Tensor, lengths: Sequence[int], seen: Observations | None, *, keep_hidden: bool
+) -> None:
+    """Send the samples, hidden states [tokens of all, H] one behind the other, through layer `index`.
+
+    `hidden` becomes what comes out, unless `keep_hidden`. `seen` takes what goes in.
+    """
+    layer = model.layers[index]
+    assert isinstance(layer, DecoderLayer)
+    hooks = []
+    if seen is not None:
+        for attribute, observer in seen.inputs.items():
+            take = observer.__call__
+            hooks.append(getattr(layer, attribute).register_forward_pre_hook(lambda module, args, take=take: take(args[0])))
+    cache = CacheObserver(model.shares.key_value) if seen is None else seen.cache
+    first = 0
+    try:
+        for part in _group_samples(lengths):
+            end = first + sum(part)
+            out = model.run_layer(index, hidden[first:end].to(model.dtype), [Span(cache, range(length)) for length in part])
+            if not keep_hidden:
+                hidden[first:end] = out
+            first = end
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _group_samples(lengths: Sequence[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for length in lengths:
+        if groups and sum(groups[-1]) + length <= PASS_TOKENS:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return groups

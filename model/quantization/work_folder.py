@@ -1,0 +1,116 @@
+"""The folder beside a quantized checkpoint in which its layers gather while it is made, so that a killed run goes on.
+
+    recipe.json                       what is being made of what; another recipe starts anew
+    layer_0003.rank_1_of_2.safetensors rows that a rank rounded, unpacked
+    layer_0003.json                   the report of the layer; written last
+    hidden_0004.safetensors           what goes into layer 4, of all samples
+
+A file appears whole or not at all. Knows files; nothing of what stands in them.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from model.checkpoint.folder_writing import write_json
+from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
+from model.checkpoint.source import TensorInfo
+
+_RECIPE_FILE = "recipe.json"
+
+
+class WorkFolder:
+    """The work of `world_size` ranks."""
+
+    def __init__(self, path: Path, world_size: int) -> None:
+        self.path, self._world_size = path, world_size
+
+    def open(self, description: Mapping[str, Any]) -> int:
+        """Start the work that `description` (JSON) names, or go on with it; give the number of layers that are done."""
+        text = json.loads(json.dumps(description))
+        file = self.path / _RECIPE_FILE
+        try:
+            same = json.loads(file.read_text(encoding="utf-8")) == text
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_json(file, text)
+        return self.count_done()
+
+    def count_done(self) -> int:
+        """Layers that are done, from the first one on."""
+        done = 0
+        while self._report_file(done).exists():
+            done += 1
+        return done
+
+    def write_rank(self, layer: int, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one rank's part of a layer."""
+        _write(self._rank_file(layer, rank), tensors)
+
+    def finish_layer(self, layer: int, report: list[dict[str, Any]], hidden: torch.Tensor | None) -> None:
+        """Mark a layer as done, when all ranks have written it. `hidden`: what goes into the next one."""
+        if hidden is not None:
+            _write(self._hidden_file(layer + 1), {"hidden": hidden})
+        partial = self._report_file(layer).with_suffix(".partial")
+        write_json(partial, report)
+        partial.rename(self._report_file(layer))
+        self._hidden_file(layer).unlink(missing_ok=True)
+
+    def read_hidden(self, layer: int) -> torch.Tensor:
+        """What goes into `layer`."""
+        with safe_open(self._hidden_file(layer), framework="pt") as file:
+            hidden: torch.Tensor = file.get_tensor("hidden")
+        return hidden
+
+    def read_reports(self) -> list[dict[str, Any]]:
+        """The reports of all layers, joined."""
+        reports: list[dict[str, Any]] = []
+        for layer in range(self.count_done()):
+            reports += json.loads(self._report_file(layer).read_text(encoding="utf-8"))
+        return reports
+
+    def read_ranks(self, layer: int) -> list[dict[str, torch.Tensor]]:
+        """The tensors of a layer, mapped, one dict a rank."""
+        ranks = []
+        for rank in range(self._world_size):
+            with safe_open(self._rank_file(layer, rank), framework="pt") as file:
+                ranks.append({name: file.get_tensor(name) for name in file.keys()})
+        return ranks
+
+    def read_dtypes(self, layer: int) -> dict[str, torch.dtype]:
+        """Types of the tensors of a layer."""
+        return {name: stored.info.dtype for name, stored in read_header(self._rank_file(layer, 0)).items()}
+
+    def remove(self) -> None:
+        """The work is done."""
+        shutil.rmtree(self.path)
+
+    def _rank_file(self, layer: int, rank: int) -> Path:
+        return self.path / f"layer_{layer:04d}.rank_{rank}_of_{self._world_size}.safetensors"
+
+    def _report_file(self, layer: int) -> Path:
+        return self.path / f"layer_{layer:04d}.json"
+
+    def _hidden_file(self, layer: int) -> Path:
+        return self.path / f"hidden_{layer:04d}.safetensors"
+
+
+def describe_samples(samples: list[tuple[int, ...]]) -> str:
+    """A hash that tells other samples apart."""
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, infos) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
