@@ -11,7 +11,6 @@ import torch
 
 from parallel.errors import CheckpointError
 
-
 _CHUNK_BYTES = 8 << 20
 
 

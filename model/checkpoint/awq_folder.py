@@ -28,6 +28,8 @@ SETTINGS_FILE = "quant_config.json"
 _ROWS_A_WORD = 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output row of each nibble, lowest nibble first."""
+_ZERO_WORD = 0x88888888 - (1 << 32)
+"""Eight times the integer 0 (stored as 8), as an int32."""
 _BLOCK_BYTES = 8 << 20
 
 
@@ -72,7 +74,7 @@ def _pack_inputs(words: torch.Tensor) -> torch.Tensor:
     inputs, num_words = words.shape
     padding = -inputs % _ROWS_A_WORD
     if padding:
-        words = torch.cat((words, words.new_zeros((padding, num_words))))
+        words = torch.cat((words, words.new_full((padding, num_words), _ZERO_WORD)))
     stored = words.contiguous().view(torch.uint8).view(-1, num_words, 4)
     even, odd = stored[0::2], stored[1::2]
     pairs = torch.empty((even.shape[0], num_words, _ROWS_A_WORD), dtype=torch.uint8)

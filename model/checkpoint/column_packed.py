@@ -86,6 +86,8 @@ class ColumnPackedFolder(ABC):
         owner, _, part = name.rpartition(".")
         if owner not in self._shapes or name in self._folder.tensors:
             return self._folder.read_rows(reader, name, start, stop)
+        if start == stop:
+            return torch.empty((0, *self.tensors[name].shape[1:]), dtype=self.tensors[name].dtype)
         if part == "weight_packed":
             if self._linear.symmetric:
                 self._check_symmetric(reader, owner, start, stop)
@@ -151,7 +153,7 @@ class ColumnPackedFolder(ABC):
                 name = f"{linear}.bias"
                 if name not in self._folder.tensors:
                     continue
-                rows = self._folder.tensors[name].shape[0]
+                rows = (*self._folder.tensors[name].shape, 1)[0]
                 wrong = int(self._folder.read_rows(reader, name, 0, rows).count_nonzero())
                 if wrong:
                     raise CheckpointError(
@@ -163,7 +165,7 @@ class ColumnPackedFolder(ABC):
 
     def _check_symmetric(self, reader: FileReader, linear: str, start: int, stop: int) -> None:
         name, per_word = f"{linear}.qzeros", 32 // self._linear.bits
-        if name not in self._folder.tensors or start == stop:
+        if name not in self._folder.tensors:
             return
         first = start // per_word
         words = self._order_zero_points(self._folder.read_columns(reader, name, first, -(-stop // per_word)))
