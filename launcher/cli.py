@@ -28,20 +28,46 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         "--load_checkpoint",
-        help="Checkpoint: Hugging Face folder, GGUF file, or rank files. Default: the YAML's load_checkpoint.",
+        help="Checkpoint: Hugging Face folder (compressed-tensors, GPTQ and AWQ too), GGUF, .ckpt or rank files. "
+        "Default: the YAML's load_checkpoint.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", "-n", "--worker_num", help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1."),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or npu. Default: auto.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads-per-rank", help="CPU threads of each rank. Default: the cores, shared evenly.")
+]
+CollectivesOption = Annotated[
+    str | None, typer.Option(help="auto, shm, gloo or nccl. Default: auto, which is shm for CPU ranks on one x86-64 host.")
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto, int8 or float. int8 takes the checkpoint's scales, else one for each token. Default: auto, as checkpoint and YAML say.",
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option("--max-batch-size", help="Sequences that run together at most. Default: 16.")]
+LogDirOption = Annotated[Path | None, typer.Option("--log-dir", "--log_dir", help="Folder of worker_N.log. Default: output/log.")]
+RestartsOption = Annotated[int | None, typer.Option("--max-restarts", help="Starts anew after a failed rank at most. Default: 1.")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", "--cluster_time_out", help="Seconds that ranks wait for one that makes no progress. Default: 300."),
+]
 
 
 @app.command(epilog="Example: tandem predict --checkpoint output/demo/smollm2-135m-rtn --workers 2 --prompt 'Once upon a time'")
 def predict(
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", "-n", "--worker_num", help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1."),
-    ] = None,
+    workers: WorkersOption = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="A prompt; may be given several times. Default: MindFormers' three.")
     ] = None,
@@ -74,25 +100,17 @@ def predict(
     seed: Annotated[int | None, typer.Option(help="Start of each prompt's random numbers. Default: the YAML's, else 0.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Add the log-probability of each new token to --output.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or npu. Default: auto.")] = None,
-    threads_per_rank: Annotated[
-        int | None, typer.Option("--threads-per-rank", help="CPU threads of each rank. Default: the cores, shared evenly.")
-    ] = None,
-    collectives: Annotated[
-        str | None, typer.Option(help="auto, shm, gloo or nccl. Default: auto, which is shm for CPU ranks on one x86-64 host.")
-    ] = None,
-    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", help="Prompts decoded together at most. Default: 16.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads_per_rank: ThreadsOption = None,
+    collectives: CollectivesOption = None,
+    kv_cache_dtype: CacheOption = None,
+    max_batch_size: BatchOption = None,
     output: Annotated[Path | None, typer.Option(help="Write one JSON object a prompt to this file.")] = None,
     stats: Annotated[Path | None, typer.Option(help="Write speeds, bytes and memory of the run to this JSON file.")] = None,
-    log_dir: Annotated[Path | None, typer.Option("--log-dir", "--log_dir", help="Folder of worker_N.log. Default: output/log.")] = None,
-    max_restarts: Annotated[int | None, typer.Option("--max-restarts", help="Starts anew after a failed rank at most. Default: 1.")] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option("--timeout", "--cluster_time_out", help="Seconds that ranks wait for one that makes no progress. Default: 300."),
-    ] = None,
+    log_dir: LogDirOption = None,
+    max_restarts: RestartsOption = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Decode prompts with N ranks: the main job.
 
@@ -123,6 +141,7 @@ def predict(
             device=device,
             threads_per_rank=threads_per_rank,
             collectives=collectives,
+            kv_cache_dtype=kv_cache_dtype,
             max_batch_size=max_batch_size,
             output=output,
             stats=stats,
@@ -133,20 +152,176 @@ def predict(
     )
 
 
-@app.command(epilog="Example: tandem quantize -c configs/smollm2_135m_rtn.yaml --checkpoint output/smollm2-135m -a rtn-a16w8")
+@app.command(
+    epilog="Examples: tandem quantize --checkpoint output/smollm2-135m -a rtn-a16w8  |  "
+    "tandem quantize --checkpoint output/smollm2-135m -a smooth_quant -t boolq -s dev.jsonl --workers 2"
+)
 def quantize(
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
     approach: Annotated[
-        str, typer.Option("--approach", "-a", "-q", help="Required. rtn-a16w8: int8 weights, round to nearest, one scale an output row.")
+        str,
+        typer.Option(
+            "--approach",
+            "-a",
+            "-q",
+            help="Required. rtn-a16w8: int8 weights. rtn-c8: int8 key-value cache. smooth_quant: int8 weights and activations, outliers "
+            "moved into the weights. ptq: what -w, -k, --act-quant-dtype and --outliers say. a8w8: int8 weights, activations rounded "
+            "for each token. gptq, awq, rtn-a16w4: int4 weights in groups.",
+        ),
     ] = "",
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: output/<approach>_ckpt.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-t", "--dataset_type", help="Calibration data: boolq, squad1.1, wikitext2, or ids (.npy).")
+    ] = None,
+    dataset_path: Annotated[
+        Path | None, typer.Option("--dataset-path", "-s", "--dataset_path", help="File of the calibration data.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Samples to calibrate with at most.")] = 200,
+    sample_tokens: Annotated[
+        int | None, typer.Option("--sample-tokens", min=1, help="Tokens of a sample at most. Default: the context, 2048 at most.")
+    ] = None,
+    weight_dtype: Annotated[
+        str | None, typer.Option("--weight-quant-dtype", "-w", "--weight_quant_dtype", help="ptq: int8 or none.")
+    ] = None,
+    kvcache_dtype: Annotated[
+        str | None,
+        typer.Option("--kvcache-quant-dtype", "-k", "--kvcache_quant_dtype", help="int8 or none: the key-value cache, beside the weights."),
+    ] = None,
+    act_quant_dtype: Annotated[
+        str | None, typer.Option("--act-quant-dtype", "--act_quant_dtype", help="ptq: activations as int8 or none.")
+    ] = None,
+    outliers: Annotated[str | None, typer.Option("--outliers", "--outliers_suppression", help="ptq: smooth or none.")] = None,
+    not_converted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--not-converted",
+            "-b",
+            "--opname_blacklist",
+            help="Linears whose name contains this word stay float (Hugging Face's or MindFormers' name); several words may follow.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="smooth_quant, ptq: how far outliers move, 0 to 1. Default: the YAML's algorithm_args, else 0.5.")
+    ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold",
+            help="smooth_quant, ptq: divide the norms instead of storing scales beside each linear; transformers and vLLM need that.",
+        ),
+    ] = False,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="int4: columns that share a scale. Default: 128.")] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric", help="int4: without or with zero points. Default: only awq with them.", show_default=False
+        ),
+    ] = None,
+    kv_granularity: Annotated[
+        str | None,
+        typer.Option("--kvcache-granularity", help="per_channel: stored scales. per_token: made on the way. Default: per_channel."),
+    ] = None,
+    workers: WorkersOption = None,
+    dtype: Annotated[str | None, typer.Option(help="Type that calibration computes in. Default: float32.")] = None,
+    device: DeviceOption = None,
+    threads_per_rank: ThreadsOption = None,
+    collectives: CollectivesOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--output_dir", help="Folder to write. Default: output/<approach>_ckpt.")
+    ] = None,
     overwrite: OverwriteOption = False,
+    log_dir: LogDirOption = None,
+    max_restarts: RestartsOption = None,
+    timeout: TimeoutOption = None,
 ) -> None:
-    """Quantize a float checkpoint, written as compressed-tensors: transformers and vLLM load it too."""
-    from launcher.rewriting import quantize as run
+    """Quantize a float checkpoint, layer by layer, on any number of ranks.
 
-    run(config, checkpoint, approach, output, overwrite=overwrite)
+    Written as compressed-tensors: transformers and vLLM load it (with smooth scales only after --fold). The same command
+    goes on where a killed one stopped. A report goes to standard output and beside the weights.
+    """
+    from launcher.quantizing import QuantizeOptions
+    from launcher.quantizing import quantize as run
+
+    run(
+        QuantizeOptions(
+            config=config,
+            checkpoint=checkpoint,
+            approach=approach,
+            dataset=dataset,
+            dataset_path=dataset_path,
+            num_samples=num_samples,
+            sample_tokens=sample_tokens,
+            weight_dtype=weight_dtype,
+            kvcache_dtype=kvcache_dtype,
+            act_quant_dtype=act_quant_dtype,
+            outliers=outliers,
+            not_converted=tuple(not_converted or ()),
+            alpha=alpha,
+            fold=fold,
+            group_size=group_size,
+            symmetric=symmetric,
+            kv_granularity=kv_granularity,
+            workers=workers,
+            dtype=dtype,
+            device=device,
+            threads_per_rank=threads_per_rank,
+            collectives=collectives,
+            output=output,
+            overwrite=overwrite,
+            log_dir=log_dir,
+            max_restarts=max_restarts,
+            timeout_seconds=timeout,
+        )
+    )
+
+
+@app.command(
+    "eval", epilog="Example: tandem eval --task perplexity --data wiki.test.raw --checkpoint output/smollm2-135m --workers 2 --limit 4"
+)
+def evaluate(
+    task: Annotated[str, typer.Option(help="Required. boolq: yes or no, by the next token. perplexity: of a text.")] = "",
+    data: Annotated[Path | None, typer.Option("--data", "-s", help="Required. BoolQ file (JSON lines), or a text file.")] = None,
+    config: ConfigOption = None,
+    checkpoint: CheckpointOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions or windows at most. Default: all.")] = None,
+    window: Annotated[int, typer.Option("--window", help="perplexity: tokens of each piece of the text.")] = 512,
+    workers: WorkersOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads_per_rank: ThreadsOption = None,
+    collectives: CollectivesOption = None,
+    kv_cache_dtype: CacheOption = None,
+    max_batch_size: BatchOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    log_dir: LogDirOption = None,
+    max_restarts: RestartsOption = None,
+    timeout: TimeoutOption = None,
+) -> None:
+    """Tell how good a checkpoint is, on any number of ranks: the score does not depend on it."""
+    from launcher.evaluating import EvaluateOptions
+    from launcher.evaluating import evaluate as run
+
+    run(
+        EvaluateOptions(
+            task=task,
+            data=data,
+            config=config,
+            checkpoint=checkpoint,
+            limit=limit,
+            window_tokens=window,
+            workers=workers,
+            dtype=dtype,
+            device=device,
+            threads_per_rank=threads_per_rank,
+            collectives=collectives,
+            kv_cache_dtype=kv_cache_dtype,
+            max_batch_size=max_batch_size,
+            as_json=as_json,
+            log_dir=log_dir,
+            max_restarts=max_restarts,
+            timeout_seconds=timeout,
+        )
+    )
 
 
 @app.command(epilog="Example: tandem convert model.Q4_1.gguf output/model --dtype float16")
@@ -155,12 +330,13 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     to: Annotated[str, typer.Option("--to", help="hf: a Hugging Face folder.")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for all float weights. Default: as they are.")] = None,
+    config: ConfigOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Rewrite any readable checkpoint as a Hugging Face folder, tokenizer included."""
+    """Rewrite any readable checkpoint as a Hugging Face folder, tokenizer included. A .ckpt needs its YAML (-c)."""
     from launcher.rewriting import convert as run
 
-    run(source, target, to, dtype, overwrite=overwrite)
+    run(source, target, to, dtype, config, overwrite=overwrite)
 
 
 @app.command(epilog="Example: tandem reshard output/model-rtn output/model-rtn-8 --workers 8")
@@ -168,12 +344,13 @@ def reshard(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any readable format, rank files included.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     workers: Annotated[int, typer.Option("--workers", "-n", help="Ranks to write for; 1 gives one file again.")],
+    config: ConfigOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Rewrite a checkpoint, quantized or not, as one file a rank. Any number of ranks can read it back."""
     from launcher.rewriting import reshard as run
 
-    run(source, target, workers, overwrite=overwrite)
+    run(source, target, workers, config, overwrite=overwrite)
 
 
 @app.command(epilog="Example: tandem env --json")
@@ -194,7 +371,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
 def main() -> None:
     """Run a command and end with its exit code."""
     try:
-        app(standalone_mode=False)
+        app(_spread_words(sys.argv[1:]), standalone_mode=False)
     except InputError as error:
         _fail(error, 2)
     except TandemError as error:
@@ -208,6 +385,18 @@ def main() -> None:
             error.show()
             sys.exit(2)
         raise
+
+
+def _spread_words(arguments: list[str]) -> list[str]:
+    """`-b lm_head w2`, as Golden Stick's script takes it, as `-b lm_head -b w2`."""
+    spread, flag = [], ""
+    for position, word in enumerate(arguments):
+        if word.startswith("-"):
+            flag = word if word in ("-b", "--opname_blacklist") else ""
+        elif flag and arguments[position - 1] != flag:
+            spread.append(flag)
+        spread.append(word)
+    return spread
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from launcher.job import Job
 from launcher.whole_file import write_whole
+from model.generation import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
 
 
@@ -50,19 +50,49 @@ class WorkProgress:
         self._tenths = 0
 
 
-class RunConsole:
-    """Consumes the events of one run. `prompts`: the texts of the job's requests."""
+def loading_progress(world_size: int) -> WorkProgress:
+    """Shows how far loading is."""
+    return WorkProgress(f"loading on {world_size} rank{'s' if world_size > 1 else ''}, layers")
 
-    def __init__(self, job: Job, prompts: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._job, self._prompts, self._tokenizer = job, prompts, tokenizer
+
+class WorkConsole:
+    """Consumes the events of a run that ends in one result: shows progress, keeps the result."""
+
+    def __init__(self, world_size: int, what: str) -> None:
+        self._loading, self._working = loading_progress(world_size), WorkProgress(what)
+        self.result: dict[str, Any] | None = None
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take one event of rank 0."""
+        kind = event.pop("event")
+        if kind == "loading":
+            self._loading(event["done"], event["total"])
+        elif kind == "progress":
+            self._working(event["done"], event["total"])
+        elif kind == "warning":
+            print(f"warning: {event['message']}", file=sys.stderr)
+        elif kind == "result":
+            self.result = event
+
+    def close(self) -> None:
+        """Take progress bars away."""
+        self._loading.close()
+        self._working.close()
+
+
+class RunConsole:
+    """Consumes the events of one run that decodes. `prompts`: the texts of the requests."""
+
+    def __init__(self, world_size: int, requests: Sequence[Request], prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._requests, self._prompts, self._tokenizer = requests, prompts, tokenizer
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._logprobs: list[list[float | None]] = [[] for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
-        self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in job.requests]
+        self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in requests]
         self._texts = [""] * len(prompts)
         self._replayed = [0] * len(prompts)
         self._num_printed = 0
-        self._loading = WorkProgress(f"loading on {job.world_size} rank{'s' if job.world_size > 1 else ''}, layers")
+        self._loading = loading_progress(world_size)
         self._terminal = Terminal(stderr=True)
         self._live: Live | None = None
         self.stats: dict[str, Any] | None = None
@@ -126,11 +156,11 @@ class RunConsole:
         print(f"'text_generation_text': {[text]}", flush=True)
 
     def _continuation(self, index: int) -> str:
-        return continuation(self._tokenizer, self._job.requests[index].prompt_ids, self._tokens[index])
+        return continuation(self._tokenizer, self._requests[index].prompt_ids, self._tokens[index])
 
     def _records(self) -> list[dict[str, Any]]:
         records = []
-        for index, request in enumerate(self._job.requests):
+        for index, request in enumerate(self._requests):
             record: dict[str, Any] = {
                 "index": index,
                 "prompt": self._prompts[index],

@@ -4,20 +4,24 @@ A plain value that travels as JSON from the parent to the ranks. Knows no text: 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.generation import Request
-from model.sampling import SamplingParams
+from launcher.tasks import Task, read_task, write_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run of `predict`."""
+    """One run."""
 
     checkpoint: str
     """Absolute path."""
+    model_values: Mapping[str, Any] | None
+    """What stands for config.json where the checkpoint has none."""
+    kv_cache: str | None
+    """A kv_cache word of model/scheme.py; goes over the checkpoint's."""
     world_size: int
     """Ranks."""
     context_tokens: int
@@ -37,21 +41,20 @@ class Job:
     timeout_seconds: float
     """A step without progress of a peer for so long ends the run."""
     max_batch_size: int
-    """Sequences decoded together."""
-    requests: tuple[Request, ...]
-    """What to decode."""
+    """Sequences that go through the model together."""
+    task: Task
+    """What to do."""
 
     def to_json(self) -> str:
         """For `from_json`."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "task": write_task(self.task)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
         """The inverse of `to_json`."""
         raw: dict[str, Any] = json.loads(text)
-        requests = tuple(Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"])) for r in raw.pop("requests"))
-        eos_token_ids = tuple(raw.pop("eos_token_ids"))
-        return cls(**raw, eos_token_ids=eos_token_ids, requests=requests)
+        task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
+        return cls(**raw, eos_token_ids=eos_token_ids, task=task)
 
     @property
     def path(self) -> Path:

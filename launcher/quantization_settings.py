@@ -1,6 +1,6 @@
 """The `quantization_config` section of a MindFormers YAML, with the rules of the original.
 
-Knows words and which of them go together; no tensors, no arithmetic, no files.
+Knows words, which of them go together, and what a checkpoint declares; no tensors, no arithmetic, no files.
 """
 
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.yaml_schema import is_null
+from model.scheme import Scheme
 from parallel.errors import ConfigError
 
 _DTYPES = (None, "int8")
@@ -18,6 +19,9 @@ _RULES: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "smooth_quant": (("A8W8",), ("smooth",)),
 }
 """Method: its combinations (A activations, W weights, C key-value cache, each with its bits) and its outlier suppressions."""
+
+_APPROACHES = {"rtn": "rtn-a16w8", "ptq": "ptq", "smooth_quant": "smooth_quant"}
+"""Method: what `tandem quantize` calls it."""
 
 _SECTION = "model.model_config.quantization_config"
 
@@ -59,6 +63,23 @@ class QuantizationSettings:
                 f" (weight_dtype {self.weight_dtype!r}, activation_dtype {self.activation_dtype!r}, kvcache_dtype {self.kvcache_dtype!r}),"
                 f" but it does {' or '.join(combinations)} with outliers_suppression {_join(outliers)}"
             )
+
+    def check_scheme(self, scheme: Scheme, checkpoint: str, source: str) -> None:
+        """Raise ConfigError, naming both, when a checkpoint stores other integers than these settings ask for."""
+        wanted = None if self.weight_dtype is None else self.combination.removesuffix("C8")
+        linear = scheme.linear
+        found = None if linear is None else f"A{8 if linear.activation else 16}W{linear.bits}"
+        if wanted == found:
+            return
+        if found is None:
+            raise ConfigError(
+                f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds float weights; "
+                f"make int8 ones with: tandem quantize -c {source} --checkpoint {checkpoint} -a {_APPROACHES[self.quant_method]}"
+            )
+        raise ConfigError(
+            f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
+            "take the YAML of this checkpoint, or remove quantization_config from it"
+        )
 
     @property
     def combination(self) -> str:

@@ -142,12 +142,19 @@ class Settings:
 
     def build_model_config(self) -> LlamaConfig:
         """The model's shape from the file alone, with MindFormers' defaults for what it leaves out."""
+        # Without a checkpoint the weights would be made in the type that computes.
+        dtype = self.compute_dtype or _DEFAULT_COMPUTE_DTYPE
+        return build_config({**self._fill_model_values(), "dtype": dtype}, self.source)
+
+    def build_model_values(self) -> dict[str, Any] | None:
+        """What stands for config.json beside a checkpoint that has none; None where the file says nothing of the model."""
+        return {"model_type": "llama", **self._fill_model_values()} if self.model_values else None
+
+    def _fill_model_values(self) -> dict[str, Any]:
         values = {**_MODEL_DEFAULTS, **self.model_values}
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
         values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
-        # Without a checkpoint the weights would be made in the type that computes.
-        values["dtype"] = self.compute_dtype or _DEFAULT_COMPUTE_DTYPE
-        return build_config(values, self.source)
+        return values
 
     def compare_model_config(self, config: LlamaConfig, checkpoint: str) -> None:
         """Raise ConfigError when the file and the checkpoint's config disagree, naming every such key and both values."""

@@ -1,4 +1,4 @@
-"""One rank: joins the others, loads its part, decodes, reports. The same code under our own parent and under torchrun.
+"""One rank: joins the others, does its part of the task, reports. The same code under our own parent and under torchrun.
 
 Knows a Job and who it is; what is reported goes to `emit`, on rank 0 only.
 """
@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from launcher.job import Job
+from launcher.tasks import Decode, Evaluate, Quantize
 from model.checkpoint.formats import open_checkpoint
 from model.config import build_config
+from model.evaluation import boolq, perplexity
 from model.generation import Engine, generate
 from model.int8 import choose_int8_kernel
 from model.linear import keeps_bits
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
+from model.quantization.calibration import quantize_layers
+from model.quantization.work_folder import WorkFolder
 from model.scheme import read_scheme
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
 from parallel.shared_memory import SharedMemoryCollectives
@@ -29,32 +33,72 @@ from parallel.shared_memory import SharedMemoryCollectives
 Emit = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What a task is run with."""
+
+    job: Job
+    collectives: Collectives
+    device: torch.device
+    threads: int
+    started: float
+    """time.perf_counter() when the rank began."""
+    emit: Emit
+
+    def report(self, event: str) -> Callable[[int, int], None]:
+        """Sends (done, total) under this name."""
+        return lambda done, total: self.emit({"event": event, "done": done, "total": total})
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The whole numbers of every rank, a row each."""
+        mine = torch.tensor([values], dtype=torch.float64, device=self.device)
+        sizes = [len(values)] * self.job.world_size
+        return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
+
+
 def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store: Store | None, emit: Emit) -> None:
-    """Run `job` as `rank`. `emit` gets events: progress, tokens, and stats at the end."""
+    """Run `job` as `rank`. `emit` gets events: progress, tokens, and what came of it at the end."""
     started = time.perf_counter()
     threads = job.threads_per_rank or max(1, count_cores() // local_world_size)
     torch.set_num_threads(threads)
     device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, local_rank)
     collectives = connect(job, rank, local_world_size, store)
-    source = open_checkpoint(job.path)
+    me = _Rank(job, collectives, device, threads, started, emit)
+    if isinstance(job.task, Decode):
+        _decode(me, job.task)
+    elif isinstance(job.task, Evaluate):
+        _evaluate(me, job.task)
+    else:
+        _quantize(me, job.task)
+    collectives.barrier()
+    collectives.close()
+
+
+def _load(me: _Rank) -> tuple[LlamaForCausalLM, int]:
+    """The model with this rank's part of the checkpoint, and the bytes that were read."""
+    job = me.job
+    source = open_checkpoint(job.path, job.model_values)
     config = replace(
         build_config(source.config),
         max_position_embeddings=job.context_tokens,
         eos_token_ids=job.eos_token_ids,
         pad_token_id=job.pad_token_id,
     )
-    model = LlamaForCausalLM(config, read_scheme(source.config), collectives, dtype=job.dtype, device=device, num_threads=threads)
+    scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
+    model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
+    read_bytes = load_model(model, source, me.report("loading"))
+    if not _is_reproducible(me.device, model.dtype, me.threads):
+        me.emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
+    me.collectives.barrier()
+    return model, read_bytes
 
-    def report(done: int, total: int) -> None:
-        emit({"event": "loading", "done": done, "total": total})
 
-    read_bytes = load_model(model, source, report)
-    if not _is_reproducible(device, model.dtype, threads):
-        emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
-    collectives.barrier()
-    load_seconds = time.perf_counter() - started
+def _decode(me: _Rank, task: Decode) -> None:
+    job, emit = me.job, me.emit
+    model, read_bytes = _load(me)
+    load_seconds = time.perf_counter() - me.started
     engine = Engine(model, job.max_batch_size)
-    for event in generate(engine, job.requests):
+    for event in generate(engine, task.requests):
         emit(
             {
                 "event": "token",
@@ -64,19 +108,18 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
                 "finish_reason": event.finish_reason,
             }
         )
-    mine = torch.tensor([[model.weight_bytes, read_bytes, read_peak_rss_bytes()]], dtype=torch.float64)
-    everyone = collectives.gather_columns(mine.to(device), [3] * job.world_size).view(-1, 3).long().tolist()
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).bytes_per_token])
     times = engine.times
     emit(
         {
             "event": "stats",
             "world_size": job.world_size,
-            "threads_per_rank": threads,
+            "threads_per_rank": me.threads,
             "device": job.device,
             "dtype": job.dtype,
             "quantization": model.scheme.name,
-            "kernel": f"torch-{job.dtype}" if model.scheme.name == "none" else choose_int8_kernel(device.type).name,
-            "collectives": collectives.name,
+            "kernel": f"torch-{job.dtype}" if model.scheme.linear is None else choose_int8_kernel(me.device.type).name,
+            "collectives": me.collectives.name,
             "load_seconds": load_seconds,
             "prefill_tokens_per_second": _speed(times.prefill_tokens, times.prefill_seconds),
             "decode_tokens_per_second": _speed(times.decode_tokens, times.decode_seconds),
@@ -84,10 +127,61 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
             "weight_bytes": [row[0] for row in everyone],
             "read_bytes": [row[1] for row in everyone],
             "peak_rss_bytes": [row[2] for row in everyone],
+            "kv_cache_dtype": "int8" if model.scheme.kv_cache else job.dtype,
+            "kv_cache_bytes_per_token": [row[3] for row in everyone],
         }
     )
-    collectives.barrier()
-    collectives.close()
+
+
+def _evaluate(me: _Rank, task: Evaluate) -> None:
+    model, _ = _load(me)
+    started = time.perf_counter()
+    batch, report = me.job.max_batch_size, me.report("progress")
+    result = (
+        asdict(perplexity(model, task.rows, batch_size=batch, on_progress=report))
+        if task.name == "perplexity"
+        else asdict(boolq(model, task.rows, task.answers, choices=task.choices, batch_size=batch, on_progress=report))
+    )
+    tokens, seconds = sum(map(len, task.rows)), time.perf_counter() - started
+    me.emit(
+        {
+            "event": "result",
+            **result,
+            "quantization": model.scheme.name,
+            "dtype": me.job.dtype,
+            "world_size": me.job.world_size,
+            "seconds": seconds,
+            "tokens_per_second": _speed(tokens, seconds),
+        }
+    )
+
+
+def _quantize(me: _Rank, task: Quantize) -> None:
+    source = open_checkpoint(me.job.path, me.job.model_values)
+    work = WorkFolder(Path(task.work_folder), me.job.world_size)
+    resumed, before = work.count_done(), read_peak_rss_bytes()
+    quantize_layers(
+        source,
+        build_config(source.config),
+        task.recipe,
+        task.samples,
+        me.collectives,
+        work,
+        dtype=me.job.dtype,
+        device=me.device,
+        num_threads=me.threads,
+        on_progress=me.report("progress"),
+    )
+    everyone = me.gather([before, read_peak_rss_bytes()])
+    me.emit(
+        {
+            "event": "result",
+            "seconds": time.perf_counter() - me.started,
+            "resumed_layers": resumed,
+            "rss_bytes_before": [row[0] for row in everyone],
+            "peak_rss_bytes": [row[1] for row in everyone],
+        }
+    )
 
 
 def connect(job: Job, rank: int, local_world_size: int, store: Store | None) -> Collectives:

@@ -12,7 +12,7 @@ from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
 from model.llama import FUSED, DecoderLayer, LlamaForCausalLM
 from model.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
-from model.scheme import Scheme, unpack_integers
+from model.scheme import Scheme, read_scheme, unpack_integers
 from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
@@ -36,7 +36,8 @@ def load_model(
     `on_progress` gets (layers done, layers in all). Raises CheckpointError when a tensor is missing, unexpected or of
     another shape or type, and when a file is short.
     """
-    check_checkpoint(source, model.config, model.scheme)
+    # The checkpoint's own scheme: a model may run with another key-value cache.
+    check_checkpoint(source, model.config, read_scheme(source.config))
     loader = ModelLoader(model, source)
     total = len(model.layers) + 1
     # The largest tensor first: what it takes on the way is free again for the layers.

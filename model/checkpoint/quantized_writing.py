@@ -30,7 +30,10 @@ def write_quantized(
     report: dict[str, Any],
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write the checkpoint whole, or nothing. Memory: one layer as integers. `report` is written beside it."""
+    """Write the checkpoint whole, or nothing. Memory: one layer as integers.
+
+    `report` is written beside it, with the bytes of the tensors under "written_bytes".
+    """
     specs, floats = plan_weights(config, scheme), plan_weights(config, Scheme())
     layers = {name: _layer_of(name, config) for name in specs}
     dtypes = {name: dtype for layer in range(config.num_hidden_layers + 1) for name, dtype in work.read_dtypes(layer).items()}
@@ -72,6 +75,7 @@ def write_quantized(
         else:
             yield name, read_whole(source, reader, name)
 
+    report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
     raw = {**source.config, "quantization_config": write_scheme(scheme)}
     write_checkpoint(source, target, raw, tensors, read, groups, on_progress, lambda folder: write_json(folder / REPORT_FILE, report))
     reader.close()

@@ -22,13 +22,14 @@ def search_scale(
     group_size: int,
     *,
     symmetric: bool,
-    add_up: Callable[[torch.Tensor], float],
+    add_up: Callable[[int, torch.Tensor], float],
     share: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
 ) -> torch.Tensor:
     """float32 [columns]: what the weights are multiplied by, and their inputs divided.
 
     weights: local rows [rows, columns] of every linear of this input; inputs: float32 samples [tokens, columns];
-    act_mean: mean magnitude of each channel. `add_up` sums squared errors of local rows [rows] over all ranks.
+    act_mean: mean magnitude of each channel. `add_up` sums squared errors of the local rows [rows] of one weight, given
+    by its place, over all ranks.
     `share` makes channels equal that something before them can only scale together.
     """
     best, least = torch.ones_like(act_mean), float("inf")
@@ -36,11 +37,11 @@ def search_scale(
         scale = share(act_mean.clamp_min(1e-4).pow(step / _STEPS))
         scale = scale / (scale.max() * scale.min()).sqrt()
         error = 0.0
-        for weight in weights:
+        for place, weight in enumerate(weights):
             scaled = (weight.float() * scale).to(weight.dtype)
             integers, scales, zero_points = quantize_groups(scaled, bits, group_size, symmetric=symmetric)
             change = dequantize(integers, scales, zero_points) / scale - weight.float()
-            error += add_up(float_linear(inputs, change).square().sum(dim=0))
+            error += add_up(place, float_linear(inputs, change).square().sum(dim=0))
         if error < least:
             best, least = scale, error
     return best

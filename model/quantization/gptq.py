@@ -1,6 +1,6 @@
 """GPTQ: rounds a weight column after column, and moves each column's error into those that are still to come.
 
-arXiv 2210.17323, with the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token scaled to length 1) and U the upper Cholesky
+arXiv 2210.17323, with the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token of length 1) and U the upper Cholesky
 factor of H^-1, the error e of column i changes column j > i by -e * U[i, j] / U[i, i]. Rows do not see each other, so a
 rank can round its own rows. Knows one matrix.
 """

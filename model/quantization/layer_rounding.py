@@ -76,9 +76,11 @@ class LayerRounder:
                 out.tensors[norm] = (weight.float() / scales[names[0]]).to(weight.dtype)
         if self._recipe.kv_cache == "channel":
             assert seen is not None
-            for kind, absmax in zip(("k_scale", "v_scale"), seen.cache.absmax, strict=True):
-                scale = symmetric_scale(absmax)
-                out.tensors[f"{prefix}.self_attn.{kind}"] = torch.where(scale == 0, torch.ones_like(scale), scale).half()
+            keys, values = seen.cache.absmax
+            divisor = self._row_divisor(f"{prefix}.self_attn.v_proj", "self_attn.v_proj", len(values), scales)
+            for kind, absmax in (("k_scale", keys), ("v_scale", values if divisor is None else values / divisor)):
+                scale = symmetric_scale(absmax).half()
+                out.tensors[f"{prefix}.self_attn.{kind}"] = torch.where(scale == 0, torch.ones_like(scale), scale)
         return out
 
     def round_head(self, observer: InputObserver | None) -> RoundedLayer:
@@ -132,7 +134,7 @@ class LayerRounder:
                 linear.bits,
                 linear.group_size or weights[0].shape[1],
                 symmetric=linear.symmetric,
-                add_up=lambda errors: self._add_up([errors], names)[0],
+                add_up=lambda place, errors: self._add_up([errors], [names[place]])[0],
                 share=share,
             )
         return smooth_scale(share(observer.absmax), share(self._column_absmax(weights)), self._recipe.alpha)
@@ -146,14 +148,21 @@ class LayerRounder:
     def _read_scaled(self, name: str, short: str, prefix: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:
         """Local rows of a weight: divided where they make the input of another, multiplied for their own."""
         weight = self._read(f"{name}.weight")
-        consumers = [FUSED[group][0] for group, producer in _PRODUCERS.items() if producer == short]
-        if self._recipe_folds and consumers and consumers[0] in scales:
-            divisor = scales[consumers[0]]
-            if short == "self_attn.v_proj":
-                divisor = divisor.view(self._config.num_key_value_heads, -1, self._config.head_dim)[:, 0].reshape(-1)
-            first = self._first_row(f"{name}.weight")
-            weight = (weight.float() / divisor[first : first + weight.shape[0]].unsqueeze(1)).to(weight.dtype)
+        divisor = self._row_divisor(name, short, weight.shape[0], scales)
+        if divisor is not None:
+            weight = (weight.float() / divisor.unsqueeze(1)).to(weight.dtype)
         return weight if short not in scales else _scale_columns(weight, scales[short])
+
+    def _row_divisor(self, name: str, short: str, num_rows: int, scales: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """What the local rows of a linear are divided by where they make the input of another: [rows]."""
+        consumers = [FUSED[group][0] for group, producer in _PRODUCERS.items() if producer == short]
+        if not self._recipe_folds or not consumers or consumers[0] not in scales:
+            return None
+        divisor = scales[consumers[0]]
+        if short == "self_attn.v_proj":
+            divisor = divisor.view(self._config.num_key_value_heads, -1, self._config.head_dim)[:, 0].reshape(-1)
+        first = self._first_row(f"{name}.weight")
+        return divisor[first : first + num_rows]
 
     def _round_linear(
         self,

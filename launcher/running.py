@@ -1,0 +1,215 @@
+"""What every command that runs ranks shares: open the checkpoint, decide the job, start the ranks or be one of them.
+
+Everything that can be wrong is found here, before any process starts. Knows no typer, and no task.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
+from launcher.job import Job
+from launcher.rank_process import join_store
+from launcher.settings import Settings, default_settings, read_settings
+from launcher.spawning import RanksFailedError, spawn_ranks
+from launcher.tasks import Task
+from launcher.worker import run_rank, shared_memory_works
+from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.source import CheckpointSource
+from model.config import DTYPES, LlamaConfig, build_config
+from model.loading import check_checkpoint
+from model.scheme import Scheme, read_scheme
+from model.tokenizer import Tokenizer, read_tokenizer
+from parallel.errors import ConfigError
+
+DEFAULT_LOG_DIR = "output/log"
+DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_MAX_RESTARTS = 1
+COLLECTIVES = ("auto", "shm", "gloo", "nccl")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+CACHE_DTYPES = ("auto", "int8", "float")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What the command line of any run says; None is not said."""
+
+    config: Path | None = None
+    checkpoint: Path | None = None
+    workers: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    threads_per_rank: int | None = None
+    collectives: str | None = None
+    kv_cache_dtype: str | None = None
+    max_batch_size: int | None = None
+    log_dir: Path | None = None
+    max_restarts: int | None = None
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint whose headers fit its config and the YAML."""
+
+    source: CheckpointSource
+    config: LlamaConfig
+    scheme: Scheme
+    values: Mapping[str, Any] | None
+    """What stood for its config.json, if it may have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is about to be planned."""
+
+    options: RunOptions
+    settings: Settings
+    environment: LaunchEnvironment
+    world_size: int
+    opened: OpenedModel
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence: the checkpoint's, or less where the YAML says so."""
+        longest = self.opened.config.max_position_embeddings
+        return min(longest, self.settings.seq_length or longest)
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the YAML, else the checkpoint's."""
+        if self.settings.vocab_file:
+            return read_tokenizer(Path(self.settings.vocab_file))
+        return read_tokenizer(self.opened.source.tokenizer_path() or self.opened.source.path)
+
+
+def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
+    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`."""
+    environment = read_environment()
+    settings = read_settings(options.config) if options.config else default_settings()
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    world_size = decide_world_size(options.workers, environment, settings.model_parallel)
+    opened = open_model(find_checkpoint(options.checkpoint, settings), settings, quantized=quantized)
+    opened.config.layout().check(world_size)
+    return Run(options, settings, environment, world_size, opened)
+
+
+def find_checkpoint(option: Path | None, settings: Settings) -> Path:
+    """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
+    path = option or settings.load_checkpoint
+    if not path:
+        raise ConfigError("no checkpoint: give --checkpoint")
+    return Path(path)
+
+
+def open_model(path: Path, settings: Settings, *, quantized: bool = True) -> OpenedModel:
+    """Open a checkpoint and hold it against its own config.json and the YAML. Raises InputError.
+
+    `quantized`: whether the YAML's quantization_config describes this checkpoint, and not one still to be made.
+    """
+    values = settings.build_model_values()
+    source = open_checkpoint(path, values)
+    config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
+    settings.compare_model_config(config, str(path))
+    if quantized and settings.quantization is not None:
+        settings.quantization.check_scheme(scheme, str(path), settings.source)
+    check_checkpoint(source, config, scheme)
+    return OpenedModel(source, config, scheme, values)
+
+
+def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
+    """Fill in every decision. Options go over the YAML, the YAML over defaults. Raises InputError.
+
+    `dtype`: what to compute in where neither says so; None takes the YAML's compute_dtype, else the checkpoint's.
+    """
+    options, settings, config = run.options, run.settings, run.opened.config
+    own, said_ids = settings.tandem, settings.model_values
+    job = Job(
+        checkpoint=str(run.opened.source.path.absolute()),
+        model_values=run.opened.values,
+        kv_cache=_decide_cache(options.kv_cache_dtype, settings, run.opened.scheme),
+        world_size=run.world_size,
+        context_tokens=run.context_tokens,
+        # Ids that the YAML names go over the checkpoint's, as in MindFormers.
+        eos_token_ids=(said_ids["eos_token_id"],) if "eos_token_id" in said_ids else config.eos_token_ids,
+        pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
+        dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
+        device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
+        collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
+        threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
+        timeout_seconds=first_said(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
+        max_batch_size=first_said(options.max_batch_size, own.max_batch_size),
+        task=task,
+    )
+    for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
+        value = getattr(job, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}, but has to be above 0")
+    if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
+        raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+    return job
+
+
+def run_job(run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redone: str) -> int:
+    """Start the ranks, or be one of those that a launcher started; give the number of restarts.
+
+    `redone` says in words what happens again after a restart. Raises RanksFailedError when ranks failed; its verdict
+    has been written.
+    """
+    options, own, environment = run.options, run.settings.tandem, run.environment
+    log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR)
+    try:
+        if environment.is_rank:
+            rank, local_rank = environment.rank, environment.local_rank
+            assert rank is not None and local_rank is not None
+            store = join_store(environment, job.timeout_seconds)
+            emit = on_event if rank == 0 else lambda event: None
+            run_rank(job, rank, local_rank, environment.local_world_size or job.world_size, store, emit)
+            return 0
+        max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
+
+        def tell(number: int) -> None:
+            print(f"a rank failed; restart {number}: all ranks load again and {redone}", file=sys.stderr)
+
+        return spawn_ranks(job, log_dir, max_restarts, on_event, tell)
+    except RanksFailedError as error:
+        error.verdict.write(log_dir)
+        raise
+
+
+def first_said(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def run_scheme(job: Job, scheme: Scheme) -> Scheme:
+    """What the ranks of `job` run: the checkpoint's scheme with the job's cache."""
+    return replace(scheme, kv_cache=job.kv_cache)
+
+
+def _decide_cache(option: str | None, settings: Settings, scheme: Scheme) -> str | None:
+    word = _one_of("kv-cache-dtype", option or "auto", CACHE_DTYPES)
+    if word == "float":
+        return None
+    wanted = settings.quantization is not None and settings.quantization.kvcache_dtype == "int8"
+    # Without stored scales each token gets its own, which needs no calibration.
+    return scheme.kv_cache or ("token" if word == "int8" or wanted else None)
+
+
+def _choose_device(word: str) -> str:
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if word == "auto":
+        return available.type if available is not None else "cpu"
+    if word != "cpu" and (available is None or available.type != word):
+        raise ConfigError(f"device {word} is not here: PyTorch sees {available.type if available else 'cpu'} only; use --device auto")
+    return word
+
+
+def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:
+    if value not in words:
+        raise ConfigError(f"{name} is {value!r}, but has to be one of {', '.join(words)}")
+    return value

@@ -1,0 +1,87 @@
+"""What the ranks of a run do: decode prompts, evaluate a checkpoint, or quantize one. Plain values that travel as JSON.
+
+Knows ids only: texts have been encoded. How each is run: `launcher/worker.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.generation import Request
+from model.quantization.recipe import Recipe
+from model.sampling import SamplingParams
+from model.scheme import LinearScheme
+
+EVALUATIONS = ("boolq", "perplexity")
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Go on with prompts."""
+
+    requests: tuple[Request, ...]
+    """The prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Score the model."""
+
+    name: str
+    """One of EVALUATIONS."""
+    rows: tuple[tuple[int, ...], ...]
+    """Windows of a text, or prompts of questions."""
+    answers: tuple[bool, ...] = ()
+    """Of the questions."""
+    choices: tuple[int, int] = (0, 0)
+    """Ids of yes and no."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize:
+    """Round the checkpoint's layers into a work folder."""
+
+    recipe: Recipe
+    """How."""
+    samples: tuple[tuple[int, ...], ...]
+    """Ids to calibrate with."""
+    work_folder: str
+    """Absolute path."""
+
+
+Task = Decode | Evaluate | Quantize
+
+
+def write_task(task: Task) -> dict[str, Any]:
+    """For `read_task`."""
+    return {"kind": type(task).__name__, **asdict(task)}
+
+
+def read_task(raw: dict[str, Any]) -> Task:
+    """The inverse of `write_task`, from JSON."""
+    return _READERS[raw["kind"]](raw)
+
+
+def _read_decode(raw: dict[str, Any]) -> Decode:
+    return Decode(tuple(Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"])) for r in raw["requests"]))
+
+
+def _read_evaluate(raw: dict[str, Any]) -> Evaluate:
+    yes, no = raw["choices"]
+    return Evaluate(name=raw["name"], rows=_rows(raw["rows"]), answers=tuple(raw["answers"]), choices=(yes, no))
+
+
+def _read_quantize(raw: dict[str, Any]) -> Quantize:
+    recipe = dict(raw["recipe"])
+    linear = LinearScheme(**recipe.pop("linear")) if recipe["linear"] else recipe.pop("linear")
+    words = tuple(recipe.pop("not_converted"))
+    return Quantize(
+        recipe=Recipe(linear=linear, not_converted=words, **recipe), samples=_rows(raw["samples"]), work_folder=raw["work_folder"]
+    )
+
+
+def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in raw)
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Task]] = {"Decode": _read_decode, "Evaluate": _read_evaluate, "Quantize": _read_quantize}
