@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.int8 import Int8Kernel, Part, choose_int8_kernel, one_slice_linear, two_slice_linear
+from model.int8 import Int8Kernel, Part, choose_int8_kernel, one_slice_linear, sliced_linear
 from model.linear import ColumnParallelLinear, RowBlock
 from model.scheme import LinearScheme
 
@@ -90,7 +90,7 @@ class QuantizedColumnParallelLinear(nn.Module):
             row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
             integers = (x.float() / row_scale).round_().clamp_(-128, 127)
             return one_slice_linear(integers, self._parts[0], self.kernel).mul_(row_scale).to(dtype)
-        return two_slice_linear(x, self._parts, self.kernel, self._order).to(dtype)
+        return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
 
 
 class SeparateLinears(nn.Module):

@@ -1,7 +1,7 @@
 """GPTQ: rounds a weight column after column, and moves each column's error into those that are still to come.
 
-arXiv 2210.17323, with the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token of length 1) and U the upper Cholesky
-factor of H^-1, the error e of column i changes column j > i by -e * U[i, j] / U[i, i]. Rows do not see each other, so a
+arXiv 2210.17323, with the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token of length 1) and U the upper
+Cholesky factor of H^-1, the error e of column i changes column j > i by -e * U[i, j] / U[i, i]. Rows do not see each other, so a
 rank can round its own rows. Knows one matrix.
 """
 
@@ -24,16 +24,21 @@ def invert_hessian(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal = torch.diagonal(hessian)
     diagonal[diagonal == 0] = 1
     step = float(diagonal.mean()) * damping
-    for _ in range(8):
-        diagonal += step
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # LAPACK's factors have other last bits on other numbers of threads
+    try:
+        for _ in range(8):
+            diagonal += step
+            lower, failed = torch.linalg.cholesky_ex(hessian)
             if not failed:
-                return torch.as_tensor(upper)
-        step *= 4
+                inverse = torch.cholesky_inverse(lower)
+                del lower
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                if not failed:
+                    return torch.as_tensor(upper)
+            step *= 4
+    finally:
+        torch.set_num_threads(threads)
     raise ValueError("the inputs of a linear are not finite: its Hessian has no Cholesky factor")
 
 
