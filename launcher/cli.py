@@ -392,7 +392,7 @@ def _spread_words(arguments: list[str]) -> list[str]:
     spread, flag = [], ""
     for position, word in enumerate(arguments):
         if word.startswith("-"):
-            flag = word if word in ("-b", "--opname_blacklist") else ""
+            flag = word if word in ("-b", "--opname_blacklist", "--not-converted") else ""
         elif flag and arguments[position - 1] != flag:
             spread.append(flag)
         spread.append(word)

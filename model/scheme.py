@@ -1,8 +1,8 @@
 """How the weights of a checkpoint are stored: float, or integers with scales; and what runs as int8 beside them.
 
 Reads and writes the `quantization_config` of config.json in compressed-tensors' form, widened where that has no word for
-what Golden Stick does: formats `smooth-…` (a divisor for each input channel of each linear) and int8 key-value caches
-with a scale for each channel. Every reader gives these names, whatever its format calls them. X is a linear:
+what Golden Stick does: formats `smooth-…` (a divisor for each input channel of each linear), and a key beside it for int8
+key-value caches with a scale for each channel or token. Every reader gives these names, whatever its format calls them. X is a linear:
 
     X.weight             int8 [rows, columns]                      format int-quantized
     X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see `pack_integers`
@@ -22,7 +22,7 @@ Knows no files and no ranks.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from parallel.errors import ConfigError
 
 SMOOTH = "smooth-"
 """Prefix of the formats that carry smooth scales. No other program reads these, and none loads them by mistake."""
+KV_CACHE_KEY = "kv_cache_quantization"
+"""Key of config.json for int8 caches that compressed-tensors has no word for."""
 _FORMATS = {"pack-quantized": True, "int-quantized": False}
 """Format: whether integers are packed into words."""
 
@@ -113,9 +115,10 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
 
     Raises ConfigError for a scheme that is not supported, naming what is.
     """
+    own_cache = _read_kv_cache(raw.get(KV_CACHE_KEY))
     quantization = raw.get("quantization_config")
     if not quantization:
-        return Scheme()
+        return Scheme(kv_cache=own_cache)
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
         raise ConfigError(f"quantization_config: quant_method {method!r} is not supported; there are 'compressed-tensors', 'gptq', 'awq'")
@@ -123,10 +126,25 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
     if len(groups) > 1:
         raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
     linear = _read_linear(groups[0], quantization.get("format")) if groups else None
-    kv_cache = _read_kv_cache(quantization.get("kv_cache_scheme"))
+    kv_cache = own_cache or _read_kv_cache(quantization.get("kv_cache_scheme"))
     if linear is None and kv_cache is None:
         raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
     return Scheme(linear, tuple(quantization.get("ignore") or ()), kv_cache)
+
+
+def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+    """The values of a config.json, with `scheme` declared in them so that other programs load as much of it as they can.
+
+    They refuse caches with a scale for each channel or token, which change nothing that is stored of the weights: these
+    are declared under a key of their own, and other programs keep a float cache.
+    """
+    out = {key: value for key, value in raw.items() if key not in ("quantization_config", KV_CACHE_KEY)}
+    if scheme.kv_cache in ("channel", "token"):
+        out[KV_CACHE_KEY] = write_scheme(scheme)["kv_cache_scheme"]
+        scheme = replace(scheme, kv_cache=None)
+    if scheme.name != "none":
+        out["quantization_config"] = write_scheme(scheme)
+    return out
 
 
 def write_scheme(scheme: Scheme) -> dict[str, Any]:

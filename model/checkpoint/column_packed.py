@@ -21,7 +21,7 @@ from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolde
 from model.checkpoint.safetensors_file import read_header
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
-from model.scheme import LinearScheme, Scheme, unpack_integers, write_scheme
+from model.scheme import LinearScheme, Scheme, declare_scheme, unpack_integers
 from model.weights import FLOAT_DTYPES, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
@@ -67,7 +67,7 @@ class ColumnPackedFolder(ABC):
             )
         model = build_config(folder.config)
         ignore = tuple(name for name in (*linear_names(model), "lm_head") if name not in shapes)
-        self.config: dict[str, Any] = {**folder.config, "quantization_config": write_scheme(Scheme(linear, ignore))}
+        self.config: dict[str, Any] = declare_scheme(folder.config, Scheme(linear, ignore))
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")

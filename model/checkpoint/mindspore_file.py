@@ -19,7 +19,7 @@ from model.checkpoint.mindspore_folder import find_files
 from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor, read_mindspore_header
 from model.checkpoint.source import TensorInfo
 from model.config import read_config
-from model.scheme import LinearScheme, Scheme, write_scheme
+from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
@@ -331,7 +331,7 @@ class MindSporeFile:
         if quantized or has_cache:
             ignore = tuple(name for name in _list_linears(forms) if forms.get(name) is None) if quantized else ()
             scheme = Scheme(quantized[0] if quantized else None, ignore, "channel" if has_cache else None)
-            self.config["quantization_config"] = write_scheme(scheme)
+            self.config = declare_scheme(self.config, scheme)
 
     def _add_dtype(self) -> None:
         if self.config.get("dtype") or self.config.get("torch_dtype"):

@@ -14,7 +14,7 @@ from model.checkpoint.rewriting import read_whole, write_checkpoint
 from model.checkpoint.source import CheckpointSource, TensorInfo
 from model.config import LlamaConfig
 from model.quantization.work_folder import WorkFolder
-from model.scheme import Scheme, pack_integers, write_scheme
+from model.scheme import Scheme, declare_scheme, pack_integers
 from model.weights import WeightSpec, plan_weights
 from parallel.file_slices import FileReader
 
@@ -76,7 +76,7 @@ def write_quantized(
             yield name, read_whole(source, reader, name)
 
     report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
-    raw = {**source.config, "quantization_config": write_scheme(scheme)}
+    raw = declare_scheme(source.config, scheme)
     write_checkpoint(source, target, raw, tensors, read, groups, on_progress, lambda folder: write_json(folder / REPORT_FILE, report))
     reader.close()
 

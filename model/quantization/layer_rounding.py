@@ -14,7 +14,7 @@ import torch
 from model.config import LlamaConfig
 from model.linear import float_linear
 from model.llama import FUSED
-from model.quantization.awq import dequantize, search_scale
+from model.quantization.awq import dequantize, search_scale, sum_columns
 from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.observing import InputObserver, Observations
 from model.quantization.recipe import Recipe
@@ -216,8 +216,8 @@ class LayerRounder:
         else:
             x = observer.kept if scale is None else observer.kept / scale
             exact = float_linear(x, weight)
-            errors = (float_linear(self._round_inputs(name, x, tensors), rounded) - exact).square().sum(dim=0)
-            sizes = exact.square().sum(dim=0)
+            errors = sum_columns((float_linear(self._round_inputs(name, x, tensors), rounded) - exact).square())
+            sizes = sum_columns(exact.square())
             absmax = observer.absmax
             channel = int(absmax.argmax())
             entry |= {"outlier": float(absmax[channel]), "outlier_channel": channel, "median_absmax": float(absmax.median())}

@@ -24,7 +24,7 @@ from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
-from model.scheme import LinearScheme, Scheme, write_scheme
+from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.weights import plan_weights
 
 _GIB = 1 << 30
@@ -59,7 +59,7 @@ def write_random_checkpoint(folder: Path, raw: dict[str, object], dtype: torch.d
             else:
                 value = (torch.randn(info.shape, generator=generator) * 0.02).to(info.dtype)
             writer.write(name, value)
-    write_json(folder / "config.json", {**raw, "quantization_config": write_scheme(scheme)})
+    write_json(folder / "config.json", declare_scheme(raw, scheme))
     Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
 
 

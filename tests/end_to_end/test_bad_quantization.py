@@ -4,6 +4,7 @@ Commands run in this process; that real ones end so is shown by test_bad_input.p
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints
 
 Command = Sequence[str | Path]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC_", "MS_", "SLURM_", "OMPI_", "PMI_")
+"""What another launcher, which started the tests, may have set."""
 DYNAMIC = Scheme(LinearScheme(packed=False, activation="token"), ("lm_head",))
 STATIC_CACHE = Scheme(None, (), "channel")
 
@@ -130,7 +133,9 @@ MISTAKES = {
     "groups that do not divide": _quantize("-a rtn-a16w4 --group-size 32", "144 input channels", "groups of 32", "group size"),
     "default groups that do not divide": _quantize("-a rtn-a16w4", "144 input channels", "groups of 128"),
     "group size of nothing": _quantize("-a rtn-a16w4 --group-size 0", "--group-size is 0", "at least 1"),
-    "blacklist that leaves nothing": _quantize("-a rtn-a16w8 -b proj lm_head", "'proj', 'lm_head'", "leaves nothing to quantize"),
+    "blacklist that leaves nothing": _quantize(
+        "-a rtn-a16w8 --not-converted proj lm_head", "'proj', 'lm_head'", "leaves nothing to quantize"
+    ),
     "more ranks than heads": _quantize("-a rtn-a16w8 --workers 10", r"\b10 ranks", r"\b9 query heads"),
     "int8 quantized again": Mistake(
         lambda good, folder: ["quantize", "--checkpoint", good.int8, "-a", "a8w8", "--output", folder / "made"],
@@ -208,6 +213,8 @@ def test_mistake_ends_with_code_2_and_a_sentence_before_anything_starts(
     before = sorted(checkpoints.int8.parent.rglob("*"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    for variable in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+        monkeypatch.delenv(variable)
     monkeypatch.setattr(sys, "argv", ["tandem", *map(str, command)])
     for name in ("run_rank", "spawn_ranks", "join_store"):
         monkeypatch.setattr(f"launcher.running.{name}", _start_nothing)

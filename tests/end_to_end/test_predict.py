@@ -32,6 +32,8 @@ STATS_FIELDS = {
     "read_bytes",
     "peak_rss_bytes",
     "restarts",
+    "kv_cache_dtype",
+    "kv_cache_bytes_per_token",
 }
 
 # name: (form of the checkpoint, YAML, options, variables, ranks, collectives). The YAML asks for three ranks, so each run also

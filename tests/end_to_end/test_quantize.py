@@ -106,7 +106,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "boolq.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     random = np.random.default_rng(0)
     np.save(folder / "ids.npy", random.integers(3, 300, (4, 24)))
-    np.save(folder / "long.npy", random.integers(3, 300, (64, 512)))
+    np.save(folder / "long.npy", random.integers(3, 300, (32, 512)))
     return folder
 
 
@@ -220,8 +220,7 @@ def test_one_file_of_three_rank_files_has_the_tensors_that_these_were_made_of(
     for key, tensor in before.items():
         assert after[key].dtype == tensor.dtype, key
         assert torch.equal(after[key], tensor), key
-    config = json.loads((target / "config.json").read_text())
-    assert config["quantization_config"] == quantized[name].config["quantization_config"]
+    assert read_scheme(json.loads((target / "config.json").read_text())) == read_scheme(quantized[name].config)
 
 
 def test_an_int8_cache_takes_half_the_bytes_and_can_be_left_out(
@@ -245,7 +244,7 @@ def test_the_yaml_of_a_quantized_cache_asks_a_float_checkpoint_for_one(
     config = tmp_path / "c8.yaml"
     section = checkpoints.int8_config.read_text().replace("weight_dtype: 'int8'", "weight_dtype: None")
     config.write_text(section.replace("kvcache_dtype: None", "kvcache_dtype: 'int8'"))
-    by_yaml = _predict(tandem, checkpoints.float, 3, "--config", str(config))
+    by_yaml = _predict(tandem, checkpoints.float, 2, "--config", str(config))
     by_option = _predict(tandem, checkpoints.float, 1, "--kv-cache-dtype", "int8")
     assert by_yaml.jsonl == by_option.jsonl
     assert by_yaml.stats["kv_cache_dtype"] == by_option.stats["kv_cache_dtype"] == "int8"
