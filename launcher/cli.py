@@ -214,7 +214,9 @@ def quantize(
     symmetric: Annotated[
         bool | None,
         typer.Option(
-            "--symmetric/--asymmetric", help="int4: without or with zero points. Default: only awq with them.", show_default=False
+            "--symmetric/--asymmetric",
+            help="int4: without or with zero points, which transformers 5.24 cannot load. Default: without.",
+            show_default=False,
         ),
     ] = None,
     kv_granularity: Annotated[

@@ -61,7 +61,7 @@ _PRESETS = {
         options=("weight_dtype", "kvcache_dtype", "act_quant_dtype", "outliers", "alpha", "fold"),
     ),
     "gptq": _Preset(LinearScheme(bits=4), _HEAD, method="gptq", options=("group_size", "symmetric", "kvcache_dtype")),
-    "awq": _Preset(LinearScheme(bits=4, symmetric=False), _HEAD, method="awq", options=("group_size", "symmetric", "kvcache_dtype")),
+    "awq": _Preset(LinearScheme(bits=4), _HEAD, method="awq", options=("group_size", "symmetric", "kvcache_dtype")),
     "rtn-a16w4": _Preset(LinearScheme(bits=4), _HEAD, options=("group_size", "symmetric", "kvcache_dtype")),
     "a8w8": _Preset(_DYNAMIC, _HEAD, options=("kvcache_dtype",)),
 }
@@ -105,6 +105,8 @@ def quantize(options: QuantizeOptions) -> None:
     scheme = recipe.build_scheme(config)
     target = options.output or Path("output") / f"{options.approach}_ckpt"
     check_target(target, overwrite=options.overwrite)
+    if source.path.is_dir() and target.absolute().is_relative_to(source.path.absolute()):
+        raise CheckpointError(f"{target} lies inside the checkpoint {source.path}; name another place with --output")
     samples = _read_samples(options, run) if recipe.needs_samples else []
     work = WorkFolder(target.absolute().with_name(f".{target.name}.quantizing"), run.world_size)
     job = build_job(
@@ -152,6 +154,10 @@ def plan_recipe(options: QuantizeOptions, preset: _Preset, yaml: QuantizationSet
         kv_cache, smooth = asked.kvcache_dtype == "int8", asked.outliers_suppression == "smooth"
     elif _dtype(options.kvcache_dtype, None) == "int8":
         kv_cache = True
+    if options.kv_granularity and not kv_cache:
+        raise ConfigError(f"--kvcache-granularity is {options.kv_granularity}, but no int8 cache is asked for; add -k int8")
+    if options.not_converted and linear is None:
+        raise ConfigError(f"-b names layers that stay float, but -a {options.approach} makes no integer weights; leave it out")
     if linear is not None and "group_size" in preset.options:
         symmetric = linear.symmetric if options.symmetric is None else options.symmetric
         linear = LinearScheme(bits=4, group_size=options.group_size or DEFAULT_GROUP_SIZE, symmetric=symmetric)

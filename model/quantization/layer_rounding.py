@@ -25,6 +25,8 @@ from parallel.collectives import Collectives
 
 _PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}
 """The linear whose rows make the input of another."""
+_MEASURED_ROWS = 1024
+"""Rows whose errors are measured at a time; a multiple of a tile."""
 _NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}
 """The norm that makes the input of others."""
 
@@ -197,31 +199,41 @@ class LayerRounder:
             tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"] = input_scale.reshape(1), zero_point.reshape(1)
         if scale is not None and not self._recipe_folds:
             tensors[f"{name}.smooth_scale"] = scale
-        out.report.append(self._measure(name, weight, dequantize(integers, scales, zero_points), scale, observer, tensors))
+        out.report.append(self._measure(name, weight, integers, scales, zero_points, scale, observer, tensors))
 
     def _measure(
         self,
         name: str,
         weight: torch.Tensor,
-        rounded: torch.Tensor,
+        integers: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
         scale: torch.Tensor | None,
         observer: InputObserver | None,
         tensors: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         """The relative error of the outputs for the kept inputs, or of the weight where nothing was seen; and the outliers."""
         entry: dict[str, Any] = {"linear": name, "error_of": "weight" if observer is None else "output"}
-        weight = weight.float()
-        if observer is None:
-            errors, sizes = (rounded - weight).square().sum(dim=1), weight.square().sum(dim=1)
-        else:
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        x = rounded_x = None
+        if observer is not None:
             x = observer.kept if scale is None else observer.kept / scale
-            exact = float_linear(x, weight)
-            errors = sum_columns((float_linear(self._round_inputs(name, x, tensors), rounded) - exact).square())
-            sizes = sum_columns(exact.square())
+            rounded_x = self._round_inputs(name, x, tensors)
+        # In parts, since a layer's largest weight as floats, several times over, would be most of what is in memory.
+        for first in range(0, weight.shape[0], _MEASURED_ROWS):
+            rows = slice(first, first + _MEASURED_ROWS)
+            exact = weight[rows].float()
+            rounded = dequantize(integers[rows], scales[rows], None if zero_points is None else zero_points[rows])
+            if x is None or rounded_x is None:
+                parts.append(((rounded - exact).square().sum(dim=1), exact.square().sum(dim=1)))
+            else:
+                output = float_linear(x, exact)
+                parts.append((sum_columns((float_linear(rounded_x, rounded) - output).square()), sum_columns(output.square())))
+        if observer is not None:
             absmax = observer.absmax
             channel = int(absmax.argmax())
             entry |= {"outlier": float(absmax[channel]), "outlier_channel": channel, "median_absmax": float(absmax.median())}
-        error, size = self._add_up([errors, sizes], [name])
+        error, size = self._add_up([torch.cat(column) for column in zip(*parts, strict=True)], [name])
         return entry | {"relative_error": (error / size) ** 0.5 if size else 0.0}
 
     def _round_inputs(self, name: str, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.linear is None and self.kv_cache is None:
             raise ConfigError(f"{self.approach} quantizes neither weights nor the key-value cache: ask for one of them")
+        if self.linear is not None and self.linear.activation == "tensor" and self.linear.activation_symmetric:
+            raise ConfigError("static activations are made with zero points only; set activation_symmetric to False")
         if self.method not in METHODS:
             raise ConfigError(f"the method {self.method!r} is unknown; there are {', '.join(METHODS)}")
         if not 0 <= self.alpha <= 1:

@@ -135,7 +135,7 @@ def test_the_yaml_of_another_method_is_left_aside_and_named(
 
 def test_groups_signs_and_folding_shape_the_recipe() -> None:
     assert plan("gptq", group_size=64, symmetric=False).linear == LinearScheme(bits=4, group_size=64, symmetric=False)
-    assert plan("awq").linear == LinearScheme(bits=4, group_size=128, symmetric=False)
+    assert plan("awq").linear == LinearScheme(bits=4, group_size=128)
     assert plan("awq", symmetric=True).linear == LinearScheme(bits=4, group_size=128)
     assert plan("smooth_quant", fold=True).build_scheme(LLAMA_7B).name == "a8w8-static"
     assert plan("gptq", kvcache_dtype="int8").build_scheme(LLAMA_7B).name == "a16w4-g128-c8"

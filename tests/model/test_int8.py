@@ -105,9 +105,7 @@ def test_weight_rows_may_be_split_anywhere(kernel: Int8Kernel) -> None:
 
 @pytest.mark.parametrize("columns", [64, 576, 4096])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
-def test_slices_leave_a_small_error_beside_an_outlier_of_300(
-    kernel: Int8Kernel, columns: int, dtype: torch.dtype, allowed: float
-) -> None:
+def test_slices_leave_a_small_error_beside_an_outlier_of_300(kernel: Int8Kernel, columns: int, dtype: torch.dtype, allowed: float) -> None:
     _, weight, scale = make_integers(1, 128, columns)
     x = make_activations(4, columns).to(dtype)
     exact = weight.double() * scale.double()[:, None]
