@@ -3,6 +3,7 @@
 Knows a Job and who it is; what is reported goes to `emit`, on rank 0 only.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from model.scheme import read_scheme
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
 from parallel.shared_memory import SharedMemoryCollectives
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -157,6 +159,7 @@ def _evaluate(me: _Rank, task: Evaluate) -> None:
 
 
 def _quantize(me: _Rank, task: Quantize) -> None:
+    _give_back_memory()
     source = open_checkpoint(me.job.path, me.job.model_values)
     work = WorkFolder(Path(task.work_folder), me.job.world_size)
     resumed, before = work.count_done(), read_peak_rss_bytes()
@@ -182,6 +185,12 @@ def _quantize(me: _Rank, task: Quantize) -> None:
             "peak_rss_bytes": [row[1] for row in everyone],
         }
     )
+
+
+def _give_back_memory() -> None:
+    """Have glibc return freed tensors of a megabyte or more to the system: it would keep up to 32 MB each for later."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def connect(job: Job, rank: int, local_world_size: int, store: Store | None) -> Collectives:

@@ -62,6 +62,7 @@ def quantize_layers(
         collectives.barrier()
         if rank == 0:
             work.finish_layer(index, rounded.report, hidden if index + 1 < total else None)
+        del rounded  # or it would be there beside the next layer
         collectives.barrier()
         on_progress(index + 1, total)
     loader.reader.close()

@@ -10,8 +10,8 @@ import torch
 
 from model.llama import FUSED, DecoderLayer, LlamaForCausalLM, Span
 
-PASS_TOKENS = 2048
-"""Tokens of several samples that go through a layer together, unless one sample alone has more."""
+PASS_TOKENS = 512
+"""Tokens of several samples that go through a layer together, unless one sample alone has more: bounds the activations."""
 KEPT_TOKENS = 256
 """Inputs that are kept whole, evenly over all samples: to measure errors, and for AWQ's search."""
 
