@@ -11,10 +11,14 @@ import torch
 import transformers
 
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.quantized_writing import write_quantized
 from model.config import build_config
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
-from model.scheme import read_scheme
+from model.quantization.calibration import quantize_layers
+from model.quantization.recipe import Recipe
+from model.quantization.work_folder import WorkFolder
+from model.scheme import LinearScheme, Scheme, read_scheme
 from parallel.collectives import Collectives, IdentityCollectives
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -82,6 +86,35 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def build_model() -> Callable[..., LlamaForCausalLM]:
     """A function that loads one rank's model: (folder, dtype, collectives, threads)."""
     return _build_model
+
+
+@pytest.fixture(scope="session")
+def quantize() -> Callable[..., Scheme]:
+    """A function that writes a checkpoint with int8 linears, round to nearest: (folder, target, words of linears that stay float)."""
+
+    def run(folder: Path, target: Path, *words: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Scheme:
+        source, recipe = open_checkpoint(folder), Recipe(approach="rtn-a16w8", linear=LinearScheme(), not_converted=words)
+        config, work = build_config(source.config), WorkFolder(target.with_name(f".{target.name}.quantizing"), 1)
+        scheme = recipe.build_scheme(config)
+        work.open({})
+        device = torch.device("cpu")
+        quantize_layers(
+            source,
+            config,
+            recipe,
+            (),
+            IdentityCollectives(),
+            work,
+            dtype="float32",
+            device=device,
+            num_threads=1,
+            on_progress=lambda done, total: None,
+        )
+        write_quantized(source, config, scheme, work, target, {}, on_progress)
+        work.remove()
+        return scheme
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.rank_files import rank_file_name, write_rank_files
-from model.checkpoint.rewriting import quantize_rtn
 from model.config import build_config
 from model.llama import LlamaForCausalLM, Span
 from model.loading import load_model
@@ -42,12 +41,6 @@ def compute_long_logits(model: LlamaForCausalLM) -> torch.Tensor:
 
 def gather_logits(model: LlamaForCausalLM, spans: list[Span]) -> torch.Tensor:
     return model.collectives.gather_columns(model.logits_local(model(spans)), model.shares.vocab)
-
-
-def quantize(folder: Path, target: Path, not_converted: tuple[str, ...] = ("lm_head",)) -> Path:
-    source = open_checkpoint(folder)
-    quantize_rtn(source, build_config(source.config), target, not_converted, lambda done, total: None)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +147,15 @@ def test_every_number_of_ranks_gives_the_bits_of_one(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["nine_heads", "tied"])
 def test_int8_gives_the_bits_of_one_rank_for_every_number_of_ranks(
-    name: str, dtype: str, tmp_path: Path, tiny_llama: Callable[[str], Path], run_ranks: Callable[..., list[Any]]
+    name: str,
+    dtype: str,
+    tmp_path: Path,
+    tiny_llama: Callable[[str], Path],
+    run_ranks: Callable[..., list[Any]],
+    quantize: Callable[..., Scheme],
 ) -> None:
-    folder = quantize(tiny_llama(name), tmp_path / "int8", () if name == "nine_heads" else ("lm_head",))
+    folder = tmp_path / "int8"
+    quantize(tiny_llama(name), folder, *(() if name == "nine_heads" else ("lm_head",)))
     (expected,) = run_ranks(folder, 1, compute_logits, dtype=dtype)
     for world_size in RANKS[name]:
         for found in run_ranks(folder, world_size, compute_logits, dtype=dtype):
@@ -164,9 +163,10 @@ def test_int8_gives_the_bits_of_one_rank_for_every_number_of_ranks(
 
 
 def test_int8_gives_the_logits_of_a_float_model_with_the_dequantized_weights(
-    tmp_path: Path, tiny_llama: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]
+    tmp_path: Path, tiny_llama: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM], quantize: Callable[..., Scheme]
 ) -> None:
-    int8 = quantize(tiny_llama("nine_heads"), tmp_path / "int8", ("lm_head", "layers.1.mlp"))
+    int8 = tmp_path / "int8"
+    quantize(tiny_llama("nine_heads"), int8, "lm_head", "layers.1.mlp")
     stored = load_file(int8 / "model.safetensors")
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith(("_packed", "_scale", "_shape"))}
     for name in stored:
@@ -185,11 +185,17 @@ def test_int8_gives_the_logits_of_a_float_model_with_the_dequantized_weights(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_two_threads_give_the_bits_of_one(
-    int8: bool, dtype: str, tmp_path: Path, tiny_llama: Callable[[str], Path], run_ranks: Callable[..., list[Any]]
+    int8: bool,
+    dtype: str,
+    tmp_path: Path,
+    tiny_llama: Callable[[str], Path],
+    run_ranks: Callable[..., list[Any]],
+    quantize: Callable[..., Scheme],
 ) -> None:
     folder = tiny_llama("nine_heads")
     if int8:
-        folder = quantize(folder, tmp_path / "int8")
+        quantize(folder, tmp_path / "int8", "lm_head")
+        folder = tmp_path / "int8"
 
     def work(model: LlamaForCausalLM) -> torch.Tensor:
         return torch.cat((compute_logits(model), compute_long_logits(model)))
@@ -202,11 +208,12 @@ def test_two_threads_give_the_bits_of_one(
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_rank_files_for_two_give_the_same_bits_to_one_two_and_three_ranks(
-    int8: bool, tmp_path: Path, tiny_llama: Callable[[str], Path], run_ranks: Callable[..., list[Any]]
+    int8: bool, tmp_path: Path, tiny_llama: Callable[[str], Path], run_ranks: Callable[..., list[Any]], quantize: Callable[..., Scheme]
 ) -> None:
     folder = tiny_llama("nine_heads")
     if int8:
-        folder = quantize(folder, tmp_path / "int8")
+        quantize(folder, tmp_path / "int8", "lm_head")
+        folder = tmp_path / "int8"
     source = open_checkpoint(folder)
     write_rank_files(source, build_config(source.config), read_scheme(source.config), 2, tmp_path / "two")
     (expected,) = run_ranks(folder, 1, compute_logits)

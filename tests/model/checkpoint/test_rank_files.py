@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles, rank_file_name, write_rank_files
-from model.checkpoint.rewriting import quantize_rtn
 from model.config import build_config
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
@@ -30,12 +29,11 @@ def reshard(source: Path, world_size: int, target: Path, **options: Any) -> int:
 
 
 @pytest.fixture(params=["nine_heads", "tied", "int8"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, tiny_llama: Callable[[str], Path]) -> Path:
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]) -> Path:
     """A Hugging Face folder: float, tied, and int8."""
     if request.param != "int8":
         return tiny_llama(request.param)
-    source = open_checkpoint(tiny_llama("nine_heads"))
-    quantize_rtn(source, build_config(source.config), tmp_path / "int8", ("lm_head",), lambda done, total: None)
+    quantize(tiny_llama("nine_heads"), tmp_path / "int8", "lm_head")
     return tmp_path / "int8"
 
 

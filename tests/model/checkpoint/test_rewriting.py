@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from model.checkpoint import folder_writing
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.rewriting import convert_checkpoint, quantize_rtn
+from model.checkpoint.rewriting import convert_checkpoint
 from model.config import build_config
 from model.generation import Engine, Request, generate
 from model.llama import LlamaForCausalLM, Span
@@ -23,18 +23,13 @@ from model.loading import check_checkpoint
 from model.quantization.rounding import quantize_rows
 from model.sampling import SamplingParams
 from model.scheme import LinearScheme, Scheme, pack_integers, read_scheme, unpack_integers
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def pass_over(done: int, total: int) -> None:
     pass
-
-
-def quantize(folder: Path, target: Path, *words: str, on_progress: Callable[[int, int], None] = pass_over) -> Scheme:
-    source = open_checkpoint(folder)
-    return quantize_rtn(source, build_config(source.config), target, words, on_progress)
 
 
 def quantize_plainly(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +77,7 @@ def test_packing_is_four_codes_a_word_and_unpacking_undoes_it(rows: int, columns
 @pytest.mark.parametrize("name", ["nine_heads", "tied"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_quantized_folder_holds_the_codes_of_every_linear_and_the_rest_as_it_was(
-    name: str, dtype: str, tmp_path: Path, tiny_llama: Callable[[str], Path]
+    name: str, dtype: str, tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]
 ) -> None:
     convert_checkpoint(open_checkpoint(tiny_llama(name)), tmp_path / "float", dtype, pass_over)
     scheme = quantize(tmp_path / "float", tmp_path / "int8", "lm_head")
@@ -102,7 +97,9 @@ def test_a_quantized_folder_holds_the_codes_of_every_linear_and_the_rest_as_it_w
     check_checkpoint(source, build_config(source.config), scheme)
 
 
-def test_linears_whose_names_hold_a_word_stay_float(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> None:
+def test_linears_whose_names_hold_a_word_stay_float(
+    tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]
+) -> None:
     scheme = quantize(tiny_llama("nine_heads"), tmp_path / "int8", "layers.1.mlp", "o_proj")
     names = set(load_file(tmp_path / "int8" / "model.safetensors"))
     kept = {f"model.layers.1.mlp.{name}" for name in LINEARS[4:]} | {f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)}
@@ -111,19 +108,14 @@ def test_linears_whose_names_hold_a_word_stay_float(tmp_path: Path, tiny_llama: 
     assert "lm_head.weight_packed" in names and "lm_head.weight" not in names
 
 
-def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> None:
-    quantize(tiny_llama("tied"), tmp_path / "int8")
-    with pytest.raises(CheckpointError, match="int8 is quantized already"):
-        quantize(tmp_path / "int8", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_nothing_left_to_quantize_is_an_error(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> None:
-    with pytest.raises(CheckpointError, match=re.escape("modules_to_not_convert ['proj', 'lm_head'] leaves nothing to quantize")):
+def test_nothing_left_to_quantize_is_an_error(tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]) -> None:
+    with pytest.raises(ConfigError, match=re.escape("modules_to_not_convert ['proj', 'lm_head'] leaves nothing to quantize")):
         quantize(tiny_llama("nine_heads"), tmp_path / "int8", "proj", "lm_head")
 
 
-def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> None:
+def test_a_failure_on_the_way_leaves_no_checkpoint(
+    tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]
+) -> None:
     def fail(done: int, total: int) -> None:
         if done == total - 1:
             raise OSError("no space left")
@@ -132,13 +124,14 @@ def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, tiny_llama: 
         quantize(tiny_llama("tied"), tmp_path / "int8", on_progress=fail)
     with pytest.raises(OSError, match="no space left"):
         convert_checkpoint(open_checkpoint(tiny_llama("tied")), tmp_path / "half", "float16", fail)
-    assert list(tmp_path.iterdir()) == []
+    # The layers that are rounded already stay, for the same command to go on with.
+    assert [path.name for path in tmp_path.iterdir()] == [".int8.quantizing"]
 
 
-def test_progress_goes_up_to_all_tensors(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> None:
+def test_progress_goes_up_to_all_tensors(tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]) -> None:
     steps: list[tuple[int, int]] = []
     quantize(tiny_llama("tied"), tmp_path / "int8", on_progress=lambda done, total: steps.append((done, total)))
-    total = len(open_checkpoint(tiny_llama("tied")).tensors)
+    total = len(open_checkpoint(tmp_path / "int8").tensors)
     assert steps == [(done, total) for done in range(1, total + 1)]
 
 
@@ -155,7 +148,7 @@ def test_a_converted_folder_holds_every_tensor_in_the_type_asked_for(
 
 
 def test_a_large_checkpoint_is_cut_in_files_with_an_index(
-    tmp_path: Path, tiny_llama: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, quantize: Callable[..., Scheme]
 ) -> None:
     monkeypatch.setattr(folder_writing, "MAX_FILE_BYTES", 150_000)
     quantize(tiny_llama("nine_heads"), tmp_path / "int8")
@@ -187,7 +180,11 @@ def test_a_target_that_holds_something_is_replaced_only_when_asked(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["nine_heads", "tied"])
 def test_transformers_reads_a_quantized_folder_as_the_same_model(
-    name: str, tmp_path: Path, tiny_llama: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]
+    name: str,
+    tmp_path: Path,
+    tiny_llama: Callable[[str], Path],
+    build_model: Callable[..., LlamaForCausalLM],
+    quantize: Callable[..., Scheme],
 ) -> None:
     import compressed_tensors  # noqa: F401  (transformers asks for it at run time only)
     import transformers
