@@ -5,7 +5,7 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,6 @@ def run_job(run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redo
 def first_said(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def run_scheme(job: Job, scheme: Scheme) -> Scheme:
-    """What the ranks of `job` run: the checkpoint's scheme with the job's cache."""
-    return replace(scheme, kv_cache=job.kv_cache)
 
 
 def _decide_cache(option: str | None, settings: Settings, scheme: Scheme) -> str | None:
