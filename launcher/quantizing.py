@@ -65,7 +65,6 @@ _PRESETS = {
     "rtn-a16w4": _Preset(LinearScheme(bits=4), _HEAD, options=("group_size", "symmetric", "kvcache_dtype")),
     "a8w8": _Preset(_DYNAMIC, _HEAD, options=("kvcache_dtype",)),
 }
-APPROACHES = tuple(_PRESETS)
 _NOT_GIVEN = (None, "none", "None")
 
 
@@ -125,7 +124,7 @@ def quantize(options: QuantizeOptions) -> None:
     if run.environment.rank:
         return
     assert console.result is not None
-    report = _build_report(options, run, recipe, samples, work, console.result)
+    report = _build_report(options, run, recipe, scheme.name, samples, work, console.result)
     progress = WorkProgress("writing, tensors")
     try:
         write_quantized(source, config, scheme, work, target, report, progress)
@@ -150,7 +149,7 @@ def plan_recipe(options: QuantizeOptions, preset: _Preset, yaml: QuantizationSet
             kvcache_dtype=_dtype(options.kvcache_dtype, same.kvcache_dtype if same else None),
             outliers_suppression=_dtype(options.outliers, same.outliers_suppression if same else None),
         )
-        linear = None if asked.weight_dtype is None else _STATIC if asked.activation_dtype else LinearScheme(packed=True)
+        linear = None if asked.weight_dtype is None else _STATIC if asked.activation_dtype else _WEIGHTS
         kv_cache, smooth = asked.kvcache_dtype == "int8", asked.outliers_suppression == "smooth"
     elif _dtype(options.kvcache_dtype, None) == "int8":
         kv_cache = True
@@ -271,11 +270,17 @@ def _describe(run: Run, recipe: Recipe, samples: list[tuple[int, ...]], dtype: s
 
 
 def _build_report(
-    options: QuantizeOptions, run: Run, recipe: Recipe, samples: list[tuple[int, ...]], work: WorkFolder, result: dict[str, Any]
+    options: QuantizeOptions,
+    run: Run,
+    recipe: Recipe,
+    quantization: str,
+    samples: list[tuple[int, ...]],
+    work: WorkFolder,
+    result: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "approach": options.approach,
-        "quantization": recipe.build_scheme(run.opened.config).name,
+        "quantization": quantization,
         "recipe": json.loads(json.dumps(asdict(recipe))),
         "checkpoint": run.opened.source.path.name,
         "dataset": options.dataset if samples else None,

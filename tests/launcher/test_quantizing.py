@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launcher.quantization_settings import QuantizationSettings
-from launcher.quantizing import _PRESETS, APPROACHES, QuantizeOptions, describe_report, plan_recipe
+from launcher.quantizing import _PRESETS, QuantizeOptions, describe_report, plan_recipe
 from model.config import build_config
 from model.quantization.recipe import Recipe
 from model.scheme import LinearScheme
@@ -77,7 +77,7 @@ def test_every_approach_alone_fits_llama_2(approach: str, name: str) -> None:
 
 
 def test_all_approaches_are_known_words() -> None:
-    assert APPROACHES == ("rtn-a16w8", "rtn-c8", "smooth_quant", "ptq", "gptq", "awq", "rtn-a16w4", "a8w8")
+    assert tuple(_PRESETS) == ("rtn-a16w8", "rtn-c8", "smooth_quant", "ptq", "gptq", "awq", "rtn-a16w4", "a8w8")
 
 
 @pytest.mark.parametrize(
