@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Compute types by the names that users write."""
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Compute types by the names that users write and PyTorch has, with their bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.attention import Attention, Cache, KeyValueCache
-from model.config import DTYPES, LlamaConfig
+from model.config import LlamaConfig
 from model.linear import RowBlock, VocabParallelEmbedding
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.rotary import Rotary, rotate
@@ -132,7 +132,7 @@ class LlamaForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.scheme, self.collectives, self.device = config, scheme, collectives, device
-        self.dtype = DTYPES[dtype]
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads)
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype)

@@ -5,7 +5,7 @@ what Golden Stick does: formats `smooth-…` (a divisor for each input channel o
 key-value caches with a scale for each channel or token. Every reader gives these names, whatever its format calls them. X is a linear:
 
     X.weight             int8 [rows, columns]                      format int-quantized
-    X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see `pack_integers`
+    X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see model/packing.py
     X.weight_shape       int64 [2]                                 pack-quantized only
     X.weight_scale       float [rows, groups]; one group where there is no group_size
     X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, not symmetric; packed along the rows
@@ -24,8 +24,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from parallel.errors import ConfigError
 
@@ -172,29 +170,6 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
     if scheme.kv_cache is not None:
         out["kv_cache_scheme"] = _write_args(8, True, scheme.kv_cache, dynamic=scheme.kv_cache == "token")
     return out
-
-
-def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 [rows, columns] to int32 [rows, ceil(columns * bits / 32)]: value + 2^(bits-1), the first in the lowest bits."""
-    rows, columns = values.shape
-    per_word, offset = 32 // bits, 1 << (bits - 1)
-    padded = torch.full((rows, -(-columns // per_word) * per_word), offset, dtype=torch.uint8)
-    padded[:, :columns] = (values.to(torch.int16) + offset).to(torch.uint8)
-    if bits == 4:
-        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
-    return padded.view(torch.int32)
-
-
-def unpack_integers(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of `pack_integers`."""
-    unpacked = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        unpacked = torch.stack((unpacked & 15, unpacked >> 4), dim=2).flatten(1)
-        unpacked = unpacked.view(torch.int8).sub_(8)
-    else:
-        # Adding 128 modulo 256 is flipping the highest bit.
-        unpacked = unpacked.bitwise_xor(128).view(torch.int8)
-    return unpacked if unpacked.shape[1] == columns else unpacked[:, :columns].contiguous()
 
 
 def _names(entry: str, name: str) -> bool:

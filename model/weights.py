@@ -4,16 +4,17 @@ Knows names and sizes; reads nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-
-from model.checkpoint.source import TensorInfo, TensorReport
-from model.config import LlamaConfig
+from model.config import DTYPES, LlamaConfig
 from model.scheme import Scheme
 from parallel.layout import Layout, Split
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from model.checkpoint.source import TensorInfo
+
+FLOAT_DTYPES = tuple(DTYPES)
 """Types in which a checkpoint may store weights that are not quantized."""
 
 _LINEARS: Mapping[str, tuple[str, str, str]] = {
@@ -47,8 +48,8 @@ class WeightSpec:
 
     shape: tuple[int, ...]
     """Full shape."""
-    dtypes: tuple[torch.dtype, ...]
-    """Types that can be read."""
+    dtypes: tuple[str, ...]
+    """Types that can be read, by PyTorch's names."""
     split: Split
     """How its rows are dealt out."""
     full_rows: int | None = None
@@ -60,6 +61,28 @@ class WeightSpec:
         """Rows [start, stop) of `rank`; words that several ranks need belong to each of them."""
         start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
         return start // self.rows_a_word, -(-stop // self.rows_a_word)
+
+
+@dataclass(slots=True)
+class TensorReport:
+    """How the tensors of a checkpoint differ from those that a model needs."""
+
+    missing: list[str] = field(default_factory=list)
+    """Needed and absent."""
+    unexpected: list[str] = field(default_factory=list)
+    """Present and unknown."""
+    mismatched: list[str] = field(default_factory=list)
+    """Present with another shape or type, in words."""
+
+    def describe(self) -> str:
+        """One line a kind, ten names each; empty when nothing differs."""
+        parts = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = getattr(self, kind)
+            if names:
+                more = f", and {len(names) - 10} more" if len(names) > 10 else ""
+                parts.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+        return "; ".join(parts)
 
 
 def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
@@ -111,7 +134,7 @@ def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
     return specs
 
 
-def compare_tensors(specs: Mapping[str, WeightSpec], tensors: Mapping[str, TensorInfo], *, tied: bool) -> TensorReport:
+def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, TensorInfo]", *, tied: bool) -> TensorReport:
     """What is missing, unexpected or different in `tensors`."""
     report = TensorReport(missing=[name for name in specs if name not in tensors])
     for name, info in tensors.items():
@@ -122,9 +145,8 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tenso
                 report.unexpected.append(name)
         elif info.shape != spec.shape:
             report.mismatched.append(f"{name} has shape {list(info.shape)}, config.json needs {list(spec.shape)}")
-        elif info.dtype not in spec.dtypes:
-            allowed = " or ".join(_word(dtype) for dtype in spec.dtypes)
-            report.mismatched.append(f"{name} is {_word(info.dtype)}, but {allowed} is needed")
+        elif info.dtype_name not in spec.dtypes:
+            report.mismatched.append(f"{name} is {info.dtype_name}, but {' or '.join(spec.dtypes)} is needed")
     return report
 
 
@@ -145,22 +167,18 @@ def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layou
     per_word, groups, whole = 32 // linear.bits, linear.num_groups(columns), layout.whole
     specs = {f"{name}.weight_scale": WeightSpec((rows, groups), FLOAT_DTYPES, split)}
     if linear.packed:
-        specs[f"{name}.weight_packed"] = WeightSpec((rows, -(-columns // per_word)), (torch.int32,), split)
-        specs[f"{name}.weight_shape"] = WeightSpec((2,), (torch.int64,), whole)
+        specs[f"{name}.weight_packed"] = WeightSpec((rows, -(-columns // per_word)), ("int32",), split)
+        specs[f"{name}.weight_shape"] = WeightSpec((2,), ("int64",), whole)
     else:
-        specs[f"{name}.weight"] = WeightSpec(shape, (torch.int8,), split)
+        specs[f"{name}.weight"] = WeightSpec(shape, ("int8",), split)
     if not linear.symmetric:
-        specs[f"{name}.weight_zero_point"] = WeightSpec((-(-rows // per_word), groups), (torch.int32,), split, rows, per_word)
+        specs[f"{name}.weight_zero_point"] = WeightSpec((-(-rows // per_word), groups), ("int32",), split, rows, per_word)
     if linear.act_order:
-        specs[f"{name}.weight_g_idx"] = WeightSpec((columns,), (torch.int32,), whole)
+        specs[f"{name}.weight_g_idx"] = WeightSpec((columns,), ("int32",), whole)
     if linear.activation == "tensor":
         specs[f"{name}.input_scale"] = WeightSpec((1,), FLOAT_DTYPES, whole)
         if not linear.activation_symmetric:
-            specs[f"{name}.input_zero_point"] = WeightSpec((1,), (torch.int8,), whole)
+            specs[f"{name}.input_zero_point"] = WeightSpec((1,), ("int8",), whole)
     if linear.smooth:
         specs[f"{name}.smooth_scale"] = WeightSpec((columns,), FLOAT_DTYPES, whole)
     return specs
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

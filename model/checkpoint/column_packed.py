@@ -21,7 +21,8 @@ from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolde
 from model.checkpoint.safetensors_file import read_header
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
-from model.scheme import LinearScheme, Scheme, declare_scheme, unpack_integers
+from model.packing import unpack_integers
+from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.weights import FLOAT_DTYPES, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
@@ -130,8 +131,8 @@ class ColumnPackedFolder(ABC):
         return self._linear.num_groups(self._shapes[linear][1])
 
     def _check_stored(self, linear: str) -> None:
-        (rows, columns), groups, integers = self._shapes[linear], self._num_groups(linear), (torch.int32,)
-        needed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]] = {
+        (rows, columns), groups, integers = self._shapes[linear], self._num_groups(linear), ("int32",)
+        needed: dict[str, tuple[tuple[int, ...], tuple[str, ...], bool]] = {
             "scales": ((groups, rows), FLOAT_DTYPES, True),
             "qzeros": ((groups, -(-rows * self._linear.bits // 32)), integers, not self._linear.symmetric),
             "g_idx": ((columns,), integers, self._linear.act_order),
@@ -140,9 +141,9 @@ class ColumnPackedFolder(ABC):
             info = self._folder.tensors.get(f"{linear}.{part}")
             if info is None and required:
                 raise CheckpointError(f"{self.path} holds {linear}.qweight, but no {linear}.{part}; copy the whole checkpoint")
-            if info is not None and (info.shape != shape or info.dtype not in dtypes):
+            if info is not None and (info.shape != shape or info.dtype_name not in dtypes):
                 raise CheckpointError(
-                    f"{self.path}: {linear}.{part} is {_describe(info)}, but {_describe(TensorInfo(shape, dtypes[-1]))} belongs to this "
+                    f"{self.path}: {linear}.{part} is {_describe(info)}, but {dtypes[-1]} {list(shape)} belongs to this "
                     f"qweight and group_size {self._linear.group_size or -1}; compare group_size with the checkpoint"
                 )
 
@@ -253,4 +254,4 @@ def _first(settings: Mapping[str, Any], keys: Iterable[str]) -> Any:
 
 
 def _describe(info: TensorInfo) -> str:
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
+    return f"{info.dtype_name} {list(info.shape)}"

@@ -13,8 +13,9 @@ from model.checkpoint.folder_writing import write_json
 from model.checkpoint.rewriting import read_whole, write_checkpoint
 from model.checkpoint.source import CheckpointSource, TensorInfo
 from model.config import LlamaConfig
+from model.packing import pack_integers
 from model.quantization.work_folder import WorkFolder
-from model.scheme import Scheme, declare_scheme, pack_integers
+from model.scheme import Scheme, declare_scheme
 from model.weights import WeightSpec, plan_weights
 from parallel.file_slices import FileReader
 
@@ -43,7 +44,7 @@ def write_quantized(
     loaded: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
     def info(name: str, spec: WeightSpec) -> TensorInfo:
-        dtype = dtypes.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else source.tensors[name].dtype)
+        dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else source.tensors[name].dtype)
         return TensorInfo(spec.shape, torch.int32 if name.endswith("weight_zero_point") else dtype)
 
     for layer in range(-1, config.num_hidden_layers + 1):

@@ -11,7 +11,6 @@ import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
 from model.checkpoint.source import CheckpointSource, TensorInfo
-from model.config import DTYPES
 from model.tokenizer_writing import write_tokenizer
 from model.weights import FLOAT_DTYPES
 from parallel.file_slices import FileReader
@@ -24,7 +23,7 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
 
     def info(name: str) -> TensorInfo:
         found = source.tensors[name]
-        return TensorInfo(found.shape, DTYPES[dtype]) if dtype and found.dtype in FLOAT_DTYPES else found
+        return TensorInfo(found.shape, getattr(torch, dtype)) if dtype and found.dtype_name in FLOAT_DTYPES else found
 
     tensors = {name: info(name) for name in source.tensors}
     reader = FileReader()
@@ -32,11 +31,11 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
     def read(name: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, read_whole(source, reader, name).to(tensors[name].dtype)
 
-    kinds = {found.dtype for found in tensors.values() if found.dtype in FLOAT_DTYPES}
+    kinds = {found.dtype_name for found in tensors.values() if found.dtype_name in FLOAT_DTYPES}
     config = dict(source.config)
     if len(kinds) == 1:
         config.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
-        config["torch_dtype"] = str(kinds.pop()).removeprefix("torch.")
+        config["torch_dtype"] = kinds.pop()
     write_checkpoint(source, target, config, tensors, read, [(name, (name,)) for name in tensors], on_progress)
 
 

@@ -3,8 +3,8 @@
 Knows no format; `model/checkpoint/formats.py` holds the table of formats.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +23,31 @@ class TensorInfo:
     """Type of the elements."""
 
     @property
+    def dtype_name(self) -> str:
+        """The type by PyTorch's name, without `torch.`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_bytes(self) -> int:
         """Size of the whole tensor, bytes."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """What was recorded of a file when it was written."""
+
+    algorithm: str
+    """A name of hashlib (sha256, md5), or crc32."""
+    value: str
+    """Hexadecimal."""
+    recorded_in: str
+    """Where it stands, for messages."""
+    length_bytes: int | None = None
+    """It covers so many bytes from the start; None: the whole file."""
 
 
 class CheckpointSource(Protocol):
@@ -49,6 +68,16 @@ class CheckpointSource(Protocol):
         """Every tensor, by its Hugging Face name."""
         ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold tensors."""
+        ...
+
+    @property
+    def checksums(self) -> Mapping[Path, Checksum]:
+        """What is recorded of `files`; empty where nothing is."""
+        ...
+
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
         ...
@@ -56,25 +85,3 @@ class CheckpointSource(Protocol):
     def tokenizer_path(self) -> Path | None:
         """The folder or file that holds the tokenizer, if any."""
         ...
-
-
-@dataclass(slots=True)
-class TensorReport:
-    """How the tensors of a checkpoint differ from those that a model needs."""
-
-    missing: list[str] = field(default_factory=list)
-    """Needed and absent."""
-    unexpected: list[str] = field(default_factory=list)
-    """Present and unknown."""
-    mismatched: list[str] = field(default_factory=list)
-    """Present with another shape or type, in words."""
-
-    def describe(self) -> str:
-        """One line a kind, ten names each; empty when nothing differs."""
-        parts = []
-        for kind in ("missing", "unexpected", "mismatched"):
-            names = getattr(self, kind)
-            if names:
-                more = f", and {len(names) - 10} more" if len(names) > 10 else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
-        return "; ".join(parts)

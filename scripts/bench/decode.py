@@ -46,7 +46,7 @@ def write_random_checkpoint(folder: Path, raw: dict[str, object], dtype: torch.d
     config, scheme = build_config(raw), Scheme(LinearScheme(), ("lm_head",))
     infos = {}
     for name, spec in plan_weights(config, scheme).items():
-        infos[name] = TensorInfo(spec.shape, dtype if dtype in spec.dtypes else spec.dtypes[0])
+        infos[name] = TensorInfo(spec.shape, dtype if len(spec.dtypes) > 1 else getattr(torch, spec.dtypes[0]))
     generator = torch.Generator().manual_seed(0)
     with SafetensorsWriter(folder / "model.safetensors", infos) as writer:
         for name, info in infos.items():

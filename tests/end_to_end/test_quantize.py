@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.scheme import read_scheme, unpack_integers
+from model.packing import unpack_integers
+from model.scheme import read_scheme
 from model.weights import MINDFORMERS_NAMES
 
 if TYPE_CHECKING:

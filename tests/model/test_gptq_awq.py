@@ -13,7 +13,8 @@ from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import ColumnPackedFolder
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.config import build_config
-from model.scheme import Scheme, read_scheme, unpack_integers
+from model.packing import unpack_integers
+from model.scheme import Scheme, read_scheme
 from model.weights import compare_tensors, linear_names, linear_shape, plan_weights
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader

@@ -8,7 +8,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 
-from model.scheme import LinearScheme, Scheme, pack_integers, read_scheme, unpack_integers, write_scheme
+from model.packing import pack_integers, unpack_integers
+from model.scheme import LinearScheme, Scheme, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SCHEMES = [

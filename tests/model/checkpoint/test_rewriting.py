@@ -20,9 +20,10 @@ from model.config import build_config
 from model.generation import Engine, Request, generate
 from model.llama import LlamaForCausalLM, Span
 from model.loading import check_checkpoint
+from model.packing import pack_integers, unpack_integers
 from model.quantization.rounding import quantize_rows
 from model.sampling import SamplingParams
-from model.scheme import LinearScheme, Scheme, pack_integers, read_scheme, unpack_integers
+from model.scheme import LinearScheme, Scheme, read_scheme
 from parallel.errors import CheckpointError, ConfigError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
