@@ -32,6 +32,21 @@ CheckpointOption = Annotated[
         "Default: the YAML's load_checkpoint.",
     ),
 ]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Format of the checkpoint: ranks, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: told from its content.",
+    ),
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, or as many in hexadecimal digits."),
+]
+CheckOption = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Hold SRC's files against their recorded checksums first; what has none is taken as it is."),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists.")]
 WorkersOption = Annotated[
     int | None,
@@ -67,6 +82,9 @@ TimeoutOption = Annotated[
 def predict(
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hold the files against their recorded checksums before starting.")] = False,
     workers: WorkersOption = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="A prompt; may be given several times. Default: MindFormers' three.")
@@ -124,6 +142,9 @@ def predict(
         PredictOptions(
             config=config,
             checkpoint=checkpoint,
+            format=format,
+            key_file=key_file,
+            verify=verify,
             workers=workers,
             prompts=tuple(prompt or ()),
             prompts_file=prompts_file,
@@ -159,6 +180,8 @@ def predict(
 def quantize(
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
     approach: Annotated[
         str,
         typer.Option(
@@ -248,6 +271,8 @@ def quantize(
         QuantizeOptions(
             config=config,
             checkpoint=checkpoint,
+            format=format,
+            key_file=key_file,
             approach=approach,
             dataset=dataset,
             dataset_path=dataset_path,
@@ -285,6 +310,8 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", "-s", help="Required. BoolQ file (JSON lines), or a text file.")] = None,
     config: ConfigOption = None,
     checkpoint: CheckpointOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions or windows at most. Default: all.")] = None,
     window: Annotated[int, typer.Option("--window", help="perplexity: tokens of each piece of the text.")] = 512,
     workers: WorkersOption = None,
@@ -309,6 +336,8 @@ def evaluate(
             data=data,
             config=config,
             checkpoint=checkpoint,
+            format=format,
+            key_file=key_file,
             limit=limit,
             window_tokens=window,
             workers=workers,
@@ -326,19 +355,28 @@ def evaluate(
     )
 
 
-@app.command(epilog="Example: tandem convert model.Q4_1.gguf output/model --dtype float16")
+@app.command(
+    epilog="Examples: tandem convert model.Q4_1.gguf output/model --dtype float16  |  tandem convert output/model model.ckpt --to mindspore"
+)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any readable format.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    to: Annotated[str, typer.Option("--to", help="hf: a Hugging Face folder.")] = "hf",
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; for --to mindspore a name that ends in .ckpt is a file.")],
+    to: Annotated[
+        str, typer.Option("--to", help="hf: a Hugging Face folder. mindspore: a .ckpt in MindFormers' and Golden Stick's names.")
+    ] = "hf",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for all float weights. Default: as they are.")] = None,
     config: ConfigOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
+    verify: CheckOption = True,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Rewrite any readable checkpoint as a Hugging Face folder, tokenizer included. A .ckpt needs its YAML (-c)."""
+    """Rewrite any readable checkpoint as a Hugging Face folder or a MindSpore .ckpt. Reading a .ckpt needs its YAML (-c)."""
     from launcher.rewriting import convert as run
+    from launcher.running import CheckpointOptions
 
-    run(source, target, to, dtype, config, overwrite=overwrite)
+    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
+    run(options, target, to, dtype, overwrite=overwrite)
 
 
 @app.command(epilog="Example: tandem reshard output/model-rtn output/model-rtn-8 --workers 8")
@@ -347,12 +385,37 @@ def reshard(
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     workers: Annotated[int, typer.Option("--workers", "-n", help="Ranks to write for; 1 gives one file again.")],
     config: ConfigOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
+    verify: CheckOption = True,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Rewrite a checkpoint, quantized or not, as one file a rank. Any number of ranks can read it back."""
     from launcher.rewriting import reshard as run
+    from launcher.running import CheckpointOptions
 
-    run(source, target, workers, config, overwrite=overwrite)
+    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
+    run(options, target, workers, overwrite=overwrite)
+
+
+@app.command(epilog="Examples: tandem verify output/model-rtn-8  |  tandem verify output/model --deep --json")
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint of any readable format.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Look for NaN and infinite values, too.")] = False,
+    config: ConfigOption = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
+
+    Files are hashed (sha256) and held against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where there
+    is one. Exit code 2 when anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
+    """
+    from launcher.running import CheckpointOptions
+    from launcher.verifying import verify as run
+
+    run(CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file), deep=deep, as_json=as_json)
 
 
 @app.command(epilog="Example: tandem env --json")

@@ -5,13 +5,23 @@ Turns ids into text; knows nothing of models. Results go to standard output, eve
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from launcher.whole_file import write_whole
@@ -31,16 +41,21 @@ class WorkProgress:
         """`done` of `total` are done."""
         if self._terminal.is_terminal:
             if self._bar is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-                self._bar = Progress(*columns, console=self._terminal)
+                self._bar = Progress(TextColumn("{task.description}"), BarColumn(), *self._columns(), console=self._terminal)
                 self._bar.start()
                 self._bar.add_task(self._what)
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif done * 10 // total > self._tenths or done == total:
-            self._tenths = done * 10 // total
-            print(f"{self._what}: {done} of {total}", file=sys.stderr, flush=True)
+        elif done == total or done * 10 // total > self._tenths:
+            self._tenths = done * 10 // max(1, total)
+            print(f"{self._what}: {self._describe(done, total)}", file=sys.stderr, flush=True)
         if done == total:
             self.close()
+
+    def _columns(self) -> tuple[ProgressColumn, ...]:
+        return MofNCompleteColumn(), TimeElapsedColumn()
+
+    def _describe(self, done: int, total: int) -> str:
+        return f"{done} of {total}"
 
     def close(self) -> None:
         """Take the bar away."""
@@ -50,9 +65,29 @@ class WorkProgress:
         self._tenths = 0
 
 
+class ByteProgress(WorkProgress):
+    """Long work in bytes: with its speed since the first of them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self._started = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are done; the clock runs from the first call on, which may say 0."""
+        self._started = self._started or time.perf_counter()
+        super().__call__(done, total)
+
+    def _columns(self) -> tuple[ProgressColumn, ...]:
+        return DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
+
+    def _describe(self, done: int, total: int) -> str:
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / 1e9 / seconds:.2f} GB/s"
+
+
 def loading_progress(world_size: int) -> WorkProgress:
-    """Shows how far loading is."""
-    return WorkProgress(f"loading on {world_size} rank{'s' if world_size > 1 else ''}, layers")
+    """Shows how far loading is; of several ranks the first one's part."""
+    return ByteProgress("loading" if world_size == 1 else f"loading on {world_size} ranks, the first one's part")
 
 
 class WorkConsole:

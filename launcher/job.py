@@ -4,12 +4,12 @@ A plain value that travels as JSON from the parent to the ranks. Knows no text: 
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.tasks import Task, read_task, write_task
+from model.checkpoint.formats import OpenOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +18,8 @@ class Job:
 
     checkpoint: str
     """Absolute path."""
-    model_values: Mapping[str, Any] | None
-    """What stands for config.json where the checkpoint has none."""
+    opening: OpenOptions
+    """What was said of it: format, key, and what stands for config.json where it has none."""
     kv_cache: str | None
     """A kv_cache word of model/scheme.py; goes over the checkpoint's."""
     world_size: int
@@ -53,8 +53,9 @@ class Job:
     def from_json(cls, text: str) -> "Job":
         """The inverse of `to_json`."""
         raw: dict[str, Any] = json.loads(text)
+        opening = OpenOptions(**raw.pop("opening"))
         task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
-        return cls(**raw, eos_token_ids=eos_token_ids, task=task)
+        return cls(**raw, opening=opening, eos_token_ids=eos_token_ids, task=task)
 
     @property
     def path(self) -> Path:

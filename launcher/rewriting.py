@@ -7,40 +7,51 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.console import WorkProgress
-from launcher.running import open_model
-from launcher.settings import default_settings, read_settings
+from launcher.console import ByteProgress
+from launcher.running import CheckpointOptions, OpenedModel, open_model, open_settings
 from model.checkpoint.folder_writing import check_target
+from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files
 from model.checkpoint.rewriting import convert_checkpoint
 from model.config import DTYPES
 from parallel.errors import ConfigError
 
+TARGETS = ("hf", "mindspore")
 
-def convert(source: Path, target: Path, to: str, dtype: str | None, config: Path | None, *, overwrite: bool) -> None:
-    """Write a Hugging Face folder. Raises InputError before anything is written."""
-    if to != "hf":
-        raise ConfigError(f"--to is {to!r}, but only 'hf' can be written")
+
+def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None, *, overwrite: bool) -> None:
+    """Write a Hugging Face folder, or a MindSpore file or folder. Raises InputError before anything is written."""
+    if to not in TARGETS:
+        raise ConfigError(f"--to is {to!r}, but has to be one of {', '.join(TARGETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
-    opened = open_model(source, read_settings(config) if config else default_settings(), quantized=False)
-    check_target(target, overwrite=overwrite)
-    started = time.perf_counter()
-    convert_checkpoint(opened.source, target, dtype, WorkProgress("converting, tensors"))
+    opened = _open(options, target, overwrite=overwrite)
+    started, progress = time.perf_counter(), ByteProgress("converting")
+    if to == "hf":
+        convert_checkpoint(opened.source, target, dtype, progress)
+    else:
+        write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
     tell_written(target, started)
 
 
-def reshard(source: Path, target: Path, workers: int, config: Path | None, *, overwrite: bool) -> None:
+def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite: bool) -> None:
     """Write rank files. Raises InputError before anything is written."""
-    opened = open_model(source, read_settings(config) if config else default_settings(), quantized=False)
+    opened = _open(options, target, overwrite=overwrite)
     opened.config.layout().check(workers)
-    check_target(target, overwrite=overwrite)
     started = time.perf_counter()
-    write_rank_files(opened.source, opened.config, opened.scheme, workers, target, WorkProgress("writing rank files, bytes"))
+    write_rank_files(opened.source, opened.config, opened.scheme, workers, target, ByteProgress("writing rank files"))
     tell_written(target, started)
+
+
+def _open(options: CheckpointOptions, target: Path, *, overwrite: bool) -> OpenedModel:
+    # What is damaged would be written again as if it were whole, with new checksums.
+    opened = open_model(options, open_settings(options), quantized=False)
+    check_target(target, overwrite=overwrite)
+    return opened
 
 
 def tell_written(target: Path, started: float) -> None:
-    """Say what a folder takes and how long it took."""
-    size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"wrote {target}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    """Say what a folder or file takes and how long it took."""
+    files = target.iterdir() if target.is_dir() else [target]
+    size, seconds = sum(file.stat().st_size for file in files), time.perf_counter() - started
+    print(f"wrote {target}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", file=sys.stderr)

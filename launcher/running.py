@@ -4,13 +4,14 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launcher.console import ByteProgress
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
 from launcher.rank_process import join_store
@@ -18,8 +19,9 @@ from launcher.settings import Settings, default_settings, read_settings
 from launcher.spawning import RanksFailedError, spawn_ranks
 from launcher.tasks import Task
 from launcher.worker import run_rank, shared_memory_works
-from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.verification import require_intact
 from model.config import DTYPES, LlamaConfig, build_config
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
@@ -35,11 +37,21 @@ CACHE_DTYPES = ("auto", "int8", "float")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """What the command line of any run says; None is not said."""
+class CheckpointOptions:
+    """What the command line says of a checkpoint; None is not said."""
 
     config: Path | None = None
     checkpoint: Path | None = None
+    format: str | None = None
+    key_file: Path | None = None
+    verify: bool = False
+    """Hold the files against their recorded checksums first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(CheckpointOptions):
+    """What the command line of any run says; None is not said."""
+
     workers: int | None = None
     dtype: str | None = None
     device: str | None = None
@@ -59,8 +71,8 @@ class OpenedModel:
     source: CheckpointSource
     config: LlamaConfig
     scheme: Scheme
-    values: Mapping[str, Any] | None
-    """What stood for its config.json, if it may have none."""
+    opening: OpenOptions
+    """How it was opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +101,26 @@ class Run:
 def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
     """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`."""
     environment = read_environment()
-    settings = read_settings(options.config) if options.config else default_settings()
+    settings = open_settings(options)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
-    opened = open_model(find_checkpoint(options.checkpoint, settings), settings, quantized=quantized)
+    opened = open_model(options, settings, quantized=quantized)
+    if options.verify and not opened.source.checksums:
+        print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, opened)
+
+
+def open_settings(options: CheckpointOptions) -> Settings:
+    """The YAML's, or what holds without one."""
+    return read_settings(options.config) if options.config else default_settings()
+
+
+def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
+    """How the checkpoint is to be opened."""
+    key_file = str(options.key_file.absolute()) if options.key_file else None
+    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
 
 
 def find_checkpoint(option: Path | None, settings: Settings) -> Path:
@@ -106,19 +131,22 @@ def find_checkpoint(option: Path | None, settings: Settings) -> Path:
     return Path(path)
 
 
-def open_model(path: Path, settings: Settings, *, quantized: bool = True) -> OpenedModel:
-    """Open a checkpoint and hold it against its own config.json and the YAML. Raises InputError.
+def open_model(options: CheckpointOptions, settings: Settings, *, quantized: bool = True) -> OpenedModel:
+    """Open a checkpoint and hold it against its own config.json, the YAML and, where asked, its checksums. Raises InputError.
 
     `quantized`: whether the YAML's quantization_config describes this checkpoint, and not one still to be made.
     """
-    values = settings.build_model_values()
-    source = open_checkpoint(path, values)
+    path = find_checkpoint(options.checkpoint, settings)
+    opening = plan_opening(options, settings)
+    source = open_checkpoint(path, opening)
     config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
     if quantized and settings.quantization is not None:
         settings.quantization.check_scheme(scheme, str(path), settings.source)
     check_checkpoint(source, config, scheme)
-    return OpenedModel(source, config, scheme, values)
+    if options.verify:
+        require_intact(source, ByteProgress("verifying"))
+    return OpenedModel(source, config, scheme, opening)
 
 
 def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
@@ -130,7 +158,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     own, said_ids = settings.tandem, settings.model_values
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
-        model_values=run.opened.values,
+        opening=run.opened.opening,
         kv_cache=_decide_cache(options.kv_cache_dtype, settings, run.opened.scheme),
         world_size=run.world_size,
         context_tokens=run.context_tokens,

@@ -79,7 +79,7 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
 def _load(me: _Rank) -> tuple[LlamaForCausalLM, int]:
     """The model with this rank's part of the checkpoint, and the bytes that were read."""
     job = me.job
-    source = open_checkpoint(job.path, job.model_values)
+    source = open_checkpoint(job.path, job.opening)
     config = replace(
         build_config(source.config),
         max_position_embeddings=job.context_tokens,
@@ -160,7 +160,7 @@ def _evaluate(me: _Rank, task: Evaluate) -> None:
 
 def _quantize(me: _Rank, task: Quantize) -> None:
     _give_back_memory()
-    source = open_checkpoint(me.job.path, me.job.model_values)
+    source = open_checkpoint(me.job.path, me.job.opening)
     work = WorkFolder(Path(task.work_folder), me.job.world_size)
     resumed, before = work.count_done(), read_peak_rss_bytes()
     quantize_layers(

@@ -34,20 +34,20 @@ def load_model(
 ) -> int:
     """Read this rank's rows into `model`; give the bytes that were read.
 
-    `on_progress` gets (layers done, layers in all). Raises CheckpointError when a tensor is missing, unexpected or of
+    `on_progress` gets (bytes of tensors read, bytes in all). Raises CheckpointError when a tensor is missing, unexpected or of
     another shape or type, and when a file is short.
     """
     # The checkpoint's own scheme: a model may run with another key-value cache.
     check_checkpoint(source, model.config, read_scheme(source.config))
     loader = ModelLoader(model, source)
-    total = len(model.layers) + 1
+    on_progress(0, loader.total_bytes)
     # The largest tensor first: what it takes on the way is free again for the layers.
     loader.load_embedding()
     for index in range(len(model.layers)):
         loader.load_layer(index)
-        on_progress(index + 1, total)
+        on_progress(loader.done_bytes, loader.total_bytes)
     loader.load_head()
-    on_progress(total, total)
+    on_progress(loader.total_bytes, loader.total_bytes)
     loader.reader.close()
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not left, left
@@ -62,6 +62,8 @@ class ModelLoader:
         self._model, self._source = model, source
         self._specs = plan_weights(model.config, model.scheme)
         self._rank, self._world_size = model.shares.rank, model.shares.world_size
+        self.done_bytes = 0
+        self.total_bytes = sum(self._count_bytes(name) for name in plan_weights(model.config, read_scheme(source.config)))
 
     def load_embedding(self) -> None:
         """The vocabulary rows, which a tied head shares."""
@@ -87,7 +89,13 @@ class ModelLoader:
 
     def read(self, name: str) -> torch.Tensor:
         """This rank's rows of a tensor, as they are stored."""
+        self.done_bytes += self._count_bytes(name)
         return self._source.read_rows(self.reader, name, *self._specs[name].rows(self._rank, self._world_size))
+
+    def _count_bytes(self, name: str) -> int:
+        start, stop = self._specs[name].rows(self._rank, self._world_size) if name in self._specs else (0, 0)
+        info = self._source.tensors[name]
+        return info.num_bytes // max(1, info.shape[0]) * (stop - start)
 
     def _fill(self, module: nn.Module, names: Sequence[str]) -> None:
         device = self._model.device
@@ -139,6 +147,7 @@ class ModelLoader:
             return self.read(name).to(dtype)
         out = torch.empty((stop - start, *info.shape[1:]), dtype=dtype)
         step = max(1, _PART_BYTES // row_bytes)
+        self.done_bytes += self._count_bytes(name)
         for first in range(start, stop, step):
             end = min(first + step, stop)
             out[first - start : end - start] = source.read_rows(self.reader, name, first, end)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
-from model.checkpoint.safetensors_file import read_header
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
 from model.packing import unpack_integers
@@ -42,9 +41,8 @@ class ColumnFolder(HuggingFaceFolder):
         if len(files) != 1 or files[0].name == SINGLE_FILE or (path / INDEX_FILE).is_file():
             super().__init__(path)
             return
-        self.path, self.config = path, read_config(path / "config.json")
-        self._stored = {name: (files[0], stored) for name, stored in read_header(files[0]).items()}
-        self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
+        self.path, self.config, self._stored = path, read_config(path / "config.json"), {}
+        self._add_files(files)
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
         """Columns [first, last) of a tensor of two dimensions, all its rows."""
@@ -60,7 +58,7 @@ class ColumnPackedFolder(ABC):
     """
 
     def __init__(self, folder: ColumnFolder, linear: LinearScheme, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.path = folder.path
+        self.path, self.files, self.checksums = folder.path, folder.files, folder.checksums
         self._folder, self._linear, self._shapes = folder, linear, shapes
         if not shapes:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model.checkpoint.checksum_file import write_sha256sums
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
@@ -63,7 +64,7 @@ def write_tensors(
     read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
     groups: Iterable[tuple[str, tuple[str, ...]]],
 ) -> None:
-    """Write a Hugging Face folder's weights: one file, or several with an index.
+    """Write a Hugging Face folder's weights: one file, or several with an index; and their hashes.
 
     `groups` pairs what to `read` next with the names that come of it, in the order in which they are given.
     """
@@ -76,7 +77,7 @@ def write_tensors(
             size = 0
         files[-1].append(group)
         size += group_bytes
-    weight_map = {}
+    weight_map, hashes = {}, {}
     for number, file in enumerate(files, 1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         names = [tensor for _, group in file for tensor in group]
@@ -85,6 +86,8 @@ def write_tensors(
             for key, _ in file:
                 for tensor, value in read(key):
                     writer.write(tensor, value)
+        hashes[name] = writer.sha256
+    write_sha256sums(folder, hashes)
     if len(files) > 1:
         total = sum(info.num_bytes for info in tensors.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,4 +1,4 @@
-"""The table of checkpoint formats, and how one is told from another. One format, one file; this one knows no bytes."""
+"""The table of checkpoint formats, and how one is told from another by what is in its files. One format, one file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,17 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
+from model.checkpoint.column_packed import declares_method
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
+from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_folder import is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.source import CheckpointSource
 from parallel.errors import CheckpointError
 
-ModelValues = Mapping[str, Any]
-"""Values of a config.json, for formats that have none."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOptions:
+    """What a user may say of a checkpoint beside its path."""
+
+    format: str | None = None
+    """A key of FORMATS; None: told from the content."""
+    key_file: str | None = None
+    """Path of the key of an encrypted checkpoint."""
+    values: Mapping[str, Any] | None = None
+    """Values of a config.json, for formats that have none."""
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise CheckpointError(f"the format {self.format!r} is unknown; there are {', '.join(FORMATS)}")
+
+    @property
+    def key_path(self) -> Path | None:
+        """The key file as a path."""
+        return Path(self.key_file) if self.key_file else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +46,72 @@ class Format:
     name: str
     """In words, for messages."""
     matches: Callable[[Path], bool]
-    """Whether a path looks like it, by names and settings; tensors are not looked at."""
-    open: Callable[[Path, ModelValues | None], CheckpointSource]
+    """Whether what lies there is of this format; tensors are not looked at."""
+    open: Callable[[Path, OpenOptions], CheckpointSource]
     """Reads the headers."""
+    suffix: str = "/"
+    """Files of this name's end are taken for it where no content says otherwise."""
 
 
-FORMATS = (
-    Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, values: RankFiles(path)),
-    Format("GPTQ folder", is_gptq, lambda path, values: GptqFolder(path)),
-    Format("AWQ folder", is_awq, lambda path, values: AwqFolder(path)),
-    Format(
-        "Hugging Face folder (model.safetensors or its index)",
-        lambda path: (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file(),
-        lambda path, values: HuggingFaceFolder(path),
+def _is_hugging_face(path: Path) -> bool:
+    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+
+
+def _is_compressed_tensors(path: Path) -> bool:
+    return _is_hugging_face(path) and declares_method(path, "compressed-tensors", "quantization_config.json")
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and read_start(path, 4) == b"GGUF"
+
+
+def read_start(path: Path, num_bytes: int) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(num_bytes)
+
+
+FORMATS: Mapping[str, Format] = {
+    "ranks": Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, _: RankFiles(path)),
+    "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
+    "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
+    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
+    "hf": Format("Hugging Face folder (model.safetensors or its index)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
+    "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, options: MetaFolder(path, options.values)),
+    "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
+    "mindspore": Format(
+        "MindSpore file or folder (.ckpt)",
+        is_mindspore,
+        lambda path, options: MindSporeFile(path, options.values, options.key_path),
+        ".ckpt",
     ),
-    Format("GGUF file (.gguf)", lambda path: path.is_file() and path.suffix == ".gguf", lambda path, values: GgufFile(path)),
-    Format("MindSpore file or folder (.ckpt)", is_mindspore, MindSporeFile),
-)
+}
+"""By the word that `--from` takes. The first that matches is taken."""
 
 
-def open_checkpoint(path: Path, values: ModelValues | None = None) -> CheckpointSource:
-    """Open a checkpoint of any format in the table.
-
-    `values`: what stands for config.json where a format has none. Raises CheckpointError when the path is missing or
-    matches none, listing what there is.
-    """
+def find_format(path: Path) -> str:
+    """The key of FORMATS of what lies at `path`. Raises CheckpointError when it is missing or of none, listing what there is."""
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} does not exist")
-    for format in FORMATS:
+    for key, format in FORMATS.items():
         if format.matches(path):
-            return format.open(path, values)
-    if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
-        if len(inside) == 1:
-            return GgufFile(inside[0])
-    known = "; ".join(format.name for format in FORMATS)
+            return key
+    for key, format in FORMATS.items():
+        if path.name.endswith(format.suffix):
+            return key
+    if path.is_file() and any(format.matches(path.parent) for format in FORMATS.values()):
+        raise CheckpointError(f"{path} is a part of a checkpoint: give its folder {path.parent}")
+    known = "; ".join(format.name for format in FORMATS.values())
     raise CheckpointError(f"{path} is no checkpoint that can be read. Readable: {known}")
+
+
+def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
+    """Open a checkpoint of any format in the table. A folder with one GGUF file is this file.
+
+    Raises CheckpointError for what cannot be read, and what the formats raise.
+    """
+    options = options or OpenOptions()
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
+        path = inside[0]
+    return FORMATS[options.format or find_format(path)].open(path, options)

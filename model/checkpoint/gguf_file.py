@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_header import StoredTensor, read_gguf_header
 from model.checkpoint.source import TensorInfo
 from model.config import RopeScaling, scale_frequency
@@ -65,7 +66,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for another architecture, a tensor type that cannot be read, or a file that is cut off."""
-        self.path = path
+        self.path, self.files = path, [path]
+        self.checksums = read_sha256sums(path.parent, self.files)
         header = read_gguf_header(path)
         self._metadata = header.metadata
         self._has_vocabulary = "tokenizer.ggml.tokens" in header.metadata

@@ -4,18 +4,20 @@ Knows the folder's files; not what its tensors are for.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 
+from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.safetensors_file import StoredTensor, read_header
-from model.checkpoint.source import TensorInfo
 from model.config import read_config
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 class HuggingFaceFolder:
@@ -25,10 +27,18 @@ class HuggingFaceFolder:
         self.path = path
         self.config = read_config(path / "config.json")
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
-        for file in _weight_files(path):
-            self._stored.update({name: (file, stored) for name, stored in read_header(file).items()})
+        self._add_files(_weight_files(path))
+        if not (path / SINGLE_FILE).is_file():
+            _check_index(path, {name: file.name for name, (file, _) in self._stored.items()})
+
+    def _add_files(self, files: list[Path]) -> None:
+        self.files, self.checksums = files, read_sha256sums(self.path, files)
+        for file in files:
+            for name, stored in read_header(file).items():
+                if name in self._stored:
+                    raise CheckpointError(f"{name} is in both {self._stored[name][0]} and {file}: copy the checkpoint again")
+                self._stored[name] = (file, stored)
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
-        _check_index(path, self.tensors)
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
@@ -42,23 +52,45 @@ class HuggingFaceFolder:
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
-        return [path / SINGLE_FILE]
-    if (path / INDEX_FILE).is_file():
-        return [path / name for name in sorted(set(_read_weight_map(path).values()))]
-    raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        files = [path / SINGLE_FILE]
+    elif (path / INDEX_FILE).is_file():
+        files = [path / name for name in sorted(set(_read_weight_map(path).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            more = f", and {len(missing) - 10} more" if len(missing) > 10 else ""
+            raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files: {', '.join(missing[:10])}{more}; copy them")
+    else:
+        raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    for file in files:
+        _check_link(file)
+    return files
+
+
+def _check_link(file: Path) -> None:
+    """A link may lead within the folder, or from a snapshot of the Hugging Face hub's cache into the same model's blobs."""
+    folder, target = file.parent.resolve(), file.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
+        raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file itself here")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path / INDEX_FILE} has no readable weight_map") from None
+    outside = next((file for file in files.values() if not _FILE_NAME.fullmatch(file)), None)
+    if outside is not None:
+        raise CheckpointError(f"{path / INDEX_FILE} names {outside!r}, which is no safetensors file of its folder")
+    return files
 
 
-def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    if (path / SINGLE_FILE).is_file() or not (path / INDEX_FILE).is_file():
-        return
-    missing = [name for name in _read_weight_map(path) if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{path / INDEX_FILE} lists {len(missing)} tensors that its files lack, {missing[0]} first")
+def _check_index(path: Path, found: dict[str, str]) -> None:
+    listed = _read_weight_map(path)
+    wrong = [name for name, file in listed.items() if found.get(name) != file]
+    if wrong:
+        raise CheckpointError(
+            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, {wrong[0]} in "
+            f"{listed[wrong[0]]} first: copy the checkpoint again"
+        )

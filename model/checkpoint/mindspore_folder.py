@@ -1,15 +1,22 @@
-"""Where the `.ckpt` files of a MindSpore checkpoint lie: one file, a folder, or folders rank_0, rank_1, … Knows names only."""
+"""Where the `.ckpt` files of a MindSpore checkpoint lie: one file, a folder, or folders rank_0, rank_1, …
+
+Knows names and first bytes only.
+"""
 
 import re
 from pathlib import Path
 
 from parallel.errors import CheckpointError
 
+_MARKS = re.compile(rb"[\xd8-\xda]\x5e\x3a\x7f|\x0a[\x80-\xff]{0,9}[\x00-\x7f]\x0a", re.DOTALL)
+"""An encrypted file's first word, or a message (field 1 and its length) that begins with a tag (field 1)."""
+
 
 def is_mindspore(path: Path) -> bool:
-    """Whether `path` is a .ckpt file, or a folder that holds one or a folder rank_0."""
-    if not path.is_dir():
-        return path.suffix == ".ckpt"
+    """Whether `path` is a file that begins as MindSpore's do, or a folder that holds a .ckpt file or a folder rank_0."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return _MARKS.match(file.read(16)) is not None
     return bool(_list_checkpoints(path)) or (path / "rank_0").is_dir()
 
 

@@ -1,19 +1,20 @@
 """What a MindSpore `.ckpt` file holds: its tags, their shapes and types, and where their bytes lie.
 
 Knows the bytes of the format (protobuf messages `Checkpoint`, one for each value or slice of one, and the CRC at the end); no names, no
-ranks. The contents of tensors are skipped, not read, except that a CRC covers every byte: a file that carries one is read through once.
+ranks. The contents of tensors are skipped, not read, and the CRC, which covers every byte, is given, not checked.
 """
 
-import mmap
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 
+from model.checkpoint.mindspore_encryption import CIPHERS, MAGIC_BYTES, EncryptedFile
+from model.checkpoint.source import Checksum
 from parallel.errors import CheckpointError
+from parallel.file_slices import FileReader
 
 ELEMENT_TYPES: Mapping[str, torch.dtype] = {
     "Int8": torch.int8,
@@ -39,13 +40,20 @@ ELEMENT_TYPES: Mapping[str, torch.dtype] = {
 }
 """By tensor_type. There is one more, STRING, whose content is UTF-32-LE."""
 STRING = "str"
+TYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in reversed(list(ELEMENT_TYPES.items()))}
+"""The tensor_type of each element type."""
 
-_ENCRYPTED = {0x7F3A5ED8: "AES-GCM", 0x7F3A5ED9: "AES-CBC", 0x7F3A5EDA: "SM4-CBC"}
-"""First word of a file, little-endian."""
-_CRC_MARK, _CRC_BYTES = b"crc_num", 10
-_CHUNK_BYTES = 1 << 24
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# Of Checkpoint, Value and TensorProto, in this order.
+VALUE = 1
+TAG, TENSOR, MAP_TENSOR = 1, 2, 3
+DIMS, TENSOR_TYPE, TENSOR_CONTENT = 1, 2, 3
+CRC_MARK, CRC_BYTES = b"crc_num", 10
+"""At the end, before the CRC32 of all bytes that come earlier, big-endian."""
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types of protobuf. There are no others but groups, which this format does not have."""
+_WINDOW_BYTES = 4096
+_MAX_TEXT_BYTES, _MAX_DIMS = 4096, 64
+"""No name is longer, and no tensor has more dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,71 +68,93 @@ class StoredTensor:
     """(offset_bytes, length_bytes) in the file; joined, they are the elements, row after row. One may end inside a row."""
 
 
-def read_mindspore_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tag of a `.ckpt` file in file order.
+@dataclass(frozen=True, slots=True)
+class MindSporeHeader:
+    """One file."""
 
-    Raises CheckpointError for a file that is missing, empty, encrypted, cut off, damaged (its CRC differs, too) or none of this format.
+    tensors: Mapping[str, StoredTensor]
+    """In file order."""
+    checksum: Checksum | None
+    """The file's CRC; of an encrypted one there is none, for MindSpore writes 0."""
+    encrypted: EncryptedFile | None
+    """Where offsets are those of the plaintext: what reads it."""
+
+
+def read_mindspore_header(path: Path, reader: FileReader, key_file: Path | None = None) -> MindSporeHeader:
+    """Every tag of a `.ckpt` file.
+
+    Raises CheckpointError for a file that is missing, empty, cut off, damaged, none of this format, or encrypted with no key or another.
     """
+
+    def read_stored(at: int, length: int) -> bytes:
+        return reader.read_span(path, at, length).numpy().tobytes()
+
     try:
         size = path.stat().st_size
         if size == 0:
             raise CheckpointError(f"{path} is empty (0 bytes): copy or save it again")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cipher = _ENCRYPTED.get(int.from_bytes(data[:4], "little"))
-            if cipher is not None:
-                raise CheckpointError(f"{path} is encrypted ({cipher}), which is not supported yet: save it again without enc_key")
-            end = size - len(_CRC_MARK) - _CRC_BYTES
-            if end >= 0 and data[end : end + len(_CRC_MARK)] == _CRC_MARK:
-                _check_crc(path, end, int.from_bytes(data[end + len(_CRC_MARK) : size], "big"))
-            else:
-                end = size
-            return _Scanner(data, path, end).scan()
-    except (FileNotFoundError, IsADirectoryError):
-        raise CheckpointError(f"{path} is not a file") from None
+        cipher = CIPHERS.get(int.from_bytes(read_stored(0, min(size, MAGIC_BYTES)), "little"))
+        end, crc = _find_crc(read_stored, size)
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a file that can be read: {error.strerror}") from None
+    if cipher is None:
+        checksum = Checksum("crc32", crc, "the file's own CRC", end) if crc else None
+        return MindSporeHeader(_Scanner(read_stored, path, end).scan(), checksum, None)
+    if key_file is None:
+        raise CheckpointError(f"{path} is encrypted ({cipher}); give the key with --key-file")
+    # MindSpore puts its CRC behind the blocks, where it reads it itself, inside them.
+    encrypted = EncryptedFile(path, end, cipher, key_file, reader)
+
+    def read_plain(at: int, length: int) -> bytes:
+        out = torch.empty(length, dtype=torch.uint8)
+        encrypted.read_into(reader, at, out)
+        return out.numpy().tobytes()
+
+    end, _ = _find_crc(read_plain, encrypted.size_bytes)
+    return MindSporeHeader(_Scanner(read_plain, path, end).scan(), None, encrypted)
 
 
-def _check_crc(path: Path, end: int, expected: int) -> None:
-    crc, left = 0, end
-    # Plain reads: pages of a mapping would count as this process's memory.
-    with path.open("rb", buffering=0) as file:
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-    if crc != expected:
-        raise CheckpointError(f"{path} is damaged: its CRC32 is {crc}, but the file says {expected}: copy it again")
+def _find_crc(read: Callable[[int, int], bytes], size: int) -> tuple[int, str]:
+    """Where the messages end, and the CRC behind them, hexadecimal; empty where there is none."""
+    end = size - len(CRC_MARK) - CRC_BYTES
+    tail = read(end, size - end) if end >= 0 else b""
+    if not tail.startswith(CRC_MARK):
+        return size, ""
+    return end, f"{int.from_bytes(tail[len(CRC_MARK) :], 'big'):08x}"
 
 
 class _Scanner:
     """Walks over the messages of a file."""
 
-    def __init__(self, data: mmap.mmap, path: Path, end: int) -> None:
-        self._data, self._path, self._end = data, path, end
+    def __init__(self, read: Callable[[int, int], bytes], path: Path, end: int) -> None:
+        """`read` gives bytes of the file: from where, how many."""
+        self._read, self._path, self._end = read, path, end
+        self._window, self._window_start = b"", 0
 
     def scan(self) -> dict[str, StoredTensor]:
-        found: dict[str, StoredTensor] = {}
+        found: dict[str, tuple[StoredTensor, list[tuple[int, int]]]] = {}
         last = None
         for number, wire, start, stop in self._fields(0, self._end):
-            if (number, wire) != (1, _BYTES):
+            if (number, wire) != (VALUE, BYTES):
                 raise self._not_a_checkpoint(start)
             tag, tensor = self._read_value(start, stop)
-            if tag in found:
-                before = found[tag]
-                if tag != last or (before.dims, before.tensor_type) != (tensor.dims, tensor.tensor_type):
-                    raise CheckpointError(f"{self._path} holds {tag} twice, the second time before byte {stop}: save it again")
-                tensor = StoredTensor(tensor.dims, tensor.tensor_type, before.slices + tensor.slices)
-            found[tag] = tensor
+            before, slices = found.setdefault(tag, (tensor, []))
+            if slices and (tag != last or (before.dims, before.tensor_type) != (tensor.dims, tensor.tensor_type)):
+                raise CheckpointError(f"{self._path} holds {tag} twice, the second time before byte {stop}: save it again")
+            slices += tensor.slices
             last = tag
-        return {tag: self._finish(tag, tensor) for tag, tensor in found.items()}
+        return {tag: self._finish(tag, tensor, tuple(slices)) for tag, (tensor, slices) in found.items()}
 
     def _read_value(self, start: int, stop: int) -> tuple[str, StoredTensor]:
         tag, tensor = None, None
         for number, wire, first, last in self._fields(start, stop):
-            if wire != _BYTES:
+            if wire != BYTES:
                 continue
-            if number == 1:
+            if number == TAG:
                 tag = self._text(first, last)
-            elif number == 2:
+            elif number == TENSOR:
                 tensor = self._read_tensor(first, last)
-            elif number == 3:
+            elif number == MAP_TENSOR:
                 raise CheckpointError(f"{self._path} holds the map tensor {tag}, which is not supported: save it as a plain one")
         if tag is None or tensor is None:
             raise self._not_a_checkpoint(start)
@@ -134,33 +164,37 @@ class _Scanner:
         dims: list[int] = []
         tensor_type, content = "", (stop, 0)
         for number, wire, first, last in self._fields(start, stop):
-            if number == 1:
+            if number == DIMS and wire in (VARINT, BYTES):
                 # Not packed as MindSpore writes them; every protobuf reader has to take both.
                 while first < last:
                     value, first = self._varint(first, last)
-                    dims.append(value)
-            elif number == 2 and wire == _BYTES:
+                    dims.append(value - (value >> 63 << 64))
+                    if len(dims) > _MAX_DIMS:
+                        raise self._not_a_checkpoint(start)
+            elif number == TENSOR_TYPE and wire == BYTES:
                 tensor_type = self._text(first, last)
-            elif number == 3 and wire == _BYTES:
+            elif number == TENSOR_CONTENT and wire == BYTES:
                 content = (first, last - first)
         return StoredTensor(tuple(dims), tensor_type, (content,))
 
-    def _finish(self, tag: str, tensor: StoredTensor) -> StoredTensor:
+    def _finish(self, tag: str, tensor: StoredTensor, slices: tuple[tuple[int, int], ...]) -> StoredTensor:
         """The tensor with the shape that its bytes have, checked."""
-        stored = sum(length for _, length in tensor.slices)
+        stored = sum(length for _, length in slices)
         if tensor.tensor_type == STRING:
-            return StoredTensor((), STRING, tensor.slices)
+            return StoredTensor((), STRING, slices)
         dtype = ELEMENT_TYPES.get(tensor.tensor_type)
         if dtype is None:
             known = ", ".join(ELEMENT_TYPES)
             raise CheckpointError(f"{self._path}: {tag} has type {tensor.tensor_type!r}, but only {known} can be read")
         dims = () if tensor.dims == (0,) and stored else tensor.dims
+        if any(size < 0 for size in dims) or prod(max(size, 1) for size in dims) * dtype.itemsize >= 1 << 63:
+            raise CheckpointError(f"{self._path}: {tag} has the shape {list(dims)}, which no tensor has: copy or save it again")
         needed = prod(dims) * dtype.itemsize
         if stored != needed:
             raise CheckpointError(
                 f"{self._path} holds {stored} bytes of {tag}, but {tensor.tensor_type} {list(dims)} has {needed}: copy or save it again"
             )
-        return StoredTensor(dims, tensor.tensor_type, tensor.slices)
+        return StoredTensor(dims, tensor.tensor_type, slices)
 
     def _fields(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(field number, wire type, first byte, one past the last byte) of each field of a message."""
@@ -172,13 +206,15 @@ class _Scanner:
     def _field(self, at: int, stop: int) -> tuple[int, int, int, int]:
         key, first = self._varint(at, stop)
         number, wire = key >> 3, key & 7
-        if wire == _VARINT:
+        if number == 0:
+            raise self._not_a_checkpoint(at)
+        if wire == VARINT:
             last = self._varint(first, stop)[1]
-        elif wire == _BYTES:
+        elif wire == BYTES:
             length, first = self._varint(first, stop)
             last = first + length
-        elif wire in (_FIXED32, _FIXED64):
-            last = first + (4 if wire == _FIXED32 else 8)
+        elif wire in (FIXED32, FIXED64):
+            last = first + (4 if wire == FIXED32 else 8)
         else:
             raise self._not_a_checkpoint(at)
         if last > stop:
@@ -191,18 +227,27 @@ class _Scanner:
         for shift in range(0, 70, 7):
             if at >= stop:
                 raise self._cut_off(at + 1) if stop == self._end else self._not_a_checkpoint(at)
-            byte = self._data[at]
+            byte = self._bytes(at, at + 1)[0]
             value |= (byte & 0x7F) << shift
             at += 1
-            if byte < 0x80:
+            if byte < 0x80 and value < 1 << 64:
                 return value, at
         raise self._not_a_checkpoint(at)
 
     def _text(self, start: int, stop: int) -> str:
+        if stop - start > _MAX_TEXT_BYTES:
+            raise self._not_a_checkpoint(start)
         try:
-            return self._data[start:stop].decode("utf-8")
+            return self._bytes(start, stop).decode("utf-8")
         except UnicodeDecodeError:
             raise self._not_a_checkpoint(start) from None
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """A few bytes; the next ones are read along with them."""
+        if start < self._window_start or stop > self._window_start + len(self._window):
+            length = min(max(_WINDOW_BYTES, stop - start), self._end - start)
+            self._window, self._window_start = self._read(start, length), start
+        return self._window[start - self._window_start : stop - self._window_start]
 
     def _cut_off(self, needed: int) -> CheckpointError:
         return CheckpointError(f"{self._path} has {self._end} bytes, but what it holds reaches byte {needed}: copy it again")

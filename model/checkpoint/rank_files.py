@@ -1,9 +1,11 @@
 """Rank files: one safetensors file a rank beside layout.json, written by `tandem reshard`, read by any number of ranks.
 
 layout.json holds the format version, the world size, the quantization scheme, the rows of every tensor that every
-rank's file holds, and the sha256 of every file. Key-value heads that several ranks keep are stored in each file.
+rank's file holds, the sha256 of every file, and a fingerprint of it that is quick to check. Key-value heads that several
+ranks keep are stored in each file.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from model.checkpoint.folder_writing import write_folder, write_json
 from model.checkpoint.hf_folder import SINGLE_FILE
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
-from model.checkpoint.source import CheckpointSource, TensorInfo
+from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo, read_pieces
 from model.config import LlamaConfig, read_config
 from model.scheme import Scheme
 from model.tokenizer_writing import write_tokenizer
@@ -23,7 +25,11 @@ from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
 LAYOUT_FILE = "layout.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_MAX_WORLD_SIZE = 4096
+_AGAIN = "write the rank files again with tandem reshard"
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+"""A file's fingerprint covers so many places of it."""
 
 
 def rank_file_name(rank: int, world_size: int) -> str:
@@ -34,31 +40,41 @@ def rank_file_name(rank: int, world_size: int) -> str:
 
 
 class RankFiles:
-    """A folder of rank files. A tensor's rows are looked up in whichever files hold them."""
+    """A folder of rank files. A tensor's rows are looked up in whichever files hold them.
+
+    Raises CheckpointError when a file is missing, short, another rank's or another checkpoint's, or when the files do not
+    hold together all rows that layout.json says.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path / "config.json")
         self.layout = _read_layout(path)
         self.world_size: int = self.layout["world_size"]
+        self.files = [path / name for name in self.layout["files"]]
+        self.checksums = {path / name: Checksum("sha256", value, LAYOUT_FILE) for name, value in self.layout["files"].items()}
+        headers = [read_header(file) for file in self.files]
         self._parts: dict[str, list[StoredRows]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        headers = [read_header(path / name) for name in self.layout["files"]]
         for name, entry in self.layout["tensors"].items():
             parts, shape = [], tuple(entry["shape"])
-            for file, header, (start, stop) in zip(self.layout["files"], headers, entry["rows"], strict=True):
-                stored = header.get(name)
+            for file, header, (start, stop) in zip(self.files, headers, entry["rows"], strict=True):
+                stored = header.pop(name, None)
                 wanted = (stop - start, *shape[1:])
                 if stored is None or stored.info.shape != wanted:
                     found = "no such tensor" if stored is None else f"shape {list(stored.info.shape)}"
-                    raise CheckpointError(f"{path / file} holds {found} under {name}, but {LAYOUT_FILE} says {list(wanted)}")
-                parts.append(stored.stored_rows(path / file, start))
+                    raise CheckpointError(f"{file} holds {found} under {name}, but {LAYOUT_FILE} says {list(wanted)}")
+                parts.append(stored.stored_rows(file, start))
             dtypes = {part.dtype for part in parts}
             if len(dtypes) > 1:
                 found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
                 raise CheckpointError(f"{path}: {name} is stored as {found} in different rank files; write them again with tandem reshard")
             self._parts[name] = parts
             self.tensors[name] = TensorInfo(shape, dtypes.pop())
+        for file, header in zip(self.files, headers, strict=True):
+            if header:
+                raise CheckpointError(f"{file} holds {len(header)} tensors that {LAYOUT_FILE} does not know, {next(iter(header))} first")
+        self._check_fingerprints()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, from the file that holds all of them if there is one."""
@@ -69,6 +85,15 @@ class RankFiles:
     def tokenizer_path(self) -> Path:
         """The folder itself."""
         return self.path
+
+    def _check_fingerprints(self) -> None:
+        """Files of the same shapes that were swapped or belong to another model show themselves in a few places."""
+        for file, expected in zip(self.files, self.layout["fingerprints"].values(), strict=True):
+            if _read_fingerprint(file) != expected:
+                raise CheckpointError(
+                    f"{file} is not the file that {LAYOUT_FILE} was written for: it is damaged, swapped with another rank's, "
+                    "or of another checkpoint; copy the folder again"
+                )
 
 
 def write_rank_files(
@@ -81,8 +106,8 @@ def write_rank_files(
 ) -> int:
     """Write `source` as `world_size` rank files into the folder `target`; give the bytes that were read.
 
-    Never holds more than one rank's part of one tensor. `on_progress` gets (bytes written, bytes in all).
-    Raises LayoutError when the model has too few units.
+    Holds a few pieces of a tensor at a time, whatever their size (see `read_pieces`). `on_progress` gets (bytes written,
+    bytes in all). Raises LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
     specs = plan_weights(config, scheme)
@@ -96,16 +121,18 @@ def write_rank_files(
         for r in range(world_size)
     ]
     total = sum(info.num_bytes for rank in infos for info in rank.values())
-    reader, done, hashes = FileReader(), 0, {}
+    reader, done = FileReader(), 0
+    hashes, fingerprints = {}, {}
     with write_folder(target) as folder:
         for rank in range(world_size):
             file = rank_file_name(rank, world_size)
             with SafetensorsWriter(folder / file, infos[rank]) as writer:
-                for name, info in infos[rank].items():
-                    writer.write(name, source.read_rows(reader, name, *rows[name][rank]))
-                    done += info.num_bytes
-                    on_progress(done, total)
-            hashes[file] = writer.sha256
+                for name in infos[rank]:
+                    for piece in read_pieces(source, reader, name, *rows[name][rank]):
+                        writer.write(name, piece)
+                        done += piece.nbytes
+                        on_progress(done, total)
+            hashes[file], fingerprints[file] = writer.sha256, _read_fingerprint(folder / file)
         write_json(
             folder / LAYOUT_FILE,
             {
@@ -113,6 +140,7 @@ def write_rank_files(
                 "world_size": world_size,
                 "scheme": scheme.name,
                 "files": hashes,
+                "fingerprints": fingerprints,
                 "tensors": {name: {"shape": list(spec.shape), "rows": [list(part) for part in rows[name]]} for name, spec in specs.items()},
             },
         )
@@ -122,17 +150,52 @@ def write_rank_files(
     return reader.read_bytes
 
 
+def _read_fingerprint(file: Path) -> str:
+    """A hash of a file's size and of a few places spread over it, the first and the last bytes among them."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb", buffering=0) as opened:
+        for number in range(_SAMPLES):
+            opened.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def _read_layout(path: Path) -> dict[str, Any]:
     file = path / LAYOUT_FILE
     try:
         layout = json.loads(file.read_text(encoding="utf-8"))
-        version, world_size, files = layout["format_version"], layout["world_size"], layout["files"]
-        tensors = layout["tensors"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{file} cannot be read; write the rank files again with tandem reshard") from None
+        version = layout["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{file} cannot be read; {_AGAIN}") from None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{file} has format version {version}, but this tandem reads {FORMAT_VERSION}")
-    if len(files) != world_size or any(len(entry["rows"]) != world_size for entry in tensors.values()):
-        raise CheckpointError(f"{file} names {len(files)} files for {world_size} ranks; write the rank files again with tandem reshard")
+        raise CheckpointError(f"{file} has format version {version}, but this tandem reads {FORMAT_VERSION}; {_AGAIN}")
+    try:
+        _check_layout(layout)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} does not fit together ({error}); {_AGAIN}") from None
     assert isinstance(layout, dict)
     return layout
+
+
+def _check_layout(layout: Any) -> None:
+    """Raise ValueError, or what a value of the wrong type raises, unless the files are those of the world size and hold all rows."""
+    world_size = layout["world_size"]
+    if type(world_size) is not int or not 1 <= world_size <= _MAX_WORLD_SIZE:
+        raise ValueError(f"{world_size!r} ranks, but 1 to {_MAX_WORLD_SIZE} are possible")
+    names = [rank_file_name(rank, world_size) for rank in range(world_size)]
+    for key in ("files", "fingerprints"):
+        if list(layout[key]) != names or not all(type(value) is str for value in layout[key].values()):
+            raise ValueError(f"{key} names {len(layout[key])} files, but {world_size} ranks have {names[0]} to {names[-1]}")
+    for name, entry in layout["tensors"].items():
+        sizes, rows, end = entry["shape"], entry["rows"], 0
+        if not sizes or any(type(size) is not int or size < 0 for size in (*sizes, *(row for part in rows for row in part))):
+            raise ValueError(f"{name} has shape {sizes} and rows {rows[:3]}")
+        if len(rows) != world_size:
+            raise ValueError(f"{name} has rows of {len(rows)} ranks, but there are {world_size}")
+        for start, stop in rows:
+            if start > end or stop < start:
+                raise ValueError(f"rows {end} to {start} of {name} are in no file")
+            end = max(end, stop)
+        if end != sizes[0]:
+            raise ValueError(f"{name} has {sizes[0]} rows, but its parts end at {end}")

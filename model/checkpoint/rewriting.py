@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
-from model.checkpoint.source import CheckpointSource, TensorInfo
+from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
 from model.tokenizer_writing import write_tokenizer
 from model.weights import FLOAT_DTYPES
 from parallel.file_slices import FileReader
@@ -29,7 +29,9 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
     reader = FileReader()
 
     def read(name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        yield name, read_whole(source, reader, name).to(tensors[name].dtype)
+        shape = source.tensors[name].shape
+        for piece in read_pieces(source, reader, name, 0, shape[0] if shape else 1):
+            yield name, piece.to(tensors[name].dtype)
 
     kinds = {found.dtype_name for found in tensors.values() if found.dtype_name in FLOAT_DTYPES}
     config = dict(source.config)
@@ -56,13 +58,14 @@ def write_checkpoint(
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a Hugging Face folder whole, or nothing: weights (see `write_tensors`), config.json, tokenizer, `add_files`."""
-    total, done = len(groups), 0
+    total, done = sum(info.num_bytes for info in tensors.values()), 0
 
     def read_counted(name: str) -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal done
-        yield from read(name)
-        done += 1
-        on_progress(done, total)
+        for tensor, rows in read(name):
+            yield tensor, rows
+            done += rows.nbytes
+            on_progress(done, total)
 
     with write_folder(target) as folder:
         write_tensors(folder, tensors, read_counted, groups)

@@ -6,13 +6,14 @@ The safetensors library maps files and writes only what is whole in memory; a ra
 
 import hashlib
 import json
-import operator
 import os
 import struct
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -62,13 +63,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path} is no whole safetensors file: it has {size} bytes, its header alone needs {length + 8}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_read_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}: copy it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} cannot be read as safetensors: its header is a {type(header).__name__}, not an object")
     tensors, start = {}, 8 + length
@@ -77,10 +78,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             continue
         try:
             dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-            begin, end = operator.index(begin), operator.index(end)
             info = TensorInfo(tuple(entry["shape"]), _DTYPES[dtype])
+            if any(type(number) is not int or number < 0 for number in (begin, end, *info.shape)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {entry}") from None
+            known = "" if not isinstance(entry, dict) or entry.get("dtype") in _NAMES.values() else f"; types are {', '.join(_DTYPES)}"
+            raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {str(entry)[:200]}{known}") from None
         if begin < 0 or end - begin != info.num_bytes:
             raise CheckpointError(
                 f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}"
@@ -88,16 +91,42 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if start + end > size:
             raise CheckpointError(f"{path} is truncated: it has {size} bytes, {name} ends at byte {start + end}; copy it again")
         tensors[name] = StoredTensor(info, start + begin)
+    _check_places(path, tensors, start, size)
     return tensors
 
 
+def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        seen: set[str] = set()
+        double = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"its header holds {double} twice")
+    return entries
+
+
+def _check_places(path: Path, tensors: Mapping[str, StoredTensor], start: int, size: int) -> None:
+    """Tensors lie one after another, and nothing lies between or behind them."""
+    end = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset_bytes, item[1].info.num_bytes)):
+        if stored.offset_bytes != end:
+            raise CheckpointError(f"{path}: {name} begins at byte {stored.offset_bytes}, but the one before ends at {end}: copy it again")
+        end += stored.info.num_bytes
+    if end != size:
+        raise CheckpointError(f"{path} has {size} bytes, but its tensors end at byte {end}: copy it again")
+
+
 class SafetensorsWriter:
-    """Writes one file, tensor after tensor in the order of `tensors`; it appears under its name only when it is whole."""
+    """Writes one file, tensor after tensor in the order of `tensors`; it appears under its name only when it is whole.
+
+    What is written is hashed in a second thread, while the caller reads on.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._path, self._temporary = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
-        self._left = dict(tensors)
-        self._hash = hashlib.sha256()
+        self._left = {name: info.num_bytes for name, info in tensors.items()}
+        self._infos = tensors
+        self._hash, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         entries: dict[str, object] = dict(header)
         for name, info in tensors.items():
@@ -105,28 +134,34 @@ class SafetensorsWriter:
             offset += info.num_bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = self._temporary.open("wb")
-        self._put(struct.pack("<Q", len(text)) + text)
+        self._file = self._temporary.open("wb", buffering=0)
+        self._put(memoryview(struct.pack("<Q", len(text)) + text))
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor."""
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Append the next tensor, whole or in runs of its rows. `rows` may not be changed afterwards."""
         expected = next(iter(self._left))
         assert name == expected, (name, expected)
-        info = self._left.pop(name)
-        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), (name, tensor.shape, tensor.dtype, info)
-        self._put(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data))
+        info = self._infos[name]
+        assert (tuple(rows.shape[1:]), rows.dtype) == (info.shape[1:], info.dtype), (name, rows.shape, rows.dtype, info)
+        self._left[name] -= rows.nbytes
+        assert self._left[name] >= 0, (name, rows.shape, info)
+        if self._left[name] == 0:
+            del self._left[name]
+        self._put(memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data))
 
     @property
     def sha256(self) -> str:
         """Hash of all that was written."""
+        self._finish_hash()
         return self._hash.hexdigest()
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._finish_hash()
+        self._hasher.shutdown()
         if kind is None and not self._left:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.rename(self._path)
@@ -135,6 +170,14 @@ class SafetensorsWriter:
             self._temporary.unlink()
             assert kind is not None, f"not written: {list(self._left)}"
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+    def _put(self, data: memoryview) -> None:
+        self._finish_hash()
+        self._hashing = self._hasher.submit(self._hash.update, data)
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:])
+
+    def _finish_hash(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None

@@ -3,7 +3,7 @@
 Knows no format; `model/checkpoint/formats.py` holds the table of formats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from parallel.file_slices import FileReader
+
+PIECE_BYTES = 64 << 20
+"""Whoever goes through whole checkpoints holds so much of a tensor at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +88,13 @@ class CheckpointSource(Protocol):
     def tokenizer_path(self) -> Path | None:
         """The folder or file that holds the tokenizer, if any."""
         ...
+
+
+def read_pieces(source: CheckpointSource, reader: FileReader, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Rows [start, stop) of a tensor in runs of at most PIECE_BYTES (a longer row alone); one of no rows where there are none."""
+    info = source.tensors[name]
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, PIECE_BYTES * rows // max(1, info.num_bytes))
+    yield source.read_rows(reader, name, start, min(start + step, stop))
+    for first in range(start + step, stop, step):
+        yield source.read_rows(reader, name, first, min(first + step, stop))

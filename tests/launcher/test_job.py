@@ -8,6 +8,7 @@ import pytest
 
 from launcher.job import Job
 from launcher.tasks import Decode, Evaluate, Quantize, Task, read_task, write_task
+from model.checkpoint.formats import OpenOptions
 from model.generation import Request
 from model.quantization.recipe import Recipe
 from model.sampling import SamplingParams
@@ -42,7 +43,7 @@ TASKS: dict[str, Task] = {
 }
 JOB = Job(
     checkpoint="/some where/modèle",
-    model_values=None,
+    opening=OpenOptions(),
     kv_cache=None,
     world_size=3,
     context_tokens=2048,
@@ -74,7 +75,14 @@ def test_a_job_comes_back_from_json_as_it_was(name: str) -> None:
 
 
 def test_values_that_stand_for_a_config_travel_too() -> None:
-    job = replace(JOB, model_values={"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False})
+    job = replace(
+        JOB,
+        opening=OpenOptions(
+            format="mindspore",
+            key_file="/keys/key",
+            values={"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False},
+        ),
+    )
     back = Job.from_json(job.to_json())
     assert back == job
     assert back.path == Path("/some where/modèle")

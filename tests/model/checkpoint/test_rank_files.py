@@ -54,7 +54,7 @@ def test_a_rank_file_holds_the_rows_of_its_rank_and_the_layout_says_which(checkp
     reshard(checkpoint, 3, tmp_path / "three")
     whole = load_file(checkpoint / "model.safetensors")
     layout = json.loads((tmp_path / "three" / LAYOUT_FILE).read_text())
-    assert (layout["format_version"], layout["world_size"]) == (1, 3)
+    assert (layout["format_version"], layout["world_size"]) == (2, 3)
     assert list(layout["files"]) == [rank_file_name(rank, 3) for rank in range(3)]
     for rank, (file, sha256) in enumerate(layout["files"].items()):
         assert hashlib.sha256((tmp_path / "three" / file).read_bytes()).hexdigest() == sha256
@@ -156,11 +156,11 @@ def test_a_tensor_of_another_shape_is_named(two: Path) -> None:
 
 
 def test_a_layout_that_cannot_be_used_is_refused(two: Path) -> None:
-    change_layout(two, format_version=2)
-    with pytest.raises(CheckpointError, match="has format version 2, but this tandem reads 1"):
+    change_layout(two, format_version=1)
+    with pytest.raises(CheckpointError, match="has format version 1, but this tandem reads 2"):
         open_checkpoint(two)
-    change_layout(two, format_version=1, world_size=3)
-    with pytest.raises(CheckpointError, match="names 2 files for 3 ranks"):
+    change_layout(two, format_version=2, world_size=3)
+    with pytest.raises(CheckpointError, match="files names 2 files, but 3 ranks have rank_00_of_03"):
         open_checkpoint(two)
     (two / LAYOUT_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"layout\.json cannot be read"):

@@ -1,0 +1,34 @@
+"""SHA256SUMS: the hashes of a folder's files, one a line, as `sha256sum -c` reads them.
+
+Knows the file only; what is hashed is the caller's business.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from model.checkpoint.source import Checksum
+from parallel.errors import CheckpointError
+
+CHECKSUM_FILE = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
+    """What is recorded in `folder` of those of `files` that lie in it. Raises CheckpointError for a line that cannot be read."""
+    path = folder / CHECKSUM_FILE
+    if not path.is_file():
+        return {}
+    hashes = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        if line and match is None:
+            raise CheckpointError(f"{path}, line {number}: 64 hexadecimal digits and a file name are needed; make it with sha256sum")
+        if match is not None:
+            hashes[match[2]] = match[1].lower()
+    return {file: Checksum("sha256", hashes[file.name], CHECKSUM_FILE) for file in files if file.name in hashes}
+
+
+def write_sha256sums(folder: Path, hashes: Mapping[str, str]) -> None:
+    """One line a file."""
+    (folder / CHECKSUM_FILE).write_text("".join(f"{value}  {name}\n" for name, value in hashes.items()), encoding="utf-8")

@@ -1,0 +1,236 @@
+"""Encrypted `.ckpt` files: the plaintext cut into blocks of 64 MiB, each encrypted by itself, read at any place of the plaintext.
+
+A block, all numbers uint32 little-endian:
+
+    magic | AES-GCM: tag, 16 bytes | 24 + cipher length | 16 | IV, 16 bytes | cipher length | cipher
+
+Of AES-GCM's IV the first 12 bytes are the nonce, and nothing of a block is given before its tag was checked: it is decrypted whole, and
+the last one is kept. CBC ends each block in PKCS#7 padding and proves nothing: only what is asked for is decrypted. Knows blocks and
+ciphers; of the plaintext only its first byte. `cryptography` is imported when a file is encrypted, and only then.
+"""
+
+import re
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from parallel.errors import CheckpointError
+from parallel.file_slices import FileReader
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import CipherContext
+
+CIPHERS: Mapping[int, str] = {0x7F3A5ED8: "AES-GCM", 0x7F3A5ED9: "AES-CBC", 0x7F3A5EDA: "SM4-CBC"}
+"""By the first word of each block."""
+MAGIC_BYTES = 4
+_GCM = "AES-GCM"
+_IV_BYTES, _NONCE_BYTES, _TAG_BYTES, _CIPHER_BLOCK_BYTES = 16, 12, 16, 16
+_BLOCK_BYTES = 64 << 20
+_KEY_BYTES = {"AES-GCM": (16, 24, 32), "AES-CBC": (16, 24, 32), "SM4-CBC": (16,)}
+_CHUNK_BYTES = 1 << 20
+"""So much of a cipher is in memory at a time."""
+_MAX_KEY_FILE_BYTES = 4096
+_FIRST_BYTE = 0x0A
+"""Of every plaintext: field 1 of a protobuf message."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Where one block lies."""
+
+    offset_bytes: int
+    """Of the cipher in the file."""
+    length_bytes: int
+    """Of the cipher."""
+    iv: bytes
+    tag: bytes
+    """Of AES-GCM; empty for the others."""
+
+
+class EncryptedFile:
+    """One encrypted file, opened with its key. Several threads may read from it, each with its own reader."""
+
+    def __init__(self, path: Path, end: int, cipher: str, key_file: Path, reader: FileReader) -> None:
+        """The blocks lie before byte `end`.
+
+        Raises CheckpointError for a key file without a key, a key that is not this file's, damaged blocks, and ciphers that the
+        installed `cryptography` does not have.
+        """
+        self._path, self._cipher = path, cipher
+        self._blocks = self._locate_blocks(reader, end)
+        self._lock = threading.Lock()
+        self._buffer, self._buffered = bytearray(), -1
+        keys = [key for key in read_keys(key_file) if len(key) in _KEY_BYTES[cipher]]
+        if not keys:
+            raise CheckpointError(f"{path} is encrypted ({cipher}), which takes a key of 16 bytes, but {key_file} holds a longer one")
+        self._key = next((key for key in keys if self._fits(key, reader)), b"")
+        if not self._key:
+            raise CheckpointError(
+                f"{path} ({cipher}) does not open with the key in {key_file}: give the key that it was saved with, or copy the file again"
+            )
+        self._starts = [0]
+        for number in range(len(self._blocks)):
+            self._starts.append(self._starts[-1] + self._plain_length(number, reader))
+        self.size_bytes = self._starts.pop()
+        """Of the plaintext."""
+
+    def read_into(self, reader: FileReader, offset_bytes: int, out: torch.Tensor) -> None:
+        """Fill `out`, uint8, with the plaintext from `offset_bytes` on. Raises CheckpointError for a block that is damaged."""
+        done, number = 0, bisect_right(self._starts, offset_bytes) - 1
+        while done < len(out):
+            start = self._starts[number]
+            stop = self._starts[number + 1] if number + 1 < len(self._starts) else self.size_bytes
+            first = offset_bytes + done - start
+            part = out[done : done + stop - start - first]
+            if self._cipher == _GCM:
+                with self._lock:
+                    if not self._decrypt_gcm(number, self._key, reader):
+                        raise self._damaged(number)
+                    part.copy_(torch.frombuffer(self._buffer, dtype=torch.uint8, count=len(part), offset=first))
+            else:
+                self._decrypt_cbc(number, self._key, reader, first, part)
+            done += len(part)
+            number += 1
+
+    def _locate_blocks(self, reader: FileReader, end: int) -> list[_Block]:
+        blocks: list[_Block] = []
+        at, tag_bytes = 0, _TAG_BYTES if self._cipher == _GCM else 0
+        header_bytes = MAGIC_BYTES + tag_bytes + 4 + 4 + _IV_BYTES + 4
+        padding = 0 if self._cipher == _GCM else _CIPHER_BLOCK_BYTES
+        while at < end:
+            if at + header_bytes > end:
+                raise self._cut_off(end, at + header_bytes)
+            header = reader.read_span(self._path, at, header_bytes).numpy().tobytes()
+            tag, rest = header[MAGIC_BYTES : MAGIC_BYTES + tag_bytes], header[MAGIC_BYTES + tag_bytes :]
+            total, iv_bytes, length = (int.from_bytes(rest[first : first + 4], "little") for first in (0, 4, 8 + _IV_BYTES))
+            if (
+                CIPHERS.get(int.from_bytes(header[:MAGIC_BYTES], "little")) != self._cipher
+                or (iv_bytes, total) != (_IV_BYTES, length + 8 + _IV_BYTES)
+                or not 0 < length <= _BLOCK_BYTES + padding
+                or (padding and length % padding)
+            ):
+                raise CheckpointError(
+                    f"{self._path} is encrypted ({self._cipher}), but byte {at} of {end} begins no block: copy it again; a file of an "
+                    "early MindSpore, which wrote AES-GCM without tags, has to be saved again"
+                )
+            block = _Block(at + header_bytes, length, rest[8 : 8 + _IV_BYTES], tag)
+            at += header_bytes + length
+            if at > end:
+                raise self._cut_off(end, at)
+            blocks.append(block)
+        return blocks
+
+    def _fits(self, key: bytes, reader: FileReader) -> bool:
+        """Whether the first block says that this is its key."""
+        if self._cipher == _GCM:
+            return self._decrypt_gcm(0, key, reader)
+        start = torch.empty(_CIPHER_BLOCK_BYTES, dtype=torch.uint8)
+        self._decrypt_cbc(0, key, reader, 0, start)
+        return int(start[0]) == _FIRST_BYTE and self._padding(0, key, reader) is not None
+
+    def _plain_length(self, number: int, reader: FileReader) -> int:
+        if self._cipher == _GCM:
+            return self._blocks[number].length_bytes
+        padding = self._padding(number, self._key, reader)
+        if padding is None or padding == self._blocks[number].length_bytes:
+            raise self._damaged(number)
+        return self._blocks[number].length_bytes - padding
+
+    def _padding(self, number: int, key: bytes, reader: FileReader) -> int | None:
+        """Bytes that CBC added to a block; None when it does not end as it has to."""
+        last = torch.empty(_CIPHER_BLOCK_BYTES, dtype=torch.uint8)
+        self._decrypt_cbc(number, key, reader, self._blocks[number].length_bytes - _CIPHER_BLOCK_BYTES, last)
+        count = int(last[-1])
+        return count if 1 <= count <= _CIPHER_BLOCK_BYTES and bool((last[-count:] == count).all()) else None
+
+    def _decrypt_gcm(self, number: int, key: bytes, reader: FileReader) -> bool:
+        """Make `_buffer` hold this block; whether its tag fits."""
+        if self._buffered == number:
+            return True
+        self._buffered, block, done = -1, self._blocks[number], 0
+        if not self._buffer:
+            # The cipher asks for room for one more of its own blocks.
+            self._buffer = bytearray(max(one.length_bytes for one in self._blocks) + _CIPHER_BLOCK_BYTES)
+        decryptor = self._start(key, block.iv, block.tag)
+        view = memoryview(self._buffer)
+        for first in range(0, block.length_bytes, _CHUNK_BYTES):
+            chunk = self._read_cipher(reader, block, first, min(first + _CHUNK_BYTES, block.length_bytes))
+            done += decryptor.update_into(chunk, view[done:])
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            decryptor.finalize()
+        except InvalidTag:
+            return False
+        self._buffered = number
+        return True
+
+    def _decrypt_cbc(self, number: int, key: bytes, reader: FileReader, first: int, out: torch.Tensor) -> None:
+        """Fill `out` with this block's plaintext from byte `first` on; what comes before need not be decrypted."""
+        block, unit = self._blocks[number], _CIPHER_BLOCK_BYTES
+        stop = first + len(out)
+        for start in range(first // unit * unit, stop, _CHUNK_BYTES):
+            end = min(start + _CHUNK_BYTES, -(-stop // unit) * unit)
+            iv = bytes(self._read_cipher(reader, block, start - unit, start)) if start else block.iv
+            plain = np.frombuffer(self._start(key, iv).update(self._read_cipher(reader, block, start, end)), np.uint8)
+            low, high = max(first, start), min(stop, end)
+            out.numpy()[low - first : high - first] = plain[low - start : high - start]
+
+    def _read_cipher(self, reader: FileReader, block: _Block, start: int, stop: int) -> memoryview:
+        return memoryview(reader.read_span(self._path, block.offset_bytes + start, stop - start).numpy().data)
+
+    def _start(self, key: bytes, iv: bytes, tag: bytes = b"") -> "CipherContext":
+        try:
+            from cryptography.exceptions import UnsupportedAlgorithm
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        except ImportError:
+            raise CheckpointError(
+                f"{self._path} is encrypted ({self._cipher}), which needs one more package: pip install 'tandem-launcher[encrypted]'"
+            ) from None
+        try:
+            if tag:
+                return Cipher(algorithms.AES(key), modes.GCM(iv[:_NONCE_BYTES], tag)).decryptor()
+            algorithm = algorithms.SM4(key) if self._cipher == "SM4-CBC" else algorithms.AES(key)
+            return Cipher(algorithm, modes.CBC(iv)).decryptor()
+        except (UnsupportedAlgorithm, AttributeError):
+            raise CheckpointError(
+                f"{self._path} is encrypted ({self._cipher}), which the installed cryptography cannot decrypt: save it again with AES-GCM"
+            ) from None
+
+    def _cut_off(self, end: int, needed: int) -> CheckpointError:
+        return CheckpointError(f"{self._path} has {end} bytes, but its blocks reach byte {needed}: copy it again")
+
+    def _damaged(self, number: int) -> CheckpointError:
+        what = "tag" if self._cipher == _GCM else "padding"
+        return CheckpointError(
+            f"{self._path} is damaged: the {what} of its encrypted block {number + 1} of {len(self._blocks)} does not fit: copy it again"
+        )
+
+
+def read_keys(key_file: Path) -> Sequence[bytes]:
+    """The keys that a file may mean: its bytes, a newline at the end aside, or its hexadecimal digits.
+
+    Raises CheckpointError when there is none of 16, 24 or 32 bytes.
+    """
+    try:
+        with key_file.open("rb") as file:
+            content = file.read(_MAX_KEY_FILE_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"the key file {key_file} cannot be read: {error.strerror}") from None
+    text = re.sub(rb"\r?\n\Z", b"", content)
+    found = [content, text] if content != text else [text]
+    if re.fullmatch(rb"[0-9A-Fa-f]{32}|[0-9A-Fa-f]{48}|[0-9A-Fa-f]{64}", text):
+        found.append(bytes.fromhex(text.decode()))
+    keys = [key for key in found if len(key) in (16, 24, 32)]
+    if not keys:
+        more = " or more" if len(content) == _MAX_KEY_FILE_BYTES else ""
+        raise CheckpointError(
+            f"the key file {key_file} holds {len(text)}{more} bytes, but a key has 16, 24 or 32, or twice as many hexadecimal digits"
+        )
+    return keys
