@@ -264,7 +264,7 @@ def quantize(
     Written as compressed-tensors: transformers and vLLM load it (with smooth scales only after --fold). The same command
     goes on where a killed one stopped. A report goes to standard output and beside the weights.
     """
-    from launcher.quantizing import QuantizeOptions
+    from launcher.approaches import QuantizeOptions
     from launcher.quantizing import quantize as run
 
     run(
@@ -372,8 +372,8 @@ def convert(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Rewrite any readable checkpoint as a Hugging Face folder or a MindSpore .ckpt. Reading a .ckpt needs its YAML (-c)."""
+    from launcher.options import CheckpointOptions
     from launcher.rewriting import convert as run
-    from launcher.running import CheckpointOptions
 
     options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
     run(options, target, to, dtype, overwrite=overwrite)
@@ -391,8 +391,8 @@ def reshard(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Rewrite a checkpoint, quantized or not, as one file a rank. Any number of ranks can read it back."""
+    from launcher.options import CheckpointOptions
     from launcher.rewriting import reshard as run
-    from launcher.running import CheckpointOptions
 
     options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
     run(options, target, workers, overwrite=overwrite)
@@ -412,10 +412,63 @@ def verify(
     Files are hashed (sha256) and held against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where there
     is one. Exit code 2 when anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
     """
-    from launcher.running import CheckpointOptions
+    from launcher.options import CheckpointOptions
     from launcher.verifying import verify as run
 
     run(CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file), deep=deep, as_json=as_json)
+
+
+@app.command(
+    epilog="Examples: tandem plan --model-config config.json --workers 8 --quantization rtn-a16w8 --bandwidth 800  |  "
+    "tandem plan -c predict_llama2_70b.yaml --workers 6 --svg plan.svg"
+)
+def plan(
+    config: ConfigOption = None,
+    model_config: Annotated[Path | None, typer.Option("--model-config", help="A Hugging Face config.json.")] = None,
+    checkpoint: CheckpointOption = None,
+    workers: WorkersOption = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", help="As `tandem quantize -a` stores it, or none. Default: the YAML's or the checkpoint's."),
+    ] = None,
+    dtype: DtypeOption = None,
+    kv_cache_dtype: CacheOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences that run together.")] = 1,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "--max-length", help="Tokens of each sequence. Default: the model's context."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", help="GB/s that each rank's memory gives: a card's, or a host's divided by its ranks. Adds tokens/s."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw which rank owns what into this file.")] = None,
+    format: FormatOption = None,
+    key_file: KeyFileOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Tell what a run would need, from config and headers alone: who owns what, bytes, memory, speed, valid numbers of ranks."""
+    from launcher.planning import PlanOptions
+    from launcher.planning import plan as run
+
+    run(
+        PlanOptions(
+            config=config,
+            model_config=model_config,
+            checkpoint=checkpoint,
+            workers=workers,
+            quantization=quantization,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            batch_size=batch_size,
+            tokens=tokens,
+            bandwidth=bandwidth,
+            svg=svg,
+            format=format,
+            key_file=key_file,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command(epilog="Example: tandem env --json")

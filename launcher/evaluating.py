@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.console import WorkConsole
-from launcher.running import Run, RunOptions, build_job, open_run, run_job
+from launcher.options import RunOptions
+from launcher.running import Run, build_job, open_run, run_job
 from launcher.tasks import EVALUATIONS, Evaluate
 from model.evaluation import check_rows
 from model.evaluation_data import encode_prompts, find_choice_ids, read_boolq, read_windows

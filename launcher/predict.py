@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.console import RunConsole
-from launcher.running import Run, RunOptions, build_job, first_said, open_run, run_job
+from launcher.options import RunOptions
+from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.settings import Settings
 from launcher.tasks import Decode
 from model.generation import Request, check_request

@@ -74,12 +74,17 @@ class QuantizationSettings:
         if found is None:
             raise ConfigError(
                 f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds float weights; "
-                f"make int8 ones with: tandem quantize -c {source} --checkpoint {checkpoint} -a {_APPROACHES[self.quant_method]}"
+                f"make int8 ones with: tandem quantize -c {source} --checkpoint {checkpoint} -a {self.approach}"
             )
         raise ConfigError(
             f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
             "take the YAML of this checkpoint, or remove quantization_config from it"
         )
+
+    @property
+    def approach(self) -> str:
+        """What `tandem quantize` calls the method."""
+        return _APPROACHES[self.quant_method]
 
     @property
     def combination(self) -> str:

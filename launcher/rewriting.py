@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from launcher.console import ByteProgress
-from launcher.running import CheckpointOptions, OpenedModel, open_model, open_settings
+from launcher.options import CheckpointOptions
+from launcher.running import OpenedModel, open_model, open_settings
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files

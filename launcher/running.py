@@ -14,6 +14,7 @@ import torch
 from launcher.console import ByteProgress
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
+from launcher.options import CheckpointOptions, RunOptions
 from launcher.rank_process import join_store
 from launcher.settings import Settings, default_settings, read_settings
 from launcher.spawning import RanksFailedError, spawn_ranks
@@ -33,35 +34,6 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda", "npu")
-CACHE_DTYPES = ("auto", "int8", "float")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointOptions:
-    """What the command line says of a checkpoint; None is not said."""
-
-    config: Path | None = None
-    checkpoint: Path | None = None
-    format: str | None = None
-    key_file: Path | None = None
-    verify: bool = False
-    """Hold the files against their recorded checksums first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(CheckpointOptions):
-    """What the command line of any run says; None is not said."""
-
-    workers: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    threads_per_rank: int | None = None
-    collectives: str | None = None
-    kv_cache_dtype: str | None = None
-    max_batch_size: int | None = None
-    log_dir: Path | None = None
-    max_restarts: int | None = None
-    timeout_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +131,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
-        kv_cache=_decide_cache(options.kv_cache_dtype, settings, run.opened.scheme),
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         # Ids that the YAML names go over the checkpoint's, as in MindFormers.
@@ -212,15 +184,6 @@ def run_job(run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redo
 def first_said(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def _decide_cache(option: str | None, settings: Settings, scheme: Scheme) -> str | None:
-    word = _one_of("kv-cache-dtype", option or "auto", CACHE_DTYPES)
-    if word == "float":
-        return None
-    wanted = settings.quantization is not None and settings.quantization.kvcache_dtype == "int8"
-    # Without stored scales each token gets its own, which needs no calibration.
-    return scheme.kv_cache or ("token" if word == "int8" or wanted else None)
 
 
 def _choose_device(word: str) -> str:

@@ -14,6 +14,7 @@ import yaml
 from launcher.quantization_settings import QuantizationSettings, build_quantization
 from launcher.yaml_schema import check_keys, is_null, list_warnings
 from model.config import LlamaConfig, build_config
+from model.scheme import Scheme
 from parallel.errors import ConfigError
 
 _HUGGING_FACE_NAMES = {
@@ -47,6 +48,7 @@ _MODEL_DEFAULTS = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+CACHE_DTYPES = ("auto", "int8", "float")
 _DEFAULT_SEQ_LENGTH = 2048
 _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_COMPUTE_DTYPE = "float16"
@@ -155,6 +157,16 @@ class Settings:
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
         values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
         return values
+
+    def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:
+        """The kv_cache word of a run: the command line's, else what checkpoint and file say. Raises ConfigError for another word."""
+        if option not in (None, *CACHE_DTYPES):
+            raise ConfigError(f"kv-cache-dtype is {option!r}, but has to be one of {', '.join(CACHE_DTYPES)}")
+        if option == "float":
+            return None
+        wanted = self.quantization is not None and self.quantization.kvcache_dtype == "int8"
+        # Without stored scales each token gets its own, which needs no calibration.
+        return scheme.kv_cache or ("token" if option == "int8" or wanted else None)
 
     def compare_model_config(self, config: LlamaConfig, checkpoint: str) -> None:
         """Raise ConfigError when the file and the checkpoint's config disagree, naming every such key and both values."""

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.console import ByteProgress
-from launcher.running import CheckpointOptions, find_checkpoint, open_settings, plan_opening
+from launcher.options import CheckpointOptions
+from launcher.running import find_checkpoint, open_settings, plan_opening
 from launcher.worker import count_cores
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
 from model.checkpoint.source import CheckpointSource

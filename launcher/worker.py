@@ -78,6 +78,7 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
 
 def _load(me: _Rank) -> tuple[LlamaForCausalLM, int]:
     """The model with this rank's part of the checkpoint, and the bytes that were read."""
+    _give_back_memory()
     job = me.job
     source = open_checkpoint(job.path, job.opening)
     config = replace(

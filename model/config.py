@@ -13,6 +13,8 @@ from typing import Any
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 
+PREFILL_TOKENS = 512
+"""Prompt tokens in one forward pass: bounds the memory of activations."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Compute types by the names that users write and PyTorch has, with their bytes."""
 

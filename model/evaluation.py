@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.generation import PREFILL_TOKENS
+from model.config import PREFILL_TOKENS
 from model.llama import LlamaForCausalLM, Span
 from parallel.errors import RequestError, RunError
 

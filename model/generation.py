@@ -13,12 +13,10 @@ import numpy as np
 import torch
 
 from model.attention import KeyValueCache
+from model.config import PREFILL_TOKENS
 from model.llama import LlamaForCausalLM, Span
 from model.sampling import SamplingParams, SamplingState, sample
 from parallel.errors import RequestError
-
-PREFILL_TOKENS = 512
-"""Prompt tokens in one forward pass: bounds the memory of activations."""
 
 
 @dataclass(frozen=True, slots=True)

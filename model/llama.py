@@ -19,6 +19,7 @@ from model.linear import RowBlock, VocabParallelEmbedding
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.rotary import Rotary, rotate
 from model.scheme import Scheme
+from model.weights import FUSED
 from parallel.collectives import Collectives
 from parallel.layout import plan_heads
 
@@ -89,32 +90,24 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig, prefix: str, scheme: Scheme, shares: Shares, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
 
-        def linear(in_features: int, names: Sequence[str], blocks: Sequence[RowBlock]) -> nn.Module:
-            return build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, device)
+        def linear(in_features: int, fused: str, blocks: Sequence[RowBlock]) -> nn.Module:
+            return build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in FUSED[fused]], dtype, device)
 
         self.shares, self.head_dim = shares, config.head_dim
         key_value = shares.block("key_value", "head")
         query_size = config.num_attention_heads * config.head_dim
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.qkv_proj = linear(config.hidden_size, QKV, (shares.block("query", "head"), key_value, key_value))
-        self.o_proj = linear(query_size, O_PROJ, (shares.block("hidden"),))
+        self.qkv_proj = linear(config.hidden_size, "qkv_proj", (shares.block("query", "head"), key_value, key_value))
+        self.o_proj = linear(query_size, "o_proj", (shares.block("hidden"),))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.gate_up_proj = linear(config.hidden_size, GATE_UP, (shares.block("intermediate"), shares.block("intermediate")))
-        self.down_proj = linear(config.intermediate_size, DOWN_PROJ, (shares.block("hidden"),))
+        self.gate_up_proj = linear(config.hidden_size, "gate_up_proj", (shares.block("intermediate"), shares.block("intermediate")))
+        self.down_proj = linear(config.intermediate_size, "down_proj", (shares.block("hidden"),))
         self.cache_scales: torch.Tensor | None = None
 
     def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
         """Take the scales of an int8 cache: [1], or one for each row of the key and value projections that is here."""
         scales = torch.stack((keys, values)).float().expand(2, self.shares.key_value)
         self.cache_scales = scales.reshape(2, -1, 1, self.head_dim).to(device)
-
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-O_PROJ = ("self_attn.o_proj",)
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-DOWN_PROJ = ("mlp.down_proj",)
-FUSED = {"qkv_proj": QKV, "o_proj": O_PROJ, "gate_up_proj": GATE_UP, "down_proj": DOWN_PROJ}
-"""Which weights, by their names in the layer, each linear of DecoderLayer holds."""
 
 
 class LlamaForCausalLM(nn.Module):

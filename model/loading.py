@@ -10,11 +10,11 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
-from model.llama import FUSED, DecoderLayer, LlamaForCausalLM
+from model.llama import DecoderLayer, LlamaForCausalLM
 from model.packing import unpack_integers
 from model.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
 from model.scheme import Scheme, read_scheme
-from model.weights import compare_tensors, plan_weights
+from model.weights import FUSED, compare_tensors, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 

@@ -27,6 +27,13 @@ _LINEARS: Mapping[str, tuple[str, str, str]] = {
     "mlp.up_proj": ("intermediate", "hidden", "intermediate"),
     "mlp.down_proj": ("hidden", "intermediate", "hidden"),
 }
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+"""Which linears, by their names in the layer, each product of a decoder layer holds; in the order of loading."""
 MINDFORMERS_NAMES: Mapping[str, str] = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",

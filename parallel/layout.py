@@ -23,6 +23,15 @@ def split_evenly(count: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, start + base + (1 if rank < extra else 0)
 
 
+def count_tiled_rows(num_rows: int, unit: int) -> int:
+    """Rows that `num_rows` take when each unit of `unit` rows (the last may be shorter) is filled up to whole tiles."""
+
+    def fill(rows: int) -> int:
+        return -(-rows // TILE_ROWS) * TILE_ROWS
+
+    return num_rows // unit * fill(unit) + fill(num_rows % unit)
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
     """No split: every rank owns every row."""

@@ -10,7 +10,7 @@ import torch
 
 from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
-from model.llama import FUSED, DecoderLayer, LlamaForCausalLM
+from model.llama import DecoderLayer, LlamaForCausalLM
 from model.loading import ModelLoader
 from model.quantization.awq import dequantize
 from model.quantization.layer_rounding import LayerRounder, RoundedLayer
@@ -18,7 +18,7 @@ from model.quantization.observing import InputObserver, Observations, choose_kep
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.scheme import Scheme
-from model.weights import plan_weights
+from model.weights import FUSED, plan_weights
 from parallel.collectives import Collectives
 from parallel.file_slices import FileReader
 

@@ -13,7 +13,6 @@ import torch
 
 from model.config import LlamaConfig
 from model.linear import float_linear
-from model.llama import FUSED
 from model.quantization.awq import dequantize, search_scale, sum_columns
 from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.observing import InputObserver, Observations
@@ -21,6 +20,7 @@ from model.quantization.recipe import Recipe
 from model.quantization.rounding import asymmetric_scale, quantize_groups, quantize_rows, symmetric_scale
 from model.quantization.smoothing import smooth_scale
 from model.scheme import Scheme
+from model.weights import FUSED
 from parallel.collectives import Collectives
 
 _PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from model.llama import FUSED, DecoderLayer, LlamaForCausalLM, Span
+from model.llama import DecoderLayer, LlamaForCausalLM, Span
+from model.weights import FUSED
 
 PASS_TOKENS = 512
 """Tokens of several samples that go through a layer together, unless one sample alone has more: bounds the activations."""

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from launcher.approaches import APPROACHES, QuantizeOptions, plan_recipe
 from launcher.quantization_settings import QuantizationSettings
-from launcher.quantizing import _PRESETS, QuantizeOptions, describe_report, plan_recipe
+from launcher.quantizing import describe_report
 from model.config import build_config
 from model.quantization.recipe import Recipe
 from model.scheme import LinearScheme
@@ -40,7 +41,7 @@ WEIGHTS, STATIC = LinearScheme(), LinearScheme(packed=False, activation="tensor"
 
 
 def plan(approach: str, yaml: QuantizationSettings | None = None, **said: Any) -> Recipe:
-    return plan_recipe(QuantizeOptions(approach=approach, **said), _PRESETS[approach], yaml)
+    return plan_recipe(QuantizeOptions(approach=approach, **said), APPROACHES[approach], yaml)
 
 
 def test_presets_are_those_of_golden_stick() -> None:
@@ -77,7 +78,7 @@ def test_every_approach_alone_fits_llama_2(approach: str, name: str) -> None:
 
 
 def test_all_approaches_are_known_words() -> None:
-    assert tuple(_PRESETS) == ("rtn-a16w8", "rtn-c8", "smooth_quant", "ptq", "gptq", "awq", "rtn-a16w4", "a8w8")
+    assert tuple(APPROACHES) == ("rtn-a16w8", "rtn-c8", "smooth_quant", "ptq", "gptq", "awq", "rtn-a16w4", "a8w8")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+from model.config import PREFILL_TOKENS
 from model.evaluation import MIN_WINDOWS, boolq, check_rows, perplexity, summarize_losses, wilson_interval
-from model.generation import PREFILL_TOKENS
 from model.llama import LlamaForCausalLM
 from parallel.errors import RequestError, RunError
 

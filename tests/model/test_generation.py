@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from model import AutoModel
-from model.generation import PREFILL_TOKENS, Engine, Request, TokenEvent, generate
+from model.config import PREFILL_TOKENS
+from model.generation import Engine, Request, TokenEvent, generate
 from model.llama import LlamaForCausalLM, Span
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
