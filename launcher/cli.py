@@ -433,6 +433,7 @@ def plan(
     ] = None,
     dtype: DtypeOption = None,
     kv_cache_dtype: CacheOption = None,
+    threads_per_rank: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences that run together.")] = 1,
     tokens: Annotated[
         int | None,
@@ -460,6 +461,7 @@ def plan(
             quantization=quantization,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            threads_per_rank=threads_per_rank,
             batch_size=batch_size,
             tokens=tokens,
             bandwidth=bandwidth,

@@ -13,13 +13,14 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from launcher.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.cores import share_cores
 from launcher.drawing import draw_plan
 from launcher.environment import decide_world_size, read_environment
 from launcher.options import CheckpointOptions
 from launcher.settings import Settings, default_settings, read_settings
 from launcher.whole_file import write_whole
 from model.config import DTYPES, LlamaConfig, build_config, read_config
-from model.planning import RankPlan, measure_balance, plan_ranks
+from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.scheme import Scheme, read_scheme
 from parallel.errors import ConfigError
 
@@ -36,6 +37,7 @@ class PlanOptions(CheckpointOptions):
     quantization: str | None = None
     dtype: str | None = None
     kv_cache_dtype: str | None = None
+    threads_per_rank: int | None = None
     batch_size: int = 1
     tokens: int | None = None
     bandwidth: float | None = None
@@ -56,11 +58,15 @@ def plan(options: PlanOptions) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
-    kv_cache = settings.decide_cache(options.kv_cache_dtype, scheme)
-    plans = plan_ranks(
-        config, scheme, world_size, dtype=dtype, kv_cache=kv_cache, batch_size=options.batch_size, tokens=tokens, stored=stored
+    workload = Workload(
+        dtype=dtype,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        batch_size=options.batch_size,
+        tokens=tokens,
+        num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
     )
-    result = _describe(options, config, scheme, plans, dtype, kv_cache, tokens)
+    plans = plan_ranks(config, scheme, world_size, workload, stored)
+    result = _describe(options, config, scheme, plans, workload)
     if options.svg:
         title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
         write_whole(options.svg, draw_plan(plans, title))
@@ -99,9 +105,7 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
 
 
-def _describe(
-    options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: list[RankPlan], dtype: str, kv_cache: str | None, tokens: int
-) -> dict[str, Any]:
+def _describe(options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: list[RankPlan], workload: Workload) -> dict[str, Any]:
     layout = config.layout()
     valid = range(1, layout.max_world_size + 1)
     balance = {size: measure_balance(config, scheme, size) for size in valid}
@@ -113,10 +117,11 @@ def _describe(
     return {
         "workers": len(plans),
         "quantization": scheme.name,
-        "dtype": dtype,
-        "kv_cache": kv_cache or dtype,
-        "batch_size": options.batch_size,
-        "tokens": tokens,
+        "dtype": workload.dtype,
+        "kv_cache": workload.kv_cache or workload.dtype,
+        "batch_size": workload.batch_size,
+        "tokens": workload.tokens,
+        "threads_per_rank": workload.num_threads,
         "valid_workers": list(valid),
         "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
         "balance": balance,

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.console import ByteProgress
+from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, open_settings, plan_opening
-from launcher.worker import count_cores
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import check_files, check_tensors, describe_damage, list_not_numbers

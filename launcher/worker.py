@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from launcher.cores import share_cores
 from launcher.job import Job
 from launcher.tasks import Decode, Evaluate, Quantize
 from model.checkpoint.formats import open_checkpoint
@@ -61,7 +62,7 @@ class _Rank:
 def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store: Store | None, emit: Emit) -> None:
     """Run `job` as `rank`. `emit` gets events: progress, tokens, and what came of it at the end."""
     started = time.perf_counter()
-    threads = job.threads_per_rank or max(1, count_cores() // local_world_size)
+    threads = job.threads_per_rank or share_cores(local_world_size)
     torch.set_num_threads(threads)
     device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, local_rank)
     collectives = connect(job, rank, local_world_size, store)
@@ -217,15 +218,6 @@ def choose_collectives(device: str, one_host: bool) -> str:
 def shared_memory_works() -> bool:
     """Whether this processor keeps plain stores in order and this system has what the back needs."""
     return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
-
-
-def count_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group where there is one."""
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def read_peak_rss_bytes() -> int:

@@ -124,7 +124,7 @@ class LlamaForCausalLM(nn.Module):
         num_threads: int = 1,
     ) -> None:
         super().__init__()
-        self.config, self.scheme, self.collectives, self.device = config, scheme, collectives, device
+        self.config, self.scheme, self.collectives, self.device, self.num_threads = config, scheme, collectives, device, num_threads
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads)

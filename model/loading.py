@@ -3,7 +3,10 @@
 Knows the names of weights and the rows of a rank; not the format of the files.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +42,7 @@ def load_model(
     """
     # The checkpoint's own scheme: a model may run with another key-value cache.
     check_checkpoint(source, model.config, read_scheme(source.config))
-    loader = ModelLoader(model, source)
+    loader = ModelLoader(model, source, num_packers=model.num_threads)
     on_progress(0, loader.total_bytes)
     # The largest tensor first: what it takes on the way is free again for the layers.
     loader.load_embedding()
@@ -47,18 +50,24 @@ def load_model(
         loader.load_layer(index)
         on_progress(loader.done_bytes, loader.total_bytes)
     loader.load_head()
+    loader.finish()
     on_progress(loader.total_bytes, loader.total_bytes)
-    loader.reader.close()
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not left, left
     return loader.reader.read_bytes
 
 
 class ModelLoader:
-    """Reads this rank's rows of one checkpoint, and gives them to the layers of one model."""
+    """Reads this rank's rows of one checkpoint, and gives them to the layers of one model.
 
-    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource) -> None:
+    With packers, threads of their own pack what was read (one product each) while the next is read: layers are whole only
+    after `finish`.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource, num_packers: int = 0) -> None:
         self.reader = FileReader()
+        self._num_packers, self._packing = num_packers, deque[Future[None]]()
+        self._pool = ThreadPoolExecutor(num_packers, initializer=torch.set_num_threads, initargs=(1,)) if num_packers else None
         self._model, self._source = model, source
         self._specs = plan_weights(model.config, model.scheme)
         self._rank, self._world_size = model.shares.rank, model.shares.world_size
@@ -103,9 +112,25 @@ class ModelLoader:
             for linear, name in zip(module.linears, names, strict=True):
                 self._fill(linear, [name])
         elif isinstance(module, QuantizedColumnParallelLinear):
-            module.assign([self._read_quantized(name, module) for name in names], device)
+            self._assign(module, [self._read_quantized(name, module) for name in names], device)
         else:
-            module.assign([self._read_float(f"{name}.weight") for name in names], device)  # type: ignore[operator]
+            self._assign(module, [self._read_float(f"{name}.weight") for name in names], device)
+
+    def finish(self) -> None:
+        """Wait until everything is packed."""
+        while self._packing:
+            self._packing.popleft().result()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.reader.close()
+
+    def _assign(self, module: Any, stored: list[Any], device: torch.device) -> None:
+        if self._pool is None:
+            module.assign(stored, device)
+            return
+        while len(self._packing) >= self._num_packers:
+            self._packing.popleft().result()
+        self._packing.append(self._pool.submit(module.assign, stored, device))
 
     def _read_quantized(self, name: str, module: QuantizedColumnParallelLinear) -> StoredLinear:
         scheme, columns = module.scheme, module.in_features

@@ -14,8 +14,8 @@ from parallel.layout import count_tiled_rows, plan_heads
 
 PROCESS_BYTES = 268_000_000
 """A rank before it has weights: Python, an imported PyTorch 2.13 (CPU build), the first calls of its kernels. Measured."""
-_INT8_BYTES = 8_000_000
-"""What the first calls of the int8 kernel add to it. Measured."""
+_INT8_BYTES = 20_000_000
+"""What packing and the first calls of the int8 kernel add to it. Measured."""
 _PACKED_ROWS = 48
 """The int8 kernel's packed matrices have whole blocks of so many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -52,28 +52,32 @@ class RankPlan:
     """Largest resident size, on a host whose processors compute."""
 
 
-def plan_ranks(
-    config: LlamaConfig,
-    scheme: Scheme,
-    world_size: int,
-    *,
-    dtype: str,
-    kv_cache: str | None = None,
-    batch_size: int = 1,
-    tokens: int | None = None,
-    stored: Mapping[str, str] | None = None,
-) -> list[RankPlan]:
-    """Plan a run of `batch_size` sequences of `tokens` tokens (None: the model's context) each.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run does with a model."""
 
-    `dtype`: what it computes in. `kv_cache`: see `model/scheme.py`. `stored`: the types of the checkpoint's tensors; None:
-    config.json's for all that is not quantized. Raises LayoutError when the model has too few units.
+    dtype: str
+    """Type to compute in: a key of DTYPES."""
+    kv_cache: str | None = None
+    """See `model/scheme.py`; None: in `dtype`."""
+    batch_size: int = 1
+    """Sequences that run together."""
+    tokens: int
+    """Of each sequence, prompt and new ones."""
+    num_threads: int = 1
+    """Of each rank; as many products are packed at once."""
+
+
+def plan_ranks(
+    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, str] | None = None
+) -> list[RankPlan]:
+    """Plan a run. `stored`: the types of the checkpoint's tensors; None: config.json's for all that is not quantized.
+
+    Raises LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
     specs = plan_weights(config, scheme)
-    length = tokens or config.max_position_embeddings
-    return [
-        _plan_rank(config, scheme, specs, rank, world_size, dtype, kv_cache, batch_size, length, stored or {}) for rank in range(world_size)
-    ]
+    return [_plan_rank(config, scheme, specs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
 
 
 def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> float:
@@ -89,27 +93,31 @@ def _plan_rank(
     specs: Mapping[str, WeightSpec],
     rank: int,
     world_size: int,
-    dtype: str,
-    kv_cache: str | None,
-    batch_size: int,
-    tokens: int,
+    workload: Workload,
     stored: Mapping[str, str],
 ) -> RankPlan:
-    layout, itemsize = config.layout(), DTYPES[dtype]
+    layout, itemsize, num_threads = config.layout(), DTYPES[workload.dtype], workload.num_threads
+    batch_size, tokens = workload.batch_size, workload.tokens
     heads, kv_heads = plan_heads(config.num_attention_heads, config.num_key_value_heads, rank, world_size)
     splits = {"hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size}
     rows = {name: getattr(layout, name).interval(size, rank, world_size) for name, size in splits.items()}
 
     def file_bytes(name: str, spec: WeightSpec) -> int:
+        if name.endswith(".weight_shape"):  # config.json says the same, so nobody reads it
+            return 0
         kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind]
 
     steps = list(_list_steps(config, scheme, specs, rank, world_size, itemsize))
-    kept, peak, embedding = 0, 0, steps[0].kept_bytes
-    for step in steps:
-        peak = max(peak, kept + step.loading_bytes)
+    products = [step for step in steps if step.read_bytes]
+    kept, peak = sum(step.packed_bytes for step in steps if not step.read_bytes), 0
+    for index, step in enumerate(products):
+        packing, following = products[index : index + num_threads], products[index + num_threads : index + num_threads + 1]
+        # Of those that are packed at once only the largest is taken at its worst moment.
+        at_once = sum(other.loading_bytes for other in packing) - sum(sorted(other.read_bytes for other in packing)[:-1])
+        peak = max(peak, kept + at_once + sum(other.read_bytes for other in following))
         kept += step.packed_bytes
-    kv_bytes = _count_cache_bytes(config, kv_heads[1] - kv_heads[0], kv_cache, itemsize) * batch_size * tokens
+    kv_bytes = _count_cache_bytes(config, kv_heads[1] - kv_heads[0], workload.kv_cache, itemsize) * batch_size * tokens
     activations = _count_activation_bytes(config, scheme, rows, min(PREFILL_TOKENS, batch_size * tokens), itemsize)
     weights = sum(step.kept_bytes for step in steps)
     return RankPlan(
@@ -121,7 +129,7 @@ def _plan_rank(
         vocab_rows=rows["vocab"],
         file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
         weight_bytes=weights,
-        streamed_bytes=weights - (0 if config.tie_word_embeddings else embedding),
+        streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES + (0 if scheme.linear is None else _INT8_BYTES) + max(peak, kept + kv_bytes + activations),
@@ -136,8 +144,10 @@ class _Step:
     """Weights, as the stats count them."""
     packed_bytes: int
     """Weights with what the kernel adds."""
-    loading_bytes: int
-    """Largest need while it is filled."""
+    loading_bytes: int = 0
+    """Largest need while a thread packs it, itself included."""
+    read_bytes: int = 0
+    """What is read for it; 0: nothing is packed."""
 
 
 def _list_steps(
@@ -163,18 +173,18 @@ def _list_steps(
         if first is None:
             tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * columns * itemsize
             raw = sum(rows) * columns * itemsize
-            yield _Step(tiled, tiled, raw * parts + (tiled if tiled != raw else 0))
+            yield _Step(tiled, tiled, raw * parts + (tiled if tiled != raw else 0), raw)
             return
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
         kept = raw + sum(rows) * 4 * groups
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups
-        # The rows as read, joined where they are fused, as the quantized tensor that the kernel packs, and packed.
-        yield _Step(kept, packed, raw * parts + (raw if groups == 1 else raw // groups) + packed)
+        # The rows, joined where they are fused; a copy as the quantized tensor that the kernel packs; and packed.
+        yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw)
 
     vocab = count_tiled_rows(local("model.embed_tokens"), layout.vocab.unit) * config.hidden_size * itemsize
-    yield _Step(vocab, vocab, vocab)
+    yield _Step(vocab, vocab)
     head_dim = config.head_dim
     units = {
         "qkv_proj": (head_dim, head_dim, head_dim),
@@ -182,7 +192,7 @@ def _list_steps(
         "gate_up_proj": (layout.intermediate.unit, layout.intermediate.unit),
         "down_proj": (layout.hidden.unit,),
     }
-    norm = _Step(config.hidden_size * itemsize, config.hidden_size * itemsize, config.hidden_size * itemsize)
+    norm = _Step(config.hidden_size * itemsize, config.hidden_size * itemsize)
     for layer in range(config.num_hidden_layers):
         yield from (norm, norm)
         for fused, names in FUSED.items():

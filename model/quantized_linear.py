@@ -5,7 +5,7 @@ Knows tensors and schemes; no ranks, no names, no files.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,13 +49,15 @@ class QuantizedColumnParallelLinear(nn.Module):
         self._input_scale, self._zero_point = 1.0, 0
         self._correction: torch.Tensor | None = None
 
-    def assign(self, stored: Sequence[StoredLinear], device: torch.device) -> None:
-        """Take the rows of every block, and pack them for the kernel."""
+    def assign(self, stored: list[StoredLinear], device: torch.device) -> None:
+        """Take the rows of every block out of `stored`, which is empty then, and pack them for the kernel."""
         for one, block in zip(stored, self.blocks, strict=True):
             assert one.weight.shape == (block.num_rows, self.in_features), (one.weight.shape, block)
-        first = stored[0]
-        weight = torch.cat([one.weight for one in stored]) if len(stored) > 1 else first.weight
+        weight = torch.cat([one.weight for one in stored]) if len(stored) > 1 else stored[0].weight
         scale = torch.cat([one.scale for one in stored]).float()
+        first = replace(stored[0], weight=weight)
+        # What was read is in memory once more while it is packed; not twice.
+        stored.clear()
         sizes = _group_sizes(self.in_features, scale.shape[1], self.scheme.group_size, first.group_index)
         if first.group_index is not None:
             order = torch.argsort(first.group_index, stable=True)

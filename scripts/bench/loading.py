@@ -1,0 +1,101 @@
+"""Loading and resharding on this machine, cold and warm, beside what `tandem plan` said.
+
+    python scripts/bench/loading.py MODEL_CONFIG.json [--layers 2] [--workers 1 2 8] [--reshard 8] [--dtype bfloat16]
+
+Writes a random int8 checkpoint in the shape of a Hugging Face config.json (of its first LAYERS layers), reshards it, loads both
+with each number of ranks, and decodes a prompt: the tokens have to be the same everywhere. Cold: the files are taken out of the
+page cache first. Seconds are those of the stats: from the start of a rank to its last weight, an imported PyTorch included.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import write_random_checkpoint
+
+from model.config import read_config
+
+
+def forget(folder: Path) -> None:
+    """Take a folder's files out of the page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def call(*arguments: str | Path) -> str:
+    """Standard output of a `tandem` command, which has to succeed."""
+    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def measure(checkpoint: Path, workers: int, dtype: str, folder: Path) -> dict[str, Any]:
+    """Load and decode 8 tokens; stats, ids and plan."""
+    stats, output = folder / "stats.json", folder / "output.jsonl"
+    options = ("--checkpoint", checkpoint, "--workers", str(workers), "--dtype", dtype)
+    run = ("--prompt", "a" * 16, "--max-new-tokens", "8", "--ignore-eos", "--stats", stats, "--output", output, "--log-dir", folder / "log")
+    call("predict", *options, *run)
+    plan = json.loads(call("plan", *options, "--tokens", "24", "--json"))
+    found = json.loads(stats.read_text())
+    found["ids"] = json.loads(output.read_text())["token_ids"]
+    found["planned_peak_bytes"] = [rank["peak_bytes"] for rank in plan["ranks"]]
+    return dict(found)
+
+
+def main() -> None:
+    """Print one line a run, then one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--reshard", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    raw = {**read_config(options.config), "num_hidden_layers": options.layers, "torch_dtype": options.dtype}
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole, ranks = folder / "whole", folder / "ranks"
+        whole.mkdir()
+        write_random_checkpoint(whole, raw, getattr(torch, options.dtype))
+        size = sum(file.stat().st_size for file in whole.iterdir())
+        for state in ("cold", "warm"):
+            if state == "cold":
+                forget(whole)
+            started = time.perf_counter()
+            call("reshard", whole, ranks, "--workers", str(options.reshard), "--overwrite")
+            seconds = time.perf_counter() - started
+            print(f"reshard 1 -> {options.reshard}, {state}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s")
+        for checkpoint in (whole, ranks):
+            for workers in options.workers:
+                for state in ("cold", "warm"):
+                    if state == "cold":
+                        forget(checkpoint)
+                    found = measure(checkpoint, workers, options.dtype, folder)
+                    results.append({"checkpoint": checkpoint.name, "state": state, **found})
+                    read, peak = sum(found["read_bytes"]), max(found["peak_rss_bytes"])
+                    error = max(abs(p / f - 1) for p, f in zip(found["planned_peak_bytes"], found["peak_rss_bytes"], strict=True))
+                    print(
+                        f"{checkpoint.name}, {workers} ranks, {state}: {found['load_seconds']:.1f} s, {read / 1e9 / found['load_seconds']:.2f} GB/s, "
+                        f"{read / size:.3f} of the file read, peak {peak / 1e6:.0f} MB a rank, the plan is off by {error:.1%}",
+                        flush=True,
+                    )
+    same = len({tuple(result["ids"]) for result in results}) == 1
+    print(f"the same tokens everywhere: {same}")
+    print(json.dumps({"date": date.today().isoformat(), "cpu": platform.processor() or platform.machine(), "same": same, "runs": results}))
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
