@@ -14,7 +14,7 @@ from parallel.layout import count_tiled_rows, plan_heads
 
 PROCESS_BYTES = 268_000_000
 """A rank before it has weights: Python, an imported PyTorch 2.13 (CPU build), the first calls of its kernels. Measured."""
-_INT8_BYTES = 20_000_000
+_INT8_BYTES = 12_000_000
 """What packing and the first calls of the int8 kernel add to it. Measured."""
 _PACKED_ROWS = 48
 """The int8 kernel's packed matrices have whole blocks of so many rows (measured)."""

@@ -11,7 +11,7 @@ from model.checkpoint.source import Checksum
 from parallel.errors import CheckpointError
 
 CHECKSUM_FILE = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 
 
 def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
@@ -19,8 +19,12 @@ def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]
     path = folder / CHECKSUM_FILE
     if not path.is_file():
         return {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     hashes = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if line and match is None:
             raise CheckpointError(f"{path}, line {number}: 64 hexadecimal digits and a file name are needed; make it with sha256sum")

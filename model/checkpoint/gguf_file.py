@@ -1,6 +1,6 @@
 """A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
 
-Knows llama.cpp's names, layouts and metadata; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/tokenizer.py`).
+Knows llama.cpp's names and layouts; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/tokenizer.py`).
 Only float types and the blocks Q8_0, Q4_0 and Q4_1 are read: these are what `read_rows` can give exactly.
 """
 
@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
-from model.checkpoint.gguf_header import StoredTensor, read_gguf_header
+from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
+from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.source import TensorInfo
 from model.config import RopeScaling, scale_frequency
+from model.quoting import quote
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -30,6 +33,10 @@ class _Encoding:
     dtype: torch.dtype
     """Type of the elements as read."""
     quantized: bool = False
+
+    def count_bytes(self, stored: StoredTensor) -> int:
+        """What a whole tensor takes."""
+        return math.prod(stored.shape) // self.block_elements * self.block_bytes
 
 
 _ENCODINGS = {
@@ -65,18 +72,18 @@ class GgufFile:
     """A GGUF file of architecture llama as a CheckpointSource."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for another architecture, a tensor type that cannot be read, or a file that is cut off."""
+        """Raises CheckpointError for another architecture, a tensor type that cannot be read, or a file that is cut off or damaged."""
         self.path, self.files = path, [path]
         self.checksums = read_sha256sums(path.parent, self.files)
         header = read_gguf_header(path)
-        self._metadata = header.metadata
-        self._has_vocabulary = "tokenizer.ggml.tokens" in header.metadata
-        self._check_architecture()
-        self._stored = {_build_name(name): tensor for name, tensor in header.tensors.items()}
-        self._check_tensors()
+        metadata = GgufMetadata(header.metadata, path)
+        self._has_vocabulary = "tokenizer.ggml.tokens" in metadata
+        self._check_architecture(metadata)
+        self._check_tensors(header)
+        self._stored = self._name_tensors(header)
         rope = self._stored.pop(_ROPE_FREQUENCIES, None)
         self.tensors = {name: TensorInfo(t.shape, _ENCODINGS[t.type_number].dtype) for name, t in self._stored.items()}
-        self.config = self._build_config()
+        self.config = self._build_config(metadata)
         if rope is not None:
             self._add_rope_scaling(rope)
         self._heads = {
@@ -84,8 +91,7 @@ class GgufFile:
             "self_attn.k_proj.weight": self.config["num_key_value_heads"],
         }
         self._check_heads()
-        # The vocabulary alone is tens of megabytes of Python strings, in every rank.
-        self._metadata.clear()
+        metadata.clear()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, dequantized; q and k rows in Hugging Face's order."""
@@ -105,35 +111,49 @@ class GgufFile:
         """The file itself, when it holds a vocabulary."""
         return self.path if self._has_vocabulary else None
 
-    def _require(self, key: str) -> Any:
-        if key not in self._metadata:
-            raise CheckpointError(f"{self.path} lacks the metadata key {key}: convert it again with a current llama.cpp")
-        return self._metadata[key]
-
-    def _check_architecture(self) -> None:
-        architecture = self._require("general.architecture")
+    def _check_architecture(self, metadata: GgufMetadata) -> None:
+        architecture = metadata.read("general.architecture")
         if architecture != "llama":
-            raise CheckpointError(f"{self.path} holds architecture {architecture!r}, but only 'llama' is supported")
-        experts, parts = self._metadata.get("llama.expert_count", 0), self._metadata.get("split.count", 1)
+            raise CheckpointError(f"{self.path} holds architecture {quote(architecture)}, but only 'llama' is supported")
+        experts, parts = metadata.read("llama.expert_count", 0), metadata.read("split.count", 1)
         if experts:
             raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
         if parts > 1:
             raise CheckpointError(f"{self.path} is one of {parts} parts: join them with `llama-gguf-split --merge` first")
 
-    def _check_tensors(self) -> None:
-        size = self.path.stat().st_size
-        for name, tensor in self._stored.items():
+    def _check_tensors(self, header: GgufHeader) -> None:
+        """Types can be read, and tensors lie one after another with no more between them than the alignment needs."""
+        for name, tensor in header.tensors.items():
             encoding = _ENCODINGS.get(tensor.type_number)
             if encoding is None:
                 known = ", ".join(e.name for e in _ENCODINGS.values())
-                raise CheckpointError(f"{name} has type {_name_type(tensor.type_number)}, but only {known} can be read: quantize to one")
+                kind = _name_type(tensor.type_number)
+                raise CheckpointError(f"{_build_name(name)} has type {kind}, but only {known} can be read: quantize to one")
+            if encoding.quantized and len(tensor.shape) < 2:
+                raise CheckpointError(f"{self.path}: {name} is a vector of type {encoding.name}, but vectors are floats: convert it again")
             if tensor.shape[-1] % encoding.block_elements:
                 raise CheckpointError(
                     f"{name}: rows of {tensor.shape[-1]} elements do not divide into {encoding.name} blocks of {encoding.block_elements}"
                 )
-            end = tensor.offset_bytes + math.prod(tensor.shape) // encoding.block_elements * encoding.block_bytes
-            if end > size:
-                raise CheckpointError(f"{self.path} has {size} bytes, but {name} reaches byte {end}: copy it again")
+        size, last, end = self.path.stat().st_size, 0, header.start_bytes
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset_bytes):
+            last = tensor.offset_bytes + _ENCODINGS[tensor.type_number].count_bytes(tensor)
+            if last > size:
+                raise CheckpointError(f"{self.path} has {size} bytes, but {name} reaches byte {last}: copy it again")
+            if tensor.offset_bytes != end:
+                raise CheckpointError(f"{self.path}: {name} begins at byte {tensor.offset_bytes} instead of {end}: copy it again")
+            end = -(-last // header.alignment) * header.alignment
+        if size > end:
+            raise CheckpointError(f"{self.path} has {size} bytes, but its tensors end at byte {last}: copy it again")
+
+    def _name_tensors(self, header: GgufHeader) -> dict[str, StoredTensor]:
+        out: dict[str, StoredTensor] = {}
+        for name, tensor in header.tensors.items():
+            target = _build_name(name)
+            if target in out:
+                raise CheckpointError(f"{self.path} holds {target} twice, once as {name}: convert it again")
+            out[target] = tensor
+        return out
 
     def _check_heads(self) -> None:
         for name, tensor in self._stored.items():
@@ -141,50 +161,54 @@ class GgufFile:
             if heads is not None and (len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads)):
                 raise CheckpointError(f"{name} of shape {list(tensor.shape)} does not divide into {heads} heads of an even width")
 
-    def _build_config(self) -> dict[str, Any]:
-        hidden, heads = self._require("llama.embedding_length"), self._require("llama.attention.head_count")
+    def _build_config(self, metadata: GgufMetadata) -> dict[str, Any]:
+        hidden, heads = metadata.read("llama.embedding_length"), metadata.read("llama.attention.head_count")
         embedding = self.tensors.get("model.embed_tokens.weight")
-        kv_heads = self._metadata.get("llama.attention.head_count_kv", heads)
-        if isinstance(heads, list) or isinstance(kv_heads, list):
-            raise CheckpointError(f"{self.path} gives each layer its own number of heads, but only one number for all layers is supported")
         query = self.tensors.get("model.layers.0.self_attn.q_proj.weight")
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "hidden_size": hidden,
-            "intermediate_size": self._require("llama.feed_forward_length"),
-            "num_hidden_layers": self._require("llama.block_count"),
+            "intermediate_size": metadata.read("llama.feed_forward_length"),
+            "num_hidden_layers": metadata.read("llama.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": self._metadata.get("llama.attention.key_length", hidden // max(heads, 1)),
-            "vocab_size": embedding.shape[0] if embedding else len(self._require("tokenizer.ggml.tokens")),
-            "max_position_embeddings": self._require("llama.context_length"),
-            "rms_norm_eps": _shorten_float32(self._require("llama.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shorten_float32(self._metadata.get("llama.rope.freq_base", 10000.0)),
+            "num_key_value_heads": metadata.read("llama.attention.head_count_kv", heads),
+            "head_dim": metadata.read("llama.attention.key_length", hidden // heads),
+            "vocab_size": embedding.shape[0] if embedding else len(metadata.read("tokenizer.ggml.tokens")),
+            "max_position_embeddings": metadata.read("llama.context_length"),
+            "rms_norm_eps": _shorten_float32(metadata.read("llama.attention.layer_norm_rms_epsilon")),
+            "rope_theta": _shorten_float32(metadata.read("llama.rope.freq_base", 10000.0)),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
+            "bos_token_id": metadata.read_token("bos"),
+            "eos_token_id": metadata.read_token("eos"),
+            "pad_token_id": metadata.read_token("padding"),
             "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
         }
-        scaling = self._metadata.get("llama.rope.scaling.type", "none")
+        scaling = metadata.read("llama.rope.scaling.type", "none")
         if scaling != "none":
-            config["rope_scaling"] = {"rope_type": scaling, "factor": self._metadata.get("llama.rope.scaling.factor")}
+            config["rope_scaling"] = {"rope_type": scaling, "factor": metadata.read("llama.rope.scaling.factor", None)}
         return config
 
     def _add_rope_scaling(self, stored: StoredTensor) -> None:
         """llama.cpp keeps the llama3 scaling only as divisors of the frequencies: find the constants that give them."""
+        width, theta = self.config["head_dim"], self.config["rope_theta"]
+        if stored.shape != (width // 2,):
+            raise CheckpointError(
+                f"{self.path}: {_ROPE_FREQUENCIES} has shape {list(stored.shape)}, but heads of width {width} need [{width // 2}]: "
+                "copy it again or convert it again"
+            )
         reader = FileReader()
         divisors = _read_stored_rows(reader, self.path, stored, 0, stored.shape[0]).double()
         reader.close()
         if torch.all(divisors == 1):
             return
+        if not bool(torch.all((divisors > 0) & divisors.isfinite())):
+            raise CheckpointError(f"{self.path}: {_ROPE_FREQUENCIES} holds what is no divisor: copy it again")
         # Every Llama 3.1 to 3.3 has these; only the factor differs, and the longest wavelength shows it.
         scaling = RopeScaling(
             factor=float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
         )
-        width, theta = 2 * stored.shape[0], self.config["rope_theta"]
         plain = [theta ** (-2 * i / width) for i in range(stored.shape[0])]
         expected = torch.tensor([f / scale_frequency(f, scaling) for f in plain], dtype=torch.float64)
         if not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
@@ -204,13 +228,15 @@ def _read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, star
     from gguf.quants import dequantize
 
     blocks = data.numpy().reshape(stop - start, row_bytes)
-    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(stored.type_number))).view(shape)
+    # A scale that is no number gives elements that are none, as in any other format.
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(stored.type_number))).view(shape)
 
 
 def _build_name(name: str) -> str:
     """The Hugging Face name of a llama.cpp tensor; an unknown one keeps its own."""
     if name.startswith("blk."):
-        _, layer, rest = name.split(".", 2)
+        layer, _, rest = name.removeprefix("blk.").partition(".")
         return f"model.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else name
     return _TOP_NAMES.get(name, name)
 

@@ -1,6 +1,7 @@
 """The header of a GGUF file: its metadata, and where each tensor lies.
 
-Knows the bytes of GGUF 2 and 3; no architectures, no names, no element types.
+Knows the bytes of GGUF 2 and 3; no architectures, no names, no element types. No count or length is believed before the
+file has been seen to have room for it.
 """
 
 import mmap
@@ -9,11 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.quoting import is_plain, quote
 from parallel.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """gguf_metadata_value_type to struct letters; 8 is a string and 9 an array."""
+_LAYOUTS = {kind: struct.Struct("<" + letter) for kind, letter in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
+_UINT32, _UINT64 = 4, 10
+_DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20
+_MAX_HEADER_BYTES = 1 << 26
+_MAX_ENTRIES = 1 << 17
+"""Tensors, and keys."""
+_MAX_VALUES = 1 << 22
+"""Elements of all arrays together: three times what the largest vocabularies need."""
+_MAX_DEPTH, _MAX_DIMENSIONS = 4, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +47,27 @@ class GgufHeader:
     """Key-value pairs; arrays are lists."""
     tensors: dict[str, StoredTensor]
     """By llama.cpp's names, in file order."""
+    alignment: int
+    """Tensors begin at multiples of it, counted from `start_bytes`."""
+    start_bytes: int
+    """Where the first tensor begins."""
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a GGUF file. Raises CheckpointError when it is none, of another version, or cut off.
+    """The header of a GGUF file. Raises CheckpointError when it is none, of another version, cut off, or contradicts itself.
 
     gguf.GGUFReader keeps an array view per string: seconds for a vocabulary of 50,000, in every rank. This takes a tenth of one.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _HeaderCursor(data, path).read_header()
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise CheckpointError(f"{path} is not a whole GGUF file: it has 0 bytes: copy it again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _HeaderCursor(data, path).read_header()
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except CheckpointError:
-        raise
-    except (struct.error, ValueError):  # ValueError: an empty file cannot be mapped
-        raise CheckpointError(f"{path} is not a whole GGUF file ({path.stat().st_size} bytes end in its header): copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class _HeaderCursor:
@@ -59,50 +75,105 @@ class _HeaderCursor:
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
+        self._end, self._values_left = min(len(data), _MAX_HEADER_BYTES), _MAX_VALUES
 
     def read_header(self) -> GgufHeader:
-        magic, version = self._data[:4], self._scalar("I", skip=4)
-        if magic != b"GGUF":
+        magic = self._data[:4]
+        if not b"GGUF".startswith(magic):
             raise CheckpointError(f"{self._path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'")
+        self._take(4, "its magic number")
+        version = self._scalar(_UINT32)
         if version not in (2, 3):
             raise CheckpointError(f"{self._path} has GGUF version {version}, but only 2 and 3 (little-endian) can be read: convert again")
-        num_tensors, num_pairs = self._scalar("Q"), self._scalar("Q")
-        metadata = {self._string(): self._value(self._scalar("I")) for _ in range(num_pairs)}
-        infos = [self._tensor_info() for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment") or 32
-        base = -(-self._at // alignment) * alignment
-        return GgufHeader(metadata, {name: StoredTensor(shape, number, base + offset) for name, shape, number, offset in infos})
+        num_tensors, num_keys = self._count("tensors"), self._count("keys")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key = self._name("key", metadata)
+            metadata[key] = self._value(self._scalar(_UINT32), key)
+        alignment = self._read_alignment(metadata)
+        tensors: dict[str, StoredTensor] = {}
+        for _ in range(num_tensors):
+            tensors[self._name("tensor", tensors)] = self._tensor(alignment)
+        start = -(-self._at // alignment) * alignment
+        placed = {name: StoredTensor(one.shape, one.type_number, start + one.offset_bytes) for name, one in tensors.items()}
+        return GgufHeader(metadata, placed, alignment, start)
 
-    def _scalar(self, letter: str, skip: int = 0) -> Any:
-        layout = struct.Struct("<" + letter)
-        (value,) = layout.unpack_from(self._data, self._at + skip)
-        self._at += skip + layout.size
-        return value
+    def _take(self, num_bytes: int, what: str) -> int:
+        """Go on by `num_bytes`; give where they begin."""
+        start, stop = self._at, self._at + num_bytes
+        if stop > self._end:
+            size = len(self._data)
+            whole = f"its {size} bytes" if self._end == size else f"the {self._end} bytes that a header may have"
+            raise CheckpointError(
+                f"{self._path} is not a whole GGUF file: {what} at byte {start} needs {num_bytes} bytes, more than the rest of {whole}: "
+                "copy it again"
+            )
+        self._at = stop
+        return start
+
+    def _scalar(self, kind: int) -> Any:
+        layout = _LAYOUTS[kind]
+        return layout.unpack_from(self._data, self._take(layout.size, "a number"))[0]
 
     def _string(self) -> str:
-        start = self._at + 8
-        stop = start + self._scalar("Q")
-        if stop > len(self._data):
-            raise struct.error("string beyond the end")
-        self._at = stop
-        return self._data[start:stop].decode("utf-8", errors="replace")
+        length = self._scalar(_UINT64)
+        start = self._take(length, "a text")
+        return self._data[start : start + length].decode("utf-8", errors="replace")
 
-    def _value(self, kind: int) -> Any:
+    def _count(self, what: str) -> int:
+        count = self._scalar(_UINT64)
+        if count > _MAX_ENTRIES:
+            raise CheckpointError(f"{self._path} claims to have {count} {what}, but at most {_MAX_ENTRIES} can be read: copy it again")
+        return int(count)
+
+    def _name(self, what: str, known: dict[str, Any]) -> str:
+        name = self._string()
+        if not is_plain(name):
+            raise CheckpointError(f"{self._path}: its header names a {what} {quote(name)}, which cannot be a name: copy it again")
+        if name in known:
+            raise CheckpointError(f"{self._path} holds the {what} {name} twice: copy it again or convert it again")
+        return name
+
+    def _value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            kind, length = self._scalar("I"), self._scalar("Q")
-            if kind not in _SCALARS:
-                return [self._value(kind) for _ in range(length)]
-            layout = struct.Struct(f"<{length}{_SCALARS[kind]}")
-            values = list(layout.unpack_from(self._data, self._at))
-            self._at += layout.size
-            return values
+            return self._array(key, depth + 1)
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self._path} has metadata of type {kind}, but GGUF has the types 0 to 12: copy it again")
-        return self._scalar(_SCALARS[kind])
+            raise CheckpointError(f"{self._path}: {key} is of type {kind}, but GGUF has the types 0 to 12: copy it again")
+        return self._scalar(kind)
 
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))[::-1]
-        return name, shape, self._scalar("I"), self._scalar("Q")
+    def _array(self, key: str, depth: int) -> list[Any]:
+        kind, length = self._scalar(_UINT32), self._scalar(_UINT64)
+        if depth > _MAX_DEPTH or length > self._values_left:
+            found = f"arrays in arrays, {depth} deep" if depth > _MAX_DEPTH else f"an array of {length} elements"
+            raise CheckpointError(
+                f"{self._path}: {key} holds {found}, but at most {_MAX_DEPTH} deep and {_MAX_VALUES} in all can be read: copy it again"
+            )
+        self._values_left -= length
+        if kind not in _SCALARS:
+            return [self._value(kind, key, depth) for _ in range(length)]
+        layout = struct.Struct(f"<{length}{_SCALARS[kind]}")
+        return list(layout.unpack_from(self._data, self._take(layout.size, f"the array {key}")))
+
+    def _read_alignment(self, metadata: dict[str, Any]) -> int:
+        found = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if type(found) is not int or not 0 < found <= _MAX_ALIGNMENT or found & (found - 1):
+            raise CheckpointError(
+                f"{self._path}: general.alignment is {quote(found)}, but a power of two up to {_MAX_ALIGNMENT} is needed: convert it again"
+            )
+        return found
+
+    def _tensor(self, alignment: int) -> StoredTensor:
+        """As it stands there: its offset is counted from the end of the header."""
+        dimensions = self._scalar(_UINT32)
+        if not 0 < dimensions <= _MAX_DIMENSIONS:
+            raise CheckpointError(f"{self._path} has a tensor of {dimensions} dimensions, but 1 to {_MAX_DIMENSIONS} are possible: copy it again")
+        shape = tuple(self._scalar(_UINT64) for _ in range(dimensions))[::-1]
+        kind, offset = self._scalar(_UINT32), self._scalar(_UINT64)
+        if 0 in shape or offset % alignment:
+            raise CheckpointError(
+                f"{self._path} has a tensor of shape {list(shape)} at byte {offset}, but no size may be 0 and the place has to be a "
+                f"multiple of {alignment}: copy it again"
+            )
+        return StoredTensor(shape, kind, offset)

@@ -12,6 +12,7 @@ import torch
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.config import read_config
+from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -82,7 +83,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path / INDEX_FILE} has no readable weight_map") from None
     outside = next((file for file in files.values() if not _FILE_NAME.fullmatch(file)), None)
     if outside is not None:
-        raise CheckpointError(f"{path / INDEX_FILE} names {outside!r}, which is no safetensors file of its folder")
+        raise CheckpointError(f"{path / INDEX_FILE} names {quote(outside)}, which is no safetensors file of its folder")
     return files
 
 
@@ -91,6 +92,6 @@ def _check_index(path: Path, found: dict[str, str]) -> None:
     wrong = [name for name, file in listed.items() if found.get(name) != file]
     if wrong:
         raise CheckpointError(
-            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, {wrong[0]} in "
+            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, {quote_name(wrong[0])} in "
             f"{listed[wrong[0]]} first: copy the checkpoint again"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import TensorInfo
+from model.quoting import is_plain, quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
 
@@ -35,6 +36,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS, _MAX_NUMBER = 64, (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +57,33 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name.
 
-    Raises CheckpointError when the file is missing, is not safetensors, or is shorter than its header says.
+    Raises CheckpointError when the file is missing, is not safetensors, is shorter or longer than its header says, or when
+    its header contradicts itself.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{path} is no whole safetensors file: it has {size} bytes, its header alone needs {length + 8}")
-            header = json.loads(file.read(length), object_pairs_hook=_read_once)
+                raise CheckpointError(
+                    f"{path} is no whole safetensors file: it has {size} bytes, its header alone needs {length + 8}, "
+                    f"and {_MAX_HEADER_BYTES} are the most that one may have: copy it again"
+                )
+            text = file.read(length).decode()
+        header = json.loads(text, object_pairs_hook=_read_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}: copy it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} cannot be read as safetensors: its header is a {type(header).__name__}, not an object")
+    if not isinstance(header, dict) or text[0] != "{":
+        raise CheckpointError(f"{path} cannot be read as safetensors: its header begins with {text[:1]!r} instead of '{{': copy it again")
     tensors, start = {}, 8 + length
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        try:
-            dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-            info = TensorInfo(tuple(entry["shape"]), _DTYPES[dtype])
-            if any(type(number) is not int or number < 0 for number in (begin, end, *info.shape)):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            known = "" if not isinstance(entry, dict) or entry.get("dtype") in _NAMES.values() else f"; types are {', '.join(_DTYPES)}"
-            raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {str(entry)[:200]}{known}") from None
-        if begin < 0 or end - begin != info.num_bytes:
-            raise CheckpointError(
-                f"{path}: {name} has {end - begin} bytes, but its shape {list(info.shape)} in {dtype} needs {info.num_bytes}"
-            )
+        info, begin, end = _read_entry(path, name, entry)
         if start + end > size:
             raise CheckpointError(f"{path} is truncated: it has {size} bytes, {name} ends at byte {start + end}; copy it again")
         tensors[name] = StoredTensor(info, start + begin)
@@ -100,8 +96,29 @@ def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         seen: set[str] = set()
         double = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"its header holds {double} twice")
+        raise ValueError(f"its header holds {quote_name(double)} twice")
     return entries
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """Shape, type, and bytes [begin, end) after the header."""
+    if not is_plain(name):
+        raise CheckpointError(f"{path}: its header names a tensor {quote(name)}, which cannot be a name: copy it again")
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not (type(shape) is type(offsets) is list and len(shape) <= _MAX_DIMENSIONS and len(offsets) == 2):
+            raise ValueError
+        if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
+            raise ValueError
+        info, (begin, end) = TensorInfo(tuple(shape), _DTYPES[dtype]), offsets
+    except (KeyError, TypeError, ValueError):
+        known = "" if not isinstance(entry, dict) or entry.get("dtype") in _NAMES.values() else f"; types are {', '.join(_DTYPES)}"
+        raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {quote(entry)}{known}") from None
+    if end - begin != info.num_bytes:
+        raise CheckpointError(
+            f"{path}: {name} has {end - begin} bytes, but its shape {quote(shape)} in {dtype} needs {info.num_bytes}: copy it again"
+        )
+    return info, begin, end
 
 
 def _check_places(path: Path, tensors: Mapping[str, StoredTensor], start: int, size: int) -> None:

@@ -64,7 +64,7 @@ def take_rows(stored: StoredLinear, rows: slice) -> StoredLinear:
 def build(name: str, *stored: StoredLinear, kernel: Int8Kernel | None = None) -> QuantizedColumnParallelLinear:
     blocks = [RowBlock(len(one.weight), 16) for one in stored]
     linear = QuantizedColumnParallelLinear(stored[0].weight.shape[1], blocks, SCHEMES[name], kernel or choose_int8_kernel("cpu"))
-    linear.assign(stored, CPU)
+    linear.assign(list(stored), CPU)
     return linear
 
 

@@ -211,7 +211,7 @@ def test_a_file_of_another_format_or_version_is_refused(tmp_path: Path, start: b
         ({"llama__context_length": None}, r"lacks the metadata key llama\.context_length"),
         ({"llama__expert_count": 8}, "8 experts"),
         ({"split__count": 3}, "one of 3 parts"),
-        ({"llama__attention__head_count_kv": [1, 1]}, "own number of heads"),
+        ({"llama__attention__head_count_kv": [1, 1]}, r"head_count_kv is \[1, 1\], but one whole number .*, for all layers, is needed"),
         ({"llama__attention__head_count": 7}, "does not divide into 7 heads"),
     ],
 )
