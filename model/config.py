@@ -6,10 +6,11 @@ Knows sizes and constants; no tensors, no files but config.json, no ranks.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from model.quoting import quote
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 
@@ -17,6 +18,19 @@ PREFILL_TOKENS = 512
 """Prompt tokens in one forward pass: bounds the memory of activations."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Compute types by the names that users write and PyTorch has, with their bytes."""
+_MAX_WHOLE = (1 << 31) - 1
+_MAX_SIZES = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": _MAX_WHOLE,
+}
+"""Ten times what the largest models have, or more: a damaged number is not worked with for hours."""
+_MAX_CONFIG_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +45,15 @@ class RopeScaling:
     """Old context over this: the wavelength below which nothing changes."""
     original_max_position_embeddings: int
     """The old context, tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _require_number(f"{name} of rope_scaling", getattr(self, name), 1e6)
+        _require_whole("original_max_position_embeddings of rope_scaling", self.original_max_position_embeddings, 1, _MAX_WHOLE)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling: low_freq_factor is {self.low_freq_factor}, but it has to be below high_freq_factor, {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +94,24 @@ class LlamaConfig:
     """Type of the stored weights: a key of DTYPES."""
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*sizes, "head_dim", "vocab_size", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}, but a whole number of at least 1 is needed")
+        for name, most in _MAX_SIZES.items():
+            _require_whole(name, getattr(self, name), 1, most)
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}, but an even number is needed: rotary embedding turns pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads: it does not divide"
             )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; there are {', '.join(DTYPES)}")
+        _require_number("rms_norm_eps", self.rms_norm_eps, 1)
+        _require_number("rope_theta", self.rope_theta, 1e15)
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings is {quote(self.tie_word_embeddings)}, but true or false is needed")
+        ids = [("bos_token_id", self.bos_token_id), *(("eos_token_id", one) for one in self.eos_token_ids), ("pad_token_id", self.pad_token_id)]
+        for name, value in ids:
+            if value is not None:
+                _require_whole(name, value, 0, _MAX_WHOLE)
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {quote(self.dtype)} is unknown; there are {', '.join(DTYPES)}")
 
     def layout(self) -> Layout:
         """How this model splits over ranks."""
@@ -97,75 +127,114 @@ class LlamaConfig:
 
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
 """Keys of config.json that the forward pass takes for granted."""
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_ROPE_SCALING = tuple(one.name for one in fields(RopeScaling))
 
 
 def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
-    """LlamaConfig from the values of a Hugging Face config.json.
+    """LlamaConfig from the values of a Hugging Face config.json; null is the same as a key that is not there.
 
-    Raises ConfigError for another architecture, a missing key, or a feature that the forward pass does not have.
+    Raises ConfigError for another architecture, a missing key, a value that makes no sense, or a feature that the forward
+    pass does not have.
     """
     if raw.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{source}: model_type is {raw['model_type']!r}, but only 'llama' is supported")
+        raise ConfigError(f"{source}: model_type is {quote(raw['model_type'])}, but only 'llama' is supported")
     for key, allowed in _FIXED.items():
         if raw.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"{source}: {key} is {raw[key]!r}, but only {allowed[0]!r} is supported")
-    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if k not in raw]
+            raise ConfigError(f"{source}: {key} is {quote(raw[key])}, but only {allowed[0]!r} is supported")
+    missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise ConfigError(f"{source} lacks {', '.join(missing)}")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    eos = raw.get("eos_token_id", 2)
-    heads = raw["num_attention_heads"]
+    try:
+        return _build_config(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
+    rope = _read_mapping(raw, "rope_scaling") | _read_mapping(raw, "rope_parameters")
+    heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
+    eos, pad = raw.get("eos_token_id", 2), raw.get("pad_token_id")
+    head_dim = _first(raw, "head_dim", default=None)
     return LlamaConfig(
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or _divide(raw["hidden_size"], heads, source),
+        num_key_value_heads=_first(raw, "num_key_value_heads", default=heads),
+        head_dim=_divide(raw["hidden_size"], heads) if head_dim is None else head_dim,
         vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0)),
-        rope_scaling=_build_rope_scaling(rope, source),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=_first(raw, "max_position_embeddings", default=2048),
+        rms_norm_eps=_first(raw, "rms_norm_eps", default=1e-6),
+        rope_theta=_first(rope, "rope_theta", default=_first(raw, "rope_theta", default=10000.0)),
+        rope_scaling=_build_rope_scaling(rope),
+        tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-        pad_token_id=raw.get("pad_token_id"),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        pad_token_id=None if pad == -1 else pad,  # the first converters of Llama wrote -1 for none
+        dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
     )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a config.json. Raises ConfigError when it is missing or not a JSON object."""
+    """The values of a config.json. Raises ConfigError when it is missing, absurdly large or not a JSON object."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
     try:
+        size = path.stat().st_size
+        if size > _MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} has {size} bytes, but settings of at most {_MAX_CONFIG_BYTES} are read: it is another file")
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, but a JSON object is needed")
     return raw
 
 
-def _divide(hidden: Any, heads: Any, source: str) -> int:
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise ConfigError(f"{source}: hidden_size {hidden} does not divide by num_attention_heads {heads}; give head_dim")
-    return hidden // heads
+def _first(raw: Mapping[str, Any], *keys: str, default: Any) -> Any:
+    return next((raw[key] for key in keys if raw.get(key) is not None), default)
 
 
-def _build_rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _read_mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = _first(raw, key, default={})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key} is {quote(value)}, but an object is needed")
+    return dict(value)
+
+
+def _require_whole(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name} is {quote(value)}, but a whole number from {least} to {most} is needed")
+
+
+def _require_number(name: str, value: Any, most: float) -> None:
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ConfigError(f"{name} is {quote(value)}, but a number above 0 and up to {most:g} is needed")
+
+
+def _divide(hidden: Any, heads: Any) -> int:
+    for name, value in (("hidden_size", hidden), ("num_attention_heads", heads)):
+        _require_whole(name, value, 1, _MAX_SIZES[name])
+    if hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} does not divide by num_attention_heads {heads}; give head_dim")
+    return int(hidden // heads)
+
+
+def _build_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = _first(rope, "rope_type", "type", default="default")
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ConfigError(f"{source}: rope_scaling {kind!r} is not supported; there are 'default' and 'llama3'")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
+        raise ConfigError(f"rope_scaling {quote(kind)} is not supported; there are 'default' and 'llama3'")
+    missing = [name for name in _ROPE_SCALING if rope.get(name) is None]
+    if missing:
+        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, which 'llama3' needs")
+    return RopeScaling(**{name: rope[name] for name in _ROPE_SCALING})
 
 
 def scale_frequency(frequency: float, scaling: RopeScaling | None) -> float:

@@ -93,7 +93,8 @@ class _HeaderCursor:
         alignment = self._read_alignment(metadata)
         tensors: dict[str, StoredTensor] = {}
         for _ in range(num_tensors):
-            tensors[self._name("tensor", tensors)] = self._tensor(alignment)
+            name = self._name("tensor", tensors)
+            tensors[name] = self._tensor(name, alignment)
         start = -(-self._at // alignment) * alignment
         placed = {name: StoredTensor(one.shape, one.type_number, start + one.offset_bytes) for name, one in tensors.items()}
         return GgufHeader(metadata, placed, alignment, start)
@@ -164,16 +165,15 @@ class _HeaderCursor:
             )
         return found
 
-    def _tensor(self, alignment: int) -> StoredTensor:
+    def _tensor(self, name: str, alignment: int) -> StoredTensor:
         """As it stands there: its offset is counted from the end of the header."""
         dimensions = self._scalar(_UINT32)
         if not 0 < dimensions <= _MAX_DIMENSIONS:
-            raise CheckpointError(f"{self._path} has a tensor of {dimensions} dimensions, but 1 to {_MAX_DIMENSIONS} are possible: copy it again")
+            raise CheckpointError(f"{self._path}: {name} has {dimensions} dimensions, but 1 to {_MAX_DIMENSIONS} can be: copy it again")
         shape = tuple(self._scalar(_UINT64) for _ in range(dimensions))[::-1]
         kind, offset = self._scalar(_UINT32), self._scalar(_UINT64)
-        if 0 in shape or offset % alignment:
-            raise CheckpointError(
-                f"{self._path} has a tensor of shape {list(shape)} at byte {offset}, but no size may be 0 and the place has to be a "
-                f"multiple of {alignment}: copy it again"
-            )
+        if 0 in shape:
+            raise CheckpointError(f"{self._path}: {name} has shape {list(shape)}, but sizes of at least 1 are needed: copy it again")
+        if offset % alignment:
+            raise CheckpointError(f"{self._path}: {name} begins at byte {offset}, which is no multiple of {alignment}: copy it again")
         return StoredTensor(shape, kind, offset)

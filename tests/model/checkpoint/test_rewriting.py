@@ -118,7 +118,7 @@ def test_a_failure_on_the_way_leaves_no_checkpoint(
     tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]
 ) -> None:
     def fail(done: int, total: int) -> None:
-        if done == total - 1:
+        if done > total * 0.9:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
@@ -129,11 +129,11 @@ def test_a_failure_on_the_way_leaves_no_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == [".int8.quantizing"]
 
 
-def test_progress_goes_up_to_all_tensors(tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]) -> None:
+def test_progress_goes_up_to_all_bytes(tmp_path: Path, tiny_llama: Callable[[str], Path], quantize: Callable[..., Scheme]) -> None:
     steps: list[tuple[int, int]] = []
     quantize(tiny_llama("tied"), tmp_path / "int8", on_progress=lambda done, total: steps.append((done, total)))
-    total = len(open_checkpoint(tmp_path / "int8").tensors)
-    assert steps == [(done, total) for done in range(1, total + 1)]
+    total = sum(info.num_bytes for info in open_checkpoint(tmp_path / "int8").tensors.values())
+    assert steps[-1] == (total, total) and steps == sorted(steps) and {whole for _, whole in steps} == {total}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", None])
