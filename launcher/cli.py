@@ -10,6 +10,24 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.checkpoint_cli import app as checkpoint_app
+from launcher.option_types import (
+    BatchOption,
+    CacheOption,
+    CheckpointOption,
+    CollectivesOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    FormatOption,
+    KeyFileOption,
+    LogDirOption,
+    OverwriteOption,
+    RestartsOption,
+    ThreadsOption,
+    TimeoutOption,
+    WorkersOption,
+)
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -21,61 +39,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", "--config_path", help="MindFormers YAML file.")]
-CheckpointOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        "--load_checkpoint",
-        help="Checkpoint: Hugging Face folder (compressed-tensors, GPTQ and AWQ too), GGUF, .ckpt or rank files. "
-        "Default: the YAML's load_checkpoint.",
-    ),
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        help="Format of the checkpoint: ranks, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: told from its content.",
-    ),
-]
-KeyFileOption = Annotated[
-    Path | None,
-    typer.Option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, or as many in hexadecimal digits."),
-]
-CheckOption = Annotated[
-    bool,
-    typer.Option("--verify/--no-verify", help="Hold SRC's files against their recorded checksums first; what has none is taken as it is."),
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists.")]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", "-n", "--worker_num", help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1."),
-]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or npu. Default: auto.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads-per-rank", help="CPU threads of each rank. Default: the cores, shared evenly.")
-]
-CollectivesOption = Annotated[
-    str | None, typer.Option(help="auto, shm, gloo or nccl. Default: auto, which is shm for CPU ranks on one x86-64 host.")
-]
-CacheOption = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-cache-dtype",
-        help="auto, int8 or float. int8 takes the checkpoint's scales, else one for each token. Default: auto, as checkpoint and YAML say.",
-    ),
-]
-BatchOption = Annotated[int | None, typer.Option("--max-batch-size", help="Sequences that run together at most. Default: 16.")]
-LogDirOption = Annotated[Path | None, typer.Option("--log-dir", "--log_dir", help="Folder of worker_N.log. Default: output/log.")]
-RestartsOption = Annotated[int | None, typer.Option("--max-restarts", help="Starts anew after a failed rank at most. Default: 1.")]
-TimeoutOption = Annotated[
-    float | None,
-    typer.Option("--timeout", "--cluster_time_out", help="Seconds that ranks wait for one that makes no progress. Default: 300."),
-]
 
 
 @app.command(epilog="Example: tandem predict --checkpoint output/demo/smollm2-135m-rtn --workers 2 --prompt 'Once upon a time'")
@@ -355,124 +318,6 @@ def evaluate(
     )
 
 
-@app.command(
-    epilog="Examples: tandem convert model.Q4_1.gguf output/model --dtype float16  |  tandem convert output/model model.ckpt --to mindspore"
-)
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any readable format.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; for --to mindspore a name that ends in .ckpt is a file.")],
-    to: Annotated[
-        str, typer.Option("--to", help="hf: a Hugging Face folder. mindspore: a .ckpt in MindFormers' and Golden Stick's names.")
-    ] = "hf",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for all float weights. Default: as they are.")] = None,
-    config: ConfigOption = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    verify: CheckOption = True,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Rewrite any readable checkpoint as a Hugging Face folder or a MindSpore .ckpt. Reading a .ckpt needs its YAML (-c)."""
-    from launcher.options import CheckpointOptions
-    from launcher.rewriting import convert as run
-
-    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
-    run(options, target, to, dtype, overwrite=overwrite)
-
-
-@app.command(epilog="Example: tandem reshard output/model-rtn output/model-rtn-8 --workers 8")
-def reshard(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any readable format, rank files included.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    workers: Annotated[int, typer.Option("--workers", "-n", help="Ranks to write for; 1 gives one file again.")],
-    config: ConfigOption = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    verify: CheckOption = True,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Rewrite a checkpoint, quantized or not, as one file a rank. Any number of ranks can read it back."""
-    from launcher.options import CheckpointOptions
-    from launcher.rewriting import reshard as run
-
-    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
-    run(options, target, workers, overwrite=overwrite)
-
-
-@app.command(epilog="Examples: tandem verify output/model-rtn-8  |  tandem verify output/model --deep --json")
-def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint of any readable format.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Look for NaN and infinite values, too.")] = False,
-    config: ConfigOption = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-) -> None:
-    """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
-
-    Files are hashed (sha256) and held against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where there
-    is one. Exit code 2 when anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
-    """
-    from launcher.options import CheckpointOptions
-    from launcher.verifying import verify as run
-
-    run(CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file), deep=deep, as_json=as_json)
-
-
-@app.command(
-    epilog="Examples: tandem plan --model-config config.json --workers 8 --quantization rtn-a16w8 --bandwidth 800  |  "
-    "tandem plan -c predict_llama2_70b.yaml --workers 6 --svg plan.svg"
-)
-def plan(
-    config: ConfigOption = None,
-    model_config: Annotated[Path | None, typer.Option("--model-config", help="A Hugging Face config.json.")] = None,
-    checkpoint: CheckpointOption = None,
-    workers: WorkersOption = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option("--quantization", help="As `tandem quantize -a` stores it, or none. Default: the YAML's or the checkpoint's."),
-    ] = None,
-    dtype: DtypeOption = None,
-    kv_cache_dtype: CacheOption = None,
-    threads_per_rank: ThreadsOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences that run together.")] = 1,
-    tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", "--max-length", help="Tokens of each sequence. Default: the model's context."),
-    ] = None,
-    bandwidth: Annotated[
-        float | None,
-        typer.Option("--bandwidth", help="GB/s that each rank's memory gives: a card's, or a host's divided by its ranks. Adds tokens/s."),
-    ] = None,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Draw which rank owns what into this file.")] = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """Tell what a run would need, from config and headers alone: who owns what, bytes, memory, speed, valid numbers of ranks."""
-    from launcher.planning import PlanOptions
-    from launcher.planning import plan as run
-
-    run(
-        PlanOptions(
-            config=config,
-            model_config=model_config,
-            checkpoint=checkpoint,
-            workers=workers,
-            quantization=quantization,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            threads_per_rank=threads_per_rank,
-            batch_size=batch_size,
-            tokens=tokens,
-            bandwidth=bandwidth,
-            svg=svg,
-            format=format,
-            key_file=key_file,
-            as_json=as_json,
-        )
-    )
-
-
 @app.command(epilog="Example: tandem env --json")
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False) -> None:
     """Tell which launch environment was detected, and from which variables."""
@@ -486,6 +331,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
         return
     for name, value in found.items():
         print(f"{name}: {'-' if value is None else value}")
+
+
+app.add_typer(checkpoint_app)
 
 
 def main() -> None:

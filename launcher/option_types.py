@@ -1,0 +1,61 @@
+"""Options that several commands take, with their help. Knows typer; what they mean is decided elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", "--config_path", help="MindFormers YAML file.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        "--load_checkpoint",
+        help="Checkpoint: Hugging Face folder (compressed-tensors, GPTQ and AWQ too), GGUF, .ckpt or rank files. "
+        "Default: the YAML's load_checkpoint.",
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Format of the checkpoint: ranks, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: told from its content.",
+    ),
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, or as many in hexadecimal digits."),
+]
+CheckOption = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Hold SRC's files against their recorded checksums first; what has none is taken as it is."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", "-n", "--worker_num", help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1."),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or npu. Default: auto.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads-per-rank", help="CPU threads of each rank. Default: the cores, shared evenly.")
+]
+CollectivesOption = Annotated[
+    str | None, typer.Option(help="auto, shm, gloo or nccl. Default: auto, which is shm for CPU ranks on one x86-64 host.")
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto, int8 or float. int8 takes the checkpoint's scales, else one for each token. Default: auto, as checkpoint and YAML say.",
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option("--max-batch-size", help="Sequences that run together at most. Default: 16.")]
+LogDirOption = Annotated[Path | None, typer.Option("--log-dir", "--log_dir", help="Folder of worker_N.log. Default: output/log.")]
+RestartsOption = Annotated[int | None, typer.Option("--max-restarts", help="Starts anew after a failed rank at most. Default: 1.")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", "--cluster_time_out", help="Seconds that ranks wait for one that makes no progress. Default: 300."),
+]
