@@ -106,11 +106,15 @@ class LlamaConfig:
         _require_number("rope_theta", self.rope_theta, 1e15)
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {quote(self.tie_word_embeddings)}, but true or false is needed")
-        ids = [("bos_token_id", self.bos_token_id), *(("eos_token_id", one) for one in self.eos_token_ids), ("pad_token_id", self.pad_token_id)]
+        ids = [
+            ("bos_token_id", self.bos_token_id),
+            *(("eos_token_id", one) for one in self.eos_token_ids),
+            ("pad_token_id", self.pad_token_id),
+        ]
         for name, value in ids:
             if value is not None:
                 _require_whole(name, value, 0, _MAX_WHOLE)
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+        if self.dtype not in tuple(DTYPES):
             raise ConfigError(f"dtype {quote(self.dtype)} is unknown; there are {', '.join(DTYPES)}")
 
     def layout(self) -> Layout:
@@ -154,8 +158,9 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
 def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
     rope = _read_mapping(raw, "rope_scaling") | _read_mapping(raw, "rope_parameters")
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
-    eos, pad = raw.get("eos_token_id", 2), raw.get("pad_token_id")
-    head_dim = _first(raw, "head_dim", default=None)
+    eos, pad, head_dim = raw.get("eos_token_id", 2), raw.get("pad_token_id"), raw.get("head_dim")
+    if type(pad) is int and (pad == -1 or (type(raw["vocab_size"]) is int and pad >= raw["vocab_size"])):
+        pad = None  # not a row of the model; the first converters of Llama wrote -1 for none
     return LlamaConfig(
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -171,7 +176,7 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-        pad_token_id=None if pad == -1 else pad,  # the first converters of Llama wrote -1 for none
+        pad_token_id=pad,
         dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
     )
 

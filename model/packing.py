@@ -19,7 +19,8 @@ def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_integers(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack_integers`."""
-    unpacked = packed.contiguous().view(torch.uint8)
+    # Flat first: a single column passes for contiguous whatever its strides, and bytes cannot be seen through them.
+    unpacked = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
     if bits == 4:
         unpacked = torch.stack((unpacked & 15, unpacked >> 4), dim=2).flatten(1)
         unpacked = unpacked.view(torch.int8).sub_(8)

@@ -12,10 +12,13 @@ from model.scheme import Scheme
 from model.weights import FUSED, WeightSpec, linear_shape, plan_weights
 from parallel.layout import count_tiled_rows, plan_heads
 
-PROCESS_BYTES = 268_000_000
-"""A rank before it has weights: Python, an imported PyTorch 2.13 (CPU build), the first calls of its kernels. Measured."""
-_INT8_BYTES = 12_000_000
-"""What packing and the first calls of the int8 kernel add to it. Measured."""
+PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
+    "float32": (254_000_000, 263_000_000),
+    "bfloat16": (268_000_000, 280_000_000),
+    "float16": (268_000_000, 280_000_000),
+}
+"""By compute type, a rank without its weights, float and int8: Python, an imported PyTorch 2.13 (CPU build), what the first calls of
+its kernels take. Measured."""
 _PACKED_ROWS = 48
 """The int8 kernel's packed matrices have whole blocks of so many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -132,7 +135,7 @@ def _plan_rank(
         streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
-        peak_bytes=PROCESS_BYTES + (0 if scheme.linear is None else _INT8_BYTES) + max(peak, kept + kv_bytes + activations),
+        peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None] + max(peak, kept + kv_bytes + activations),
     )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from model.quoting import quote
 from parallel.errors import ConfigError
 
 SMOOTH = "smooth-"
@@ -33,6 +34,11 @@ KV_CACHE_KEY = "kv_cache_quantization"
 """Key of config.json for int8 caches that compressed-tensors has no word for."""
 _FORMATS = {"pack-quantized": True, "int-quantized": False}
 """Format: whether integers are packed into words."""
+_ACT_ORDER = {"group": True, "dynamic": True, "weight": False, "static": False}
+"""What compressed-tensors calls them, and whether columns of a group then lie anywhere."""
+_MAX_GROUP = (1 << 31) - 1
+_MAX_PATTERN, _MAX_REPEATS = 200, 4
+"""A pattern of more could take hours to compare with one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +63,12 @@ class LinearScheme:
     """Inputs are divided by a stored vector first."""
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ConfigError(f"quantization_config: weights of {self.bits} bits are not supported; there are 4 and 8")
+        if type(self.bits) is not int or self.bits not in (4, 8):
+            raise ConfigError(f"quantization_config: weights of {quote(self.bits)} bits are not supported; there are 4 and 8")
+        if self.group_size is not None and (type(self.group_size) is not int or not 0 < self.group_size <= _MAX_GROUP):
+            raise ConfigError(
+                f"quantization_config: group_size is {quote(self.group_size)}, but a whole number from 1 to {_MAX_GROUP} is needed"
+            )
         if self.activation is not None and (self.bits != 8 or self.group_size is not None or not self.symmetric):
             raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
         if not self.packed and (self.bits != 8 or self.group_size is not None or not self.symmetric):
@@ -113,21 +123,23 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
 
     Raises ConfigError for a scheme that is not supported, naming what is.
     """
-    own_cache = _read_kv_cache(raw.get(KV_CACHE_KEY))
-    quantization = raw.get("quantization_config")
+    own_cache = _read_kv_cache(_read_section(raw.get(KV_CACHE_KEY), KV_CACHE_KEY))
+    quantization = _read_section(raw.get("quantization_config"), "quantization_config")
     if not quantization:
         return Scheme(kv_cache=own_cache)
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise ConfigError(f"quantization_config: quant_method {method!r} is not supported; there are 'compressed-tensors', 'gptq', 'awq'")
-    groups = list((quantization.get("config_groups") or {}).values())
+        raise ConfigError(
+            f"quantization_config: quant_method {quote(method)} is not supported; there are 'compressed-tensors', 'gptq', 'awq'"
+        )
+    groups = list(_read_section(quantization.get("config_groups"), "config_groups").values())
     if len(groups) > 1:
         raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
-    linear = _read_linear(groups[0], quantization.get("format")) if groups else None
-    kv_cache = own_cache or _read_kv_cache(quantization.get("kv_cache_scheme"))
+    linear = _read_linear(_read_section(groups[0], "the group of config_groups"), quantization.get("format")) if groups else None
+    kv_cache = own_cache or _read_kv_cache(_read_section(quantization.get("kv_cache_scheme"), "kv_cache_scheme"))
     if linear is None and kv_cache is None:
         raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
-    return Scheme(linear, tuple(quantization.get("ignore") or ()), kv_cache)
+    return Scheme(linear, _read_ignore(quantization.get("ignore")), kv_cache)
 
 
 def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
@@ -176,39 +188,83 @@ def _names(entry: str, name: str) -> bool:
     return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
 
 
-def _read_linear(group: Mapping[str, Any], default_format: str | None) -> LinearScheme:
+def _read_section(value: Any, name: str) -> Mapping[str, Any]:
+    """What stands under a key of config.json; empty where nothing does."""
+    if value is not None and not isinstance(value, Mapping):
+        place = name if name in ("quantization_config", KV_CACHE_KEY) else f"quantization_config: {name}"
+        raise ConfigError(f"{place} is {quote(value)}, but an object is needed")
+    return value or {}
+
+
+def read_flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A flag of `quantization_config`. Raises ConfigError for what is neither true nor false."""
+    value = section.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"quantization_config: {key} is {quote(value)}, but true or false is needed")
+    return default if value is None else value
+
+
+def _read_ignore(value: Any) -> tuple[str, ...]:
+    entries = [] if value is None else value
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(f"quantization_config: ignore is {quote(value)}, but a list of names is needed")
+    for entry in entries:
+        if entry.startswith("re:"):
+            _check_pattern(entry)
+    return tuple(entries)
+
+
+def _check_pattern(entry: str) -> None:
+    plain = re.sub(r"\\.", "", entry[3:])
+    repeats = sum(plain.count(sign) for sign in "*+{")
+    if len(entry) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
+        raise ConfigError(
+            f"quantization_config: the pattern {quote(entry)} in ignore is not supported; up to {_MAX_PATTERN} characters and "
+            f"{_MAX_REPEATS} of * and +, none behind a group, are"
+        )
+    try:
+        re.compile(entry[3:])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"quantization_config: {quote(entry)} in ignore is no pattern: {error}") from None
+
+
+def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
     targets, format = group.get("targets"), group.get("format") or default_format or ""
     if targets != ["Linear"]:
-        raise ConfigError(f"quantization_config: targets {targets!r} are not supported; only ['Linear'] is")
-    if format.removeprefix(SMOOTH) not in _FORMATS:
-        raise ConfigError(f"quantization_config: format {format!r} is not supported; there are {', '.join(_FORMATS)}")
+        raise ConfigError(f"quantization_config: targets {quote(targets)} are not supported; only ['Linear'] is")
+    if not isinstance(format, str) or format.removeprefix(SMOOTH) not in _FORMATS:
+        raise ConfigError(f"quantization_config: format {quote(format)} is not supported; there are {', '.join(_FORMATS)}")
     if group.get("output_activations"):
         raise ConfigError("quantization_config: output_activations are not supported")
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    weights = _read_section(group.get("weights"), "weights")
+    activations = _read_section(group.get("input_activations"), "input_activations")
     _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
-    if weights.get("num_bits") not in (4, 8):
-        raise ConfigError(f"quantization_config: weights of {weights.get('num_bits')} bits are not supported; there are 4 and 8")
     if activations:
         _check_int(activations, "input_activations", ("token", "tensor"), dynamic=(True, False))
         if activations.get("num_bits") != 8 or bool(activations.get("dynamic")) != (activations["strategy"] == "token"):
             raise ConfigError("quantization_config: input_activations have to be 8 bits, dynamic for each token or static for the tensor")
+    is_grouped, order = weights["strategy"] == "group", weights.get("actorder")
+    if is_grouped and weights.get("group_size") is None:
+        raise ConfigError("quantization_config: weights lack group_size, which strategy 'group' needs")
+    if order not in (None, False) and not (isinstance(order, str) and order in _ACT_ORDER):
+        raise ConfigError(f"quantization_config: actorder {quote(order)} is not supported; there are {', '.join(_ACT_ORDER)}")
     return LinearScheme(
-        bits=weights["num_bits"],
-        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
-        symmetric=bool(weights.get("symmetric", True)),
+        bits=weights.get("num_bits"),  # type: ignore[arg-type]  # LinearScheme refuses what is no number
+        group_size=weights["group_size"] if is_grouped else None,
+        symmetric=read_flag(weights, "symmetric", True),
         packed=_FORMATS[format.removeprefix(SMOOTH)],
-        act_order=weights.get("actorder") == "group",
+        act_order=isinstance(order, str) and _ACT_ORDER[order],
         activation=activations["strategy"] if activations else None,
-        activation_symmetric=bool(activations.get("symmetric", True)) if activations else True,
+        activation_symmetric=read_flag(activations, "symmetric", True),
         smooth=format.startswith(SMOOTH),
     )
 
 
-def _read_kv_cache(raw: Mapping[str, Any] | None) -> str | None:
+def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
     if not raw:
         return None
     _check_int(raw, "kv_cache_scheme", ("tensor", "channel", "token"), dynamic=(True, False))
-    if raw.get("num_bits") != 8 or not raw.get("symmetric", True) or bool(raw.get("dynamic")) != (raw["strategy"] == "token"):
+    if raw.get("num_bits") != 8 or not read_flag(raw, "symmetric", True) or bool(raw.get("dynamic")) != (raw["strategy"] == "token"):
         raise ConfigError("quantization_config: kv_cache_scheme has to be symmetric int8, static (tensor, channel) or dynamic (token)")
     return str(raw["strategy"])
 
@@ -217,10 +273,9 @@ def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...]
     allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
     for key, values in allowed.items():
         found = raw.get(key) or False if key == "dynamic" else raw.get(key)
-        if found not in values:
-            raise ConfigError(
-                f"quantization_config: {key} of {section} is {found!r}, but only {' or '.join(map(repr, values))} is supported (int8, int4)"
-            )
+        if type(found) not in (str, bool) or found not in values:
+            known = " or ".join(map(repr, values))
+            raise ConfigError(f"quantization_config: {key} of {section} is {quote(found)}, but only {known} is supported (int8, int4)")
 
 
 def _write_args(bits: int, symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:

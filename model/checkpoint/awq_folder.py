@@ -20,7 +20,8 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
-from model.scheme import LinearScheme
+from model.quoting import quote
+from model.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 
@@ -86,11 +87,11 @@ def _pack_inputs(words: torch.Tensor) -> torch.Tensor:
 
 
 def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
-    version = str(settings.get("version") or "gemm")
-    if version.lower() != "gemm":
-        raise ConfigError(f"quantization_config: AWQ version {version!r} is not supported; only 'gemm' is")
+    version = settings.get("version") or "gemm"
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise ConfigError(f"quantization_config: AWQ version {quote(version)} is not supported; only 'gemm' is")
     return LinearScheme(
         bits=read_bits(settings, ("bits", "w_bit"), (4,)),
         group_size=read_group_size(settings, ("group_size", "q_group_size")),
-        symmetric=not settings.get("zero_point", True),
+        symmetric=not read_flag(settings, "zero_point", True),
     )

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
+from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, check_link
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
 from model.packing import unpack_integers
+from model.quoting import quote
 from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.weights import FLOAT_DTYPES, linear_names
 from parallel.errors import CheckpointError, ConfigError
@@ -42,6 +43,7 @@ class ColumnFolder(HuggingFaceFolder):
             super().__init__(path)
             return
         self.path, self.config, self._stored = path, read_config(path / "config.json"), {}
+        check_link(files[0])
         self._add_files(files)
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
@@ -74,7 +76,11 @@ class ColumnPackedFolder(ABC):
                 self.tensors[name] = info
             elif part == "qweight":
                 self._check_stored(owner)
-                self.tensors.update(self._canonical_tensors(owner))
+                given = self._canonical_tensors(owner)
+                double = next((name for name in given if name in folder.tensors), None)
+                if double is not None:
+                    raise CheckpointError(f"{self.path} holds both {owner}.qweight and {double}: give the checkpoint as it was written")
+                self.tensors.update(given)
         self._check_biases()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
@@ -134,6 +140,7 @@ class ColumnPackedFolder(ABC):
             "scales": ((groups, rows), FLOAT_DTYPES, True),
             "qzeros": ((groups, -(-rows * self._linear.bits // 32)), integers, not self._linear.symmetric),
             "g_idx": ((columns,), integers, self._linear.act_order),
+            "bias": ((rows,), FLOAT_DTYPES, False),
         }
         for part, (shape, dtypes, required) in needed.items():
             info = self._folder.tensors.get(f"{linear}.{part}")
@@ -152,7 +159,7 @@ class ColumnPackedFolder(ABC):
                 name = f"{linear}.bias"
                 if name not in self._folder.tensors:
                     continue
-                rows = (*self._folder.tensors[name].shape, 1)[0]
+                rows = self._shapes[linear][0]
                 wrong = int(self._folder.read_rows(reader, name, 0, rows).count_nonzero())
                 if wrong:
                     raise CheckpointError(
@@ -202,7 +209,7 @@ def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
     out = {}
     for name, info in folder.tensors.items():
         if name.endswith(".qweight"):
-            if len(info.shape) != 2 or info.dtype != torch.int32:
+            if len(info.shape) != 2 or 0 in info.shape or info.dtype != torch.int32:
                 raise CheckpointError(f"{folder.path}: {name} is {_describe(info)}, but int32 of 2 dimensions is needed; export it again")
             out[name.removesuffix(".qweight")] = (info.shape[0], info.shape[1])
     return out
@@ -215,9 +222,10 @@ def declares_method(path: Path, method: str, settings_file: str) -> bool:
     """
     try:
         declared = read_config(path / "config.json").get("quantization_config")
-        if isinstance(declared, dict) and declared.get("quant_method") is not None:
-            return str(declared["quant_method"]).lower() == method
-        return str(read_config(path / settings_file).get("quant_method", method)).lower() == method
+        named = declared.get("quant_method") if isinstance(declared, dict) else None
+        if named is None:
+            named = read_config(path / settings_file).get("quant_method", method)
+        return isinstance(named, str) and named.lower() == method
     except (ConfigError, OSError):
         return False
 
@@ -225,25 +233,27 @@ def declares_method(path: Path, method: str, settings_file: str) -> bool:
 def read_settings(folder: ColumnFolder, settings_file: str) -> dict[str, Any]:
     """The `quantization_config` of config.json, or else the settings file beside it. Raises ConfigError when there is neither."""
     declared = folder.config.get("quantization_config")
-    return declared if isinstance(declared, dict) and declared else read_config(folder.path / settings_file)
+    if declared is not None and not isinstance(declared, dict):
+        raise ConfigError(f"quantization_config is {quote(declared)}, but an object is needed")
+    return declared or read_config(folder.path / settings_file)
 
 
 def read_bits(settings: Mapping[str, Any], keys: Iterable[str], allowed: tuple[int, ...]) -> int:
     """Bits of a weight, under the first of `keys` that is there. Raises ConfigError for others than `allowed`."""
     bits = _first(settings, keys)
-    if bits not in allowed:
+    if type(bits) is not int or bits not in allowed:
         words = " and ".join(map(str, allowed))
         raise ConfigError(
-            f"quantization_config: weights of {bits} bits are not supported; there {'are' if len(allowed) > 1 else 'is'} {words}"
+            f"quantization_config: weights of {quote(bits)} bits are not supported; there {'are' if len(allowed) > 1 else 'is'} {words}"
         )
-    return int(bits)
+    return bits
 
 
 def read_group_size(settings: Mapping[str, Any], keys: Iterable[str]) -> int | None:
     """Inputs that share a scale; None for -1, the whole row. Raises ConfigError for what is neither."""
     size = _first(settings, keys)
-    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-        raise ConfigError(f"quantization_config: group_size is {size!r}, but a whole number of at least 1 is needed, or -1")
+    if type(size) is not int or (size < 1 and size != -1):
+        raise ConfigError(f"quantization_config: group_size is {quote(size)}, but a whole number of at least 1 is needed, or -1")
     return None if size == -1 else size
 
 

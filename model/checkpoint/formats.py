@@ -77,7 +77,7 @@ FORMATS: Mapping[str, Format] = {
     "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
     "hf": Format("Hugging Face folder (model.safetensors or its index)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
-    "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, options: MetaFolder(path, options.values)),
+    "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
         "MindSpore file or folder (.ckpt)",

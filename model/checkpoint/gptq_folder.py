@@ -20,7 +20,8 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
-from model.scheme import LinearScheme
+from model.quoting import quote
+from model.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 
@@ -62,21 +63,24 @@ class GptqFolder(ColumnPackedFolder):
 
 
 def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
-    changed = [pattern for pattern in settings.get("dynamic") or {} if not pattern.startswith("-")]
+    dynamic = settings.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise ConfigError(f"quantization_config: dynamic is {quote(dynamic)}, but an object is needed")
+    changed = [pattern for pattern in dynamic if not pattern.startswith("-")]
     if changed:
         raise ConfigError(f"quantization_config: dynamic gives {len(changed)} kinds of linears their own settings, but only 1 is supported")
     group_size = read_group_size(settings, ("group_size",))
     return LinearScheme(
         bits=read_bits(settings, ("bits",), (4, 8)),
         group_size=group_size,
-        symmetric=bool(settings.get("sym", True)),
+        symmetric=read_flag(settings, "sym", True),
         # With one group there is nothing to order.
-        act_order=bool(settings.get("desc_act", False)) and group_size is not None,
+        act_order=read_flag(settings, "desc_act", False) and group_size is not None,
     )
 
 
 def _read_format(settings: Mapping[str, Any]) -> str:
-    found = "marlin" if settings.get("is_marlin_format") else str(settings.get("checkpoint_format") or "gptq")
+    found = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format") or "gptq"
     if found not in ("gptq", "gptq_v2"):
-        raise ConfigError(f"quantization_config: checkpoint_format {found!r} is not supported; there are 'gptq' and 'gptq_v2'")
-    return found
+        raise ConfigError(f"quantization_config: checkpoint_format {quote(found)} is not supported; there are 'gptq' and 'gptq_v2'")
+    return str(found)

@@ -63,11 +63,11 @@ def _weight_files(path: Path) -> list[Path]:
     else:
         raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     for file in files:
-        _check_link(file)
+        check_link(file)
     return files
 
 
-def _check_link(file: Path) -> None:
+def check_link(file: Path) -> None:
     """A link may lead within the folder, or from a snapshot of the Hugging Face hub's cache into the same model's blobs."""
     folder, target = file.parent.resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
@@ -92,6 +92,6 @@ def _check_index(path: Path, found: dict[str, str]) -> None:
     wrong = [name for name, file in listed.items() if found.get(name) != file]
     if wrong:
         raise CheckpointError(
-            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, {quote_name(wrong[0])} in "
-            f"{listed[wrong[0]]} first: copy the checkpoint again"
+            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, "
+            f"{quote_name(wrong[0])} in {listed[wrong[0]]} first: copy the checkpoint again"
         )

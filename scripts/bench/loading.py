@@ -86,8 +86,9 @@ def main() -> None:
                     results.append({"checkpoint": checkpoint.name, "state": state, **found})
                     read, peak = sum(found["read_bytes"]), max(found["peak_rss_bytes"])
                     error = max(abs(p / f - 1) for p, f in zip(found["planned_peak_bytes"], found["peak_rss_bytes"], strict=True))
+                    seconds = found["load_seconds"]
                     print(
-                        f"{checkpoint.name}, {workers} ranks, {state}: {found['load_seconds']:.1f} s, {read / 1e9 / found['load_seconds']:.2f} GB/s, "
+                        f"{checkpoint.name}, {workers} ranks, {state}: {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s, "
                         f"{read / size:.3f} of the file read, peak {peak / 1e6:.0f} MB a rank, the plan is off by {error:.1%}",
                         flush=True,
                     )

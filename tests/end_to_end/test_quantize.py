@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Outcome, Running, Tandem
 
 FILES = [
+    "SHA256SUMS",
     "config.json",
     "generation_config.json",
     "model.safetensors",

@@ -1,0 +1,261 @@
+"""Plans against what they predict: models that are built, caches, bytes that loading reads, parameter counts of real models."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint.formats import open_checkpoint
+from model.config import LlamaConfig, build_config
+from model.llama import LlamaForCausalLM
+from model.loading import load_model
+from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
+from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.weights import find_not_converted, linear_shape, plan_weights
+from parallel.errors import LayoutError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
+WORLD_SIZES = (1, 2, 3, 5, 8)
+FEW = (1, 5)
+
+UNTIED: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 144,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+# 172 columns are no whole number of groups of 16, 130 rows no whole number of units.
+TIED = {**UNTIED, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+TIED |= {"vocab_size": 130, "tie_word_embeddings": True}
+MODELS = {"untied": UNTIED, "tied": TIED}
+
+INT8, DYNAMIC = LinearScheme(), LinearScheme(packed=False, activation="token")
+STATIC = LinearScheme(packed=False, activation="tensor", activation_symmetric=False)
+SCHEMES: dict[str, tuple[LinearScheme | None, tuple[str, ...], str | None]] = {
+    # linears, words of those that stay float, cache
+    "float": (None, (), None),
+    "int8": (INT8, ("lm_head",), None),
+    "int8 with its head": (INT8, (), None),
+    "int8, some of a fused product float": (INT8, ("lm_head", "k_proj", "layers.1.mlp.up_proj"), None),
+    "int4 in groups": (LinearScheme(bits=4, group_size=16), ("lm_head",), None),
+    "int4 with zero points": (LinearScheme(bits=4, group_size=16, symmetric=False), ("lm_head",), None),
+    "int4 in shuffled groups": (LinearScheme(bits=4, group_size=16, act_order=True), ("lm_head",), None),
+    "a8w8 dynamic": (DYNAMIC, ("lm_head",), "token"),
+    "a8w8 static": (STATIC, ("lm_head", "w2"), None),
+    "smooth": (replace(STATIC, smooth=True), ("lm_head", "w2"), None),
+    "int8 cache by channel": (None, (), "channel"),
+    "int8 cache by tensor": (INT8, ("lm_head",), "tensor"),
+}
+
+
+@dataclass(frozen=True)
+class SilentCollectives:
+    """A rank that talks to nobody."""
+
+    rank: int
+    world_size: int
+    name: str = "none"
+
+    def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def build_scheme(config: LlamaConfig, name: str) -> Scheme:
+    linear, words, cache = SCHEMES[name]
+    return Scheme(linear, find_not_converted(config, words) if linear else (), cache)
+
+
+def make_tensor(config: LlamaConfig, scheme: Scheme, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Random elements that mean something under this name."""
+    owner, _, part = name.rpartition(".")
+    if part == "weight_shape":
+        return torch.tensor((config.vocab_size, config.hidden_size) if owner == "lm_head" else linear_shape(config, owner.split(".", 3)[3]))
+    if part == "weight_g_idx":
+        assert scheme.linear is not None and scheme.linear.group_size is not None
+        return (torch.randperm(shape[0]) // scheme.linear.group_size).int()
+    kind: torch.dtype = getattr(torch, dtype)
+    if kind.is_floating_point:
+        return (torch.rand(shape) + 0.1).to(kind)
+    return torch.randint(torch.iinfo(kind).min, torch.iinfo(kind).max, shape, dtype=kind)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
+    """A function that writes a random checkpoint: (key of MODELS, key of SCHEMES, type of what is float)."""
+
+    def run(model: str, scheme_name: str, dtype: str) -> Path:
+        values = {**MODELS[model], "torch_dtype": dtype}
+        config, folder = build_config(values), tmp_path_factory.mktemp("checkpoint")
+        scheme = build_scheme(config, scheme_name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            tensors = {
+                name: make_tensor(config, scheme, name, spec.shape, spec.dtypes[0] if len(spec.dtypes) == 1 else dtype)
+                for name, spec in plan_weights(config, scheme).items()
+            }
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(declare_scheme(values, scheme)))
+        return folder
+
+    return run
+
+
+def load(folder: Path, rank: int, world_size: int, dtype: str) -> tuple[LlamaForCausalLM, int]:
+    """One rank's model and the bytes that were read for it."""
+    source = open_checkpoint(folder)
+    config, scheme = build_config(source.config), read_scheme(source.config)
+    model = LlamaForCausalLM(config, scheme, SilentCollectives(rank, world_size), dtype=dtype, device=torch.device("cpu"))
+    return model, load_model(model, source)
+
+
+def plan(folder: Path, world_size: int, workload: Workload) -> list[RankPlan]:
+    """From config.json and, as `tandem plan --checkpoint` does it, the types in the headers."""
+    source = open_checkpoint(folder)
+    stored = {name: info.dtype_name for name, info in source.tensors.items()}
+    return plan_ranks(build_config(source.config), read_scheme(source.config), world_size, workload, stored)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rank_keeps_and_reads_the_bytes_of_its_plan(
+    write: Callable[[str, str, str], Path], model: str, scheme: str, dtype: str
+) -> None:
+    folder, workload = write(model, scheme, dtype), Workload(dtype=dtype, kv_cache=SCHEMES[scheme][2], batch_size=3, tokens=50)
+    config = build_config({**MODELS[model], "torch_dtype": dtype})
+    for world_size in WORLD_SIZES if dtype == "float32" or scheme in ("float", "int8") else FEW:
+        plans = plan(folder, world_size, workload)
+        assert [one.rank for one in plans] == list(range(world_size))
+        workload_only = plan_ranks(config, build_scheme(config, scheme), world_size, workload)
+        assert workload_only == plans, "config.json alone says the same"
+        for one in plans:
+            built, read_bytes = load(folder, one.rank, world_size, dtype)
+            assert one.weight_bytes == built.weight_bytes, one
+            assert one.file_bytes == read_bytes, one
+            assert one.kv_cache_bytes == built.build_cache(50).bytes_per_token * 50 * 3, one
+            embedding = 0 if config.tie_word_embeddings else sum(tensor.nbytes for tensor in built.embed_tokens.parameters())
+            assert one.streamed_bytes == one.weight_bytes - embedding, one
+            assert one.peak_bytes >= PROCESS_BYTES[dtype][0] + one.weight_bytes + one.kv_cache_bytes + one.activation_bytes
+
+
+def test_types_in_the_headers_go_over_config_json(write: Callable[[str, str, str], Path]) -> None:
+    folder = write("untied", "int8", "float16")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "torch_dtype": "float32"}))
+    workload = Workload(dtype="float32", tokens=8)
+    for one in plan(folder, 3, workload):
+        assert one.file_bytes == load(folder, one.rank, 3, "float32")[1]
+    config = build_config(json.loads((folder / "config.json").read_text()))
+    assert plan_ranks(config, build_scheme(config, "int8"), 1, workload)[0].file_bytes > plan(folder, 1, workload)[0].file_bytes
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cache", [None, "channel", "token"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_takes_what_its_tensors_take(model: str, cache: str | None, dtype: str) -> None:
+    config, workload = build_config(MODELS[model]), Workload(dtype=dtype, kv_cache=cache, batch_size=4, tokens=33)
+    for world_size in WORLD_SIZES:
+        for one in plan_ranks(config, Scheme(), world_size, workload):
+            ranks = SilentCollectives(one.rank, world_size)
+            built = LlamaForCausalLM(config, Scheme(kv_cache=cache), ranks, dtype=dtype, device=torch.device("cpu"))
+            assert one.kv_cache_bytes == built.build_cache(33).bytes_per_token * 33 * 4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_ranks_own_every_head_and_every_row_once(model: str) -> None:
+    config = build_config(MODELS[model])
+    sizes = {
+        "heads": config.num_attention_heads,
+        "hidden_rows": config.hidden_size,
+        "intermediate_rows": config.intermediate_size,
+        "vocab_rows": config.vocab_size,
+    }
+    for world_size in range(1, config.layout().max_world_size + 1):
+        plans = plan_ranks(config, Scheme(), world_size, Workload(dtype="float32", tokens=1))
+        for field, size in sizes.items():
+            ranges = [getattr(one, field) for one in plans]
+            assert ranges[0][0] == 0 and ranges[-1][1] == size
+            assert all(before[1] == after[0] for before, after in pairwise(ranges)), (field, ranges)
+            assert all(start < stop for start, stop in ranges), (field, ranges)
+        # Ranks may share a key-value head, and each keeps those of its own query heads.
+        group = config.num_attention_heads // config.num_key_value_heads
+        for one in plans:
+            assert one.kv_heads == (one.heads[0] // group, (one.heads[1] - 1) // group + 1), one
+        assert {head for one in plans for head in range(*one.kv_heads)} == set(range(config.num_key_value_heads))
+
+
+@pytest.mark.parametrize(("model", "limit"), [("untied", 9), ("tied", 8)])
+def test_too_many_ranks_are_refused_with_the_numbers_that_work(model: str, limit: int) -> None:
+    config, workload = build_config(MODELS[model]), Workload(dtype="float32", tokens=1)
+    assert len(plan_ranks(config, Scheme(), limit, workload)) == limit
+    with pytest.raises(LayoutError, match=rf"{limit + 1} ranks are too many: the model has {limit} query heads; 1 to {limit} all work"):
+        plan_ranks(config, Scheme(), limit + 1, workload)
+    with pytest.raises(LayoutError, match="the number of ranks is 0, but at least 1 is needed"):
+        plan_ranks(config, Scheme(), 0, workload)
+
+
+def test_balance_is_one_where_every_rank_has_as_much_and_less_elsewhere() -> None:
+    config = build_config({**UNTIED, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128, "vocab_size": 128})
+    config = replace(config, intermediate_size=256)
+    assert measure_balance(config, Scheme(), 1) == 1
+    # Norms are on every rank, so that no number of ranks makes them smaller.
+    assert measure_balance(config, Scheme(), 2) == measure_balance(config, Scheme(), 4) == 1
+    assert 0.5 < measure_balance(config, Scheme(), 3) < 0.95
+    assert 0.2 < measure_balance(build_config(UNTIED), Scheme(LinearScheme()), 5) < 1
+
+
+def test_more_tokens_sequences_and_threads_need_more_memory() -> None:
+    config, scheme = build_config({**UNTIED, "num_hidden_layers": 4}), Scheme(LinearScheme(), ("lm_head",))
+    least = Workload(dtype="bfloat16", tokens=10)
+    (one,) = plan_ranks(config, scheme, 1, least)
+    for changes in ({"tokens": 4000}, {"batch_size": 400}):
+        (more,) = plan_ranks(config, scheme, 1, replace(least, **changes))
+        assert more.peak_bytes > one.peak_bytes and more.kv_cache_bytes == 400 * one.kv_cache_bytes
+        assert (more.weight_bytes, more.file_bytes) == (one.weight_bytes, one.file_bytes)
+    large = build_config({**UNTIED, "intermediate_size": 200_000})
+    few, many = (plan_ranks(large, scheme, 1, replace(least, num_threads=number))[0] for number in (1, 4))
+    assert many.peak_bytes > few.peak_bytes
+
+
+def test_planning_imports_no_pytorch() -> None:
+    """It alone would take longer than a whole plan."""
+    code = "import sys, launcher.planning; assert 'torch' not in sys.modules, sorted(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_real_models_have_their_known_numbers_of_parameters(shared_dir: Path) -> None:
+    folder = shared_dir / "data" / "model_configs"
+    if not folder.is_dir():
+        pytest.skip("no data/model_configs among the shared data")
+    counts = json.loads((folder / "PARAM_COUNTS.json").read_text())
+    assert len(counts) > 10
+    for name, count in counts.items():
+        config = replace(build_config(json.loads((folder / f"{name}.json").read_text())), dtype="float16")
+        workload = Workload(dtype="float16", tokens=1)
+        (one,) = plan_ranks(config, Scheme(), 1, workload)
+        assert one.file_bytes == 2 * count, name
+        # On several ranks only norms are read more than once, up to the number of key-value heads.
+        ranks = min(8, config.num_key_value_heads)
+        norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+        assert sum(rank.file_bytes for rank in plan_ranks(config, Scheme(), ranks, workload)) == 2 * (count + (ranks - 1) * norms), name
