@@ -22,8 +22,8 @@ _DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20
 _MAX_HEADER_BYTES = 1 << 26
 _MAX_ENTRIES = 1 << 17
 """Tensors, and keys."""
-_MAX_VALUES = 1 << 22
-"""Elements of all arrays together: three times what the largest vocabularies need."""
+_MAX_VALUES = 1 << 21
+"""Elements of all arrays together: half as many again as the largest vocabularies need, and under 200 MB as Python values."""
 _MAX_DEPTH, _MAX_DIMENSIONS = 4, 4
 
 
@@ -129,7 +129,7 @@ class _HeaderCursor:
 
     def _name(self, what: str, known: dict[str, Any]) -> str:
         name = self._string()
-        if not is_plain(name):
+        if not name or not is_plain(name):
             raise CheckpointError(f"{self._path}: its header names a {what} {quote(name)}, which cannot be a name: copy it again")
         if name in known:
             raise CheckpointError(f"{self._path} holds the {what} {name} twice: copy it again or convert it again")
