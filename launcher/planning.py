@@ -101,6 +101,10 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
         return config, scheme, stored
     if scheme.name != "none":
         raise ConfigError(f"--quantization is {word}, but the model is quantized already ({scheme.name}); leave it out")
+    if word == "ptq" and (settings.quantization is None or settings.quantization.approach != word):
+        raise ConfigError(
+            "--quantization ptq does not say what it makes; give a YAML with its quantization_config (-c), or another approach"
+        )
     quantize = QuantizeOptions(approach=str(word))
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from model.config import DTYPES, LlamaConfig
+from model.quoting import quote_name
 from model.scheme import Scheme
 from parallel.layout import Layout, Split
 
@@ -88,7 +89,8 @@ class TensorReport:
             names = getattr(self, kind)
             if names:
                 more = f", and {len(names) - 10} more" if len(names) > 10 else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+                shown = names[:10] if kind == "mismatched" else [quote_name(name) for name in names[:10]]
+                parts.append(f"{len(names)} {kind}: {', '.join(shown)}{more}")
         return "; ".join(parts)
 
 
