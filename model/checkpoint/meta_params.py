@@ -9,6 +9,7 @@ from typing import Any
 
 from model.checkpoint.source import TensorInfo
 from model.config import RopeScaling, read_config
+from model.quoting import quote
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")
@@ -90,7 +91,7 @@ def read_meta_params(file: Path) -> MetaParams:
         value, whole = raw.get(key), key in _SIZES
         if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or not 0 < value < _MAX_NUMBER:
             kind = "whole number" if whole else "number"
-            raise ConfigError(f"{file}: {key} is {str(value)[:60]}, but a {kind} above 0 is needed: copy the file again")
+            raise ConfigError(f"{file}: {key} is {quote(value)}, but a {kind} above 0 is needed: copy the file again")
     if raw["dim"] % (2 * raw["n_heads"]):
         raise ConfigError(f"{file}: dim {raw['dim']} does not divide into {raw['n_heads']} heads of an even width: copy the file again")
     return MetaParams(

@@ -572,7 +572,7 @@ def test_ranks_that_repeat_key_value_heads_are_refused(tmp_path: Path) -> None:
         ("", "is not JSON"),
         ("[1]", "holds a list"),
         ("{}", "dim is None, but a whole number above 0"),
-        (json.dumps(PARAMS | {"dim": "64"}), "dim is 64"),
+        (json.dumps(PARAMS | {"dim": "64"}), "dim is '64'"),
         (json.dumps(PARAMS | {"n_heads": True}), "n_heads is True"),
         (json.dumps(PARAMS | {"n_kv_heads": 0}), "n_kv_heads is 0"),
         (json.dumps(PARAMS | {"n_layers": 1.5}), "n_layers is 1.5"),
