@@ -17,7 +17,7 @@ from launcher.cores import share_cores
 from launcher.drawing import draw_plan
 from launcher.environment import decide_world_size, read_environment
 from launcher.options import CheckpointOptions
-from launcher.settings import Settings, default_settings, read_settings
+from launcher.settings import Settings, open_settings
 from launcher.whole_file import write_whole
 from model.config import DTYPES, LlamaConfig, build_config, read_config
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
@@ -48,7 +48,7 @@ class PlanOptions(CheckpointOptions):
 
 def plan(options: PlanOptions) -> None:
     """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
-    settings = read_settings(options.config) if options.config else default_settings()
+    settings = open_settings(options.config)
     world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
     config, scheme, stored = _read_model(options, settings)
     dtype = options.dtype or settings.tandem.dtype or settings.compute_dtype or config.dtype

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launcher.console import ByteProgress
 from launcher.options import CheckpointOptions
-from launcher.running import OpenedModel, open_model, open_settings
+from launcher.running import OpenedModel, open_model
+from launcher.settings import open_settings
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files
@@ -46,7 +47,7 @@ def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite
 
 def _open(options: CheckpointOptions, target: Path, *, overwrite: bool) -> OpenedModel:
     # What is damaged would be written again as if it were whole, with new checksums.
-    opened = open_model(options, open_settings(options), quantized=False)
+    opened = open_model(options, open_settings(options.config), quantized=False)
     check_target(target, overwrite=overwrite)
     return opened
 

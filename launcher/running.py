@@ -16,7 +16,7 @@ from launcher.environment import LaunchEnvironment, decide_world_size, read_envi
 from launcher.job import Job
 from launcher.options import CheckpointOptions, RunOptions
 from launcher.rank_process import join_store
-from launcher.settings import Settings, default_settings, read_settings
+from launcher.settings import Settings, open_settings
 from launcher.spawning import RanksFailedError, spawn_ranks
 from launcher.tasks import Task
 from launcher.worker import run_rank, shared_memory_works
@@ -73,7 +73,7 @@ class Run:
 def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
     """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`."""
     environment = read_environment()
-    settings = open_settings(options)
+    settings = open_settings(options.config)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
@@ -82,11 +82,6 @@ def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, opened)
-
-
-def open_settings(options: CheckpointOptions) -> Settings:
-    """The YAML's, or what holds without one."""
-    return read_settings(options.config) if options.config else default_settings()
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:

@@ -203,6 +203,11 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def open_settings(path: Path | None) -> Settings:
+    """Those of the YAML file of a command line, or what holds without one."""
+    return read_settings(path) if path else default_settings()
+
+
 def default_settings() -> Settings:
     """What holds without a YAML file: nothing is said."""
     return _build_settings({}, "no config")

@@ -10,7 +10,8 @@ from typing import Any
 from launcher.console import ByteProgress
 from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
-from launcher.running import find_checkpoint, open_settings, plan_opening
+from launcher.running import find_checkpoint, plan_opening
+from launcher.settings import open_settings
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import check_files, check_tensors, describe_damage, list_not_numbers
@@ -24,7 +25,7 @@ _MAX_THREADS = 4
 
 def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
-    settings = open_settings(options)
+    settings = open_settings(options.config)
     path = find_checkpoint(options.checkpoint, settings)
     result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": []}
     try:
@@ -48,14 +49,15 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
 def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
     config, scheme = build_config(source.config), read_scheme(source.config)
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    problems = [f"{source.path} does not fit its config: {report.describe()}"] if report.describe() else []
+    words = report.describe()
+    problems = [f"{source.path} does not fit its config: {words}"] if words else []
     files = check_files(source, ByteProgress("hashing files"))
     problems += [describe_damage(file) for file in files if not file.is_intact]
     threads = min(_MAX_THREADS, count_cores())
     tensors = check_tensors(source, threads, deep=deep, on_progress=ByteProgress("hashing tensors"))
     problems += list_not_numbers(tensors)
     return {
-        "quantization": read_scheme(source.config).name,
+        "quantization": scheme.name,
         "num_tensors": len(source.tensors),
         "tensor_bytes": sum(info.num_bytes for info in source.tensors.values()),
         "files": [{**asdict(file), "ok": file.is_intact} for file in files],

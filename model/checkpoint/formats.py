@@ -62,13 +62,10 @@ def _is_compressed_tensors(path: Path) -> bool:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.is_file() and read_start(path, 4) == b"GGUF"
-
-
-def read_start(path: Path, num_bytes: int) -> bytes:
-    """The first bytes of a file."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return file.read(num_bytes)
+        return file.read(4) == b"GGUF"
 
 
 FORMATS: Mapping[str, Format] = {

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,7 +42,6 @@ _LAYER_NAMES: Mapping[str, tuple[str, int | None]] = {
 _LAYER = re.compile(r"layers\.(0|[1-9][0-9]*)\.(.+)")
 _IGNORED_SUFFIX = "rope.freqs"
 _SIZED_BY = ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight")
-_FROM_USER = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE_MODEL = "copy the files of all ranks, and the params.json of this model"
 
 
@@ -60,10 +58,10 @@ class _Joined:
 class MetaFolder:
     """A folder of Meta's as a CheckpointSource, opened by its headers."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any] | None = None) -> None:
-        """`values` holds values of a config.json: the longest sequence and the ids of tokens are the user's, where they are there.
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for files that are missing, damaged, not of one model, or want to run code.
 
-        Raises CheckpointError for files that are missing, damaged, not of one model, or want to run code; ConfigError for params.json.
+        ConfigError for params.json.
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is no folder: give the one that holds {_PARAMS}")
@@ -84,7 +82,6 @@ class MetaFolder:
         self._check_layers()
         embedding, gate = (self.tensors[name] for name in _SIZED_BY)
         self.config = self._params.build_config(embedding, gate.shape[0], tied=_TOP_NAMES[_HEAD][0] not in self.tensors)
-        self.config |= {key: values[key] for key in _FROM_USER if values and values.get(key) is not None}
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor; q and k rows in Hugging Face's order."""

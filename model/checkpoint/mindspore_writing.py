@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from model.checkpoint.folder_writing import write_folder, write_json
+from model.checkpoint.folder_writing import sync, write_folder, write_json
 from model.checkpoint.mindspore_header import (
     BYTES,
     CRC_BYTES,
@@ -29,10 +29,11 @@ from model.checkpoint.mindspore_header import (
 from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
 from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
 from model.config import LlamaConfig
+from model.loading import check_checkpoint
 from model.packing import unpack_integers
 from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.tokenizer_writing import write_tokenizer
-from model.weights import MINDFORMERS_NAMES, compare_tensors, linear_shape, plan_weights
+from model.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -64,9 +65,7 @@ def write_mindspore(
     missing or that it would have to leave out.
     """
     _check_scheme(scheme)
-    words = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings).describe()
-    if words:
-        raise CheckpointError(f"{source.path} does not fit its config.json: {words}")
+    check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:
         raw.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
@@ -230,8 +229,7 @@ def _replace_json(path: Path, value: object) -> None:
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         write_json(temporary, value)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -239,8 +237,4 @@ def _replace_json(path: Path, value: object) -> None:
 
 def _replace(temporary: Path, path: Path) -> None:
     temporary.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -260,13 +260,6 @@ def test_the_factor_of_the_rope_scaling_goes_by_the_width_and_the_ids_by_the_voc
     assert (config["bos_token_id"], config["eos_token_id"]) == ids
 
 
-def test_the_user_says_the_longest_sequence_and_the_ids_and_nothing_else(tmp_path: Path) -> None:
-    values = {"max_position_embeddings": 77, "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 0, "hidden_size": 1}
-    config = MetaFolder(write_meta(tmp_path), values).config
-    assert {key: config[key] for key in values} == values | {"hidden_size": HIDDEN}
-    assert MetaFolder(tmp_path, {"bos_token_id": None}).config["bos_token_id"] == 1
-
-
 def test_params_json_without_key_value_heads_has_as_many_as_heads(tmp_path: Path) -> None:
     weights = make_weights() | {f"model.layers.{i}.self_attn.k_proj.weight": torch.ones(HIDDEN, HIDDEN).bfloat16() for i in range(LAYERS)}
     assert MetaFolder(write_meta(tmp_path, weights, n_kv_heads=None)).config["num_key_value_heads"] == HEADS
