@@ -13,6 +13,7 @@ import typer
 from launcher.checkpoint_cli import app as checkpoint_app
 from launcher.option_types import (
     BatchOption,
+    BindOption,
     CacheOption,
     CheckpointOption,
     CollectivesOption,
@@ -21,7 +22,12 @@ from launcher.option_types import (
     DtypeOption,
     FormatOption,
     KeyFileOption,
+    LocalWorkersOption,
     LogDirOption,
+    MasterAddrOption,
+    MasterPortOption,
+    NodeRankOption,
+    NodesOption,
     OverwriteOption,
     RestartsOption,
     ThreadsOption,
@@ -92,11 +98,18 @@ def predict(
     log_dir: LogDirOption = None,
     max_restarts: RestartsOption = None,
     timeout: TimeoutOption = None,
+    bind_cores: BindOption = None,
+    num_nodes: NodesOption = None,
+    node_rank: NodeRankOption = None,
+    local_workers: LocalWorkersOption = None,
+    master_addr: MasterAddrOption = None,
+    master_port: MasterPortOption = None,
 ) -> None:
     """Decode prompts with N ranks: the main job.
 
     Results go to standard output, one line a prompt; logs of the ranks to worker_N.log in the log folder.
-    Under torchrun the process joins as one rank instead of starting any.
+    A process that torchrun, srun, mpirun or msrun started joins as one rank instead of starting any. SIGTERM and SIGINT end the run
+    after the current token; prompts that are finished by then are in --output.
     """
     from launcher.predict import PredictOptions
     from launcher.predict import predict as run
@@ -132,6 +145,12 @@ def predict(
             log_dir=log_dir,
             max_restarts=max_restarts,
             timeout_seconds=timeout,
+            bind_cores=bind_cores,
+            num_nodes=num_nodes,
+            node_rank=node_rank,
+            local_workers=local_workers,
+            master_addr=master_addr,
+            master_port=master_port,
         )
     )
 
@@ -324,13 +343,18 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
     from dataclasses import asdict
 
     from launcher.environment import read_environment
+    from model.quoting import quote_name
 
     found: dict[str, Any] = asdict(read_environment())
     if as_json:
         print(json.dumps(found))
         return
+    variables, sources = found.pop("variables"), found.pop("sources")
+    width = max(map(len, found)) + 1
     for name, value in found.items():
-        print(f"{name}: {'-' if value is None else value}")
+        given = [(source, variables[source]) for source in sources[name].split(", ")] if name in sources else []
+        origin = ", ".join(f"{source}={quote_name(text)}" for source, text in given)
+        print(f"{name + ':':<{width}} {'-' if value is None else quote_name(str(value))}{f' (from {origin})' if origin else ''}")
 
 
 app.add_typer(checkpoint_app)

@@ -17,3 +17,11 @@ def count_cores() -> int:
 def share_cores(local_world_size: int) -> int:
     """Threads of each of the ranks on this host."""
     return max(1, count_cores() // local_world_size)
+
+
+def bind_cores(local_rank: int, local_world_size: int) -> None:
+    """Keep this process on its own run of this host's cores. More ranks than cores stay unbound."""
+    cores = sorted(os.sched_getaffinity(0))
+    first, end = local_rank * len(cores) // local_world_size, (local_rank + 1) * len(cores) // local_world_size
+    if first < end:
+        os.sched_setaffinity(0, cores[first:end])

@@ -3,6 +3,7 @@
 A plain value that travels as JSON from the parent to the ranks. Knows no text: prompts are ids already.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class Job:
     """auto, shm, gloo or nccl."""
     threads_per_rank: int | None
     """None: the cores at hand, shared evenly."""
+    bind_cores: bool
+    """Whether each rank keeps to cores of its own."""
     timeout_seconds: float
     """A step without progress of a peer for so long ends the run."""
     max_batch_size: int
@@ -56,6 +59,14 @@ class Job:
         opening = OpenOptions(**raw.pop("opening"))
         task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
         return cls(**raw, opening=opening, eos_token_ids=eos_token_ids, task=task)
+
+    @property
+    def digest(self) -> str:
+        """Equal for ranks that mean the same; where each finds the checkpoint is its own affair."""
+        said = json.loads(self.to_json())
+        for name in ("checkpoint", "opening", "timeout_seconds", "threads_per_rank", "bind_cores"):
+            del said[name]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def path(self) -> Path:

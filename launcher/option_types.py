@@ -59,3 +59,22 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--timeout", "--cluster_time_out", help="Seconds that ranks wait for one that makes no progress. Default: 300."),
 ]
+BindOption = Annotated[
+    str | None,
+    typer.Option("--bind-cores", "--bind_core", metavar="True|False", help="Keep each rank to cores of its own. Default: False."),
+]
+NodesOption = Annotated[
+    int | None,
+    typer.Option("--nnodes", help="Nodes in all; start the same command on each. Default: 1, or ranks / local workers."),
+]
+NodeRankOption = Annotated[int | None, typer.Option("--node-rank", "--node_rank", help="Several nodes: number of this one, from 0.")]
+LocalWorkersOption = Annotated[
+    int | None,
+    typer.Option("--local-workers", "--local_worker_num", help="Several nodes: ranks of this one. Default: --workers, shared evenly."),
+]
+MasterAddrOption = Annotated[
+    str | None, typer.Option("--master-addr", "--master_addr", help="Several nodes: address of node 0, on which it listens.")
+]
+MasterPortOption = Annotated[
+    int | None, typer.Option("--master-port", "--master_port", help="Port on node 0. Default: 8118 for several nodes, else any free one.")
+]

@@ -30,3 +30,9 @@ class RunOptions(CheckpointOptions):
     log_dir: Path | None = None
     max_restarts: int | None = None
     timeout_seconds: float | None = None
+    bind_cores: str | None = None
+    num_nodes: int | None = None
+    node_rank: int | None = None
+    local_workers: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None

@@ -1,51 +1,36 @@
 """The program of a rank that our own parent started: `python -m launcher.rank_process FOLDER`.
 
-Reads the job from FOLDER, reports to the parent through the socket in it, and ends with the parent.
+Reads the job from FOLDER, reports to the parent through the socket and the board in it, and ends with the parent.
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
 import sys
-import time
-from datetime import timedelta
+import traceback
 from multiprocessing.connection import Client
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
 
-from launcher.environment import LaunchEnvironment, read_environment
+from launcher.environment import read_environment
 from launcher.job import Job
-from launcher.worker import Emit, run_rank
-from parallel.errors import PeerError
+from launcher.key_value_store import connect_store
+from launcher.meeting import find_alone, meet
+from launcher.rank_failure import RankFailure
+from launcher.rank_watch import STACK_SIGNAL, error_file, stack_file
+from launcher.worker import Emit, StopAsked, run_rank
+from parallel.progress import Progress, ProgressBoard
 
 JOB_FILE = "job.json"
 SOCKET_FILE = "events.sock"
+BOARD_FILE = "board"
 _PR_SET_PDEATHSIG = 1
-_SECONDS_FOR_THE_CULPRIT = 3.0
-
-
-def waiting_file(attempt: int, rank: int) -> str:
-    """Where a rank that another one's failure ends leaves the name of the operation that it was in."""
-    return f"waiting_{attempt}_{rank}"
-
-
-def join_store(environment: LaunchEnvironment, timeout_seconds: float) -> Store | None:
-    """The key-value store of the ranks, as the launcher's environment names it; None for a single rank."""
-    rank, world_size = environment.rank, environment.world_size
-    assert rank is not None and world_size is not None
-    if world_size == 1:
-        return None
-    timeout = timedelta(seconds=timeout_seconds)
-    store: Store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
-    store.set_timeout(timeout)
-    # The agent's store outlives a restart; what the ranks of an earlier attempt left in it must not be found.
-    return PrefixStore(f"tandem/attempt_{environment.restart_count}", store)
+_SLACK_SECONDS = 15.0
+"""How much longer than the parent, who can name the culprit, a rank waits for another."""
 
 
 def _silent(event: dict[str, Any]) -> None:
@@ -58,24 +43,9 @@ def _connect_to_parent(folder: Path) -> Emit:
     def emit(event: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(event).encode())
 
-    emit({"event": "start"})
     return emit
 
 
-def _leave(note: Path, frame: FrameType | None) -> None:
-    """End as SIGTERM does, but leave behind the outermost collective, or else the innermost function, that was running."""
-    names = []
-    while frame is not None:
-        names.append((Path(frame.f_code.co_filename).parent.name, frame.f_code.co_name))
-        frame = frame.f_back
-    collectives = [name for folder, name in names if folder == "parallel"]
-    if not note.exists():
-        note.write_text(collectives[-1] if collectives else names[0][1], encoding="utf-8")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@record
 def main() -> None:
     """Run this rank to its end."""
     os.dup2(2, 1)  # standard error is the log file; results go through the socket
@@ -83,20 +53,33 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     folder = Path(sys.argv[1])
     environment = read_environment()
-    assert environment.rank is not None and environment.local_rank is not None
-    rank = environment.rank
-    note = folder / waiting_file(environment.restart_count, rank)
-    signal.signal(signal.SIGTERM, lambda number, frame: _leave(note, frame))
-    job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
-    store = join_store(environment, job.timeout_seconds)
-    emit = _connect_to_parent(folder) if rank == 0 else _silent
-    try:
-        run_rank(job, rank, environment.local_rank, environment.local_world_size or job.world_size, store, emit)
-    except PeerError as error:
-        note.write_text(error.operation, encoding="utf-8")
-        # The agent shall see the rank that failed first, not this one; it ends this one when it has.
-        time.sleep(_SECONDS_FOR_THE_CULPRIT)
-        raise
+    rank, local_rank, world_size = environment.rank, environment.local_rank, environment.world_size
+    assert rank is not None and local_rank is not None and world_size is not None and environment.local_world_size is not None
+    attempt = environment.restart_count
+    with stack_file(folder, attempt, local_rank).open("w") as stack:
+        faulthandler.enable(stack)
+        faulthandler.register(STACK_SIGNAL, stack)
+        progress = Progress(ProgressBoard(folder / BOARD_FILE, environment.local_world_size).line(local_rank))
+        job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
+        try:
+            if world_size == 1:
+                seat, store = find_alone(), None
+            else:
+                address, port = environment.master_addr, environment.master_port
+                assert address is not None and port is not None
+                wait_seconds = job.timeout_seconds + _SLACK_SECONDS
+                store = PrefixStore(f"tandem/ranks_{attempt}", connect_store(address, port, wait_seconds))
+                seat = meet(store, rank, world_size, address, "", wait_seconds)
+            emit = _connect_to_parent(folder) if rank == 0 else _silent
+            run_rank(job, seat, store, progress, emit, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
+        except StopAsked:
+            signal.pause()  # the parent has what it wants, and ends all ranks
+        except BaseException as error:
+            traceback.print_exc()
+            RankFailure.of(error).write(error_file(folder, attempt, local_rank))
+            sys.stderr.flush()
+            # Without the interpreter's long farewell: peers and parent are waiting to hear of it.
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ import torch
 from launcher.console import ByteProgress
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
+from launcher.joining import join_ranks
+from launcher.memory_forecast import forecast_memory
+from launcher.nodes import Nodes, plan_nodes
 from launcher.options import CheckpointOptions, RunOptions
-from launcher.rank_process import join_store
+from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
-from launcher.spawning import RanksFailedError, spawn_ranks
+from launcher.spawning import spawn_ranks
 from launcher.tasks import Task
-from launcher.worker import run_rank, shared_memory_works
+from launcher.verdict import RanksFailedError
+from launcher.worker import shared_memory_works
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
@@ -55,6 +59,8 @@ class Run:
     settings: Settings
     environment: LaunchEnvironment
     world_size: int
+    nodes: Nodes
+    """What this node starts, where it starts ranks."""
     opened: OpenedModel
 
     @property
@@ -71,17 +77,26 @@ class Run:
 
 
 def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
-    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`."""
+    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`.
+
+    A process that is msrun's scheduler does not return: it serves the ranks and exits.
+    """
     environment = read_environment()
+    if environment.is_scheduler:
+        sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
+    if options.num_nodes or options.local_workers:
+        # Who says what each node starts has had srun or mpirun start one such command a node: it is no rank.
+        environment = environment.as_program()
     settings = open_settings(options.config)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
+    nodes = Nodes() if environment.is_rank else _plan_nodes(options, world_size)
     opened = open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    return Run(options, settings, environment, world_size, opened)
+    return Run(options, settings, environment, world_size, nodes, opened)
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
@@ -136,6 +151,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
         collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
         threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
+        bind_cores=_parse_flag("--bind-cores", options.bind_cores),
         timeout_seconds=first_said(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
         max_batch_size=first_said(options.max_batch_size, own.max_batch_size),
         task=task,
@@ -146,34 +162,57 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+    if job.collectives == "shm" and run.nodes.num_nodes > 1:
+        raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
     return job
 
 
-def run_job(run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redone: str) -> int:
+def run_job(
+    run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redone: str, continue_task: Callable[[], Task] | None = None
+) -> int:
     """Start the ranks, or be one of those that a launcher started; give the number of restarts.
 
-    `redone` says in words what happens again after a restart. Raises RanksFailedError when ranks failed; its verdict
-    has been written.
+    `redone` says in words what happens again after a restart, `continue_task` what is left to do then. Raises RanksFailedError
+    when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
     """
     options, own, environment = run.options, run.settings.tandem, run.environment
-    log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR)
+    log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
+    if environment.is_rank:
+        join_ranks(environment, job, log_dir, on_event)
+        return environment.restart_count
+    opened = run.opened
+    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+        print(f"warning: {warning}", file=sys.stderr)
+    max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
+
+    def tell(number: int) -> None:
+        print(f"a rank failed; restart {number}: all ranks load again and {redone}", file=sys.stderr)
+
     try:
-        if environment.is_rank:
-            rank, local_rank = environment.rank, environment.local_rank
-            assert rank is not None and local_rank is not None
-            store = join_store(environment, job.timeout_seconds)
-            emit = on_event if rank == 0 else lambda event: None
-            run_rank(job, rank, local_rank, environment.local_world_size or job.world_size, store, emit)
-            return 0
-        max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
-
-        def tell(number: int) -> None:
-            print(f"a rank failed; restart {number}: all ranks load again and {redone}", file=sys.stderr)
-
-        return spawn_ranks(job, log_dir, max_restarts, on_event, tell)
+        return spawn_ranks(job, run.nodes, log_dir, max_restarts, on_event, tell, continue_task or (lambda: job.task))
     except RanksFailedError as error:
         error.verdict.write(log_dir)
         raise
+
+
+def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:
+    return plan_nodes(
+        world_size,
+        num_nodes=options.num_nodes,
+        node_rank=options.node_rank,
+        local_workers=options.local_workers,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+    )
+
+
+def _parse_flag(name: str, word: str | None) -> bool:
+    flags = {None: False, "true": True, "false": False, "1": True, "0": False}
+    found = flags.get(word.lower() if word else None)
+    if found is None:
+        raise ConfigError(f"{name} is {word!r}, but True or False is needed")
+    return found
 
 
 def first_said(*values: Any) -> Any:

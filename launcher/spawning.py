@@ -1,101 +1,186 @@
-"""Starts the ranks of a job on this host with PyTorch's elastic agent, and watches them to the end.
+"""Starts the ranks of a job on this host with PyTorch's elastic agent, and sees them to the end.
 
-The agent starts, watches, restarts and ends processes; this file gives it the job, the log files and a verdict.
+The agent starts and restarts processes and meets other nodes; the watch beside it tells who failed first. This file gives them the
+job, the log files, and makes one verdict of what they found.
 """
 
 import json
 import logging
+import signal
 import sys
 import tempfile
 import threading
-import uuid
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launcher.control_groups import MemoryGroup, read_memory_group
+from launcher.graceful_stop import GracefulStop, StoppedError
 from launcher.job import Job
-from launcher.rank_process import JOB_FILE, SOCKET_FILE
-from launcher.verdict import Verdict, build_verdict
-from parallel.errors import TandemError
+from launcher.key_value_store import StoreError
+from launcher.nodes import Nodes
+from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
+from launcher.rank_watch import RankWatch
+from launcher.rendezvous import NODE_SILENCE_SECONDS, NodeRendezvous, NodesError, RunOver, host_name
+from launcher.tasks import Task, read_task, write_task
+from launcher.verdict import RanksFailedError, Verdict, judge_failure
+from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
-
-
-class RanksFailedError(TandemError):
-    """The ranks failed and the restarts are used up."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.describe())
-        self.verdict = verdict
-
-
-class StoppedError(TandemError):
-    """A signal ended the run."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
-        self.signal_number = signal_number
+_EXIT_BARRIER_SECONDS = 30.0
 
 
 def spawn_ranks(
-    job: Job, log_dir: Path, max_restarts: int, on_event: Callable[[dict[str, Any]], None], on_restart: Callable[[int], None]
+    job: Job,
+    nodes: Nodes,
+    log_dir: Path,
+    max_restarts: int,
+    on_event: Callable[[dict[str, Any]], None],
+    on_restart: Callable[[int], None],
+    continue_task: Callable[[], Task],
 ) -> int:
-    """Run `job` on new processes of this host; give the number of restarts that it took.
+    """Run `job` on new processes of this node; give the number of restarts that it took.
 
-    `on_event` gets rank 0's events, `on_restart` the number of each restart. Raises RanksFailedError with the verdict,
-    StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
+    `on_event` gets rank 0's events, `on_restart` the number of each restart; `continue_task` says what is left to do then. Raises
+    RanksFailedError with the verdict, StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     log_dir.chmod(0o700)
     # The agent's own words would stand between the results; what matters of them is in the verdict.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    memory = read_memory_group()
     with tempfile.TemporaryDirectory(prefix="tandem-") as name:
         folder = Path(name)
-        (folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
-        logs = _RankLogs(log_dir, folder, on_restart)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=job.world_size,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=max_restarts,
-            monitor_interval=_MONITOR_SECONDS,
-            logs_specs=logs,
-            shutdown_timeout=_SHUTDOWN_SECONDS,
-        )
-        with Listener(str(folder / SOCKET_FILE), "AF_UNIX") as listener:
-            receiver = _Receiver(listener, on_event)
+        board = ProgressBoard(folder / BOARD_FILE, nodes.local_workers, create=True)
+        watch = RankWatch(board, folder, job.timeout_seconds)
+        stop = GracefulStop(lambda: board.ask_to_stop(0))
+        rendezvous: NodeRendezvous | None = None
+        agent: _Agent | None = None
+        with Listener(str(folder / SOCKET_FILE), "AF_UNIX") as listener, stop:
+            receiver = _Receiver(listener, on_event, stop)
             receiver.start()
             try:
-                elastic_launch(config, sys.executable)("-m", "launcher.rank_process", name)
-            except ChildFailedError as error:
-                raise RanksFailedError(build_verdict(error.failures, job.world_size, folder, log_dir, logs.restarts)) from None
+                rendezvous = NodeRendezvous(
+                    nodes.node_rank, nodes.num_nodes, nodes.master_addr, nodes.master_port, job.timeout_seconds, _greet(job, nodes)
+                )
+                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, on_restart, continue_task)
+                watch.start()
+                result = agent.run()
+                if result.is_failed():
+                    raise _RanksEnded(result)
             except SignalException as error:
-                raise StoppedError(int(error.sigval)) from None
+                if receiver.error is None:
+                    number = stop.number or int(error.sigval)
+                    _say_stopped(rendezvous, number, nodes)
+                    raise StoppedError(number) from None
+            except (_RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
+                watch.end_all()
+                first_rank = agent.first_rank if agent else 0
+                attempt = max(0, rendezvous.attempt) if rendezvous else 0
+                verdict, is_echo = _judge(error, watch, nodes, rendezvous, first_rank, log_dir, attempt, memory)
+                raise RanksFailedError(_agree(verdict, is_echo, rendezvous)) from None
+            finally:
+                watch.end_all()
+                watch.close()
+                if rendezvous is not None:
+                    rendezvous.shutdown()
             receiver.finish()
         if receiver.error is not None:
             raise receiver.error
-    return logs.restarts
+    return agent.num_restarts if agent else 0
+
+
+class _RanksEnded(Exception):
+    """The agent's result: ranks failed and it has no restarts left."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+class _Agent(LocalElasticAgent):
+    """The elastic agent, handing every attempt its job and its processes to the watch."""
+
+    def __init__(
+        self,
+        job: Job,
+        nodes: Nodes,
+        rendezvous: NodeRendezvous,
+        watch: RankWatch,
+        stop: GracefulStop,
+        board: ProgressBoard,
+        folder: Path,
+        log_dir: Path,
+        max_restarts: int,
+        on_restart: Callable[[int], None],
+        continue_task: Callable[[], Task],
+    ) -> None:
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=nodes.local_workers,
+            entrypoint=sys.executable,
+            args=("-m", "launcher.rank_process", str(folder)),
+            rdzv_handler=rendezvous,
+            max_restarts=max_restarts,
+            monitor_interval=_MONITOR_SECONDS,
+        )
+        logs = _RankLogs(log_dir, folder)
+        super().__init__(spec, logs, exit_barrier_timeout=_EXIT_BARRIER_SECONDS, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._job, self._logs, self._rendezvous_handler, self._watch, self._board = job, logs, rendezvous, watch, board
+        self._stopping = stop
+        self._folder, self._on_restart, self._continue_task = folder, on_restart, continue_task
+        self.first_rank = 0
+        self.num_restarts = 0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        attempt = self._rendezvous_handler.attempt
+        if attempt:
+            self.num_restarts = attempt
+            self._on_restart(attempt)
+        self.first_rank = worker_group.workers[0].global_rank
+        self._logs.attempt = attempt
+        self._board.reset()
+        job = replace(self._job, task=self._share_task(attempt))
+        (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._stopping.take_over()  # the agent has put its own handlers in place
+        self._watch.follow(attempt, pids)
+        return pids
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        self._watch.end_all()  # a rank that is stopped would not heed SIGTERM
+        super()._shutdown(death_sig, timeout)
+
+    def _share_task(self, attempt: int) -> Task:
+        """What the first node has left to do: only it hears rank 0."""
+        handler = self._rendezvous_handler
+        if handler.num_nodes == 1:
+            return self._continue_task()
+        key = f"task/{attempt}"
+        if handler.node == 0:
+            handler.share(key, json.dumps(write_task(self._continue_task())))
+        return read_task(json.loads(handler.wait_for(key)))
 
 
 class _RankLogs(LogsSpecs):
     """worker_N.log for standard error, to which a rank joins its standard output; the log of an attempt that failed is kept."""
 
-    def __init__(self, log_dir: Path, folder: Path, on_restart: Callable[[int], None]) -> None:
+    def __init__(self, log_dir: Path, folder: Path) -> None:
         super().__init__(str(log_dir))
-        self.restarts = 0
-        self._log_dir, self._folder, self._on_restart = log_dir, folder, on_restart
-        self._started = False
+        self.attempt = 0
+        self._log_dir, self._folder = log_dir, folder
 
     @property
     def root_log_dir(self) -> str:
@@ -104,28 +189,24 @@ class _RankLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Name the files of one attempt; the agent asks before it starts the processes of each."""
-        if self._started:
-            self.restarts += 1
-            self._on_restart(self.restarts)
-        self._started = True
-        errors, logs = {}, {}
-        for rank, env in envs.items():
-            log = self._log_dir / f"worker_{rank}.log"
-            if self.restarts and log.exists():
-                log.rename(self._log_dir / f"worker_{rank}.attempt_{self.restarts - 1}.log")
-            logs[rank] = str(log)
-            errors[rank] = env["TORCHELASTIC_ERROR_FILE"] = str(self._folder / f"error_{self.restarts}_{rank}.json")
-        console = dict.fromkeys(envs, "")
-        unused = str(self._folder / "unused")
-        return LogsDest(console, logs, {}, {}, errors, unused, unused)
+        logs = {}
+        for local_rank, env in envs.items():
+            log = self._log_dir / f"worker_{env['RANK']}.log"
+            if self.attempt and log.exists():
+                log.rename(self._log_dir / f"worker_{env['RANK']}.attempt_{self.attempt - 1}.log")
+            logs[local_rank] = str(log)
+            # The nodes count attempts together; an agent counts only those in which a rank of its own failed.
+            env["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
+        unused = dict.fromkeys(envs, str(self._folder / "unused"))
+        return LogsDest(dict.fromkeys(envs, ""), logs, {}, {}, unused, unused[0], unused[0])
 
 
 class _Receiver(threading.Thread):
     """Hands rank 0's events on; a rank that was restarted connects anew."""
 
-    def __init__(self, listener: Listener, on_event: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, listener: Listener, on_event: Callable[[dict[str, Any]], None], stop: GracefulStop) -> None:
         super().__init__(daemon=True)
-        self._listener, self._on_event = listener, on_event
+        self._listener, self._on_event, self._stopping = listener, on_event, stop
         self.error: Exception | None = None
         self._finished = threading.Event()
 
@@ -152,8 +233,86 @@ class _Receiver(threading.Thread):
                 event = json.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            if self.error is None:
+            if event["event"] == "stopped":
+                self._stopping.answer()
+            elif self.error is None:
                 try:
                     self._on_event(event)
                 except Exception as error:  # raised again by the parent when the ranks have ended
                     self.error = error
+                    self._stopping.end_now()
+
+
+def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
+    """What every node of a run has to have alike; paths may differ, and what is to be done is the first node's to say."""
+    return {
+        "world_size": job.world_size,
+        "dtype": job.dtype,
+        "device": job.device,
+        "kv_cache": job.kv_cache,
+        "context_tokens": job.context_tokens,
+        "max_batch_size": job.max_batch_size,
+        "collectives": job.collectives,
+        "local_workers": nodes.local_workers,
+    }
+
+
+def _judge(
+    error: Exception,
+    watch: RankWatch,
+    nodes: Nodes,
+    rendezvous: NodeRendezvous | None,
+    first_rank: int,
+    log_dir: Path,
+    attempt: int,
+    memory: MemoryGroup,
+) -> tuple[Verdict, bool]:
+    """What this node has to say, and whether it only felt what happened elsewhere."""
+    failure = watch.look_again()
+    if failure is not None:
+        now = read_memory_group()
+        verdict = judge_failure(failure, first_rank=first_rank, host=host_name(), log_dir=log_dir, restarts=attempt, before=memory, now=now)
+        return verdict, failure.is_echo
+    if isinstance(error, _RanksEnded):
+        rank, first = min(error.result.failures.items(), key=lambda item: item[1].timestamp)
+        code = first.exitcode
+        number = signal.Signals(-code).name if code < 0 else None
+        words = {"pid": first.pid, "exit_code": None if number else code, "signal": number, "exception": None}
+        return _blame(rank, host_name(), attempt, log_file=str(log_dir / f"worker_{rank}.log"), **words), False
+    blamed = error.node if isinstance(error, NodesError) else 0
+    rank = rendezvous.first_ranks[blamed] if rendezvous else 0
+    return _blame(rank or blamed * nodes.local_workers, f"node {blamed}", attempt, exception=str(error)), isinstance(error, RunOver)
+
+
+def _blame(rank: int | None, host: str, restarts: int, **found: Any) -> Verdict:
+    return Verdict(
+        first_failed_rank=rank,
+        host=host,
+        restarts_used=restarts,
+        **{"pid": None, "exit_code": None, "signal": None, "exception": None, "traceback_tail": None, **found},
+    )
+
+
+def _agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
+    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone."""
+    if rendezvous is None or rendezvous.num_nodes == 1:
+        return mine
+    entry = {"echo": is_echo, "at": time.time(), "verdict": mine.to_json()}
+    said = {node: json.loads(text) for node, text in rendezvous.exchange_verdicts(json.dumps(entry)).items()}
+    causes = [entry for entry in said.values() if not entry["echo"]]
+    if causes:
+        return Verdict.from_json(min(causes, key=lambda entry: entry["at"])["verdict"])
+    for node in rendezvous.find_silent():
+        gone = f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s"
+        others = {rank: words for rank, words in mine.others_waiting_in.items() if rank != mine.first_failed_rank}
+        return replace(_blame(rendezvous.first_ranks[node], f"node {node}", mine.restarts_used, exception=gone), others_waiting_in=others)
+    return mine
+
+
+def _say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
+    """Let the other nodes end too."""
+    if rendezvous is None or nodes.num_nodes == 1:
+        return
+    words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"
+    verdict = _blame(None, host_name(), max(0, rendezvous.attempt), exception=words)
+    rendezvous.say_verdict(json.dumps({"echo": False, "at": time.time(), "verdict": verdict.to_json()}))

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from launcher.cores import share_cores
+from launcher.cores import bind_cores, count_cores, share_cores
 from launcher.job import Job
+from launcher.meeting import Seat
 from launcher.tasks import Decode, Evaluate, Quantize
 from model.checkpoint.formats import open_checkpoint
 from model.config import build_config
 from model.evaluation import boolq, perplexity
-from model.generation import Engine, generate
+from model.generation import Engine
 from model.int8 import choose_int8_kernel
 from model.linear import keeps_bits
 from model.llama import LlamaForCausalLM
@@ -30,10 +31,17 @@ from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
 from model.scheme import read_scheme
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
+from parallel.errors import RunError
+from parallel.node_collectives import NodeCollectives
+from parallel.progress import Progress, WatchedCollectives
 from parallel.shared_memory import SharedMemoryCollectives
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 Emit = Callable[[dict[str, Any]], None]
+
+
+class StopAsked(Exception):
+    """This rank was asked to stop, and has finished what it was at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +55,23 @@ class _Rank:
     started: float
     """time.perf_counter() when the rank began."""
     emit: Emit
+    progress: Progress
 
     def report(self, event: str) -> Callable[[int, int], None]:
-        """Sends (done, total) under this name."""
-        return lambda done, total: self.emit({"event": event, "done": done, "total": total})
+        """Sends (done, total) under this name, and tells the watcher and the peers that this rank gets on."""
+
+        def send(done: int, total: int) -> None:
+            self.collectives.beat()
+            self.heed_stop()
+            self.emit({"event": event, "done": done, "total": total})
+
+        return send
+
+    def heed_stop(self) -> None:
+        """Raise StopAsked when this rank was asked to stop."""
+        if self.progress.asked_to_stop:
+            self.emit({"event": "stopped"})
+            raise StopAsked
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """The whole numbers of every rank, a row each."""
@@ -59,14 +80,21 @@ class _Rank:
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
 
-def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store: Store | None, emit: Emit) -> None:
-    """Run `job` as `rank`. `emit` gets events: progress, tokens, and what came of it at the end."""
+def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit: Emit, *, wait_seconds: float) -> None:
+    """Run `job` as the rank that sits there. `emit` gets events: progress, tokens, and what came of it at the end.
+
+    `wait_seconds`: how long to wait for a peer that does not get on. Raises StopAsked after the current token when asked to.
+    """
     started = time.perf_counter()
-    threads = job.threads_per_rank or share_cores(local_world_size)
+    if job.bind_cores:
+        bind_cores(seat.local_rank, len(seat.local_ranks))
+        threads = job.threads_per_rank or count_cores()
+    else:
+        threads = job.threads_per_rank or share_cores(len(seat.local_ranks))
     torch.set_num_threads(threads)
-    device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, local_rank)
-    collectives = connect(job, rank, local_world_size, store)
-    me = _Rank(job, collectives, device, threads, started, emit)
+    device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, seat.local_rank)
+    collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
+    me = _Rank(job, collectives, device, threads, started, emit, progress)
     if isinstance(job.task, Decode):
         _decode(me, job.task)
     elif isinstance(job.task, Evaluate):
@@ -75,11 +103,13 @@ def run_rank(job: Job, rank: int, local_rank: int, local_world_size: int, store:
         _quantize(me, job.task)
     collectives.barrier()
     collectives.close()
+    progress.set_operation("done")
 
 
 def _load(me: _Rank) -> tuple[LlamaForCausalLM, int]:
     """The model with this rank's part of the checkpoint, and the bytes that were read."""
     _give_back_memory()
+    me.progress.set_operation("loading")
     job = me.job
     source = open_checkpoint(job.path, job.opening)
     config = replace(
@@ -102,16 +132,12 @@ def _decode(me: _Rank, task: Decode) -> None:
     model, read_bytes = _load(me)
     load_seconds = time.perf_counter() - me.started
     engine = Engine(model, job.max_batch_size)
-    for event in generate(engine, task.requests):
-        emit(
-            {
-                "event": "token",
-                "index": event.index,
-                "token_id": event.token_id,
-                "logprob": event.logprob,
-                "finish_reason": event.finish_reason,
-            }
-        )
+    for request in task.requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        for event in engine.step():
+            emit({"event": "token", **asdict(event)})
+        me.heed_stop()
     everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).bytes_per_token])
     times = engine.times
     emit(
@@ -199,23 +225,30 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
-def connect(job: Job, rank: int, local_world_size: int, store: Store | None) -> Collectives:
+def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> Collectives:
     """The collectives of this rank: those that the job names, or the best ones for where the ranks are."""
-    if job.world_size == 1:
+    if seat.world_size == 1:
         return IdentityCollectives()
     assert store is not None
     name = job.collectives
     if name == "auto":
-        name = choose_collectives(job.device, job.world_size == local_world_size)
+        name = choose_collectives(job.device, seat)
+    if name == "shm+gloo":
+        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address)
     if name == "shm":
-        return SharedMemoryCollectives(store, rank, job.world_size, job.timeout_seconds)
-    return DistributedCollectives(store, rank, job.world_size, name, job.timeout_seconds)
+        if seat.num_nodes > 1:
+            raise RunError(f"collectives shm work inside one host, but the ranks are on {seat.num_nodes}; use --collectives auto")
+        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds)
+    return DistributedCollectives(store, seat.rank, seat.world_size, name, wait_seconds, seat.address)
 
 
-def choose_collectives(device: str, one_host: bool) -> str:
-    """shm for CPU ranks on one x86-64 host, torch.distributed's default backend of the device elsewhere."""
-    if device == "cpu" and one_host and shared_memory_works():
-        return "shm"
+def choose_collectives(device: str, seat: Seat) -> str:
+    """Shared memory for CPU ranks on one x86-64 host, gloo between such hosts; else torch.distributed's default of the device."""
+    if device == "cpu" and shared_memory_works():
+        if seat.num_nodes == 1:
+            return "shm"
+        if seat.num_nodes < seat.world_size:
+            return "shm+gloo"
     return torch.distributed.get_default_backend_for_device(torch.device(device))
 
 

@@ -4,15 +4,16 @@ One interface, three backs: identity (one rank), shared memory (`parallel/shared
 Knows tensors and ranks; not what they mean, and not how processes were started.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.store_waiting import StoreBeats, wait_for_ranks
 
 
 class Collectives(Protocol):
@@ -30,9 +31,16 @@ class Collectives(Protocol):
         """Return when every rank has come here."""
         ...
 
+    def beat(self) -> None:
+        """Tell the peers that this rank is at work, loading or computing, so that they go on waiting for it."""
+        ...
+
     def close(self) -> None:
         """Let go of what the back holds."""
         ...
+
+
+_FOREVER = timedelta(days=365)
 
 
 class IdentityCollectives:
@@ -49,16 +57,49 @@ class IdentityCollectives:
     def barrier(self) -> None:
         """Nothing to wait for."""
 
+    def beat(self) -> None:
+        """Nobody waits."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
 
 class DistributedCollectives:
-    """torch.distributed: gloo on CPUs, the device's own backend elsewhere."""
+    """torch.distributed: gloo on CPUs, the device's own backend elsewhere.
 
-    def __init__(self, store: Store, rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
+    `address`: of this host, on which gloo listens, and nowhere else. `ranks`: what these ranks are called in messages, where they are
+    a part of a run's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        backend: str,
+        timeout_seconds: float,
+        address: str = "127.0.0.1",
+        *,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.name, self.rank, self.world_size = backend, rank, world_size
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+        self._store, self._timeout_seconds, self._barriers = store, timeout_seconds, 0
+        self._ranks = list(range(world_size)) if ranks is None else list(ranks)
+        self._beats = StoreBeats(store, rank)
+        timeout = timedelta(seconds=timeout_seconds)
+        self._group: Any = None
+        # All are there before they connect to each other: what waits for a late one then is a wait that can name it.
+        self.barrier()
+        try:
+            if backend == "gloo":
+                options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+                options._timeout = timeout
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+                self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+            else:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        except RuntimeError as error:
+            raise self._fail("connect", error) from error
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)].
@@ -69,21 +110,53 @@ class DistributedCollectives:
         mine = local.new_zeros((rows, widest))
         mine[:, : local.shape[1]] = local
         parts = [torch.empty_like(mine) for _ in sizes]
+        sent, received = mine.view(torch.uint8), [part.view(torch.uint8) for part in parts]
         try:
-            dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8))
+            if self._group is not None:
+                self._group.allgather([received], [sent]).wait()
+            else:
+                dist.all_gather(received, sent)
         except RuntimeError as error:
-            raise PeerError(
-                f"rank {self.rank} waited in gather_columns for a rank that died or stopped: {error}", "gather_columns"
-            ) from error
+            raise self._fail("gather_columns", error) from error
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise PeerError(f"rank {self.rank} waited in barrier for a rank that died or stopped: {error}", "barrier") from error
+        self._barriers += 1
+        name = f"barrier_{self._barriers}"
+        self._store.set(f"{name}/{self.rank}", "")
+        wait_for_ranks(self._store, name, range(self.world_size), self._timeout_seconds, "barrier", self.start_barrier())
+
+    def start_barrier(self) -> Callable[[], None]:
+        """A barrier of gloo's beside the store's, without a time limit of its own: gloo feels the death of a peer at once.
+
+        What it gives raises PeerError once that has happened.
+        """
+        if self._group is None:
+            return lambda: None
+        options = dist.BarrierOptions()
+        options.timeout = _FOREVER
+        work = self._group.barrier(options)
+
+        def check() -> None:
+            try:
+                if work.is_completed():
+                    work.wait()
+            except RuntimeError as error:
+                raise self._fail("barrier", error) from error
+
+        return check
+
+    def beat(self) -> None:
+        """Tell the peers that this rank is at work."""
+        self._beats.beat()
 
     def close(self) -> None:
         """Leave the process group."""
-        dist.destroy_process_group()
+        if self._group is None:
+            dist.destroy_process_group()
+        self._group = None
+
+    def _fail(self, operation: str, error: RuntimeError) -> PeerError:
+        me = self._ranks[self.rank]
+        return PeerError(f"rank {me} waited in {operation} for a rank that died or stopped: {error}", operation)

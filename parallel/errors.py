@@ -53,7 +53,11 @@ class RunError(TandemError, RuntimeError):
 class PeerError(RunError):
     """Another rank died or stopped answering while this one waited for it."""
 
-    def __init__(self, message: str, operation: str) -> None:
+    def __init__(self, message: str, operation: str, *, peer: int | None = None, died: bool = False) -> None:
         super().__init__(message)
         self.operation = operation
         """What this rank waited in."""
+        self.peer = peer
+        """The rank that died or did not come; None when it is not known."""
+        self.died = died
+        """Whether its process has ended."""

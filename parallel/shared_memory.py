@@ -15,32 +15,35 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.store_waiting import wait_for_ranks
 
 _SLOT_BYTES = 1 << 20
 _FLAG_WORDS = 8  # one 64-byte cache line a rank, so that ranks do not disturb each other
+_BEATS = 1  # the second word of a line; the first is the rank's number
 _SPINS_BETWEEN_CHECKS = 2000
 _SPINS_BEFORE_SLEEP = 50_000
 _SLEEP_SECONDS = 0.0002
 
 
 class SharedMemoryCollectives:
-    """Gather through memory that all ranks of one host map."""
+    """Gather through memory that all ranks of one host map. `ranks`: what these are called in messages, where they are a part."""
 
     name = "shm"
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float, *, ranks: Sequence[int] | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
+        self._ranks = list(range(world_size)) if ranks is None else list(ranks)
         self._sequence = 0
         flag_bytes = world_size * _FLAG_WORDS * 8
         size = flag_bytes + 2 * world_size * _SLOT_BYTES
-        memory = _map_shared(store, rank, size)
+        memory = _map_shared(store, rank, self._ranks, size, timeout_seconds)
         self._flags = memoryview(memory)[:flag_bytes].cast("q")
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=flag_bytes).view(2, world_size, _SLOT_BYTES)
         self._slots = [[slots[buffer, peer] for peer in range(world_size)] for buffer in range(2)]
         self._views: dict[tuple[object, ...], list[torch.Tensor]] = {}
         self._peers = [peer for peer in range(world_size) if peer != rank]
-        self._watch = _PeerWatch(store, rank, self._peers)
+        self._watch = _PeerWatch(store, self._peers, self._ranks)
         self.barrier()
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -57,6 +60,14 @@ class SharedMemoryCollectives:
         """Return when every rank has come here."""
         self._sequence += 1
         self._meet("barrier")
+
+    def beat(self) -> None:
+        """Tell the peers that this rank is at work."""
+        self._flags[self.rank * _FLAG_WORDS + _BEATS] += 1
+
+    def find_dead(self) -> list[int]:
+        """The peers whose processes have ended, as they are called in messages."""
+        return [self._ranks[peer] for peer in self._peers if self._watch.is_dead(peer)]
 
     def close(self) -> None:
         """Close what watches the peers; the memory goes with the process."""
@@ -86,22 +97,24 @@ class SharedMemoryCollectives:
         """Raise this rank's number and wait until every peer's has come as far."""
         flags, sequence = self._flags, self._sequence
         flags[self.rank * _FLAG_WORDS] = sequence
-        deadline = 0.0
         for peer in self._peers:
-            spins = 0
+            spins, deadline, beats = 0, 0.0, -1
             while flags[peer * _FLAG_WORDS] < sequence:
                 os.sched_yield()
                 spins += 1
                 if spins % _SPINS_BETWEEN_CHECKS == 0:
                     now = time.monotonic()
-                    deadline = deadline or now + self._timeout_seconds
+                    if flags[peer * _FLAG_WORDS + _BEATS] != beats:
+                        beats, deadline = flags[peer * _FLAG_WORDS + _BEATS], now + self._timeout_seconds
+                    me, other = self._ranks[self.rank], self._ranks[peer]
                     if self._watch.is_dead(peer) and flags[peer * _FLAG_WORDS] < sequence:
-                        raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in {operation}", operation)
+                        raise PeerError(f"rank {other} died while rank {me} waited for it in {operation}", operation, peer=other, died=True)
                     if now > deadline:
                         raise PeerError(
-                            f"rank {peer} did not reach {operation} within {self._timeout_seconds:g} s of rank {self.rank}; "
+                            f"rank {other} did not reach {operation} within {self._timeout_seconds:g} s of rank {me}; "
                             "a longer --timeout allows slower ranks",
                             operation,
+                            peer=other,
                         )
                 if spins > _SPINS_BEFORE_SLEEP:
                     time.sleep(_SLEEP_SECONDS)
@@ -110,9 +123,15 @@ class SharedMemoryCollectives:
 class _PeerWatch:
     """Tells whether a peer's process has ended, zombies included."""
 
-    def __init__(self, store: Store, rank: int, peers: Sequence[int]) -> None:
-        store.set(f"tandem/pid/{rank}", str(os.getpid()))
-        self._descriptors = {peer: os.pidfd_open(int(store.get(f"tandem/pid/{peer}"))) for peer in peers}
+    def __init__(self, store: Store, peers: Sequence[int], names: Sequence[int]) -> None:
+        self._descriptors = {}
+        for peer in peers:
+            try:
+                self._descriptors[peer] = os.pidfd_open(int(store.get(f"pid/{peer}")))
+            except ProcessLookupError:
+                self.close()
+                name = names[peer]
+                raise PeerError(f"rank {name} died before it met the others", "rendezvous", peer=name, died=True) from None
 
     def is_dead(self, peer: int) -> bool:
         """True when the peer's process has ended."""
@@ -125,14 +144,21 @@ class _PeerWatch:
         self._descriptors = {}
 
 
-def _map_shared(store: Store, rank: int, size: int) -> mmap.mmap:
-    """Map `size` bytes that rank 0 creates without a name and the others open through /proc."""
+def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeout_seconds: float) -> mmap.mmap:
+    """Map `size` bytes that rank 0 creates without a name and the others open through /proc. All ranks are there when it returns."""
     if rank == 0:
         descriptor = os.memfd_create("tandem")
         os.ftruncate(descriptor, size)
-        store.set("tandem/shm", f"/proc/{os.getpid()}/fd/{descriptor}")
-        return mmap.mmap(descriptor, size)
-    descriptor = os.open(store.get("tandem/shm").decode(), os.O_RDWR)
+        store.set("shm", f"/proc/{os.getpid()}/fd/{descriptor}")
+    store.set(f"pid/{rank}", str(os.getpid()))
+    wait_for_ranks(store, "pid", range(len(ranks)), timeout_seconds, "rendezvous")
+    if rank == 0:
+        return mmap.mmap(descriptor, size)  # the descriptor stays open: the others come by it
+    try:
+        descriptor = os.open(store.get("shm").decode(), os.O_RDWR)
+    except FileNotFoundError:
+        first = ranks[0]
+        raise PeerError(f"rank {first} died before it met the others", "rendezvous", peer=first, died=True) from None
     try:
         return mmap.mmap(descriptor, size)
     finally:

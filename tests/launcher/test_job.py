@@ -53,6 +53,7 @@ JOB = Job(
     device="cpu",
     collectives="auto",
     threads_per_rank=None,
+    bind_cores=False,
     timeout_seconds=0.1,
     max_batch_size=16,
     task=TASKS["decode"],

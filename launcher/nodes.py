@@ -1,0 +1,74 @@
+"""Which part of a run one node starts: `--nnodes`, `--node-rank`, `--local-workers`, `--master-addr`, `--master-port`, checked together.
+
+Knows numbers and addresses only.
+"""
+
+from dataclasses import dataclass
+
+from parallel.errors import ConfigError
+
+DEFAULT_MASTER_PORT = 8118
+"""msrun's."""
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """The nodes of a run, seen from one of them."""
+
+    num_nodes: int = 1
+    """Nodes in all."""
+    node_rank: int = 0
+    """Number of this node."""
+    local_workers: int = 1
+    """Ranks that this node starts."""
+    master_addr: str = "127.0.0.1"
+    """Address of node 0, by which all nodes reach it."""
+    master_port: int = 0
+    """Port there; 0 takes any free one, for one node."""
+
+
+def plan_nodes(
+    world_size: int,
+    *,
+    num_nodes: int | None,
+    node_rank: int | None,
+    local_workers: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+) -> Nodes:
+    """Fill in what was not said. Raises ConfigError.
+
+    As with msrun, the number of nodes follows from world_size and --local-workers where it is not given. Without --local-workers
+    ranks are shared evenly, the first nodes taking one more where they do not divide.
+    """
+    for name, value, least in (("--nnodes", num_nodes, 1), ("--local-workers", local_workers, 1), ("--master-port", master_port, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}, but at least {least} is needed")
+    if master_port is not None and master_port > _MAX_PORT:
+        raise ConfigError(f"--master-port is {master_port}, but a port of at most {_MAX_PORT} is needed")
+    if local_workers is not None and local_workers > world_size:
+        raise ConfigError(f"--local-workers is {local_workers}, but the run has {world_size} ranks: make it at most that")
+    if num_nodes is None:
+        if local_workers is not None and world_size % local_workers:
+            raise ConfigError(f"{world_size} ranks are not a multiple of --local-workers {local_workers}: say --nnodes too")
+        num_nodes = world_size // local_workers if local_workers else 1
+    if num_nodes > world_size:
+        raise ConfigError(f"--nnodes is {num_nodes}, but the run has {world_size} ranks: give --workers, the ranks of all nodes together")
+    if node_rank is not None and node_rank == -1 and num_nodes == 1:
+        node_rank = 0  # msrun's default
+    if num_nodes > 1:
+        missing = [name for name, value in (("--node-rank", node_rank), ("--master-addr", master_addr)) if value is None]
+        if missing:
+            raise ConfigError(f"--nnodes {num_nodes} needs {' and '.join(missing)}: this node's number from 0, and the address of node 0")
+    node_rank = node_rank or 0
+    if not 0 <= node_rank < num_nodes:
+        raise ConfigError(f"--node-rank is {node_rank}, but --nnodes is {num_nodes}: 0 to {num_nodes - 1} is needed")
+    each, more = divmod(world_size, num_nodes)
+    return Nodes(
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        local_workers=local_workers or each + (node_rank < more),
+        master_addr=master_addr or "127.0.0.1",
+        master_port=master_port or (DEFAULT_MASTER_PORT if num_nodes > 1 else 0),
+    )

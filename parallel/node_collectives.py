@@ -1,0 +1,94 @@
+"""Collectives of CPU ranks on several hosts: shared memory inside a host, torch.distributed between the first ranks of the hosts.
+
+Every part travels once between two hosts, however many ranks share one. Knows which rank is on which host; not what hosts are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from parallel.collectives import DistributedCollectives, IdentityCollectives
+from parallel.errors import PeerError
+from parallel.shared_memory import SharedMemoryCollectives
+from parallel.store_waiting import StoreBeats, wait_for_ranks
+
+
+def plan_nodes(hosts: Sequence[str]) -> list[int]:
+    """The node of every rank, numbered by first appearance, from what identifies its host."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(host, len(numbers)) for host in hosts]
+
+
+class NodeCollectives:
+    """Gather inside the hosts, between them, and inside again. `nodes[r]` is the node of rank r."""
+
+    name = "shm+gloo"
+
+    def __init__(self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str) -> None:
+        self.rank, self.world_size = rank, len(nodes)
+        self._store, self._timeout_seconds = store, timeout_seconds
+        self._members = [[other for other in range(len(nodes)) if nodes[other] == node] for node in range(max(nodes) + 1)]
+        self._node = nodes[rank]
+        mates = self._members[self._node]
+        self._mates = mates
+        self._leaders = [members[0] for members in self._members]
+        self._barriers = 0
+        self._beats = StoreBeats(store, rank)
+        self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
+        if len(mates) > 1:
+            inside = PrefixStore(f"node_{self._node}", store)
+            self._local = SharedMemoryCollectives(inside, mates.index(rank), len(mates), timeout_seconds, ranks=mates)
+        self._between: DistributedCollectives | None = None
+        if rank == mates[0] and len(self._members) > 1:
+            between = PrefixStore("leaders", store)
+            self._between = DistributedCollectives(
+                between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=self._leaders
+            )
+        # Columns come node by node; this brings them into the order of ranks.
+        self._order = [other for members in self._members for other in members]
+        self._is_ordered = self._order == sorted(self._order)
+
+    def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]."""
+        block = self._local.gather_columns(local, [sizes[mate] for mate in self._mates])
+        if len(self._members) == 1:
+            return block
+        total = sum(sizes)
+        if self._between is not None:
+            widths = [sum(sizes[member] for member in members) for members in self._members]
+            whole = self._between.gather_columns(block, widths)
+            if not self._is_ordered:
+                parts = dict(zip(self._order, torch.split(whole, [sizes[other] for other in self._order], dim=1), strict=True))
+                whole = torch.cat([parts[other] for other in range(self.world_size)], dim=1)
+        else:
+            whole = local.new_empty((local.shape[0], 0))
+        # A gather in which only the first has columns hands them to all.
+        return self._local.gather_columns(whole, [total, *[0] * (len(self._mates) - 1)])
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self._barriers += 1
+        name = f"barrier_{self._barriers}"
+        self._store.set(f"{name}/{self.rank}", "")
+        check_leaders = self._between.start_barrier() if self._between is not None else None
+
+        def check() -> None:
+            for peer in self._local.find_dead() if isinstance(self._local, SharedMemoryCollectives) else ():
+                if not self._store.check([f"{name}/{peer}"]):  # else it has been here, and gone on
+                    raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in barrier", "barrier", peer=peer, died=True)
+            if check_leaders is not None:
+                check_leaders()
+
+        wait_for_ranks(self._store, name, range(self.world_size), self._timeout_seconds, "barrier", check)
+
+    def beat(self) -> None:
+        """Tell the peers that this rank is at work."""
+        self._beats.beat()
+        self._local.beat()
+
+    def close(self) -> None:
+        """Let go of both backs."""
+        self._local.close()
+        if self._between is not None:
+            self._between.close()
