@@ -93,7 +93,12 @@ def predict(
     collectives: CollectivesOption = None,
     kv_cache_dtype: CacheOption = None,
     max_batch_size: BatchOption = None,
-    output: Annotated[Path | None, typer.Option(help="Write one JSON object a prompt to this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write one JSON object a prompt to this file, as prompts are finished. Default: none.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip the prompts that are in --output already, and add the others. Default: start it anew.")
+    ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write speeds, bytes and memory of the run to this JSON file.")] = None,
     log_dir: LogDirOption = None,
     max_restarts: RestartsOption = None,
@@ -141,6 +146,7 @@ def predict(
             kv_cache_dtype=kv_cache_dtype,
             max_batch_size=max_batch_size,
             output=output,
+            resume=resume,
             stats=stats,
             log_dir=log_dir,
             max_restarts=max_restarts,

@@ -1,12 +1,14 @@
-"""Shows a run to people and writes its results: text as it is decoded, the final lines, JSONL and stats.
+"""Shows a run to people and hands on its results: text as it is decoded, the final lines, records and stats.
 
 Turns ids into text; knows nothing of models. Results go to standard output, everything else to standard error.
 """
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from launcher.results import Record, ResultsFile
+from launcher.tasks import Decode
 from launcher.whole_file import write_whole
 from model.generation import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
@@ -58,7 +62,7 @@ class WorkProgress:
         return f"{done} of {total}"
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away; the next call begins anew."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -76,6 +80,11 @@ class ByteProgress(WorkProgress):
         """`done` of `total` bytes are done; the clock runs from the first call on, which may say 0."""
         self._started = self._started or time.perf_counter()
         super().__call__(done, total)
+
+    def close(self) -> None:
+        """Take the bar away; the next call begins anew."""
+        super().close()
+        self._started = 0.0
 
     def _columns(self) -> tuple[ProgressColumn, ...]:
         return DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
@@ -116,28 +125,70 @@ class WorkConsole:
 
 
 class RunConsole:
-    """Consumes the events of one run that decodes. `prompts`: the texts of the requests."""
+    """Consumes the events of one run that decodes. `prompts`: the texts of the requests. `done`: what an earlier run has finished.
 
-    def __init__(self, world_size: int, requests: Sequence[Request], prompts: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._requests, self._prompts, self._tokenizer = requests, prompts, tokenizer
+    Tokens come from one thread; another may ask what is left to do.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        requests: Sequence[Request],
+        prompts: Sequence[str],
+        tokenizer: Tokenizer,
+        output: ResultsFile | None = None,
+        done: Sequence[Record] = (),
+    ) -> None:
+        self._requests, self._prompts, self._tokenizer, self._output = requests, prompts, tokenizer, output
+        self._lock = threading.Lock()
         self._tokens: list[list[int]] = [[] for _ in prompts]
-        self._logprobs: list[list[float | None]] = [[] for _ in prompts]
+        self._logprobs: list[list[float]] = [[] for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
         self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in requests]
         self._texts = [""] * len(prompts)
-        self._replayed = [0] * len(prompts)
+        for record in done:
+            self._tokens[record.index] = list(record.token_ids)
+            self._logprobs[record.index] = list(record.logprobs or ())
+            self._reasons[record.index], self._texts[record.index] = record.finish_reason, record.text
         self._num_printed = 0
         self._loading = loading_progress(world_size)
         self._terminal = Terminal(stderr=True)
         self._live: Live | None = None
+        self._failed_at: float | None = None
+        self._recoveries: list[float] = []
         self.stats: dict[str, Any] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every prompt is finished."""
+        return all(self._reasons)
+
+    def print_done(self, *, again: bool = True) -> None:
+        """Print the leading prompts that an earlier run has finished; not `again` when that has printed them where this prints."""
+        while self._num_printed < len(self._prompts) and self._reasons[self._num_printed]:
+            if again:
+                self._print_result(self._num_printed)
+            self._num_printed += 1
+
+    def continue_task(self) -> Decode:
+        """What is left to do: every prompt with the tokens that it has."""
+        with self._lock:
+            return Decode(
+                tuple(
+                    replace(request, known_ids=tuple(tokens), known_reason=reason)
+                    for request, tokens, reason in zip(self._requests, self._tokens, self._reasons, strict=True)
+                )
+            )
+
+    def note_failure(self, at_seconds: float) -> None:
+        """A rank failed at this time.time(), and the run goes on."""
+        self._failed_at = at_seconds
+        self._loading.close()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take one event of rank 0."""
         kind = event.pop("event")
-        if kind == "start":
-            self._replayed = [0] * len(self._prompts)
-        elif kind == "loading":
+        if kind == "loading":
             self._loading(event["done"], event["total"])
         elif kind == "token":
             self._take_token(**event)
@@ -152,13 +203,13 @@ class RunConsole:
         self._loading.close()
         self._stop_live()
 
-    def write(self, output: Path | None, stats: Path | None, restarts: int) -> None:
-        """Write JSONL results and stats, each whole or not at all, and tell the speed."""
-        if output is not None:
-            write_whole(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records()))
+    def write(self, stats: Path | None, restarts: int) -> None:
+        """The run has ended: put the results into order, write stats, and tell the speed."""
+        if self._output is not None:
+            self._output.close()
         if self.stats is None:
             return
-        self.stats["restarts"] = restarts
+        self.stats.update(restarts=restarts, recovery_seconds=self._recoveries)
         if stats is not None:
             write_whole(stats, json.dumps(self.stats, indent=2) + "\n")
         s = self.stats
@@ -169,20 +220,24 @@ class RunConsole:
             file=sys.stderr,
         )
 
-    def _take_token(self, index: int, token_id: int, logprob: float | None, finish_reason: str | None) -> None:
-        position = self._replayed[index]
-        self._replayed[index] += 1
-        if position < len(self._tokens[index]):
-            return  # made again after a restart
-        self._tokens[index].append(token_id)
-        self._logprobs[index].append(logprob)
-        self._reasons[index] = finish_reason
+    def _take_token(self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int) -> None:
+        with self._lock:
+            if position < len(self._tokens[index]):
+                return  # the last words of an attempt that failed, said again by the next
+            assert position == len(self._tokens[index]), f"token {position} of prompt {index} came before {len(self._tokens[index])}"
+            self._tokens[index].append(token_id)
+            if logprob is not None:
+                self._logprobs[index].append(logprob)
+            self._reasons[index] = finish_reason
+        if self._failed_at is not None:
+            self._recoveries.append(time.time() - self._failed_at)
+            self._failed_at = None
         self._texts[index] += self._streams[index].push(token_id)
+        if finish_reason and self._output is not None:
+            self._output.append(self._build_record(index, finish_reason))
         if self._terminal.is_terminal:
             self._show_live()
-        while self._num_printed < len(self._prompts) and self._reasons[self._num_printed]:
-            self._print_result(self._num_printed)
-            self._num_printed += 1
+        self.print_done()
 
     def _print_result(self, index: int) -> None:
         text = self._prompts[index] + self._continuation(index)
@@ -193,21 +248,17 @@ class RunConsole:
     def _continuation(self, index: int) -> str:
         return continuation(self._tokenizer, self._requests[index].prompt_ids, self._tokens[index])
 
-    def _records(self) -> list[dict[str, Any]]:
-        records = []
-        for index, request in enumerate(self._requests):
-            record: dict[str, Any] = {
-                "index": index,
-                "prompt": self._prompts[index],
-                "prompt_token_ids": list(request.prompt_ids),
-                "token_ids": self._tokens[index],
-                "text": self._continuation(index),
-                "finish_reason": self._reasons[index],
-            }
-            if request.params.logprobs:
-                record["logprobs"] = self._logprobs[index]
-            records.append(record)
-        return records
+    def _build_record(self, index: int, finish_reason: str) -> Record:
+        request = self._requests[index]
+        return Record(
+            index=index,
+            prompt=self._prompts[index],
+            prompt_token_ids=request.prompt_ids,
+            token_ids=tuple(self._tokens[index]),
+            text=self._continuation(index),
+            finish_reason=finish_reason,
+            logprobs=tuple(self._logprobs[index]) if request.params.logprobs else None,
+        )
 
     def _show_live(self) -> None:
         if self._live is None:

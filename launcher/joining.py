@@ -5,6 +5,7 @@ Knows the launch environment and the log folder; not what ranks do.
 """
 
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +29,7 @@ from launcher.meeting import Seat, find_alone, meet
 from launcher.rank_failure import RankFailure
 from launcher.rank_watch import STACK_SIGNAL, read_state
 from launcher.scheduler import BEAT_SECONDS, alive_key, bye_key
+from launcher.tasks import read_task, write_task
 from launcher.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
 from launcher.worker import StopAsked, run_rank
 from parallel.errors import PeerError, RunError
@@ -102,7 +105,11 @@ class _Joining:
             self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
             if environment.store_host == "scheduler":
                 threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
+            if self.rank == 0:
+                self._store.set("task", json.dumps(write_task(job.task)))
             self.seat = meet(self._store, self.rank, world_size, address, job.digest, job.timeout_seconds)
+            # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
+            job = replace(job, task=read_task(json.loads(self._store.get("task"))))
         run_rank(job, self.seat, self._store, self.progress, emit, wait_seconds=job.timeout_seconds)
 
     def find_dead(self) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from launcher.console import RunConsole
 from launcher.options import RunOptions
+from launcher.results import ResultsFile, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.settings import Settings
-from launcher.tasks import Decode
 from model.generation import Request, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ class PredictOptions(RunOptions):
     ignore_eos: bool = False
     logprobs: bool = False
     output: Path | None = None
+    resume: bool = False
     stats: Path | None = None
 
 
@@ -50,14 +51,28 @@ def predict(options: PredictOptions) -> None:
     tokenizer = run.read_tokenizer()
     prompts = read_prompts(options)
     requests = plan_requests(options, run, tokenizer, prompts)
-    job = build_job(run, Decode(tuple(requests)))
-    console = RunConsole(job.world_size, requests, prompts, tokenizer)
+    if options.resume and options.output is None:
+        raise RequestError("--resume skips what is in the file of --output; give --output")
+    # A launcher that has restarted this rank wants it to go on where the attempt before it was.
+    again = run.environment.restart_count > 0 and options.output is not None
+    resume = options.resume or again
+    vocab_size = run.opened.config.vocab_size
+    done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
+    output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
+    console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
+    job = build_job(run, console.continue_task())
+    restarts = 0
     try:
-        restarts = run_job(run, job, console.on_event, "what is not finished is decoded again")
+        if not run.environment.rank:
+            console.print_done(again=not again)
+        if console.is_done and run.nodes.num_nodes == 1 and not run.environment.is_rank:
+            print(f"nothing to do: all {len(prompts)} prompts are in {options.output}", file=sys.stderr)
+        else:
+            restarts = run_job(run, job, console.on_event, "go on with the same tokens", console.continue_task, console.note_failure)
     finally:
         console.close()
     if not run.environment.rank:
-        console.write(options.output, options.stats, restarts)
+        console.write(options.stats, restarts)
 
 
 def read_prompts(options: PredictOptions) -> list[str]:

@@ -48,6 +48,11 @@ class FirstFailure:
     at_seconds: float
     """time.time() of the failure."""
 
+    def describe(self) -> str:
+        """How it failed, in a few words."""
+        said = self.account.exception.splitlines()[0] if self.account and self.account.exception else None
+        return self.stuck or said or (f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}")
+
     @property
     def is_echo(self) -> bool:
         """Whether it ended only since a rank elsewhere had."""

@@ -168,12 +168,18 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
 
 
 def run_job(
-    run: Run, job: Job, on_event: Callable[[dict[str, Any]], None], redone: str, continue_task: Callable[[], Task] | None = None
+    run: Run,
+    job: Job,
+    on_event: Callable[[dict[str, Any]], None],
+    redone: str,
+    continue_task: Callable[[], Task] | None = None,
+    note_failure: Callable[[float], None] = lambda at_seconds: None,
 ) -> int:
     """Start the ranks, or be one of those that a launcher started; give the number of restarts.
 
-    `redone` says in words what happens again after a restart, `continue_task` what is left to do then. Raises RanksFailedError
-    when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
+    `redone` says in words what happens again after a restart, `continue_task` what is left to do then; `note_failure` is told the
+    time.time() of the failure before. Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM
+    and SIGINT.
     """
     options, own, environment = run.options, run.settings.tandem, run.environment
     log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
@@ -186,8 +192,9 @@ def run_job(
         print(f"warning: {warning}", file=sys.stderr)
     max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
-    def tell(number: int) -> None:
-        print(f"a rank failed; restart {number}: all ranks load again and {redone}", file=sys.stderr)
+    def tell(number: int, cause: str, at_seconds: float) -> None:
+        note_failure(at_seconds)
+        print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {redone}", file=sys.stderr)
 
     try:
         return spawn_ranks(job, run.nodes, log_dir, max_restarts, on_event, tell, continue_task or (lambda: job.task))

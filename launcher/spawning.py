@@ -46,13 +46,14 @@ def spawn_ranks(
     log_dir: Path,
     max_restarts: int,
     on_event: Callable[[dict[str, Any]], None],
-    on_restart: Callable[[int], None],
+    on_restart: Callable[[int, str, float], None],
     continue_task: Callable[[], Task],
 ) -> int:
     """Run `job` on new processes of this node; give the number of restarts that it took.
 
-    `on_event` gets rank 0's events, `on_restart` the number of each restart; `continue_task` says what is left to do then. Raises
-    RanksFailedError with the verdict, StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
+    `on_event` gets rank 0's events, `on_restart` the number of each restart, what failed and the time.time() of that;
+    `continue_task` says what is left to do then. Raises RanksFailedError with the verdict, StoppedError on SIGINT and SIGTERM. When it
+    returns or raises, no rank is left.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     log_dir.chmod(0o700)
@@ -124,7 +125,7 @@ class _Agent(LocalElasticAgent):
         folder: Path,
         log_dir: Path,
         max_restarts: int,
-        on_restart: Callable[[int], None],
+        on_restart: Callable[[int, str, float], None],
         continue_task: Callable[[], Task],
     ) -> None:
         spec = WorkerSpec(
@@ -148,7 +149,7 @@ class _Agent(LocalElasticAgent):
         attempt = self._rendezvous_handler.attempt
         if attempt:
             self.num_restarts = attempt
-            self._on_restart(attempt)
+            self._on_restart(attempt, *self._describe_failure())
         self.first_rank = worker_group.workers[0].global_rank
         self._logs.attempt = attempt
         self._board.reset()
@@ -162,6 +163,12 @@ class _Agent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._watch.end_all()  # a rank that is stopped would not heed SIGTERM
         super()._shutdown(death_sig, timeout)
+
+    def _describe_failure(self) -> tuple[str, float]:
+        failure = self._watch.look_again()
+        if failure is None or failure.is_echo:
+            return "a rank failed on another node", time.time()
+        return f"rank {self.first_rank + failure.local_rank} failed ({failure.describe()})", failure.at_seconds
 
     def _share_task(self, attempt: int) -> Task:
         """What the first node has left to do: only it hears rank 0."""

@@ -63,7 +63,12 @@ def read_task(raw: dict[str, Any]) -> Task:
 
 
 def _read_decode(raw: dict[str, Any]) -> Decode:
-    return Decode(tuple(Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"])) for r in raw["requests"]))
+    return Decode(
+        tuple(
+            Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"]), tuple(r["known_ids"]), r["known_reason"])
+            for r in raw["requests"]
+        )
+    )
 
 
 def _read_evaluate(raw: dict[str, Any]) -> Evaluate:

@@ -2,6 +2,9 @@
 
 Every rank runs the same engine on the same requests and takes the same steps. Predict, evaluation and serving consume
 the events of `step`. Knows token ids only: no text, no files, no processes.
+
+A run that goes on where another one stopped takes the same steps with the same rows: how many rows go through a product together
+decides its last bits. Tokens that are known already are taken instead of chosen, and steps that nobody needs are left out.
 """
 
 import time
@@ -29,6 +32,10 @@ class Request:
     """Ids to start from, at least one."""
     params: SamplingParams
     """How to go on."""
+    known_ids: tuple[int, ...] = ()
+    """New tokens that an earlier attempt has made already."""
+    known_reason: str | None = None
+    """Its finish reason, when that attempt has come to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,8 @@ class TokenEvent:
     """Its log-probability, where asked for."""
     finish_reason: str | None
     """"eos" or "length" with the last token."""
+    position: int
+    """How many new tokens came before it."""
 
 
 @dataclass(slots=True)
@@ -65,6 +74,12 @@ class _Sequence:
     last_id: int = 0
     num_new: int = field(default=0)
 
+    @property
+    def known_id(self) -> int | None:
+        """The next token, where it is known already."""
+        known = self.request.known_ids
+        return known[self.num_new] if self.num_new < len(known) else None
+
 
 class Engine:
     """Continuous batching over one model."""
@@ -86,22 +101,28 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def step(self) -> list[TokenEvent]:
-        """One token more for every running sequence, or the first token of the next waiting ones."""
+        """One token more for every running sequence, or the first token of the next waiting ones; those that are new are given."""
         started = time.perf_counter()
         times = self.times
         admitted = self._admit()
-        if admitted:
-            events = self._prefill(admitted)
-            times.prefill_seconds += time.perf_counter() - started
-            times.prefill_tokens += sum(len(sequence.request.prompt_ids) for sequence in admitted)
-            times.first_token_seconds = times.first_token_seconds or time.perf_counter() - started
+        events = self._prefill(admitted) if admitted else self._decode(list(self._running))
+        if not events:
             return events
-        sequences = list(self._running)
-        hidden = self._model([Span(sequence.cache, (sequence.last_id,)) for sequence in sequences])
-        events = self._choose(sequences, self._model.logits_local(hidden))
-        times.decode_seconds += time.perf_counter() - started
-        times.decode_tokens += len(sequences)
+        seconds = time.perf_counter() - started
+        if admitted:
+            times.prefill_seconds += seconds
+            times.prefill_tokens += sum(len(sequence.request.prompt_ids) for sequence in admitted)
+            times.first_token_seconds = times.first_token_seconds or seconds
+        else:
+            times.decode_seconds += seconds
+            times.decode_tokens += len(events)
         return events
+
+    def _decode(self, sequences: list[_Sequence]) -> list[TokenEvent]:
+        if _is_over(sequences):
+            return self._choose(sequences, None)
+        # One that has ended runs along for its row; where its own prompt was left out it sees too little, which is nobody's loss.
+        return self._choose(sequences, self._model([Span(sequence.cache, (sequence.last_id,)) for sequence in sequences]))
 
     def _admit(self) -> list[_Sequence]:
         admitted: list[_Sequence] = []
@@ -121,6 +142,10 @@ class Engine:
         """Run the prompts, as many tokens at a time as fit one pass, and take each first token."""
         events = []
         for group in _group_prompts(sequences):
+            self._running.extend(group)
+            if _is_over(group):
+                events.extend(self._choose(group, None))
+                continue
             hidden = None
             for first in range(0, max(len(sequence.request.prompt_ids) for sequence in group), PREFILL_TOKENS):
                 part = slice(first, first + PREFILL_TOKENS)
@@ -131,15 +156,28 @@ class Engine:
             else:
                 lengths = [len(sequence.request.prompt_ids) for sequence in group]
                 last = hidden[np.cumsum(lengths) - 1]
-            self._running.extend(group)
-            events.extend(self._choose(group, self._model.logits_local(last)))
+            events.extend(self._choose(group, last))
         return events
 
-    def _choose(self, sequences: Sequence[_Sequence], logits_local: torch.Tensor) -> list[TokenEvent]:
+    def _choose(self, sequences: Sequence[_Sequence], hidden: torch.Tensor | None) -> list[TokenEvent]:
+        """Take the next token of each: the known one, else by its row of `hidden`. Only the latter are events."""
         model = self._model
-        chosen = sample(logits_local, [sequence.sampling for sequence in sequences], model.shares.vocab, model.collectives)
+        new = [row for row, sequence in enumerate(sequences) if sequence.known_id is None]
+        chosen: dict[int, tuple[int, float | None]] = {}
+        if new:
+            assert hidden is not None, "a sequence that has ended knows all its tokens"
+            logits = model.logits_local(hidden)
+            states = [sequences[row].sampling for row in new]
+            logits = logits if len(new) == len(sequences) else logits[new]
+            chosen = dict(zip(new, sample(logits, states, model.shares.vocab, model.collectives), strict=True))
         events = []
-        for sequence, (token, logprob) in zip(sequences, chosen, strict=True):
+        for row, sequence in enumerate(sequences):
+            known = sequence.known_id
+            if known is None:
+                token, logprob = chosen[row]
+            else:
+                token, logprob = known, None
+                sequence.sampling.take(token)
             sequence.last_id = token
             sequence.num_new += 1
             params, reason = sequence.request.params, None
@@ -149,7 +187,8 @@ class Engine:
                 reason = "length"
             if reason:
                 self._running.remove(sequence)
-            events.append(TokenEvent(sequence.request.index, token, logprob, reason))
+            if known is None:
+                events.append(TokenEvent(sequence.request.index, token, logprob, reason, sequence.num_new - 1))
         return events
 
 
@@ -173,11 +212,21 @@ def check_request(request: Request, context_tokens: int, vocab_size: int) -> Non
             f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
             f"but the model's context is {context_tokens}"
         )
-    unknown = next((i for i in request.prompt_ids if not 0 <= i < vocab_size), None)
+    if len(request.known_ids) > request.params.max_new_tokens or (request.known_reason and not request.known_ids):
+        raise RequestError(
+            f"prompt {request.index} is said to have {len(request.known_ids)} new tokens already, "
+            f"but 1 to {request.params.max_new_tokens} are asked for"
+        )
+    unknown = next((i for i in (*request.prompt_ids, *request.known_ids) if not 0 <= i < vocab_size), None)
     if unknown is not None:
         raise RequestError(
             f"prompt {request.index} has id {unknown}, but the vocabulary has {vocab_size}: is it another model's tokenizer?"
         )
+
+
+def _is_over(sequences: Sequence[_Sequence]) -> bool:
+    """Whether an earlier attempt has come to the end of all of them, so that nobody needs what they would compute."""
+    return all(sequence.request.known_reason for sequence in sequences)
 
 
 def _group_prompts(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:

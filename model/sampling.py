@@ -67,6 +67,12 @@ class SamplingState:
     generator: np.random.RandomState
     """Its random numbers: MindFormers' generator, one a sequence, so that neighbours do not matter."""
 
+    def take(self, token: int) -> None:
+        """Go on as if this token had been chosen."""
+        if self.params.do_sample:
+            self.generator.random_sample()  # the one that `_draw` takes
+        self.penalized.add(token)
+
 
 def sample(
     logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives
