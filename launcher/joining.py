@@ -38,6 +38,8 @@ from parallel.progress import Progress
 _SECONDS_FOR_THE_CULPRIT = 2.0
 """A rank that lost a peer lets the peer say why first."""
 _FAREWELL_SECONDS = 10.0
+_FAILED_FAREWELL_SECONDS = 1.0
+"""How long the store's host waits for the others to need it no more."""
 _STACK_SECONDS = 1.0
 
 
@@ -126,7 +128,7 @@ class _Joining:
             store.set(bye_key(self.rank), str(code))
             if self.rank == 0 and self.environment.store_host == "rank 0":
                 keys = [bye_key(rank) for rank in range(seat.world_size if seat else 0)]
-                deadline = time.monotonic() + (_FAREWELL_SECONDS if code == 0 else _SECONDS_FOR_THE_CULPRIT)
+                deadline = time.monotonic() + (_FAREWELL_SECONDS if code == 0 else _FAILED_FAREWELL_SECONDS)
                 while time.monotonic() < deadline and not all(store.check([key]) for key in keys):
                     time.sleep(0.02)
 
@@ -188,7 +190,8 @@ def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exceptio
     trace: str | None = None
     if not error.died and peer is not None and seat is not None:
         number, trace = _look_at(peer, seat, log_dir)
-    deadline = time.monotonic() + _SECONDS_FOR_THE_CULPRIT
+    # A rank of this host that ended has said why before, or never will.
+    deadline = time.monotonic() + (0 if error.died else _SECONDS_FOR_THE_CULPRIT)
     while time.monotonic() < deadline and not (log_dir / VERDICT_FILE).exists():
         time.sleep(0.05)
     verdict = Verdict(

@@ -32,6 +32,8 @@ class Seat:
     """Process id of every rank, on its host."""
     address: str = "127.0.0.1"
     """Address of this host by which the others reach it."""
+    shares_cores: bool = False
+    """Whether another rank may run on this one's cores; launchers can have given each its own."""
 
     @property
     def world_size(self) -> int:
@@ -61,7 +63,8 @@ def find_alone() -> Seat:
 
 def meet(store: Store, rank: int, world_size: int, master_addr: str, job_digest: str, timeout_seconds: float) -> Seat:
     """Wait for all ranks; give this one's seat. Raises PeerError for a rank that does not come, RunError for one with another job."""
-    mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "job": job_digest}
+    cores = os.sched_getaffinity(0)
+    mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "job": job_digest, "cores": sorted(cores)}
     store.set(f"seat/{rank}", json.dumps(mine))
     wait_for_ranks(store, "seat", range(world_size), timeout_seconds, "rendezvous")
     seats = [json.loads(store.get(f"seat/{other}")) for other in range(world_size)]
@@ -74,6 +77,7 @@ def meet(store: Store, rank: int, world_size: int, master_addr: str, job_digest:
         nodes=tuple(nodes),
         host_names=tuple(seat["name"] for seat in seats),
         pids=tuple(seat["pid"] for seat in seats),
+        shares_cores=any(cores & set(seat["cores"]) for other, seat in enumerate(seats) if other != rank and nodes[other] == nodes[rank]),
         address="127.0.0.1" if len(set(nodes)) == 1 else find_own_address(master_addr),
     )
 

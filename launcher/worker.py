@@ -90,7 +90,7 @@ def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit
         bind_cores(seat.local_rank, len(seat.local_ranks))
         threads = job.threads_per_rank or count_cores()
     else:
-        threads = job.threads_per_rank or share_cores(len(seat.local_ranks))
+        threads = job.threads_per_rank or (share_cores(len(seat.local_ranks)) if seat.shares_cores else count_cores())
     torch.set_num_threads(threads)
     device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, seat.local_rank)
     collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
