@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 usage or input (nothing had started), 13
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -368,6 +369,7 @@ app.add_typer(checkpoint_app)
 
 def main() -> None:
     """Run a command and end with its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is cleaned away on the way out
     try:
         app(_spread_words(sys.argv[1:]), standalone_mode=False)
     except InputError as error:
