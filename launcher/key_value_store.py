@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
@@ -15,6 +16,7 @@ from parallel.errors import RunError
 _CALL_SECONDS = 30.0
 """How long one question to a store that is there may take."""
 _RETRY_SECONDS = 0.1
+_NAME_SECONDS = 20.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -31,7 +33,7 @@ def open_store(address: str, port: int) -> tuple[TCPStore, int]:
     """A store that listens at this address and nowhere else, and its port (any free one for 0). Raises StoreError."""
     listener = None
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, where = _resolve(address, port)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
@@ -51,6 +53,18 @@ def open_store(address: str, port: int) -> tuple[TCPStore, int]:
         master_listen_fd=listener.detach(),
     )
     return store, bound_port
+
+
+def _resolve(address: str, port: int) -> tuple[Any, ...]:
+    """The first address of a name. Where pods or hosts have just been made, their own names take seconds to be known."""
+    deadline = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        except socket.gaierror:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def connect_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
