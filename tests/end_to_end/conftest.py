@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,24 @@ MARK = "TANDEM_TEST_RUN"
 SECONDS = 180
 
 # What another launcher, a shell or the machine's owner may have set must not decide a test.
-_STRAY_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "MS_", "SLURM_", "OMPI_", "PMI_", "OMP_")
+_STRAY_PREFIXES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "MS_",
+    "SLURM_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "PRTE_",
+    "MPI_",
+    "OMP_",
+    "DEVICE_ID",
+)
 
 TRAINING_TEXT = """I love Beijing, because the streets are wide and the tea is warm. A llama is an animal that lives in the mountains.
 Huawei is a company that makes telephones. Two riders sit on one bicycle, and both of them turn the same chain.
@@ -249,6 +267,51 @@ def checkpoints(tandem: Tandem, tmp_path_factory: pytest.TempPathFactory) -> Che
         result = tandem.run(*arguments)
         assert result.returncode == 0, result.stderr
     return made
+
+
+@pytest.fixture
+def refuse(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., None]:
+    """Runs a command in this process, which saves seconds, and holds its refusal against what any refusal has to be.
+
+    (make, names, usage): arguments from the good checkpoints and an empty folder; what the message has to hold, as regular
+    expressions; whether the option parser answers, which shows the usage first.
+    """
+
+    def run(make: Callable[[Checkpoints, Path], Sequence[str | Path]], names: Sequence[str], usage: bool) -> None:
+        command = make(checkpoints, tmp_path)
+        inputs = sorted(tmp_path.rglob("*"))
+        before = sorted(checkpoints.int8.parent.rglob("*"))
+        (tmp_path / "cwd").mkdir()
+        monkeypatch.chdir(tmp_path / "cwd")
+        for variable in [name for name in os.environ if name.startswith(_STRAY_PREFIXES)]:
+            monkeypatch.delenv(variable)
+        monkeypatch.setattr(sys, "argv", ["tandem", *map(str, command)])
+        for name in ("join_ranks", "spawn_ranks", "serve_ranks"):
+            monkeypatch.setattr(f"launcher.running.{name}", _start_nothing)
+        monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
+        from launcher.cli import main
+
+        with pytest.raises(SystemExit) as ended:
+            main()
+        written, message = capsys.readouterr()
+        assert (ended.value.code, written) == (2, ""), message
+        words = " ".join(message.split())
+        for name in names:
+            assert re.search(name, words), f"{name!r} is not in {words!r}"
+        if not usage:
+            assert message.startswith("tandem: ") and message.count("\n") == 1, message
+            assert len(re.findall(r"[.?!](?= [A-Z])", message)) <= 1, "more than two sentences"
+        assert list((tmp_path / "cwd").iterdir()) == [], "a refused command leaves nothing, no log folder either"
+        assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "cwd"] == inputs, "nothing is written beside the input"
+        assert sorted(checkpoints.int8.parent.rglob("*")) == before
+
+    return run
+
+
+def _start_nothing(*arguments: object) -> None:
+    raise AssertionError("a rank was started")
 
 
 @pytest.fixture(scope="session")

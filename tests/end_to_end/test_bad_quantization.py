@@ -4,10 +4,7 @@ Commands run in this process; that real ones end so is shown by test_bad_input.p
 """
 
 import json
-import os
-import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from launcher.cli import main
 from model.scheme import LinearScheme, Scheme, write_scheme
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints
 
 Command = Sequence[str | Path]
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC_", "MS_", "SLURM_", "OMPI_", "PMI_")
-"""What another launcher, which started the tests, may have set."""
 DYNAMIC = Scheme(LinearScheme(packed=False, activation="token"), ("lm_head",))
 STATIC_CACHE = Scheme(None, (), "channel")
 
@@ -205,33 +199,5 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_mistake_ends_with_code_2_and_a_sentence_before_anything_starts(
-    checkpoints: "Checkpoints", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: Mistake
-) -> None:
-    command = mistake.make(checkpoints, tmp_path)
-    inputs = sorted(tmp_path.rglob("*"))
-    before = sorted(checkpoints.int8.parent.rglob("*"))
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    for variable in [name for name in os.environ if name.startswith(LAUNCHERS)]:
-        monkeypatch.delenv(variable)
-    monkeypatch.setattr(sys, "argv", ["tandem", *map(str, command)])
-    for name in ("run_rank", "spawn_ranks", "join_store"):
-        monkeypatch.setattr(f"launcher.running.{name}", _start_nothing)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    written, message = capsys.readouterr()
-    assert (ended.value.code, written) == (2, ""), message
-    words = " ".join(message.split())
-    for name in mistake.names:
-        assert re.search(name, words), f"{name!r} is not in {words!r}"
-    if not mistake.usage:
-        assert message.startswith("tandem: ") and message.count("\n") == 1, message
-        assert len(re.findall(r"[.?!](?= [A-Z])", message)) <= 1, "more than two sentences"
-    assert list((tmp_path / "cwd").iterdir()) == [], "a refused command leaves nothing, no log folder either"
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "cwd"] == inputs, "nothing is written beside the input"
-    assert sorted(checkpoints.int8.parent.rglob("*")) == before
-
-
-def _start_nothing(*arguments: object) -> None:
-    raise AssertionError("a rank was started")
+def test_mistake_ends_with_code_2_and_a_sentence_before_anything_starts(refuse: Callable[..., None], mistake: Mistake) -> None:
+    refuse(mistake.make, mistake.names, mistake.usage)
