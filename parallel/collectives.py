@@ -4,7 +4,7 @@ One interface, three backs: identity (one rank), shared memory (`parallel/shared
 Knows tensors and ranks; not what they mean, and not how processes were started.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
-from parallel.store_waiting import StoreBeats, wait_for_ranks
+from parallel.peer_lines import PeerLines
+from parallel.store_waiting import StoreBarrier, StoreBeats
 
 
 class Collectives(Protocol):
@@ -40,9 +41,6 @@ class Collectives(Protocol):
         ...
 
 
-_FOREVER = timedelta(days=365)
-
-
 class IdentityCollectives:
     """One rank: nothing to do."""
 
@@ -65,9 +63,9 @@ class IdentityCollectives:
 
 
 class DistributedCollectives:
-    """torch.distributed: gloo on CPUs, the device's own backend elsewhere.
+    """torch.distributed: gloo on CPUs, the device's own backend elsewhere. Barriers go by the store, whose wait can be prolonged.
 
-    `address`: of this host, on which gloo listens, and nowhere else. `ranks`: what these ranks are called in messages, where they are
+    `address`: of this host, on which this rank listens, and nowhere else. `ranks`: what these ranks are called in messages, where they are
     a part of a run's.
     """
 
@@ -83,13 +81,14 @@ class DistributedCollectives:
         ranks: Sequence[int] | None = None,
     ) -> None:
         self.name, self.rank, self.world_size = backend, rank, world_size
-        self._store, self._timeout_seconds, self._barriers = store, timeout_seconds, 0
         self._ranks = list(range(world_size)) if ranks is None else list(ranks)
-        self._beats = StoreBeats(store, rank)
+        me = self._ranks[rank]
+        self._beats = StoreBeats(store, me)
         timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = None
         # All are there before they connect to each other: what waits for a late one then is a wait that can name it.
-        self.barrier()
+        self._lines = PeerLines(store, me, self._ranks, address, timeout_seconds)
+        self._barrier = StoreBarrier(store, me, self._ranks, timeout_seconds, self._lines.find_gone)
         try:
             if backend == "gloo":
                 options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -122,30 +121,11 @@ class DistributedCollectives:
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        self._barriers += 1
-        name = f"barrier_{self._barriers}"
-        self._store.set(f"{name}/{self.rank}", "")
-        wait_for_ranks(self._store, name, range(self.world_size), self._timeout_seconds, "barrier", self.start_barrier())
+        self._barrier.wait()
 
-    def start_barrier(self) -> Callable[[], None]:
-        """A barrier of gloo's beside the store's, without a time limit of its own: gloo feels the death of a peer at once.
-
-        What it gives raises PeerError once that has happened.
-        """
-        if self._group is None:
-            return lambda: None
-        options = dist.BarrierOptions()
-        options.timeout = _FOREVER
-        work = self._group.barrier(options)
-
-        def check() -> None:
-            try:
-                if work.is_completed():
-                    work.wait()
-            except RuntimeError as error:
-                raise self._fail("barrier", error) from error
-
-        return check
+    def find_gone(self) -> list[int]:
+        """The peers whose processes have ended, as they are called in messages."""
+        return self._lines.find_gone()
 
     def beat(self) -> None:
         """Tell the peers that this rank is at work."""
@@ -153,6 +133,7 @@ class DistributedCollectives:
 
     def close(self) -> None:
         """Leave the process group."""
+        self._lines.close()
         if self._group is None:
             dist.destroy_process_group()
         self._group = None

@@ -9,9 +9,8 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.collectives import DistributedCollectives, IdentityCollectives
-from parallel.errors import PeerError
 from parallel.shared_memory import SharedMemoryCollectives
-from parallel.store_waiting import StoreBeats, wait_for_ranks
+from parallel.store_waiting import StoreBarrier, StoreBeats
 
 
 def plan_nodes(hosts: Sequence[str]) -> list[int]:
@@ -27,13 +26,10 @@ class NodeCollectives:
 
     def __init__(self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str) -> None:
         self.rank, self.world_size = rank, len(nodes)
-        self._store, self._timeout_seconds = store, timeout_seconds
         self._members = [[other for other in range(len(nodes)) if nodes[other] == node] for node in range(max(nodes) + 1)]
         self._node = nodes[rank]
         mates = self._members[self._node]
         self._mates = mates
-        self._leaders = [members[0] for members in self._members]
-        self._barriers = 0
         self._beats = StoreBeats(store, rank)
         self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
         if len(mates) > 1:
@@ -43,8 +39,9 @@ class NodeCollectives:
         if rank == mates[0] and len(self._members) > 1:
             between = PrefixStore("leaders", store)
             self._between = DistributedCollectives(
-                between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=self._leaders
+                between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=[members[0] for members in self._members]
             )
+        self._barrier = StoreBarrier(store, rank, range(self.world_size), timeout_seconds, self._find_gone)
         # Columns come node by node; this brings them into the order of ranks.
         self._order = [other for members in self._members for other in members]
         self._is_ordered = self._order == sorted(self._order)
@@ -62,25 +59,20 @@ class NodeCollectives:
                 parts = dict(zip(self._order, torch.split(whole, [sizes[other] for other in self._order], dim=1), strict=True))
                 whole = torch.cat([parts[other] for other in range(self.world_size)], dim=1)
         else:
-            whole = local.new_empty((local.shape[0], 0))
-        # A gather in which only the first has columns hands them to all.
-        return self._local.gather_columns(whole, [total, *[0] * (len(self._mates) - 1)])
+            whole = local.new_empty((local.shape[0] * total, 0))
+        # A gather in which only the first has columns hands them to all; as one column, since a row of all ranks' may exceed a slot.
+        return self._local.gather_columns(whole.reshape(-1, 1), [1, *[0] * (len(self._mates) - 1)]).view(local.shape[0], total)
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        self._barriers += 1
-        name = f"barrier_{self._barriers}"
-        self._store.set(f"{name}/{self.rank}", "")
-        check_leaders = self._between.start_barrier() if self._between is not None else None
+        self._barrier.wait()
 
-        def check() -> None:
-            for peer in self._local.find_dead() if isinstance(self._local, SharedMemoryCollectives) else ():
-                if not self._store.check([f"{name}/{peer}"]):  # else it has been here, and gone on
-                    raise PeerError(f"rank {peer} died while rank {self.rank} waited for it in barrier", "barrier", peer=peer, died=True)
-            if check_leaders is not None:
-                check_leaders()
-
-        wait_for_ranks(self._store, name, range(self.world_size), self._timeout_seconds, "barrier", check)
+    def _find_gone(self) -> list[int]:
+        """What this rank can feel: the deaths on its node, and if it is the first of its node, those of the other first ones."""
+        return [
+            *(self._local.find_gone() if isinstance(self._local, SharedMemoryCollectives) else ()),
+            *(self._between.find_gone() if self._between is not None else ()),
+        ]
 
     def beat(self) -> None:
         """Tell the peers that this rank is at work."""

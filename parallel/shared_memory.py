@@ -49,7 +49,7 @@ class SharedMemoryCollectives:
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]; many rows go in several rounds."""
         rows, itemsize = local.shape[0], local.element_size()
-        rows_a_round = _SLOT_BYTES // (max(sizes) * itemsize)
+        rows_a_round = _SLOT_BYTES // max(max(sizes) * itemsize, 1)  # all can be without columns
         if rows <= rows_a_round:
             return self._gather_round(local, sizes)
         if rows_a_round == 0:
@@ -65,7 +65,7 @@ class SharedMemoryCollectives:
         """Tell the peers that this rank is at work."""
         self._flags[self.rank * _FLAG_WORDS + _BEATS] += 1
 
-    def find_dead(self) -> list[int]:
+    def find_gone(self) -> list[int]:
         """The peers whose processes have ended, as they are called in messages."""
         return [self._ranks[peer] for peer in self._peers if self._watch.is_dead(peer)]
 
@@ -97,27 +97,40 @@ class SharedMemoryCollectives:
         """Raise this rank's number and wait until every peer's has come as far."""
         flags, sequence = self._flags, self._sequence
         flags[self.rank * _FLAG_WORDS] = sequence
+        heard: dict[int, tuple[int, float]] = {}
         for peer in self._peers:
-            spins, deadline, beats = 0, 0.0, -1
+            spins = 0
             while flags[peer * _FLAG_WORDS] < sequence:
                 os.sched_yield()
                 spins += 1
                 if spins % _SPINS_BETWEEN_CHECKS == 0:
-                    now = time.monotonic()
-                    if flags[peer * _FLAG_WORDS + _BEATS] != beats:
-                        beats, deadline = flags[peer * _FLAG_WORDS + _BEATS], now + self._timeout_seconds
-                    me, other = self._ranks[self.rank], self._ranks[peer]
-                    if self._watch.is_dead(peer) and flags[peer * _FLAG_WORDS] < sequence:
-                        raise PeerError(f"rank {other} died while rank {me} waited for it in {operation}", operation, peer=other, died=True)
-                    if now > deadline:
-                        raise PeerError(
-                            f"rank {other} did not reach {operation} within {self._timeout_seconds:g} s of rank {me}; "
-                            "a longer --timeout allows slower ranks",
-                            operation,
-                            peer=other,
-                        )
+                    self._check_peers(operation, heard)
                 if spins > _SPINS_BEFORE_SLEEP:
                     time.sleep(_SLEEP_SECONDS)
+
+    def _check_peers(self, operation: str, heard: dict[int, tuple[int, float]]) -> None:
+        """Raise PeerError for a peer that died, or that showed nothing for too long. `heard`: every peer's beats, and since when.
+
+        All are looked at, whichever is waited for: one that loads must not hide one that hangs.
+        """
+        me, now = self._ranks[self.rank], time.monotonic()
+        for peer in self._peers:
+            is_dead, beats = self._watch.is_dead(peer), self._flags[peer * _FLAG_WORDS + _BEATS]
+            if peer not in heard or heard[peer][0] != beats:
+                heard[peer] = beats, now
+            is_late = now - heard[peer][1] > self._timeout_seconds
+            # The number is read last: a peer may have come, and even gone on and ended, in the meantime.
+            if not (is_dead or is_late) or self._flags[peer * _FLAG_WORDS] >= self._sequence:
+                continue
+            other = self._ranks[peer]
+            if is_dead:
+                raise PeerError(f"rank {other} died while rank {me} waited for it in {operation}", operation, peer=other, died=True)
+            raise PeerError(
+                f"rank {other} did not reach {operation} within {self._timeout_seconds:g} s of rank {me}; "
+                "a longer --timeout allows slower ranks",
+                operation,
+                peer=other,
+            )
 
 
 class _PeerWatch:
@@ -127,7 +140,7 @@ class _PeerWatch:
         self._descriptors = {}
         for peer in peers:
             try:
-                self._descriptors[peer] = os.pidfd_open(int(store.get(f"pid/{peer}")))
+                self._descriptors[peer] = os.pidfd_open(int(store.get(f"pid/{names[peer]}")))
             except ProcessLookupError:
                 self.close()
                 name = names[peer]
@@ -150,8 +163,8 @@ def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeou
         descriptor = os.memfd_create("tandem")
         os.ftruncate(descriptor, size)
         store.set("shm", f"/proc/{os.getpid()}/fd/{descriptor}")
-    store.set(f"pid/{rank}", str(os.getpid()))
-    wait_for_ranks(store, "pid", range(len(ranks)), timeout_seconds, "rendezvous")
+    store.set(f"pid/{ranks[rank]}", str(os.getpid()))
+    wait_for_ranks(store, "pid", ranks, timeout_seconds, "rendezvous")
     if rank == 0:
         return mmap.mmap(descriptor, size)  # the descriptor stays open: the others come by it
     try:

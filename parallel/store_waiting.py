@@ -5,7 +5,8 @@ A call to a store whose host has vanished without a word can block for minutes: 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
@@ -13,6 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from parallel.errors import PeerError
 
 _POLL_SECONDS = 0.01
+_LOOK_SECONDS = 0.1
 _BEAT_SECONDS = 1.0
 
 
@@ -25,32 +27,68 @@ def wait_for_ranks(
 ) -> None:
     """Return when every rank has set the key `name/RANK`. `check` is called while waiting, and may raise.
 
-    Raises PeerError, which names the first missing rank, when none of the missing has come or shown that for `timeout_seconds`.
+    Raises PeerError, which names the first late rank, when a rank has neither come nor shown that it is at work for `timeout_seconds`:
+    each counts by itself, so that one that loads does not hide one that hangs. Raises PeerError when the store's host is gone.
     """
-    missing, last = list(ranks), time.monotonic()
-    wanted = len(missing)
-    seen: dict[int, bytes] = {}
-    try:
-        while missing:
-            if store.check([f"{name}/{missing[0]}"]):
-                del missing[0]
-                last = time.monotonic()
-                continue
-            time.sleep(_POLL_SECONDS)
-            for rank in missing:
-                if store.check([f"beat/{rank}"]) and (beat := store.get(f"beat/{rank}")) != seen.get(rank):
-                    seen[rank], last = beat, time.monotonic()
+    missing = list(ranks)
+    wanted, started = len(missing), time.monotonic()
+    heard = dict.fromkeys(missing, started)
+    beats: dict[int, bytes] = {}
+    next_look = started
+    with store_errors(operation):
+        # Every poll is one message, however many ranks are missing; looking at each of them is several, and done less often.
+        while not store.check([f"{name}/{rank}" for rank in missing]):
             check()
-            if time.monotonic() - last > timeout_seconds:
-                here = wanted - sum(not store.check([f"{name}/{rank}"]) for rank in missing)
-                raise PeerError(
-                    f"rank {missing[0]} did not reach {operation} within {timeout_seconds:g} s, {here} of {wanted} ranks did; "
-                    "a longer --timeout allows slower ranks",
-                    operation,
-                    peer=missing[0],
-                )
+            if time.monotonic() >= next_look:
+                missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]
+                for rank in missing:
+                    if store.check([f"beat/{rank}"]) and (beat := store.get(f"beat/{rank}")) != beats.get(rank):
+                        beats[rank], heard[rank] = beat, time.monotonic()
+                late = [rank for rank in missing if time.monotonic() - heard[rank] > timeout_seconds]
+                if late:
+                    raise PeerError(
+                        f"rank {late[0]} did not reach {operation} within {timeout_seconds:g} s, {wanted - len(missing)} of {wanted} "
+                        "ranks did; a longer --timeout allows slower ranks",
+                        operation,
+                        peer=late[0],
+                    )
+                next_look = time.monotonic() + _LOOK_SECONDS
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def store_errors(operation: str) -> Iterator[None]:
+    """Turn what a store without a host raises into PeerError."""
+    try:
+        yield
     except DistError as error:
-        raise PeerError(f"the store of the ranks no longer answers, its host has ended: {error}", operation, peer=None) from error
+        reason = str(error).partition("\n")[0]  # the frames of C++ follow
+        raise PeerError(f"the store of the ranks no longer answers, its host has ended: {reason}", operation) from error
+
+
+class StoreBarrier:
+    """Barriers of `ranks`, one after the other. `find_gone` gives the ranks whose processes are known to have ended."""
+
+    def __init__(
+        self, store: Store, rank: int, ranks: Sequence[int], timeout_seconds: float, find_gone: Callable[[], Iterable[int]]
+    ) -> None:
+        self._store, self._rank, self._ranks = store, rank, ranks
+        self._timeout_seconds, self._find_gone = timeout_seconds, find_gone
+        self._count = 0
+
+    def wait(self) -> None:
+        """Return when every rank has come here. Raises PeerError for one that died, or that `wait_for_ranks` waits for in vain."""
+        self._count += 1
+        name = f"barrier_{self._count}"
+
+        def check() -> None:
+            for peer in self._find_gone():
+                if not self._store.check([f"{name}/{peer}"]):  # else it has been here, and gone on
+                    raise PeerError(f"rank {peer} died while rank {self._rank} waited for it in barrier", "barrier", peer=peer, died=True)
+
+        with store_errors("barrier"):
+            self._store.set(f"{name}/{self._rank}", "")
+        wait_for_ranks(self._store, name, self._ranks, self._timeout_seconds, "barrier", check)
 
 
 class StoreBeats:
@@ -60,9 +98,10 @@ class StoreBeats:
         self._store, self._rank, self._count, self._next = store, rank, 0, 0.0
 
     def beat(self) -> None:
-        """Show it; at most once a second, since every sign is a message."""
+        """Show it; at most once a second, since every sign is a message. Raises PeerError when the store's host is gone."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _BEAT_SECONDS
             self._count += 1
-            self._store.set(f"beat/{self._rank}", str(self._count))
+            with store_errors("beat"):
+                self._store.set(f"beat/{self._rank}", str(self._count))

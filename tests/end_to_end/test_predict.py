@@ -32,6 +32,7 @@ STATS_FIELDS = {
     "read_bytes",
     "peak_rss_bytes",
     "restarts",
+    "recovery_seconds",
     "kv_cache_dtype",
     "kv_cache_bytes_per_token",
 }

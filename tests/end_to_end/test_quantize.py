@@ -307,7 +307,7 @@ def test_a_killed_rank_is_started_again_and_keeps_the_layers_that_are_done(
     os.kill(running.find_ranks()[1], signal.SIGKILL)
     stdout, stderr = running.process.communicate(timeout=120)
     assert running.process.returncode == 0, stderr
-    assert "restart 1: all ranks load again and layers that are done are kept" in stderr
+    assert "restart 1 of 1: all ranks load again and layers that are done are kept" in stderr
     made = Quantized(folder, stdout, stderr)
     assert made.report["resumed_layers"] in (1, 2)
     _check_same(made, undisturbed)
