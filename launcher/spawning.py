@@ -8,7 +8,6 @@ import json
 import logging
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from launcher.nodes import Nodes
 from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.rank_watch import RankWatch
 from launcher.rendezvous import NODE_SILENCE_SECONDS, NodeRendezvous, NodesError, RunOver, host_name
+from launcher.run_folder import open_run_folder
 from launcher.tasks import Task, read_task, write_task
 from launcher.verdict import RanksFailedError, Verdict, judge_failure
 from parallel.progress import ProgressBoard
@@ -62,8 +62,7 @@ def spawn_ranks(
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     memory = read_memory_group()
-    with tempfile.TemporaryDirectory(prefix="tandem-") as name:
-        folder = Path(name)
+    with open_run_folder() as folder:
         board = ProgressBoard(folder / BOARD_FILE, nodes.local_workers, create=True)
         watch = RankWatch(board, folder, job.timeout_seconds)
         stop = GracefulStop(lambda: board.ask_to_stop(0))
