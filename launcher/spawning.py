@@ -18,21 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
-from launcher.control_groups import MemoryGroup, read_memory_group
+from launcher.agreement import RanksEnded, agree, judge, say_stopped
+from launcher.control_groups import read_memory_group
 from launcher.graceful_stop import GracefulStop, StoppedError
 from launcher.job import Job
 from launcher.key_value_store import StoreError
 from launcher.nodes import Nodes
 from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.rank_watch import RankWatch
-from launcher.rendezvous import NODE_SILENCE_SECONDS, NodeRendezvous, NodesError, RunOver, host_name
+from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.run_folder import open_run_folder
 from launcher.tasks import Task, read_task, write_task
-from launcher.verdict import RanksFailedError, Verdict, judge_failure
+from launcher.verdict import RanksFailedError
 from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
@@ -79,35 +80,26 @@ def spawn_ranks(
                 watch.start()
                 result = agent.run()
                 if result.is_failed():
-                    raise _RanksEnded(result)
+                    raise RanksEnded(result.failures)
             except SignalException as error:
                 if receiver.error is None:
                     number = stop.number or int(error.sigval)
-                    _say_stopped(rendezvous, number, nodes)
+                    say_stopped(rendezvous, number, nodes)
                     raise StoppedError(number) from None
-            except (_RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
+            except (RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
                 watch.end_all()
-                first_rank = agent.first_rank if agent else 0
-                attempt = max(0, rendezvous.attempt) if rendezvous else 0
-                verdict, is_echo = _judge(error, watch, nodes, rendezvous, first_rank, log_dir, attempt, memory)
-                raise RanksFailedError(_agree(verdict, is_echo, rendezvous)) from None
+                receiver.finish()
+                verdict, is_echo = judge(error, watch, nodes, rendezvous, log_dir, memory)
+                raise RanksFailedError(agree(verdict, is_echo, rendezvous)) from None
             finally:
                 watch.end_all()
+                receiver.finish()
                 watch.close()
                 if rendezvous is not None:
                     rendezvous.shutdown()
-            receiver.finish()
         if receiver.error is not None:
             raise receiver.error
     return agent.num_restarts if agent else 0
-
-
-class _RanksEnded(Exception):
-    """The agent's result: ranks failed and it has no restarts left."""
-
-    def __init__(self, result: RunResult) -> None:
-        super().__init__()
-        self.result = result
 
 
 class _Agent(LocalElasticAgent):
@@ -228,6 +220,8 @@ class _Receiver(threading.Thread):
 
     def finish(self) -> None:
         """Return when all that was sent has been handed on: the ranks have ended, so their connection has."""
+        if self._finished.is_set():
+            return
         self._finished.set()
         with suppress(OSError):
             Client(self._listener.address).close()  # wakes `accept`
@@ -261,64 +255,3 @@ def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
         "collectives": job.collectives,
         "local_workers": nodes.local_workers,
     }
-
-
-def _judge(
-    error: Exception,
-    watch: RankWatch,
-    nodes: Nodes,
-    rendezvous: NodeRendezvous | None,
-    first_rank: int,
-    log_dir: Path,
-    attempt: int,
-    memory: MemoryGroup,
-) -> tuple[Verdict, bool]:
-    """What this node has to say, and whether it only felt what happened elsewhere."""
-    failure = watch.look_again()
-    if failure is not None:
-        now = read_memory_group()
-        verdict = judge_failure(failure, first_rank=first_rank, host=host_name(), log_dir=log_dir, restarts=attempt, before=memory, now=now)
-        return verdict, failure.is_echo
-    if isinstance(error, _RanksEnded):
-        rank, first = min(error.result.failures.items(), key=lambda item: item[1].timestamp)
-        code = first.exitcode
-        number = signal.Signals(-code).name if code < 0 else None
-        words = {"pid": first.pid, "exit_code": None if number else code, "signal": number, "exception": None}
-        return _blame(rank, host_name(), attempt, log_file=str(log_dir / f"worker_{rank}.log"), **words), False
-    blamed = error.node if isinstance(error, NodesError) else 0
-    rank = rendezvous.first_ranks[blamed] if rendezvous else 0
-    return _blame(rank or blamed * nodes.local_workers, f"node {blamed}", attempt, exception=str(error)), isinstance(error, RunOver)
-
-
-def _blame(rank: int | None, host: str, restarts: int, **found: Any) -> Verdict:
-    return Verdict(
-        first_failed_rank=rank,
-        host=host,
-        restarts_used=restarts,
-        **{"pid": None, "exit_code": None, "signal": None, "exception": None, "traceback_tail": None, **found},
-    )
-
-
-def _agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
-    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone."""
-    if rendezvous is None or rendezvous.num_nodes == 1:
-        return mine
-    entry = {"echo": is_echo, "at": time.time(), "verdict": mine.to_json()}
-    said = {node: json.loads(text) for node, text in rendezvous.exchange_verdicts(json.dumps(entry)).items()}
-    causes = [entry for entry in said.values() if not entry["echo"]]
-    if causes:
-        return Verdict.from_json(min(causes, key=lambda entry: entry["at"])["verdict"])
-    for node in rendezvous.find_silent():
-        gone = f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s"
-        others = {rank: words for rank, words in mine.others_waiting_in.items() if rank != mine.first_failed_rank}
-        return replace(_blame(rendezvous.first_ranks[node], f"node {node}", mine.restarts_used, exception=gone), others_waiting_in=others)
-    return mine
-
-
-def _say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
-    """Let the other nodes end too."""
-    if rendezvous is None or nodes.num_nodes == 1:
-        return
-    words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"
-    verdict = _blame(None, host_name(), max(0, rendezvous.attempt), exception=words)
-    rendezvous.say_verdict(json.dumps({"echo": False, "at": time.time(), "verdict": verdict.to_json()}))

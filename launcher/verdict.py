@@ -24,14 +24,14 @@ class Verdict:
     first_failed_rank: int | None
     """None when no rank did: the ranks never met."""
     host: str
-    pid: int | None
-    exit_code: int | None
+    pid: int | None = None
+    exit_code: int | None = None
     """None when a signal ended it, or nothing has."""
-    signal: str | None
+    signal: str | None = None
     """SIGKILL and so on, when a signal ended or stopped it."""
-    exception: str | None
+    exception: str | None = None
     """Type and message, when it raised one; else what was seen of it from outside."""
-    traceback_tail: str | None
+    traceback_tail: str | None = None
     """The last lines of its traceback, or of its stack where it was stuck or crashed."""
     others_waiting_in: dict[int, str] = field(default_factory=dict)
     """The operation that each other rank was in when the first failed."""
