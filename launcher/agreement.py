@@ -35,9 +35,12 @@ def judge(
     failure = watch.look_again()
     if failure is not None:
         assert rendezvous is not None, "a rank has been started"
+        first_rank = rendezvous.first_ranks[nodes.node_rank]
+        if isinstance(error, RanksEnded) and (found := error.failures.get(first_rank + failure.local_rank)) is not None:
+            failure = failure.with_exit_code(found.exitcode)
         verdict = judge_failure(
             failure,
-            first_rank=rendezvous.first_ranks[nodes.node_rank],
+            first_rank=first_rank,
             host=host_name(),
             log_dir=log_dir,
             restarts=restarts,
@@ -45,7 +48,7 @@ def judge(
             now=read_memory_group(),
         )
         return verdict, failure.is_echo
-    if isinstance(error, RanksEnded):  # the agent was faster than the watch
+    if isinstance(error, RanksEnded):  # the only rank of this node, and the agent was faster than the watch
         rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
         code = first.exitcode
         verdict = Verdict(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.rank_failure import RankFailure, read_failure
@@ -48,6 +48,12 @@ class FirstFailure:
     at_seconds: float
     """time.time() of the failure."""
 
+    def with_exit_code(self, code: int) -> "FirstFailure":
+        """The same with what the agent read, negative for a signal, where it was faster than the watch."""
+        if self.exit_code is not None or self.signal is not None or self.stuck is not None:
+            return self
+        return replace(self, exit_code=code if code >= 0 else None, signal=signal.Signals(-code).name if code < 0 else None)
+
     def describe(self) -> str:
         """How it failed, in a few words."""
         said = self.account.exception.splitlines()[0] if self.account and self.account.exception else None
@@ -83,12 +89,13 @@ class RankWatch(threading.Thread):
         self._last: dict[int, tuple[int, float]] = {}
         self._failure: FirstFailure | None = None
         self._is_ending = False
+        self._unread: int | None = None
 
     def follow(self, attempt: int, pids: Mapping[int, int]) -> None:
         """Watch these processes, by local rank, from now on."""
         with self._lock:
             self._let_go()
-            self._attempt, self._pids, self._failure, self._is_ending = attempt, dict(pids), None, False
+            self._attempt, self._pids, self._failure, self._is_ending, self._unread = attempt, dict(pids), None, False, None
             now = time.monotonic()
             self._last = {rank: (-1, now) for rank in pids}
             for rank, pid in pids.items():
@@ -146,6 +153,10 @@ class RankWatch(threading.Thread):
             account = read_failure(error_file(self._folder, self._attempt, rank))
             if code or number or account is not None:
                 failed.append((rank, code, number, account))
+            elif code is None:
+                self._unread = rank
+        if failed and self._unread is not None and not any(account for *_, account in failed):
+            failed = [(self._unread, None, None, None)]  # the agent was faster, and has ended the others since
         if self._failure is not None or self._is_ending:
             return
         if failed:

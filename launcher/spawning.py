@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
@@ -150,6 +150,11 @@ class _Agent(LocalElasticAgent):
         self._stopping.take_over()  # the agent has put its own handlers in place
         self._watch.follow(attempt, pids)
         return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._watch.look_again()  # before the agent takes the exit codes, and ends the others
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._watch.end_all()  # a rank that is stopped would not heed SIGTERM

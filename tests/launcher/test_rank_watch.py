@@ -80,6 +80,20 @@ def test_ranks_that_end_well_are_no_failure(start: Start) -> None:
     assert watch.look_again() is None
 
 
+def test_a_rank_whose_end_the_agent_has_read_is_the_first_though_the_others_were_ended_since(tmp_path: Path) -> None:
+    watch = RankWatch(ProgressBoard(tmp_path / "board", 2, create=True), tmp_path, 60)
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for program in (SLEEP, "import os; os._exit(7)")]
+    watch.follow(0, {rank: process.pid for rank, process in enumerate(processes)})
+    assert processes[1].wait(10) == 7
+    processes[0].terminate()
+    os.waitid(os.P_PID, processes[0].pid, os.WEXITED | os.WNOWAIT)
+    failure = watch.look_again()
+    assert failure is not None and (failure.local_rank, failure.exit_code, failure.signal) == (1, None, None)
+    assert failure.with_exit_code(7).exit_code == 7 and failure.with_exit_code(-9).signal == "SIGKILL"
+    watch.close()
+    assert processes[0].wait() == -signal.SIGTERM
+
+
 def test_ranks_that_were_told_to_end_are_no_failure(start: Start) -> None:
     watch, _, processes = start(SLEEP, SLEEP)
     watch.end_all()
