@@ -16,7 +16,7 @@ from launcher.settings import Settings
 from model.generation import Request, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from parallel.errors import RequestError
+from parallel.errors import RequestError, RunError
 
 DEFAULT_PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 """MindFormers' run_llama2_generate.py's."""
@@ -71,8 +71,11 @@ def predict(options: PredictOptions) -> None:
             restarts = run_job(run, job, console.on_event, "go on with the same tokens", console.continue_task, console.note_failure)
     finally:
         console.close()
-    if not run.environment.rank:
-        console.write(options.stats, restarts)
+    if run.environment.rank or run.nodes.node_rank:
+        return  # rank 0 and its parent have the results
+    if not console.is_done:
+        raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
+    console.write(options.stats, restarts)
 
 
 def read_prompts(options: PredictOptions) -> list[str]:
