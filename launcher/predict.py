@@ -61,6 +61,8 @@ def predict(options: PredictOptions) -> None:
     output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
     console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
     job = build_job(run, console.continue_task())
+    if output is not None and run.environment.is_rank and run.environment.rank == 0:
+        output.begin()  # the launcher may start this rank again
     restarts = 0
     try:
         if not run.environment.rank:

@@ -55,6 +55,12 @@ class ResultsFile:
     def __init__(self, path: Path, done: Sequence[Record] = (), *, resume: bool = False) -> None:
         self._path, self._records, self._is_new = path, list(done), not resume
 
+    def begin(self) -> None:
+        """Start the file anew at once: a process that is started again must not take an older run's records for this one's."""
+        if self._is_new:
+            write_whole(self._path, "")
+            self._is_new = False
+
     def append(self, record: Record) -> None:
         """Write one record to the disk."""
         if self._is_new:
