@@ -97,7 +97,7 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
     for number, line in enumerate(whole.splitlines(), 1):
         record = _read_record(line, f"{path}, line {number}", requests, prompts, vocab_size)
         if any(record.index == earlier.index for earlier in records):
-            raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; was the file written by two runs?")
+            raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; --resume needs the file of one run")
         records.append(record)
     if len(whole) < len(text):
         os.truncate(path, len(whole))
