@@ -123,10 +123,6 @@ class DistributedCollectives:
         """Return when every rank has come here."""
         self._barrier.wait()
 
-    def find_gone(self) -> list[int]:
-        """The peers whose processes have ended, as they are called in messages."""
-        return self._lines.find_gone()
-
     def beat(self) -> None:
         """Tell the peers that this rank is at work."""
         self._beats.beat()
@@ -139,5 +135,7 @@ class DistributedCollectives:
         self._group = None
 
     def _fail(self, operation: str, error: RuntimeError) -> PeerError:
-        me = self._ranks[self.rank]
+        me, gone = self._ranks[self.rank], self._lines.find_gone()
+        if len(gone) == 1:  # of several, one took the others with it
+            return PeerError(f"rank {gone[0]} died while rank {me} waited for it in {operation}", operation, peer=gone[0], died=True)
         return PeerError(f"rank {me} waited in {operation} for a rank that died or stopped: {error}", operation)

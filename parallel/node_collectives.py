@@ -9,6 +9,7 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.collectives import DistributedCollectives, IdentityCollectives
+from parallel.peer_lines import PeerLines
 from parallel.shared_memory import SharedMemoryCollectives
 from parallel.store_waiting import StoreBarrier, StoreBeats
 
@@ -31,6 +32,9 @@ class NodeCollectives:
         mates = self._members[self._node]
         self._mates = mates
         self._beats = StoreBeats(store, rank)
+        # Between all ranks, not only the first ones: the others have nobody who would tell them of a death on another node.
+        self._lines = PeerLines(store, rank, range(self.world_size), address, timeout_seconds)
+        self._barrier = StoreBarrier(store, rank, range(self.world_size), timeout_seconds, self._lines.find_gone)
         self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
         if len(mates) > 1:
             inside = PrefixStore(f"node_{self._node}", store)
@@ -41,7 +45,6 @@ class NodeCollectives:
             self._between = DistributedCollectives(
                 between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=[members[0] for members in self._members]
             )
-        self._barrier = StoreBarrier(store, rank, range(self.world_size), timeout_seconds, self._find_gone)
         # Columns come node by node; this brings them into the order of ranks.
         self._order = [other for members in self._members for other in members]
         self._is_ordered = self._order == sorted(self._order)
@@ -58,21 +61,15 @@ class NodeCollectives:
             if not self._is_ordered:
                 parts = dict(zip(self._order, torch.split(whole, [sizes[other] for other in self._order], dim=1), strict=True))
                 whole = torch.cat([parts[other] for other in range(self.world_size)], dim=1)
+            column = whole.reshape(-1, 1)
         else:
-            whole = local.new_empty((local.shape[0] * total, 0))
+            column = local.new_empty((local.shape[0] * total, 0))
         # A gather in which only the first has columns hands them to all; as one column, since a row of all ranks' may exceed a slot.
-        return self._local.gather_columns(whole.reshape(-1, 1), [1, *[0] * (len(self._mates) - 1)]).view(local.shape[0], total)
+        return self._local.gather_columns(column, [1, *[0] * (len(self._mates) - 1)]).view(local.shape[0], total)
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self._barrier.wait()
-
-    def _find_gone(self) -> list[int]:
-        """What this rank can feel: the deaths on its node, and if it is the first of its node, those of the other first ones."""
-        return [
-            *(self._local.find_gone() if isinstance(self._local, SharedMemoryCollectives) else ()),
-            *(self._between.find_gone() if self._between is not None else ()),
-        ]
 
     def beat(self) -> None:
         """Tell the peers that this rank is at work."""
@@ -81,6 +78,7 @@ class NodeCollectives:
 
     def close(self) -> None:
         """Let go of both backs."""
+        self._lines.close()
         self._local.close()
         if self._between is not None:
             self._between.close()

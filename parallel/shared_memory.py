@@ -65,10 +65,6 @@ class SharedMemoryCollectives:
         """Tell the peers that this rank is at work."""
         self._flags[self.rank * _FLAG_WORDS + _BEATS] += 1
 
-    def find_gone(self) -> list[int]:
-        """The peers whose processes have ended, as they are called in messages."""
-        return [self._ranks[peer] for peer in self._peers if self._watch.is_dead(peer)]
-
     def close(self) -> None:
         """Close what watches the peers; the memory goes with the process."""
         self._watch.close()

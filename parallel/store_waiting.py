@@ -37,7 +37,7 @@ def wait_for_ranks(
     next_look = started
     with store_errors(operation):
         # Every poll is one message, however many ranks are missing; looking at each of them is several, and done less often.
-        while not store.check([f"{name}/{rank}" for rank in missing]):
+        while missing and not store.check([f"{name}/{rank}" for rank in missing]):
             check()
             if time.monotonic() >= next_look:
                 missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]

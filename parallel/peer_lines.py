@@ -1,0 +1,92 @@
+"""A TCP connection between every two ranks that carries nothing: it ends when a rank's process does, and so tells of the death.
+
+gloo feels a death too, but only by work of its own that is pending, and a process group with pending work cannot be let go of: a rank
+that gave up waiting would never exit. Knows ranks and addresses; a host that vanishes without a word is for time limits to find.
+"""
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from torch.distributed.distributed_c10d import Store
+
+from parallel.errors import PeerError
+from parallel.store_waiting import store_errors, wait_for_ranks
+
+_RANK = struct.Struct("!q")
+
+
+class PeerLines:
+    """The lines of `rank` to the others of `ranks`. Listens on `address`, and only while they connect."""
+
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int], address: str, timeout_seconds: float) -> None:
+        self._lines: dict[int, socket.socket] = {}
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family, backlog=len(ranks)) as listener:
+            with store_errors("rendezvous"):
+                store.set(f"line/{rank}", f"{listener.getsockname()[1]} {address}")
+            wait_for_ranks(store, "line", ranks, timeout_seconds, "rendezvous")
+            # A connection waits in the listener's queue until it is accepted, so all can call before any answers.
+            for peer in (other for other in ranks if other < rank):
+                self._lines[peer] = _call(store, rank, peer, timeout_seconds)
+            self._answer(listener, [other for other in ranks if other > rank], timeout_seconds)
+        for line in self._lines.values():
+            line.setblocking(False)
+
+    def find_gone(self) -> list[int]:
+        """The peers whose processes have ended, or have let go of their lines."""
+        return [peer for peer, line in self._lines.items() if _has_ended(line)]
+
+    def close(self) -> None:
+        """Let go of the lines."""
+        for line in self._lines.values():
+            line.close()
+        self._lines = {}
+
+    def _answer(self, listener: socket.socket, callers: Sequence[int], timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while missing := [peer for peer in callers if peer not in self._lines]:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                line, _ = listener.accept()
+            except TimeoutError:
+                raise PeerError(
+                    f"rank {missing[0]} did not connect within {timeout_seconds:g} s, {len(callers) - len(missing)} of {len(callers)} "
+                    "ranks did; a longer --timeout allows slower ranks",
+                    "rendezvous",
+                    peer=missing[0],
+                ) from None
+            line.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                (caller,) = _RANK.unpack(line.recv(_RANK.size, socket.MSG_WAITALL))
+            except (OSError, struct.error):
+                caller = -1
+            if caller in missing:
+                self._lines[caller] = line
+            else:  # a stranger at the port
+                line.close()
+
+
+def _call(store: Store, rank: int, peer: int, timeout_seconds: float) -> socket.socket:
+    with store_errors("rendezvous"):
+        port, _, address = store.get(f"line/{peer}").decode().partition(" ")
+    try:
+        line = socket.create_connection((address, int(port)), timeout=timeout_seconds)
+        line.sendall(_RANK.pack(rank))
+    except TimeoutError:
+        raise PeerError(
+            f"rank {peer} at {address} did not answer rank {rank} within {timeout_seconds:g} s", "rendezvous", peer=peer
+        ) from None
+    except OSError as error:
+        raise PeerError(f"rank {rank} cannot reach rank {peer} at {address}: {error}", "rendezvous", peer=peer) from error
+    return line
+
+
+def _has_ended(line: socket.socket) -> bool:
+    try:
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
