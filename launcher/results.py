@@ -117,7 +117,7 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
             finish_reason=str(raw["finish_reason"]),
             logprobs=None if logprobs is None else tuple(map(float, logprobs)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{where} is no result of tandem predict; give another --output, or leave out --resume") from None
     fault = _find_fault(record, requests, prompts, vocab_size)
     if fault is not None:
@@ -137,8 +137,9 @@ def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[s
         return f"prompt {record.index} ended by {record.finish_reason} after {count} tokens, but {params.max_new_tokens} are asked for now"
     if record.finish_reason not in ("eos", "length") or (record.finish_reason == "eos" and params.ignore_eos):
         return f"prompt {record.index} ended by {record.finish_reason!r}, which these options do not do"
-    if any(not 0 <= token < vocab_size for token in record.token_ids):
-        return f"prompt {record.index} has id {max(record.token_ids)}, but the vocabulary has {vocab_size}"
+    unknown = next((token for token in record.token_ids if not 0 <= token < vocab_size), None)
+    if unknown is not None:
+        return f"prompt {record.index} has id {unknown}, but the vocabulary has {vocab_size}"
     if (record.logprobs is not None) != params.logprobs or (record.logprobs is not None and len(record.logprobs) != count):
         had = "no" if record.logprobs is None else len(record.logprobs)
         wanted = count if params.logprobs else "no"

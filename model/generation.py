@@ -56,14 +56,14 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class EngineTimes:
-    """What the engine has done, for speeds."""
+    """What the engine has done, for speeds. What was known before, and steps that made nothing new, do not count as decoding."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
-    """From the engine's first step to the first token."""
+    """From the engine's first step to the first token that was not known before."""
 
 
 @dataclass(slots=True)
@@ -88,6 +88,7 @@ class Engine:
         self._model, self._max_batch_size = model, max_batch_size
         self._waiting: deque[Request] = deque()
         self._running: list[_Sequence] = []
+        self._began: float | None = None
         self.times = EngineTimes()
 
     def add(self, request: Request) -> None:
@@ -103,19 +104,18 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One token more for every running sequence, or the first token of the next waiting ones; those that are new are given."""
         started = time.perf_counter()
+        self._began = started if self._began is None else self._began
         times = self.times
         admitted = self._admit()
         events = self._prefill(admitted) if admitted else self._decode(list(self._running))
-        if not events:
-            return events
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
         if admitted:
-            times.prefill_seconds += seconds
-            times.prefill_tokens += sum(len(sequence.request.prompt_ids) for sequence in admitted)
-            times.first_token_seconds = times.first_token_seconds or seconds
-        else:
-            times.decode_seconds += seconds
+            times.prefill_seconds += ended - started
+        elif events:
+            times.decode_seconds += ended - started
             times.decode_tokens += len(events)
+        if events and not times.first_token_seconds:
+            times.first_token_seconds = ended - self._began
         return events
 
     def _decode(self, sequences: list[_Sequence]) -> list[TokenEvent]:
@@ -147,15 +147,13 @@ class Engine:
                 events.extend(self._choose(group, None))
                 continue
             hidden = None
-            for first in range(0, max(len(sequence.request.prompt_ids) for sequence in group), PREFILL_TOKENS):
+            lengths = [len(sequence.request.prompt_ids) for sequence in group]
+            for first in range(0, max(lengths), PREFILL_TOKENS):
                 part = slice(first, first + PREFILL_TOKENS)
                 hidden = self._model([Span(sequence.cache, sequence.request.prompt_ids[part]) for sequence in group])
             assert hidden is not None
-            if len(group) == 1:
-                last = hidden[-1:]
-            else:
-                lengths = [len(sequence.request.prompt_ids) for sequence in group]
-                last = hidden[np.cumsum(lengths) - 1]
+            self.times.prefill_tokens += sum(lengths)
+            last = hidden[-1:] if len(group) == 1 else hidden[np.cumsum(lengths) - 1]
             events.extend(self._choose(group, last))
         return events
 

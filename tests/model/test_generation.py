@@ -149,6 +149,137 @@ def test_a_request_that_does_not_fit_is_refused(model: LlamaForCausalLM, prompt:
         Engine(model).add(Request(0, prompt, SamplingParams(max_new_tokens=max_new_tokens)))
 
 
+# What a run that goes on has to keep: each rule of choosing, ends by eos at uneven places, and neighbours with other rules.
+RULES: dict[str, list[dict[str, Any]]] = {
+    "greedy": [{}],
+    "penalty": [{"repetition_penalty": 1.7}],
+    "logprobs": [{"logprobs": True}],
+    "top-k": [{"do_sample": True, "top_k": 5, "seed": 3}],
+    "top-p": [{"do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3, "seed": 4}],
+    "all": [{"do_sample": True, "top_k": 0, "seed": 5, "logprobs": True}],
+    "mixed": [{}, {"do_sample": True, "top_k": 7, "logprobs": True}, {"do_sample": True, "top_k": 0, "repetition_penalty": 1.2}],
+}
+UNEVEN = (9, 2, 6, 1, 4)
+
+
+def ask_unevenly(rules: list[dict[str, Any]], *, ignore_eos: bool = True) -> list[Request]:
+    return [
+        Request(i, prompt, SamplingParams(max_new_tokens=count, ignore_eos=ignore_eos, **rules[i % len(rules)]))
+        for i, (prompt, count) in enumerate(zip(PROMPTS, UNEVEN, strict=True))
+    ]
+
+
+def know(requests: list[Request], events: list[TokenEvent]) -> list[Request]:
+    """The requests after an attempt that came as far as these events."""
+    known = []
+    for request in requests:
+        mine = [event for event in events if event.index == request.index]
+        ids, reason = tuple(event.token_id for event in mine), mine[-1].finish_reason if mine else None
+        known.append(dataclasses.replace(request, known_ids=ids, known_reason=reason))
+    return known
+
+
+@pytest.fixture
+def passes(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of sequences in each pass through the model so far."""
+    seen: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda spans: (seen.append(len(spans)), forward(spans))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("rule", "max_batch_size"),
+    [("greedy", 3), ("penalty", 2), ("logprobs", 3), ("top-k", 2), ("top-p", 3), ("all", 2), ("mixed", 1), ("mixed", 2), ("mixed", 3)],
+)
+def test_a_run_that_is_cut_anywhere_goes_on_with_the_same_events_bit_for_bit(
+    model: LlamaForCausalLM, rule: str, max_batch_size: int, passes: list[int]
+) -> None:
+    requests = ask_unevenly(RULES[rule])
+    _, events = run(model, requests, max_batch_size)
+    assert [sum(event.index == i for event in events) for i in range(len(UNEVEN))] == list(UNEVEN)
+    for cut in range(len(events) + 1):
+        passes.clear()
+        _, rest = run(model, know(requests, events[:cut]), max_batch_size)
+        assert rest == events[cut:], f"cut after {cut}"
+        assert bool(passes) == (cut < len(events)), "what is known whole needs no model"
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_a_run_with_ends_of_sequence_goes_on_behind_them(
+    model: LlamaForCausalLM, max_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eos_token_ids=tuple(range(0, 97, 4))))
+    requests = ask_unevenly(RULES["all"], ignore_eos=False)
+    _, events = run(model, requests, max_batch_size)
+    assert {event.finish_reason for event in events} == {None, "eos", "length"}
+    for cut in range(len(events) + 1):
+        assert run(model, know(requests, events[:cut]), max_batch_size)[1] == events[cut:], f"cut after {cut}"
+
+
+def test_prompts_that_take_passes_of_their_own_go_on_too(model: LlamaForCausalLM) -> None:
+    long = tuple((31 * i + 7) % 97 for i in range(PREFILL_TOKENS + 70))
+    requests = ask((PROMPTS[0], long, PROMPTS[1]), max_new_tokens=2, logprobs=True)
+    _, events = run(model, requests, 2)
+    for cut in range(len(events) + 1):
+        assert run(model, know(requests, events[:cut]), 2)[1] == events[cut:], f"cut after {cut}"
+
+
+@pytest.mark.parametrize(("max_batch_size", "saved"), [(1, 9 + 2), (2, 2), (3, 3)])
+def test_steps_of_ended_sequences_alone_are_not_computed(
+    model: LlamaForCausalLM, max_batch_size: int, saved: int, passes: list[int]
+) -> None:
+    """The first two are known whole. Alone: both; as a pair: until the second ends; of three: what the first has to itself at the end."""
+    requests = ask_unevenly(RULES["greedy"])
+    _, events = run(model, requests, max_batch_size)
+    whole = len(passes)
+    passes.clear()
+    _, rest = run(model, know(requests, [event for event in events if event.index < 2]), max_batch_size)
+    assert rest == [event for event in events if event.index >= 2]
+    assert len(passes) == whole - saved
+
+
+def test_known_tokens_do_not_count_as_work(model: LlamaForCausalLM) -> None:
+    requests = ask_unevenly(RULES["greedy"])
+    _, events = run(model, requests, 1)
+    for cut in range(len(events) + 1):
+        engine = Engine(model, 1)
+        list(generate(engine, know(requests, events[:cut])))
+        first = [event for event in events[cut:] if event.position == 0]
+        assert engine.times.decode_tokens == len(events) - cut - len(first), f"cut after {cut}"
+        assert engine.times.prefill_tokens == sum(len(PROMPTS[event.index]) for event in first)
+        assert (engine.times.decode_seconds > 0) == (engine.times.decode_tokens > 0)
+        assert (engine.times.prefill_seconds > 0) == (engine.times.prefill_tokens > 0)
+
+
+def test_a_prompt_that_is_left_out_beside_a_new_one_does_not_count_as_work(model: LlamaForCausalLM, passes: list[int]) -> None:
+    requests = ask(((3,) * (PREFILL_TOKENS + 1), PROMPTS[0]), max_new_tokens=1)
+    _, events = run(model, requests)
+    assert len(passes) == 3
+    engine = Engine(model)
+    assert list(generate(engine, know(requests, events[:1]))) == events[1:]
+    assert (len(passes), engine.times.prefill_tokens) == (4, len(PROMPTS[0]))
+
+
+@pytest.mark.parametrize(
+    ("known_ids", "known_reason", "words"),
+    [
+        ((1,) * 6, None, "prompt 0 is said to have 6 new tokens already, but 1 to 5 are asked for"),
+        ((1,) * 6, "length", "prompt 0 is said to have 6 new tokens already"),
+        ((), "eos", "prompt 0 is said to have 0 new tokens already, but 1 to 5 are asked for"),
+        ((1, 97), None, "prompt 0 has id 97, but the vocabulary has 97"),
+        ((-1,), None, "prompt 0 has id -1, but the vocabulary has 97"),
+    ],
+)
+def test_known_tokens_that_cannot_be_are_refused(
+    model: LlamaForCausalLM, known_ids: tuple[int, ...], known_reason: str | None, words: str
+) -> None:
+    good = Request(0, (5,), SamplingParams(max_new_tokens=5), (96,) * 5, "length")
+    Engine(model).add(good)
+    with pytest.raises(RequestError, match=words):
+        Engine(model).add(dataclasses.replace(good, known_ids=known_ids, known_reason=known_reason))
+
+
 def test_generate_gives_prompts_and_continuations(auto_model: AutoModel, model: LlamaForCausalLM) -> None:
     expected = [5, 60, 7, *decode_plainly(model, (5, 60, 7), 4)]
     for input_ids in ([5, 60, 7], [[5, 60, 7]], np.array([[5, 60, 7]]), (5, 60, 7)):
