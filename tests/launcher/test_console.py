@@ -15,8 +15,13 @@ from model.sampling import SamplingParams
 
 PROMPTS = ["ab", "c", "de"]
 STATS = {
-    **{"decode_tokens_per_second": 8.0, "prefill_tokens_per_second": 9.0, "load_seconds": 0.5, "world_size": 2},
-    **{"threads_per_rank": 1, "kernel": "plain", "collectives": "shm"},
+    "decode_tokens_per_second": 8.0,
+    "prefill_tokens_per_second": 9.0,
+    "load_seconds": 0.5,
+    "world_size": 2,
+    "threads_per_rank": 1,
+    "kernel": "plain",
+    "collectives": "shm",
 }
 
 
