@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 usage or input (nothing had started), 13
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -373,9 +374,14 @@ def main() -> None:
     try:
         app(_spread_words(sys.argv[1:]), standalone_mode=False)
     except InputError as error:
-        _fail(error, 2)
+        print(f"tandem: {error}", file=sys.stderr)
+        sys.exit(2)
     except TandemError as error:
-        _fail(error, 128 + number if (number := getattr(error, "signal_number", 0)) else 1)
+        print(f"tandem: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A run that failed can have left work behind that the interpreter would wait for on its way out.
+        os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except typer.Exit as error:
@@ -397,8 +403,3 @@ def _spread_words(arguments: list[str]) -> list[str]:
             spread.append(flag)
         spread.append(word)
     return spread
-
-
-def _fail(error: Exception, code: int) -> None:
-    print(f"tandem: {error}", file=sys.stderr)
-    sys.exit(code)

@@ -123,7 +123,7 @@ REFUSALS: dict[str, tuple[Callable[[str], str], dict[str, Any], str]] = {
     "no UTF-8": (lambda line: line.replace("zwei", "\udcff"), {}, "is no result of tandem predict"),
     "unknown prompt": (change(index=3), {}, "it is of prompt 3, but there are 3 prompts; --resume goes on with the same prompts"),
     "negative prompt": (change(index=-1), {}, "it is of prompt -1, but there are 3 prompts"),
-    "twice": (lambda line: record(0).to_line(), {}, "prompt 0 is there twice; was the file written by two runs"),
+    "twice": (lambda line: record(0).to_line(), {}, "prompt 0 is there twice; --resume needs the file of one run"),
     "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume goes on"),
     "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 was 'zwei\\nZeilen', but is 'zwei\\nZeilen' now"),
     "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are asked for now"),
