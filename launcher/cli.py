@@ -99,7 +99,11 @@ def predict(
         Path | None, typer.Option(help="Write one JSON object a prompt to this file, as prompts are finished. Default: none.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip the prompts that are in --output already, and add the others. Default: start it anew.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Skip the prompts that are in --output already, and add the others; give the same options. Default: start it anew.",
+        ),
     ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write speeds, bytes and memory of the run to this JSON file.")] = None,
     log_dir: LogDirOption = None,

@@ -148,7 +148,6 @@ class RunConsole:
         self._texts = [""] * len(prompts)
         for record in done:
             self._tokens[record.index] = list(record.token_ids)
-            self._logprobs[record.index] = list(record.logprobs or ())
             self._reasons[record.index], self._texts[record.index] = record.finish_reason, record.text
         self._num_printed = 0
         self._loading = loading_progress(world_size)

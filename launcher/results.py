@@ -100,7 +100,10 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
             raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; --resume needs the file of one run")
         records.append(record)
     if len(whole) < len(text):
-        os.truncate(path, len(whole))
+        try:
+            os.truncate(path, len(whole))
+        except OSError as error:
+            raise RequestError(f"the last line of --output {path} is torn, and cannot be cut off: {error.strerror}") from None
     return records
 
 

@@ -178,8 +178,10 @@ class Engine:
                 sequence.sampling.take(token)
             sequence.last_id = token
             sequence.num_new += 1
-            params, reason = sequence.request.params, None
-            if token in model.config.eos_token_ids and not params.ignore_eos:
+            request, params, reason = sequence.request, sequence.request.params, None
+            if request.known_reason and sequence.num_new == len(request.known_ids):
+                reason = request.known_reason  # whatever ids end a sequence now
+            elif token in model.config.eos_token_ids and not params.ignore_eos:
                 reason = "eos"
             elif sequence.num_new == params.max_new_tokens:
                 reason = "length"

@@ -52,6 +52,15 @@ def test_every_record_is_a_line_on_the_disk_at_once_and_the_end_puts_them_in_ord
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_every_record_is_handed_to_the_disk_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: on_disk.append(path.read_text(encoding="utf-8")))
+    file = ResultsFile(path)
+    file.append(record(1))
+    file.append(record(2))
+    assert on_disk == [record(1).to_line(), record(1).to_line() + record(2).to_line()]
+
+
 def test_a_file_goes_on_behind_what_is_there_and_ends_like_an_undisturbed_one(path: Path) -> None:
     ResultsFile(path).append(record(2))
     resumed = ResultsFile(path, read(path), resume=True)
@@ -127,6 +136,7 @@ REFUSALS: dict[str, tuple[Callable[[str], str], dict[str, Any], str]] = {
     "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume goes on"),
     "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 was 'zwei\\nZeilen', but is 'zwei\\nZeilen' now"),
     "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are asked for now"),
+    "no token but an end": (change(token_ids=[], finish_reason="eos"), {}, "prompt 1 ended by eos after 0 tokens, but 3 are asked for now"),
     "fewer": (change(token_ids=[4, 5]), {}, "prompt 1 ended by length after 2 tokens, but 3 are asked for now"),
     "more": (change(token_ids=[4] * 4, finish_reason="eos"), {}, "prompt 1 ended by eos after 4 tokens, but 3 are asked for now"),
     "eos": (change(finish_reason="eos"), {"ignore_eos": True}, "prompt 1 ended by 'eos', which these options do not do"),

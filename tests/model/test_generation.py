@@ -1,8 +1,10 @@
 """Generation: every prompt of a batch goes on as it would alone, and ends where it has to."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from model import AutoModel
 from model.config import PREFILL_TOKENS
-from model.generation import Engine, Request, TokenEvent, generate
+from model.generation import Engine, EngineTimes, Request, TokenEvent, generate
 from model.llama import LlamaForCausalLM, Span
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
@@ -174,8 +176,8 @@ UNEVEN = (9, 2, 6, 1, 4)
 
 def ask_unevenly(rules: list[dict[str, Any]], *, ignore_eos: bool = True) -> list[Request]:
     return [
-        Request(i, prompt, SamplingParams(max_new_tokens=count, ignore_eos=ignore_eos, **rules[i % len(rules)]))
-        for i, (prompt, count) in enumerate(zip(PROMPTS, UNEVEN, strict=True))
+        Request(i, prompt, SamplingParams(max_new_tokens=length, ignore_eos=ignore_eos, **rules[i % len(rules)]))
+        for i, (prompt, length) in enumerate(zip(PROMPTS, UNEVEN, strict=True))
     ]
 
 
@@ -261,6 +263,27 @@ def test_known_tokens_do_not_count_as_work(model: LlamaForCausalLM) -> None:
         assert (engine.times.decode_seconds > 0) == bool(new)
         assert engine.times.prefill_tokens == sum(len(prompt) for i, prompt in enumerate(PROMPTS) if i not in whole)
         assert (engine.times.first_token_seconds > 0) == (cut < len(events))
+
+
+def test_what_has_ended_stays_ended_whatever_ids_end_a_sequence_now(model: LlamaForCausalLM, passes: list[int]) -> None:
+    first, second = ask(PROMPTS[:2], max_new_tokens=4)
+    ended = dataclasses.replace(first, known_ids=(5, 6), known_reason="eos")
+    assert run(model, [ended])[1] == [] and passes == []
+    found, events = run(model, [ended, second])
+    assert found == [[], decode_plainly(model, PROMPTS[1], 4)]
+    assert [event.position for event in events] == [0, 1, 2, 3]
+
+
+def test_steps_without_a_new_token_take_no_time_of_decoding(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.generation.time", SimpleNamespace(perf_counter=itertools.count(100).__next__))
+    engine = Engine(model)
+    (request,) = ask(PROMPTS[:1], max_new_tokens=5)
+    events = list(generate(engine, [dataclasses.replace(request, known_ids=(5, 6))]))
+    assert [event.position for event in events] == [2, 3, 4]
+    # Two looks at the clock a step; the third step makes the first new token.
+    assert engine.times == EngineTimes(
+        prefill_tokens=3, prefill_seconds=1, decode_tokens=3, decode_seconds=3, first_token_seconds=2 * 3 - 1
+    )
 
 
 def test_a_prompt_that_is_left_out_beside_a_new_one_does_not_count_as_work(model: LlamaForCausalLM, passes: list[int]) -> None:
