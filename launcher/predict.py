@@ -65,7 +65,7 @@ def predict(options: PredictOptions) -> None:
         output.begin()  # the launcher may start this rank again
     restarts = 0
     try:
-        if not run.environment.rank:
+        if not run.environment.rank and not run.nodes.node_rank:
             console.print_done(again=not again)
         if console.is_done and run.nodes.num_nodes == 1 and not run.environment.is_rank:
             print(f"nothing to do: all {len(prompts)} prompts are in {options.output}", file=sys.stderr)

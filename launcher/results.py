@@ -63,8 +63,7 @@ class ResultsFile:
 
     def append(self, record: Record) -> None:
         """Write one record to the disk."""
-        if self._is_new:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w" if self._is_new else "a", encoding="utf-8") as file:
             file.write(record.to_line())
             file.flush()
@@ -83,8 +82,8 @@ class ResultsFile:
 def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> list[Record]:
     """The records that an earlier run of these requests has left, in the order of the file; none when it left no file.
 
-    The end of a line that was being written when the run was killed is cut off. Raises RequestError for a record that cannot be of
-    these requests.
+    A last line that was being written when the run or its machine went down, which has no end or is no JSON, is cut off. Raises
+    RequestError for a record that cannot be of these requests.
     """
     try:
         text = path.read_bytes()
@@ -93,18 +92,29 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
     except OSError as error:
         raise RequestError(f"--output {path} cannot be read: {error.strerror}") from None
     whole = text[: text.rfind(b"\n") + 1]
-    records: list[Record] = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    lines = whole.splitlines(keepends=True)
+    if lines and not _is_json(lines[-1]):
+        whole = whole.removesuffix(lines.pop())
+    records: dict[int, Record] = {}
+    for number, line in enumerate(lines, 1):
         record = _read_record(line, f"{path}, line {number}", requests, prompts, vocab_size)
-        if any(record.index == earlier.index for earlier in records):
+        if record.index in records:
             raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; --resume needs the file of one run")
-        records.append(record)
+        records[record.index] = record
     if len(whole) < len(text):
         try:
             os.truncate(path, len(whole))
         except OSError as error:
             raise RequestError(f"the last line of --output {path} is torn, and cannot be cut off: {error.strerror}") from None
-    return records
+    return list(records.values())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> Record:
@@ -134,8 +144,10 @@ def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[s
         return f"it is of prompt {record.index}, but there are {len(requests)} prompts"
     request, count = requests[record.index], len(record.token_ids)
     params = request.params
-    if record.prompt != prompts[record.index] or record.prompt_token_ids != request.prompt_ids:
+    if record.prompt != prompts[record.index]:
         return f"prompt {record.index} was {record.prompt!r}, but is {prompts[record.index]!r} now"
+    if record.prompt_token_ids != request.prompt_ids:
+        return f"prompt {record.index} had the ids {list(record.prompt_token_ids)}, but has {list(request.prompt_ids)} now"
     if not 1 <= count <= params.max_new_tokens or (record.finish_reason == "length" and count != params.max_new_tokens):
         return f"prompt {record.index} ended by {record.finish_reason} after {count} tokens, but {params.max_new_tokens} are asked for now"
     if record.finish_reason not in ("eos", "length") or (record.finish_reason == "eos" and params.ignore_eos):

@@ -118,8 +118,8 @@ def _start_msrun(tandem: "Tandem", checkpoints: "Checkpoints") -> tuple[Path, "R
     port = str(_free_port())
     variables = {"MS_WORKER_NUM": "2", "MS_SCHED_HOST": LOOPBACK, "MS_SCHED_PORT": port, "MS_TOPO_TIMEOUT": "20"}
     command = tandem.predict_command(folder, *_arguments(checkpoints))
-    scheduler = tandem.start(command, MS_ROLE="MS_SCHED", **variables)
-    workers = [tandem.start(command, MS_ROLE="MS_WORKER", MS_NODE_ID=str(rank), DEVICE_ID=str(rank), **variables) for rank in (0, 1)]
+    scheduler = tandem.start(command, cwd=None, MS_ROLE="MS_SCHED", **variables)
+    workers = [tandem.start(command, cwd=None, MS_ROLE="MS_WORKER", MS_NODE_ID=str(rank), DEVICE_ID=str(rank), **variables) for rank in (0, 1)]
     return folder, scheduler, workers
 
 
@@ -162,7 +162,7 @@ def test_a_port_in_use_is_named(tandem: "Tandem", checkpoints: "Checkpoints") ->
         command = tandem.predict_command(folder, *_arguments(checkpoints))
         torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
         msrun = {"MS_ROLE": "MS_SCHED", "MS_WORKER_NUM": "2", "MS_SCHED_HOST": LOOPBACK, "MS_SCHED_PORT": port}
-        rank, scheduler = tandem.start(command, **torchrun), tandem.start(command, **msrun)
+        rank, scheduler = tandem.start(command, cwd=None, **torchrun), tandem.start(command, cwd=None, **msrun)
         _, stderr = rank.process.communicate(timeout=SECONDS)
         _, told = scheduler.process.communicate(timeout=SECONDS)
     assert (rank.process.returncode, scheduler.process.returncode) == (1, 1), stderr + told

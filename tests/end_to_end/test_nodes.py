@@ -30,7 +30,7 @@ LISTENING = "0A"
 
 def _arguments(checkpoints: "Checkpoints", *options: str) -> list[str | Path]:
     # One prompt after the other: the line of the first tells that the second is being decoded.
-    plain = ("--max-batch-size", "1", "--max-new-tokens", "100", "--ignore-eos", "--dtype", "float32", "--threads-per-rank", "1")
+    plain = ("--max-batch-size", "1", "--max-new-tokens", "60", "--ignore-eos", "--dtype", "float32", "--threads-per-rank", "1")
     return ["--checkpoint", checkpoints.float, *plain, *options]
 
 
@@ -174,11 +174,9 @@ def test_a_rank_that_is_killed_on_another_node_is_started_again(
     tandem: "Tandem", network: Network, checkpoints: "Checkpoints", alone: "Outcome"
 ) -> None:
     nodes, line = _start(tandem, network, checkpoints, "--max-restarts", "1")
-    before = nodes[0].running.find_ranks()
     os.kill(nodes[1].running.find_ranks()[2], signal.SIGKILL)
     ended = [node.finish() for node in nodes]
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert len(before) == 2
     assert (nodes[0].folder / "results.jsonl").read_text() == alone.jsonl
     assert line + ended[0][1] == alone.stdout, "each result is printed once"
     assert json.loads((nodes[0].folder / "stats.json").read_text())["restarts"] == 1
@@ -221,6 +219,7 @@ def test_nodes_that_do_not_come_together_say_why(tandem: "Tandem", checkpoints: 
         nodes = [in_use, waiting, *differing]
         ended = [node.finish() for node in nodes]
     assert [code for code, _, _ in ended] == [1, 1, 1, 1], ended
+    assert waiting.verdict["first_failed_rank"] == differing[0].verdict["first_failed_rank"] == 1
     expected = [
         f"cannot listen at {address}, port {ports[0]}: Address already in use",
         f"node 1 did not come within 4 s (--timeout): 1 of 2 nodes are at {address}, port {ports[1]}",
@@ -231,6 +230,3 @@ def test_nodes_that_do_not_come_together_say_why(tandem: "Tandem", checkpoints: 
         assert stdout == "" and "Traceback" not in stderr
         assert said in node.verdict["exception"] and said in stderr
         assert node.running.find_processes() == []
-    assert "node 1" in ended[1][2] and waiting.verdict["first_failed_rank"] == 1
-    for node in differing:
-        assert all(f" {dtype}" in node.verdict["exception"] for dtype in ("bfloat16", "float32")), node.verdict

@@ -72,3 +72,24 @@ def test_results_of_other_prompts_are_refused_and_left_alone(refuse: Callable[..
     words = ["results.jsonl, line 3: prompt 2 was 'I love Beijing, because', but is 'a llama' now", "--resume goes on with the same"]
     refuse(make, words, False)
     assert (tmp_path / "results.jsonl").read_text(encoding="utf-8") == undisturbed.jsonl
+
+
+def test_only_the_first_node_prints_what_is_done(
+    tandem: "Tandem",
+    checkpoints: "Checkpoints",
+    undisturbed: "Outcome",
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from launcher.cli import main
+
+    folder = tandem.new_folder()
+    (folder / "results.jsonl").write_text(undisturbed.jsonl)
+    monkeypatch.setattr("launcher.predict.run_job", lambda *arguments: 0)  # no other node is there to meet
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
+    for number, printed in (("0", undisturbed.stdout), ("1", "")):
+        nodes = ("--nnodes", "2", "--node-rank", number, "--master-addr", "127.0.0.1", "--master-port", "29400")
+        command = tandem.predict_command(folder, *arguments(checkpoints, 2, "--resume", *nodes))
+        monkeypatch.setattr("sys.argv", ["tandem", *map(str, command[command.index("predict") :])])
+        main()
+        assert capsys.readouterr().out == printed

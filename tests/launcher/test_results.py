@@ -72,6 +72,11 @@ def test_a_file_goes_on_behind_what_is_there_and_ends_like_an_undisturbed_one(pa
     assert path.read_text() == "".join(record(i).to_line() for i in range(3))
 
 
+def test_a_run_that_goes_on_where_nothing_was_makes_the_folder(path: Path) -> None:
+    ResultsFile(path, read(path), resume=True).append(record(1))
+    assert read(path) == [record(1)]
+
+
 def test_a_run_that_does_not_resume_keeps_the_old_file_until_it_has_something(path: Path) -> None:
     ResultsFile(path).append(record(2))
     new = ResultsFile(path)
@@ -96,7 +101,9 @@ def test_no_file_is_no_results(path: Path) -> None:
     assert read(path) == [] and not path.parent.exists()
 
 
-@pytest.mark.parametrize("torn", [b"{", record(1).to_line().encode()[:-1], "茶".encode()[:2]])
+@pytest.mark.parametrize(
+    "torn", [b"{", record(1).to_line().encode()[:-1], "茶".encode()[:2], bytes(4096), bytes(40) + record(1).to_line().encode()[40:]]
+)
 def test_a_last_line_that_was_being_written_is_cut_off_the_disk(path: Path, torn: bytes) -> None:
     ResultsFile(path).append(record(2))
     whole = path.read_bytes()
@@ -134,7 +141,7 @@ REFUSALS: dict[str, tuple[Callable[[str], str], dict[str, Any], str]] = {
     "negative prompt": (change(index=-1), {}, "it is of prompt -1, but there are 3 prompts"),
     "twice": (lambda line: record(0).to_line(), {}, "prompt 0 is there twice; --resume needs the file of one run"),
     "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume goes on"),
-    "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 was 'zwei\\nZeilen', but is 'zwei\\nZeilen' now"),
+    "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 had the ids [1, 12], but has [1, 11] now"),
     "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are asked for now"),
     "no token but an end": (change(token_ids=[], finish_reason="eos"), {}, "prompt 1 ended by eos after 0 tokens, but 3 are asked for now"),
     "fewer": (change(token_ids=[4, 5]), {}, "prompt 1 ended by length after 2 tokens, but 3 are asked for now"),

@@ -251,6 +251,19 @@ def test_steps_of_ended_sequences_alone_are_not_computed(
     assert len(passes) == whole - saved
 
 
+def test_logits_are_computed_only_where_a_token_is_new(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    logits_local = model.logits_local
+    monkeypatch.setattr(model, "logits_local", lambda hidden: (rows.append(len(hidden)), logits_local(hidden))[1])
+    requests = ask(PROMPTS[:2], max_new_tokens=5)
+    _, events = run(model, requests)
+    assert rows == [2] * 5
+    for cut in range(len(events) + 1):
+        rows.clear()
+        run(model, know(requests, events[:cut]))
+        assert rows == [2] * (5 - cut // 2), f"cut after {cut}"
+
+
 def test_known_tokens_do_not_count_as_work(model: LlamaForCausalLM) -> None:
     requests = ask_unevenly(RULES["greedy"])
     _, events = run(model, requests, 1)
