@@ -89,7 +89,7 @@ def test_only_the_first_node_prints_what_is_done(
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
     for number, printed in (("0", undisturbed.stdout), ("1", "")):
         nodes = ("--nnodes", "2", "--node-rank", number, "--master-addr", "127.0.0.1", "--master-port", "29400")
-        command = tandem.predict_command(folder, *arguments(checkpoints, 2, "--resume", *nodes))
+        command = tandem.predict_command(folder, *_options(checkpoints), "--workers", "2", "--resume", *nodes)
         monkeypatch.setattr("sys.argv", ["tandem", *map(str, command[command.index("predict") :])])
         main()
         assert capsys.readouterr().out == printed
