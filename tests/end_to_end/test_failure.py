@@ -5,17 +5,21 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from launcher.graceful_stop import GRACE_SECONDS
+
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Running, Tandem
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 NUM_PROMPTS = 3
+LIMIT_BYTES = 1_500_000_000
 VERDICT_FIELDS = {
     "first_failed_rank",
     "host",
@@ -41,20 +45,23 @@ class Decoding:
     """Process id of each rank."""
 
     def finish(self, seconds: float = 60) -> tuple[int, str, str]:
-        """Wait for its end; exit code, standard output, standard error."""
+        """Wait for its end, which leaves nothing; exit code, standard output, standard error."""
         stdout, stderr = self.running.process.communicate(timeout=seconds)
+        assert self.running.find_processes() == []
+        assert list((self.folder / "tmp").iterdir()) == [], "the folder of the run is gone"
         return self.running.process.returncode, self.first_line + stdout, stderr
 
 
 def _arguments(checkpoints: "Checkpoints") -> list[str | Path]:
     # One prompt after the other: the line of the first tells that the second is being decoded.
-    options = ("--max-batch-size", "1", "--max-new-tokens", "500", "--ignore-eos", "--dtype", "float32")
+    options = ("--max-batch-size", "1", "--max-new-tokens", "300", "--ignore-eos", "--dtype", "float32")
     return ["--checkpoint", checkpoints.float, "--workers", "2", "--threads-per-rank", "1", *options]
 
 
 def _start_decoding(tandem: "Tandem", checkpoints: "Checkpoints", *options: str) -> Decoding:
     folder = tandem.new_folder()
-    running = tandem.start(tandem.predict_command(folder, *_arguments(checkpoints), *options))
+    (folder / "tmp").mkdir()
+    running = tandem.start(tandem.predict_command(folder, *_arguments(checkpoints), *options), TMPDIR=str(folder / "tmp"))
     assert running.process.stdout is not None
     first_line = running.process.stdout.readline()
     assert first_line.startswith("'text_generation_text': "), running.process.communicate(timeout=60)
@@ -73,7 +80,6 @@ def test_a_killed_rank_ends_the_run_with_a_verdict_that_names_it(
     code, _, stderr = decoding.finish()
     assert time.monotonic() - killed < 30
     assert code == 1
-    assert decoding.running.find_processes() == []
 
     logs = decoding.folder / "logs"
     verdict = json.loads((logs / "verdict.json").read_text())
@@ -124,7 +130,7 @@ FAULTS = {
 """What goes wrong in rank 1: the module and the function in which it does, how, and what the verdict's exception has to hold."""
 
 FAULTY = """
-import os, resource, sys
+import os, resource, signal, sys
 
 if os.environ.get("RANK") == "1" and "launcher.rank_process" in " ".join(sys.orig_argv):
     import {module} as module
@@ -143,18 +149,26 @@ if os.environ.get("RANK") == "1" and "launcher.rank_process" in " ".join(sys.ori
 """
 
 
+def _plant(folder: Path, text: str) -> dict[str, str]:
+    """The variables of a run whose processes execute `text` when they start, and that leaves its own files in folder/tmp."""
+    (folder / "sitecustomize.py").write_text(text)
+    (folder / "tmp").mkdir()
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{PROJECT_ROOT}", "TMPDIR": str(folder / "tmp")}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_verdict_says_what_went_wrong_inside_a_rank(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path, name: str) -> None:
     module, function, fault, words = FAULTS[name]
-    (tmp_path / "sitecustomize.py").write_text(FAULTY.format(module=module, function=function, fault=fault))
-    (tmp_path / "tmp").mkdir()
+    paths = _plant(tmp_path, FAULTY.format(module=module, function=function, fault=fault))
     folder = tandem.new_folder()
-    command = tandem.predict_command(folder, *_arguments(checkpoints), "--max-restarts", "0", "--timeout", "4")
-    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT_ROOT}", "TMPDIR": str(tmp_path / "tmp")}
-    running = tandem.start(command, **paths)
+    running = tandem.start(
+        tandem.predict_command(folder, *_arguments(checkpoints), "--max-restarts", "0", "--timeout", "4"), cwd=None, **paths
+    )
     _, stderr = running.process.communicate(timeout=60)
     assert running.process.returncode == 1, stderr
     assert running.find_processes() == [] and list((tmp_path / "tmp").iterdir()) == []
+    assert oct((folder / "logs").stat().st_mode & 0o777) == "0o700"
+    assert len(stderr[stderr.index("tandem: ") :].splitlines()) == 3, stderr
     verdict = json.loads((folder / "logs" / "verdict.json").read_text())
     assert (verdict["first_failed_rank"], verdict["signal"]) == (1, None)
     assert verdict["exit_code"] == {"stuck in a loop": None, "os._exit": 7}.get(name, 1)
@@ -167,31 +181,78 @@ def test_the_verdict_says_what_went_wrong_inside_a_rank(tandem: "Tandem", checkp
         assert verdict["exception"] is None
 
 
-def test_a_stopped_rank_is_named_soon_after_the_timeout_and_a_slow_one_is_not(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
-    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "0", "--timeout", "4")
-    for _ in range(3):  # slow: each halt is shorter than the timeout
-        os.kill(decoding.ranks[0], signal.SIGSTOP)
-        time.sleep(1)
-        os.kill(decoding.ranks[0], signal.SIGCONT)
-        time.sleep(0.2)
-    assert decoding.running.process.poll() is None
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A control group of its own, with a limit."""
+
+    folder: Path
+    limit_file: str
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[MemoryLimit]:
+    """A control group in which three processes have room and a fourth part of a gigabyte more has not."""
+    groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    if "memory" in groups:
+        limit = MemoryLimit(Path("/sys/fs/cgroup/memory", groups["memory"].lstrip("/"), f"tandem-{os.getpid()}"), "memory.limit_in_bytes")
+    else:
+        limit = MemoryLimit(Path("/sys/fs/cgroup", f"tandem-{os.getpid()}"), "memory.max")
+    try:
+        limit.folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        try:
+            (limit.folder / limit.limit_file).write_text(str(LIMIT_BYTES))
+        except OSError as error:
+            pytest.skip(f"no control group's memory can be limited here: {error}")
+        yield limit
+    finally:
+        limit.folder.rmdir()
+
+
+def test_the_verdict_on_a_rank_that_the_kernel_ended_tells_the_limit_of_memory(
+    tandem: "Tandem", checkpoints: "Checkpoints", memory_limit: MemoryLimit, tmp_path: Path
+) -> None:
+    fault = "import time; kept = [bytes([1]) * (1 << 24) for _ in range(1 << 8)]; time.sleep(60)"
+    paths = _plant(tmp_path, FAULTY.format(module="model.generation", function="Engine.step", fault=fault))
+    folder = tandem.new_folder()
+    command = tandem.predict_command(folder, *_arguments(checkpoints), "--max-restarts", "0")
+    script = f'echo $$ > {memory_limit.folder}/cgroup.procs && exec "$@"'
+    result = tandem.run_command(["sh", "-c", script, "sh", *command], cwd=None, **paths)
+    assert result.returncode == 1, result.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+    verdict = json.loads((folder / "logs" / "verdict.json").read_text())
+    assert (verdict["first_failed_rank"], verdict["signal"], verdict["exit_code"]) == (1, "SIGKILL", None)
+    for words in (verdict["exception"], result.stderr):
+        assert f"out of memory: the kernel ended it (its limit is {LIMIT_BYTES / 1e9:.1f} GB)" in words
+
+
+def test_a_stopped_rank_is_named_soon_after_the_timeout(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "0", "--timeout", "3")
     os.kill(decoding.ranks[0], signal.SIGSTOP)
     stopped = time.monotonic()
     code, _, stderr = decoding.finish()
-    assert code == 1 and 3 < time.monotonic() - stopped < 9, stderr
-    assert decoding.running.find_processes() == []
+    assert code == 1 and 2 < time.monotonic() - stopped < 8, stderr
     verdict = json.loads((decoding.folder / "logs" / "verdict.json").read_text())
     assert (verdict["first_failed_rank"], verdict["signal"]) == (0, "SIGSTOP") and "stopped" in verdict["exception"]
     assert verdict["others_waiting_in"] == {"1": "gather_columns"}
 
 
-def test_a_restart_after_a_killed_rank_gives_the_tokens_of_an_undisturbed_run(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
-    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "1")
+def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undisturbed_run(
+    tandem: "Tandem", checkpoints: "Checkpoints"
+) -> None:
+    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "1", "--timeout", "4")
+    for _ in range(2):  # slow: each halt is shorter than the timeout, all together are longer
+        os.kill(decoding.ranks[0], signal.SIGSTOP)
+        time.sleep(2.2)
+        os.kill(decoding.ranks[0], signal.SIGCONT)
+        time.sleep(0.1)
+    assert decoding.running.find_ranks() == decoding.ranks, "no restart has been used, and the run is not over"
     os.kill(decoding.ranks[1], signal.SIGKILL)
     code, stdout, stderr = decoding.finish(90)
     assert code == 0, stderr
     assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks load again and go on with the same tokens" in stderr
-    assert decoding.running.find_processes() == []
 
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (decoding.folder / "results.jsonl").read_text() == undisturbed.jsonl
@@ -203,6 +264,50 @@ def test_a_restart_after_a_killed_rank_gives_the_tokens_of_an_undisturbed_run(ta
     assert not (decoding.folder / "logs" / "verdict.json").exists()
 
 
+FATAL = """
+import os, signal, sys
+
+if "launcher.rank_process" in " ".join(sys.orig_argv):
+    import launcher.worker, parallel.progress
+
+    place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
+    plain, gather = launcher.worker.load_model, parallel.progress.WatchedCollectives.gather_columns
+
+    def load_model(*arguments, **options):
+        if place == ("0", "1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments, **options)
+
+    def gather_columns(*arguments, **options):  # for the first time in the first prefill
+        if place == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*arguments, **options)
+
+    launcher.worker.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
+"""
+"""Rank 1 is killed while the first attempt loads, rank 0 in the first prefill of the second."""
+
+
+def test_kills_while_loading_and_in_prefill_are_made_up_for(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
+    paths = _plant(tmp_path, FATAL)
+    folder = tandem.new_folder()
+    arguments = (*_arguments(checkpoints), "--max-restarts", "2")
+    result = tandem.run_command(tandem.predict_command(folder, *arguments), cwd=None, **paths)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+    for number, rank in ((1, 1), (2, 0)):
+        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks load again and go on with the same tokens"
+        assert said in result.stderr
+    undisturbed = tandem.predict(*_arguments(checkpoints))
+    assert (folder / "results.jsonl").read_text() == undisturbed.jsonl
+    assert result.stdout == undisturbed.stdout
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["restarts"] == 2
+    assert stats["recovery_seconds"] and all(0 < seconds < 60 for seconds in stats["recovery_seconds"])
+    kept = {path.name for path in (folder / "logs").iterdir()}
+    assert kept == {f"worker_{rank}{attempt}.log" for rank in (0, 1) for attempt in (".attempt_0", ".attempt_1", "")}
+
+
 def test_the_verdict_after_a_restart_names_the_rank_that_failed_last_time(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     """Rank 1 is killed, and rank 0 of the second attempt: what was noticed in the first attempt must not speak for the second."""
     decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "1")
@@ -211,7 +316,6 @@ def test_the_verdict_after_a_restart_names_the_rank_that_failed_last_time(tandem
     os.kill(again[0], signal.SIGKILL)
     code, _, stderr = decoding.finish()
     assert code == 1, stderr
-    assert decoding.running.find_processes() == []
     verdict = json.loads((decoding.folder / "logs" / "verdict.json").read_text())
     assert (verdict["first_failed_rank"], verdict["pid"], verdict["signal"]) == (0, again[0], "SIGKILL")
     assert verdict["restarts_used"] == 1
@@ -238,17 +342,37 @@ def test_a_signal_stops_the_run_and_every_rank(tandem: "Tandem", checkpoints: "C
     sent = time.monotonic()
     code, stdout, stderr = decoding.finish(30)
     assert code == expected and time.monotonic() - sent < 5, stderr
-    assert decoding.running.find_processes() == []
     assert len(stdout.splitlines()) < NUM_PROMPTS, "it was stopped, not left to finish"
     assert "Traceback" not in stderr and f"stopped by {number.name}" in stderr
     _check_records(decoding, tandem, checkpoints)
     assert not (decoding.folder / "logs" / "verdict.json").exists()
 
 
-def test_no_rank_outlives_a_parent_that_is_killed(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+def test_a_second_signal_ends_a_run_at_once_that_cannot_finish_its_token(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    decoding = _start_decoding(tandem, checkpoints)
+    os.kill(decoding.ranks[1], signal.SIGSTOP)  # so that the first signal alone would wait GRACE_SECONDS
+    time.sleep(0.3)
+    decoding.running.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert decoding.running.find_ranks() == decoding.ranks, "the first one waits for the token"
+    decoding.running.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    code, _, stderr = decoding.finish(30)
+    assert time.monotonic() - sent < GRACE_SECONDS - 1, "at once"
+    assert code == 130 and "stopped by SIGINT" in stderr and "Traceback" not in stderr
+    _check_records(decoding, tandem, checkpoints)
+
+
+def test_no_rank_outlives_a_parent_that_is_killed_and_the_next_run_removes_its_folder(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     decoding = _start_decoding(tandem, checkpoints)
     decoding.running.process.kill()
     assert decoding.running.wait_until_gone(10) == []
-    code, stdout, _ = decoding.finish()
-    assert code == -signal.SIGKILL
-    assert len(stdout.splitlines()) < NUM_PROMPTS
+    stdout, _ = decoding.running.process.communicate()
+    assert decoding.running.process.returncode == -signal.SIGKILL
+    assert len(stdout.splitlines()) < NUM_PROMPTS - 1
+    _check_records(decoding, tandem, checkpoints)
+    (left,) = (decoding.folder / "tmp").iterdir()
+    assert oct(left.stat().st_mode & 0o777) == "0o700"
+    again = tandem.run("predict", *_arguments(checkpoints), "--max-new-tokens", "1", TMPDIR=str(decoding.folder / "tmp"))
+    assert again.returncode == 0, again.stderr
+    assert list((decoding.folder / "tmp").iterdir()) == []
