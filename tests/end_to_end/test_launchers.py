@@ -119,7 +119,9 @@ def _start_msrun(tandem: "Tandem", checkpoints: "Checkpoints") -> tuple[Path, "R
     variables = {"MS_WORKER_NUM": "2", "MS_SCHED_HOST": LOOPBACK, "MS_SCHED_PORT": port, "MS_TOPO_TIMEOUT": "20"}
     command = tandem.predict_command(folder, *_arguments(checkpoints))
     scheduler = tandem.start(command, cwd=None, MS_ROLE="MS_SCHED", **variables)
-    workers = [tandem.start(command, cwd=None, MS_ROLE="MS_WORKER", MS_NODE_ID=str(rank), DEVICE_ID=str(rank), **variables) for rank in (0, 1)]
+    workers = [
+        tandem.start(command, cwd=None, MS_ROLE="MS_WORKER", MS_NODE_ID=str(rank), DEVICE_ID=str(rank), **variables) for rank in (0, 1)
+    ]
     return folder, scheduler, workers
 
 

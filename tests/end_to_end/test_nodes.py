@@ -219,7 +219,9 @@ def test_nodes_that_do_not_come_together_say_why(tandem: "Tandem", checkpoints: 
         nodes = [in_use, waiting, *differing]
         ended = [node.finish() for node in nodes]
     assert [code for code, _, _ in ended] == [1, 1, 1, 1], ended
-    assert waiting.verdict["first_failed_rank"] == differing[0].verdict["first_failed_rank"] == 1
+    assert waiting.verdict["first_failed_rank"] == 1
+    assert differing[0].verdict == differing[1].verdict
+    assert all(dtype in differing[0].verdict["exception"] for dtype in ("bfloat16", "float32")), differing[0].verdict
     expected = [
         f"cannot listen at {address}, port {ports[0]}: Address already in use",
         f"node 1 did not come within 4 s (--timeout): 1 of 2 nodes are at {address}, port {ports[1]}",
