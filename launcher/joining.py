@@ -37,6 +37,8 @@ from parallel.progress import Progress
 
 _SECONDS_FOR_THE_CULPRIT = 2.0
 """A rank that lost a peer lets the peer say why first."""
+_STOPPING_FILE = ".stopping"
+"""Left by rank 0 when it was asked to stop: the others of its host, who see it end, know then that it has not failed."""
 _FAREWELL_SECONDS = 10.0
 _FAILED_FAREWELL_SECONDS = 1.0
 """How long the store's host waits for the others to need it no more."""
@@ -52,8 +54,11 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event
     log_dir.chmod(0o700)
     if rank == 0:
         (log_dir / VERDICT_FILE).unlink(missing_ok=True)
+    stopping = log_dir / _STOPPING_FILE
+    if rank == 0:
+        stopping.unlink(missing_ok=True)
     progress = Progress()
-    signals = _Signals(progress, rank)
+    signals = _Signals(progress, rank, stopping)
     signals.install()
     stack_path = log_dir / f"stack_{rank}.txt"
     with stack_path.open("w") as stack:
@@ -65,7 +70,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event
             joining.say_bye(0)
         except BaseException as error:
             # Launchers end the other ranks with SIGTERM when one has failed: that one is the cause, if it went before rank 0 stopped.
-            if signals.number is not None and (rank != 0 or not joining.find_dead()):
+            if signals.number is not None and (not joining.find_dead() or (rank != 0 and stopping.exists())):
                 joining.say_bye(1)
                 raise StoppedError(signals.number) from None
             if isinstance(error, StopAsked):
@@ -145,8 +150,8 @@ class _Joining:
 class _Signals:
     """The launcher's SIGTERM or SIGINT: rank 0 finishes the current token, the others go on until it has; a second ends at once."""
 
-    def __init__(self, progress: Progress, rank: int) -> None:
-        self._progress, self._rank = progress, rank
+    def __init__(self, progress: Progress, rank: int, stopping: Path) -> None:
+        self._progress, self._rank, self._stopping = progress, rank, stopping
         self.number: int | None = None
 
     def install(self) -> None:
@@ -159,6 +164,7 @@ class _Signals:
             os._exit(128 + number)
         self.number = number
         if self._rank == 0:
+            self._stopping.touch()
             self._progress.ask_to_stop()
         # A rank that waits for another, which got no signal, may reach no end of a token.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
