@@ -52,11 +52,10 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event
     assert rank is not None
     log_dir.mkdir(parents=True, exist_ok=True)
     log_dir.chmod(0o700)
-    if rank == 0:
-        (log_dir / VERDICT_FILE).unlink(missing_ok=True)
     stopping = log_dir / _STOPPING_FILE
     if rank == 0:
-        stopping.unlink(missing_ok=True)
+        for left in (log_dir / VERDICT_FILE, stopping):
+            left.unlink(missing_ok=True)
     progress = Progress()
     signals = _Signals(progress, rank, stopping)
     signals.install()

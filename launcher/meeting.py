@@ -6,7 +6,6 @@ Knows the store and hosts; not who started the ranks, and not what they will do.
 import json
 import os
 import socket
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ class Seat:
     @property
     def num_nodes(self) -> int:
         """Hosts."""
-        return len(Counter(self.nodes))
+        return len(set(self.nodes))
 
 
 def find_alone() -> Seat:
