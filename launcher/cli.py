@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.bench_cli import app as bench_app
 from launcher.checkpoint_cli import app as checkpoint_app
 from launcher.option_types import (
     BatchOption,
@@ -247,7 +248,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
         print(f"{name + ':':<{width}} {'-' if value is None else quote_name(str(value))}{f' (from {origin})' if origin else ''}")
 
 
-for group in (predict_app, commands, checkpoint_app):
+for group in (predict_app, commands, bench_app, checkpoint_app):
     app.add_typer(group)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from launcher.control_groups import read_memory_group
 from launcher.cores import share_cores
 from launcher.job import Job
-from launcher.tasks import Decode
+from launcher.tasks import Bench, Decode, Task
 from model.config import LlamaConfig
 from model.planning import Workload, plan_ranks
 from model.scheme import Scheme
@@ -15,13 +15,14 @@ from model.scheme import Scheme
 def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, str], local_workers: int) -> str | None:
     """A warning, when decoding on this host's ranks is planned to need more memory than there is; else None."""
     available = read_available_bytes()
-    if not isinstance(job.task, Decode) or job.device != "cpu" or available is None:
+    sequences = _plan_sequences(job.task)
+    if sequences is None or job.device != "cpu" or available is None:
         return None
     workload = Workload(
         dtype=job.dtype,
         kv_cache=job.kv_cache,
-        batch_size=min(job.max_batch_size, len(job.task.requests)),
-        tokens=max(len(request.prompt_ids) + request.params.max_new_tokens for request in job.task.requests),
+        batch_size=min(job.max_batch_size, sequences[0]),
+        tokens=sequences[1],
         num_threads=job.threads_per_rank or share_cores(local_workers),
     )
     needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
@@ -31,6 +32,15 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         f"{local_workers} ranks on this host need about {needed / 1e9:.1f} GB at their peak, but {available / 1e9:.1f} GB are free: "
         "expect the kernel to end one; see tandem plan, int8, a smaller --max-batch-size, or more nodes"
     )
+
+
+def _plan_sequences(task: Task) -> tuple[int, int] | None:
+    """How many sequences a task decodes, and the tokens of the longest; None where it decodes none."""
+    if isinstance(task, Decode):
+        return len(task.requests), max(len(request.prompt_ids) + request.params.max_new_tokens for request in task.requests)
+    if isinstance(task, Bench):
+        return max(task.batch_sizes), max(task.prompt_tokens, task.new_tokens)
+    return None
 
 
 def read_available_bytes() -> int | None:

@@ -76,8 +76,8 @@ class Run:
         return read_tokenizer(self.opened.source.tokenizer_path() or self.opened.source.path)
 
 
-def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
-    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`.
+def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
+    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`; `opener` stands in for it.
 
     A process that is msrun's scheduler does not return: it serves the ranks and exits.
     """
@@ -92,7 +92,7 @@ def open_run(options: RunOptions, *, quantized: bool = True) -> Run:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
     nodes = Nodes() if environment.is_rank else _plan_nodes(options, world_size)
-    opened = open_model(options, settings, quantized=quantized)
+    opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)

@@ -1,4 +1,4 @@
-"""What the ranks of a run do: decode prompts, evaluate a checkpoint, or quantize one. Plain values that travel as JSON.
+"""What the ranks of a run do: decode prompts, evaluate a checkpoint, measure its speed, or quantize one. Plain values that travel as JSON.
 
 Knows ids only: texts have been encoded. How each is run: `launcher/worker.py`.
 """
@@ -49,7 +49,29 @@ class Quantize:
     """Absolute path."""
 
 
-Task = Decode | Evaluate | Quantize
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Measure speed."""
+
+    batch_sizes: tuple[int, ...]
+    """Sequences that decode together, one measurement each."""
+    prompt_tokens: int
+    """Of the prompt of the prefill."""
+    new_tokens: int
+    """Steps of decoding that are measured in a round."""
+    rounds: int
+    """Of each measurement."""
+    num_layers: int | None = None
+    """Only so many layers; None: all."""
+    random_values: str | None = None
+    """The JSON of a config.json: weights are made up for it; None: the checkpoint's are read."""
+    profile: bool = False
+    """Record what the time goes to, after everything else."""
+    command_started: float = 0.0
+    """When the command began, on rank 0's time.monotonic()."""
+
+
+Task = Decode | Evaluate | Quantize | Bench
 
 
 def write_task(task: Task) -> dict[str, Any]:
@@ -85,8 +107,18 @@ def _read_quantize(raw: dict[str, Any]) -> Quantize:
     )
 
 
+def _read_bench(raw: dict[str, Any]) -> Bench:
+    values = {name: value for name, value in raw.items() if name != "kind"}
+    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"])})
+
+
 def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in raw)
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], Task]] = {"Decode": _read_decode, "Evaluate": _read_evaluate, "Quantize": _read_quantize}
+_READERS: dict[str, Callable[[dict[str, Any]], Task]] = {
+    "Decode": _read_decode,
+    "Evaluate": _read_evaluate,
+    "Quantize": _read_quantize,
+    "Bench": _read_bench,
+}

@@ -3,11 +3,9 @@
 Knows a Job and who it is; what is reported goes to `emit`, on rank 0 only.
 """
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,12 @@ from torch.distributed.distributed_c10d import Store
 from launcher.cores import bind_cores, count_cores, share_cores
 from launcher.job import Job
 from launcher.meeting import Seat
-from launcher.tasks import Decode, Evaluate, Quantize
+from launcher.rank_bench import RankBench, open_source
+from launcher.rank_memory import give_back_memory, read_peak_rss_bytes
+from launcher.rank_profile import record_spans
+from launcher.tasks import Bench, Decode, Evaluate, Quantize
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.source import CheckpointSource
 from model.config import build_config
 from model.evaluation import boolq, perplexity
 from model.generation import Engine
@@ -34,9 +36,9 @@ from parallel.collectives import Collectives, DistributedCollectives, IdentityCo
 from parallel.errors import RunError
 from parallel.node_collectives import NodeCollectives
 from parallel.progress import Progress, WatchedCollectives
+from parallel.recording import RecordedCollectives
 from parallel.shared_memory import SharedMemoryCollectives
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -56,6 +58,7 @@ class _Rank:
     """time.perf_counter() when the rank began."""
     emit: Emit
     progress: Progress
+    seat: Seat
 
     def report(self, event: str) -> Callable[[int, int], None]:
         """Sends (done, total) under this name, and tells the watcher and the peers that this rank gets on."""
@@ -94,11 +97,13 @@ def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit
     torch.set_num_threads(threads)
     device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, seat.local_rank)
     collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
-    me = _Rank(job, collectives, device, threads, started, emit, progress)
+    me = _Rank(job, collectives, device, threads, started, emit, progress, seat)
     if isinstance(job.task, Decode):
         _decode(me, job.task)
     elif isinstance(job.task, Evaluate):
         _evaluate(me, job.task)
+    elif isinstance(job.task, Bench):
+        _bench(me, job.task)
     else:
         _quantize(me, job.task)
     collectives.barrier()
@@ -106,12 +111,12 @@ def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit
     progress.set_operation("done")
 
 
-def _load(me: _Rank) -> tuple[LlamaForCausalLM, int]:
-    """The model with this rank's part of the checkpoint, and the bytes that were read."""
-    _give_back_memory()
+def _load(me: _Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCausalLM, int]:
+    """The model with this rank's part of the checkpoint, or of `source`, and the bytes that were read."""
+    give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
-    source = open_checkpoint(job.path, job.opening)
+    source = source or open_checkpoint(job.path, job.opening)
     config = replace(
         build_config(source.config),
         max_position_embeddings=job.context_tokens,
@@ -143,13 +148,7 @@ def _decode(me: _Rank, task: Decode) -> None:
     emit(
         {
             "event": "stats",
-            "world_size": job.world_size,
-            "threads_per_rank": me.threads,
-            "device": job.device,
-            "dtype": job.dtype,
-            "quantization": model.scheme.name,
-            "kernel": f"torch-{job.dtype}" if model.scheme.linear is None else choose_int8_kernel(me.device.type).name,
-            "collectives": me.collectives.name,
+            **_describe(me, model),
             "load_seconds": load_seconds,
             "prefill_tokens_per_second": _speed(times.prefill_tokens, times.prefill_seconds),
             "decode_tokens_per_second": _speed(times.decode_tokens, times.decode_seconds),
@@ -161,6 +160,44 @@ def _decode(me: _Rank, task: Decode) -> None:
             "kv_cache_bytes_per_token": [row[3] for row in everyone],
         }
     )
+
+
+def _describe(me: _Rank, model: LlamaForCausalLM) -> dict[str, Any]:
+    """What ran, as it stands in stats."""
+    job = me.job
+    return {
+        "world_size": job.world_size,
+        "threads_per_rank": me.threads,
+        "device": job.device,
+        "dtype": job.dtype,
+        "quantization": model.scheme.name,
+        "kernel": f"torch-{job.dtype}" if model.scheme.linear is None else choose_int8_kernel(me.device.type).name,
+        "collectives": me.collectives.name,
+    }
+
+
+def _bench(me: _Rank, task: Bench) -> None:
+    recorded, seat = RecordedCollectives(me.collectives), me.seat
+    if task.profile:
+        me = replace(me, collectives=recorded)
+    model, read_bytes = _load(me, open_source(me.job, task))
+    load_seconds = time.perf_counter() - me.started
+    bench = RankBench(task, model, me.collectives, me.report("progress"))
+    measured = bench.measure()
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), bench.count_step_bytes()])
+    result = {
+        **_describe(me, model),
+        "memory_bandwidth_bytes_per_second": bench.measure_bandwidth(len(seat.local_ranks), me.threads, me.gather),
+        "weight_bytes": [row[0] for row in everyone],
+        "decode_bytes_per_step": sum(row[3] for row in everyone),
+        "load_seconds": load_seconds,
+        "read_bytes": [row[1] for row in everyone],
+        **measured,
+        "peak_rss_bytes": [row[2] for row in everyone],
+    }
+    if task.profile:
+        result["profile"] = record_spans(bench, model, recorded, one_host=seat.num_nodes == 1)
+    me.emit({"event": "result", **result})
 
 
 def _evaluate(me: _Rank, task: Evaluate) -> None:
@@ -187,7 +224,7 @@ def _evaluate(me: _Rank, task: Evaluate) -> None:
 
 
 def _quantize(me: _Rank, task: Quantize) -> None:
-    _give_back_memory()
+    give_back_memory()
     source = open_checkpoint(me.job.path, me.job.opening)
     work = WorkFolder(Path(task.work_folder), me.job.world_size)
     resumed, before = work.count_done(), read_peak_rss_bytes()
@@ -213,16 +250,6 @@ def _quantize(me: _Rank, task: Quantize) -> None:
             "peak_rss_bytes": [row[1] for row in everyone],
         }
     )
-
-
-def _give_back_memory() -> None:
-    """Have glibc return freed tensors of a megabyte or more to the system, and smaller ones of all threads to one heap.
-
-    It would keep up to 32 MB each for later, and a heap for each thread.
-    """
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> Collectives:
@@ -255,14 +282,6 @@ def choose_collectives(device: str, seat: Seat) -> str:
 def shared_memory_works() -> bool:
     """Whether this processor keeps plain stores in order and this system has what the back needs."""
     return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
-
-
-def read_peak_rss_bytes() -> int:
-    """The largest resident size of this process so far, its own program only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _is_reproducible(device: torch.device, dtype: torch.dtype, threads: int) -> bool:

@@ -1,0 +1,159 @@
+"""One rank's part of `tandem bench`: drives the engine with random prompts, and holds a clock beside it.
+
+All ranks take the same steps; what rank 0's clock says counts. Knows the engine and collectives; not what is printed.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from launcher.job import Job
+from launcher.memory_forecast import read_available_bytes
+from launcher.tasks import Bench
+from model.checkpoint.first_layers import FirstLayers
+from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.random_source import RandomSource
+from model.checkpoint.source import CheckpointSource
+from model.generation import Engine, Request
+from model.llama import LlamaForCausalLM
+from model.sampling import SamplingParams
+from parallel.collectives import Collectives
+
+SHORT_TOKENS = 16
+"""Of the prompts that are decoded: keys and values are few beside the weights."""
+_WARM_STEPS = 2
+_GATHERS, _WARM_GATHERS = 200, 20
+_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD = 512 << 20, 64 << 20
+"""What is summed is several times as large as the last-level cache of processors with up to 12 MiB of it a core."""
+_SUMS, _SUM_TRIES = 4, 6
+"""Sums in a try, so that barriers count for nothing beside them."""
+
+
+def open_source(job: Job, task: Bench) -> CheckpointSource:
+    """What the weights come from."""
+    source = RandomSource(json.loads(task.random_values), job.path) if task.random_values else open_checkpoint(job.path, job.opening)
+    return FirstLayers(source, task.num_layers) if task.num_layers else source
+
+
+class RankBench:
+    """The measurements of one loaded model."""
+
+    def __init__(self, task: Bench, model: LlamaForCausalLM, collectives: Collectives, report: Callable[[int, int], None]) -> None:
+        self._task, self._model, self._collectives, self._report = task, model, collectives, report
+        self._random = random.Random(0)
+        self._done, self._total = 0, 2 + task.rounds * (1 + len(task.batch_sizes))
+
+    def measure(self) -> dict[str, Any]:
+        """Prefill, decode at every batch size, and one gather of what a layer passes on of one token."""
+        config, world_size = self._model.config, self._collectives.world_size
+        first, *seconds = [self._time_prefill() for _ in range(self._task.rounds + 1)]
+        parts = [config.layout().hidden.interval(config.hidden_size, rank, world_size) for rank in range(world_size)]
+        return {
+            "start_to_first_token_seconds": first[1] - self._task.command_started,
+            "time_to_first_token_seconds": (until_token := median(took for took, _ in seconds)),
+            "prefill_tokens_per_second": self._task.prompt_tokens / until_token,
+            "decode": [self._measure_decode(size) for size in self._task.batch_sizes],
+            "gather_seconds": self._time_gather([stop - start for start, stop in parts]),
+        }
+
+    def start_prefill(self) -> Engine:
+        """An engine that is about to take the prompt."""
+        engine = Engine(self._model, 1)
+        engine.add(self._request(0, self._task.prompt_tokens, 1))
+        return engine
+
+    def start_decode(self, batch_size: int, steps: int) -> Engine:
+        """An engine that is about to decode a full batch for `steps` steps or more."""
+        config, engine, started = self._model.config, Engine(self._model, batch_size), set[int]()
+        prompt_tokens = max(1, min(SHORT_TOKENS, config.max_position_embeddings - steps - 1))
+        # An engine may begin sequences one after another: the first have to last until the last has begun.
+        new_tokens = min(steps + batch_size, config.max_position_embeddings - prompt_tokens)
+        for index in range(batch_size):
+            engine.add(self._request(index, prompt_tokens, new_tokens))
+        while len(started) < batch_size:
+            started.update(event.index for event in engine.step())
+        return engine
+
+    def count_step_bytes(self) -> int:
+        """Bytes of this rank's weights that one step of decoding reads: all but an embedding that is not the head as well."""
+        model = self._model
+        embedding = 0 if model.config.tie_word_embeddings else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
+        return model.weight_bytes - embedding
+
+    def measure_bandwidth(self, num_local: int, threads: int, gather: Callable[[list[int]], list[list[int]]]) -> float:
+        """Bytes a second that all ranks read of memory together; the best of several tries. `num_local`: ranks on this host."""
+        size, device = max(_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD * threads), self._model.device
+        if device.type == "cpu" and (available := read_available_bytes()) is not None:
+            size = min(size, available // (4 * num_local))
+        block = torch.ones(max(1, size // 4), device=device)
+        seconds = []
+        for _ in range(_SUM_TRIES):
+            self._collectives.barrier()
+            started = time.perf_counter()
+            for _ in range(_SUMS):
+                block.sum().item()
+            self._collectives.barrier()
+            seconds.append(time.perf_counter() - started)
+        everyone = gather([block.nbytes])
+        self._get_on()
+        return _SUMS * sum(row[0] for row in everyone) / min(seconds)
+
+    def _time_prefill(self) -> tuple[float, float]:
+        """Seconds from a prompt to its first token, and time.monotonic() then."""
+        engine = self.start_prefill()
+        self._collectives.barrier()
+        started = time.monotonic()
+        while not engine.step():
+            pass
+        ended = time.monotonic()
+        self._get_on()
+        return ended - started, ended
+
+    def _measure_decode(self, batch_size: int) -> dict[str, Any]:
+        self._time_steps(batch_size, _WARM_STEPS)
+        speeds = []
+        for _ in range(self._task.rounds):
+            speeds.append(1 / self._time_steps(batch_size, self._task.new_tokens))
+            self._get_on()
+        return {
+            "batch_size": batch_size,
+            "tokens_per_second": median(speeds),
+            "tokens_per_second_min": min(speeds),
+            "tokens_per_second_max": max(speeds),
+        }
+
+    def _time_steps(self, batch_size: int, steps: int) -> float:
+        """Median seconds for each token over steps that give a token of every sequence."""
+        steps = min(steps, self._task.new_tokens)
+        engine, seconds = self.start_decode(batch_size, steps), list[float]()
+        self._collectives.barrier()
+        while len(seconds) < steps and engine.has_unfinished:
+            started = time.perf_counter()
+            events = engine.step()
+            took = time.perf_counter() - started
+            if len(events) >= batch_size:
+                seconds.append(took / len(events))
+        return median(seconds)
+
+    @torch.inference_mode()
+    def _time_gather(self, sizes: list[int]) -> float:
+        local = torch.zeros((1, sizes[self._collectives.rank]), dtype=self._model.dtype, device=self._model.device)
+        seconds = []
+        for _ in range(_WARM_GATHERS + _GATHERS):
+            started = time.perf_counter()
+            self._collectives.gather_columns(local, sizes)
+            seconds.append(time.perf_counter() - started)
+        return median(seconds[_WARM_GATHERS:])
+
+    def _request(self, index: int, prompt_tokens: int, new_tokens: int) -> Request:
+        ids = tuple(self._random.randrange(self._model.config.vocab_size) for _ in range(prompt_tokens))
+        return Request(index, ids, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+
+    def _get_on(self) -> None:
+        self._done += 1
+        self._report(min(self._done, self._total), self._total)

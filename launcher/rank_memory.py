@@ -1,0 +1,25 @@
+"""The memory of this process: how freed tensors go back to the system, and the most that there was. Knows glibc and /proc."""
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
+
+
+def give_back_memory() -> None:
+    """Have glibc return freed tensors of a megabyte or more to the system, and smaller ones of all threads to one heap.
+
+    It would keep up to 32 MB each for later, and a heap for each thread.
+    """
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def read_peak_rss_bytes() -> int:
+    """The largest resident size of this process so far, its own program only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

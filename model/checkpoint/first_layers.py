@@ -1,0 +1,46 @@
+"""A checkpoint of which only the first decoder layers are seen, for shapes that do not fit. Knows names; the rest is the whole one's."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo
+from model.config import LlamaConfig
+from parallel.errors import ConfigError
+from parallel.file_slices import FileReader
+
+_PREFIX = "model.layers."
+
+
+def check_num_layers(config: LlamaConfig, num_layers: int) -> None:
+    """Raise ConfigError unless the model has so many layers."""
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ConfigError(
+            f"--num-layers is {num_layers}, but the model has {config.num_hidden_layers}; ask for 1 to {config.num_hidden_layers}"
+        )
+
+
+class FirstLayers:
+    """The first `num_layers` layers of a checkpoint."""
+
+    def __init__(self, whole: CheckpointSource, num_layers: int) -> None:
+        self.whole = whole
+        self.path: Path = whole.path
+        self.config: dict[str, Any] = {**whole.config, "num_hidden_layers": num_layers}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info
+            for name, info in whole.tensors.items()
+            if not name.startswith(_PREFIX) or int(name.removeprefix(_PREFIX).split(".")[0]) < num_layers
+        }
+        self.files: Sequence[Path] = whole.files
+        self.checksums: Mapping[Path, Checksum] = whole.checksums
+
+    def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor."""
+        return self.whole.read_rows(reader, name, start, stop)
+
+    def tokenizer_path(self) -> Path | None:
+        """The whole one's."""
+        return self.whole.tokenizer_path()

@@ -1,0 +1,91 @@
+"""A checkpoint that is nowhere: weights of any shape and scheme, made up as they are read, for measuring speed.
+
+Every tensor is one block of random elements laid end to end from a place that its name gives. So a row has the same bits whoever
+asks for it, and costs no more than a copy. Knows the table of weights; opens no file.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.source import Checksum, TensorInfo
+from model.config import build_config
+from model.scheme import read_scheme
+from model.weights import plan_weights
+from parallel.file_slices import FileReader
+
+_BLOCK_ELEMENTS = 1_048_573
+"""A prime: rows of no usual width repeat."""
+_STANDARD_DEVIATION = 0.02
+"""Of float weights: what models of this family start their training from."""
+_CONSTANTS: Mapping[str, float] = {
+    "norm.weight": 1,
+    "smooth_scale": 1,
+    "weight_shape": 0,  # config.json says it, so nobody reads it
+    "weight_zero_point": 0,
+    "input_zero_point": 0,
+    "input_scale": 0.05,
+    "k_scale": 0.05,
+    "v_scale": 0.05,
+}
+"""By the end of a tensor's name: what all of its elements are."""
+
+
+class RandomSource:
+    """What the values of a config.json describe, with random weights."""
+
+    files: Sequence[Path] = ()
+    checksums: Mapping[Path, Checksum] = {}
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        """`path`: where the values come from, for messages."""
+        self.path, self.config = path, dict(values)
+        config, self._scheme = build_config(values, str(path)), read_scheme(values)
+        specs = plan_weights(config, self._scheme)
+        self.tensors = {
+            name: TensorInfo(spec.shape, getattr(torch, spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype))
+            for name, spec in specs.items()
+        }
+        self._blocks: dict[torch.dtype, torch.Tensor] = {}
+
+    def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor; `reader` reads nothing."""
+        info, linear = self.tensors[name], self._scheme.linear
+        shape = (stop - start, *info.shape[1:])
+        constant = next((value for end, value in _CONSTANTS.items() if name.endswith(end)), None)
+        if name.endswith("weight_scale") and linear is not None:
+            constant = _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)  # evenly spread integers come to the deviation of float weights
+        if constant is not None:
+            return torch.full(shape, constant, dtype=info.dtype)
+        if name.endswith("weight_g_idx") and linear is not None:
+            return torch.arange(start, stop, dtype=info.dtype) // (linear.group_size or info.shape[0])
+        return self._copy(info, zlib.crc32(name.encode()), start, shape)
+
+    def tokenizer_path(self) -> Path | None:
+        """There is none."""
+        return None
+
+    def _copy(self, info: TensorInfo, place: int, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        block = self._block(info.dtype)
+        out = torch.empty(shape, dtype=info.dtype)
+        flat, done = out.view(-1), 0
+        position = (place + start * (out.numel() // shape[0] if shape[0] else 0)) % _BLOCK_ELEMENTS
+        while done < flat.numel():
+            count = min(_BLOCK_ELEMENTS - position, flat.numel() - done)
+            flat[done : done + count] = block[position : position + count]
+            done, position = done + count, 0
+        return out
+
+    def _block(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._blocks:
+            generator = torch.Generator().manual_seed(0)
+            if dtype.is_floating_point:
+                block = torch.randn(_BLOCK_ELEMENTS, generator=generator).mul_(_STANDARD_DEVIATION).to(dtype)
+            else:
+                limits = torch.iinfo(dtype)
+                block = torch.randint(limits.min, limits.max + 1, (_BLOCK_ELEMENTS,), generator=generator, dtype=torch.int64).to(dtype)
+            self._blocks[dtype] = block
+        return self._blocks[dtype]

@@ -1,0 +1,73 @@
+"""What one rank did when: spans of time by name, and collectives that record theirs. Knows clocks and names, not what they mean.
+
+All processes of a host share the clock, so spans of several ranks lie on one time line.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from parallel.collectives import Collectives
+
+GATHER, BARRIER = "gather_columns", "barrier"
+
+
+class Recorder:
+    """Spans (number of the name, start, duration; nanoseconds of CLOCK_MONOTONIC), in the order in which they end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = [GATHER, BARRIER]
+        self.spans: list[tuple[int, int, int]] = []
+
+    def number(self, name: str) -> int:
+        """The number of a name."""
+        if name not in self.names:
+            self.names.append(name)
+        return self.names.index(name)
+
+    def add(self, number: int, started: int) -> None:
+        """A span that ends now."""
+        self.spans.append((number, started, time.monotonic_ns() - started))
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Record what is done inside."""
+        number, started = self.number(name), time.monotonic_ns()
+        yield
+        self.add(number, started)
+
+
+class RecordedCollectives:
+    """Any collectives; each goes to `recorder` while there is one."""
+
+    def __init__(self, inner: Collectives) -> None:
+        self._inner = inner
+        self.recorder: Recorder | None = None
+        self.name, self.rank, self.world_size = inner.name, inner.rank, inner.world_size
+
+    def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]."""
+        if self.recorder is None:
+            return self._inner.gather_columns(local, sizes)
+        started = time.monotonic_ns()
+        whole = self._inner.gather_columns(local, sizes)
+        self.recorder.add(0, started)
+        return whole
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.recorder is None:
+            return self._inner.barrier()
+        started = time.monotonic_ns()
+        self._inner.barrier()
+        self.recorder.add(1, started)
+
+    def beat(self) -> None:
+        """Tell the peers that this rank is at work."""
+        self._inner.beat()
+
+    def close(self) -> None:
+        """Let go of what the back holds."""
+        self._inner.close()
