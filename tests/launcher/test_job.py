@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.job import Job
-from launcher.tasks import Decode, Evaluate, Quantize, Task, read_task, write_task
+from launcher.tasks import Bench, Decode, Evaluate, Quantize, Task, read_task, write_task
 from model.checkpoint.formats import OpenOptions
 from model.generation import Request
 from model.quantization.recipe import Recipe
@@ -39,6 +39,7 @@ TASKS: dict[str, Task] = {
         samples=(),
         work_folder="/w",
     ),
+    "bench": Bench(batch_sizes=(1, 8), prompt_tokens=5, new_tokens=7, rounds=3, random_values='{"hidden_size": 64}', command_started=1.5),
     "cache alone": Quantize(
         recipe=Recipe(approach="rtn-c8", linear=None, kv_cache="token", not_converted=()), samples=(), work_folder="/w"
     ),
