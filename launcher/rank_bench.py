@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from launcher.job import Job
-from launcher.memory_forecast import read_available_bytes
+from launcher.rank_memory import read_peak_rss_bytes
 from launcher.tasks import Bench
 from model.checkpoint.first_layers import FirstLayers
 from model.checkpoint.formats import open_checkpoint
@@ -28,10 +28,6 @@ SHORT_TOKENS = 16
 """Of the prompts that are decoded: keys and values are few beside the weights."""
 _WARM_STEPS = 2
 _GATHERS, _WARM_GATHERS = 200, 20
-_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD = 512 << 20, 64 << 20
-"""What is summed is several times as large as the last-level cache of processors with up to 12 MiB of it a core."""
-_SUMS, _SUM_TRIES = 4, 6
-"""Sums in a try, so that barriers count for nothing beside them."""
 
 
 def open_source(job: Job, task: Bench) -> CheckpointSource:
@@ -43,21 +39,44 @@ def open_source(job: Job, task: Bench) -> CheckpointSource:
 class RankBench:
     """The measurements of one loaded model."""
 
-    def __init__(self, task: Bench, model: LlamaForCausalLM, collectives: Collectives, report: Callable[[int, int], None]) -> None:
-        self._task, self._model, self._collectives, self._report = task, model, collectives, report
+    def __init__(
+        self,
+        task: Bench,
+        model: LlamaForCausalLM,
+        collectives: Collectives,
+        measure_bandwidth: Callable[[], float],
+        report: Callable[[int, int], None],
+    ) -> None:
+        self._task, self._model, self._collectives = task, model, collectives
+        self._measure_bandwidth, self._report = measure_bandwidth, report
         self._random = random.Random(0)
-        self._done, self._total = 0, 2 + task.rounds * (1 + len(task.batch_sizes))
+        self._done, self._total = 0, 1 + task.rounds * (1 + len(task.batch_sizes))
+        self.peak_rss_bytes = 0
+        """With the model and what it did, without what bandwidth is measured with."""
 
     def measure(self) -> dict[str, Any]:
-        """Prefill, decode at every batch size, and one gather of what a layer passes on of one token."""
-        config, world_size = self._model.config, self._collectives.world_size
+        """Prefill, decode at every batch size, what memory gives in between, and one gather of what a layer passes on of one token.
+
+        Memory is measured several times, since on a shared machine it is not the same from second to second; the best counts.
+        """
+        sizes, world_size = self._task.batch_sizes, self._collectives.world_size
         first, *seconds = [self._time_prefill() for _ in range(self._task.rounds + 1)]
+        until_token = median(took for took, _ in seconds)
+        for size in sizes:
+            self._time_steps(size, _WARM_STEPS)
+        self.peak_rss_bytes = read_peak_rss_bytes()
+        bandwidths, decode = [self._measure_bandwidth()], []
+        for size in sizes:
+            decode.append(self._measure_decode(size))
+            bandwidths.append(self._measure_bandwidth())
+        config = self._model.config
         parts = [config.layout().hidden.interval(config.hidden_size, rank, world_size) for rank in range(world_size)]
         return {
+            "memory_bandwidth_bytes_per_second": max(bandwidths),
             "start_to_first_token_seconds": first[1] - self._task.command_started,
-            "time_to_first_token_seconds": (until_token := median(took for took, _ in seconds)),
+            "time_to_first_token_seconds": until_token,
             "prefill_tokens_per_second": self._task.prompt_tokens / until_token,
-            "decode": [self._measure_decode(size) for size in self._task.batch_sizes],
+            "decode": decode,
             "gather_seconds": self._time_gather([stop - start for start, stop in parts]),
         }
 
@@ -85,24 +104,6 @@ class RankBench:
         embedding = 0 if model.config.tie_word_embeddings else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
         return model.weight_bytes - embedding
 
-    def measure_bandwidth(self, num_local: int, threads: int, gather: Callable[[list[int]], list[list[int]]]) -> float:
-        """Bytes a second that all ranks read of memory together; the best of several tries. `num_local`: ranks on this host."""
-        size, device = max(_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD * threads), self._model.device
-        if device.type == "cpu" and (available := read_available_bytes()) is not None:
-            size = min(size, available // (4 * num_local))
-        block = torch.ones(max(1, size // 4), device=device)
-        seconds = []
-        for _ in range(_SUM_TRIES):
-            self._collectives.barrier()
-            started = time.perf_counter()
-            for _ in range(_SUMS):
-                block.sum().item()
-            self._collectives.barrier()
-            seconds.append(time.perf_counter() - started)
-        everyone = gather([block.nbytes])
-        self._get_on()
-        return _SUMS * sum(row[0] for row in everyone) / min(seconds)
-
     def _time_prefill(self) -> tuple[float, float]:
         """Seconds from a prompt to its first token, and time.monotonic() then."""
         engine = self.start_prefill()
@@ -115,7 +116,6 @@ class RankBench:
         return ended - started, ended
 
     def _measure_decode(self, batch_size: int) -> dict[str, Any]:
-        self._time_steps(batch_size, _WARM_STEPS)
         speeds = []
         for _ in range(self._task.rounds):
             speeds.append(1 / self._time_steps(batch_size, self._task.new_tokens))

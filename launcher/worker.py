@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from launcher.bandwidth import measure_bandwidth
 from launcher.cores import bind_cores, count_cores, share_cores
 from launcher.job import Job
 from launcher.meeting import Seat
@@ -182,12 +184,12 @@ def _bench(me: _Rank, task: Bench) -> None:
         me = replace(me, collectives=recorded)
     model, read_bytes = _load(me, open_source(me.job, task))
     load_seconds = time.perf_counter() - me.started
-    bench = RankBench(task, model, me.collectives, me.report("progress"))
+    measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
+    bench = RankBench(task, model, me.collectives, measure, me.report("progress"))
     measured = bench.measure()
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), bench.count_step_bytes()])
+    everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),
-        "memory_bandwidth_bytes_per_second": bench.measure_bandwidth(len(seat.local_ranks), me.threads, me.gather),
         "weight_bytes": [row[0] for row in everyone],
         "decode_bytes_per_step": sum(row[3] for row in everyone),
         "load_seconds": load_seconds,
