@@ -145,7 +145,7 @@ def _decode(me: _Rank, task: Decode) -> None:
         for event in engine.step():
             emit({"event": "token", **asdict(event)})
         me.heed_stop()
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).bytes_per_token])
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
     times = engine.times
     emit(
         {

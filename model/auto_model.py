@@ -13,9 +13,10 @@ import torch
 
 from model.checkpoint.formats import open_checkpoint
 from model.config import build_config
-from model.generation import Engine, Request, generate
+from model.generation import DEFAULT_BLOCK_SIZE, Engine, generate
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
+from model.request import Request, plan_blocks
 from model.sampling import SamplingParams
 from model.scheme import read_scheme
 from parallel.collectives import IdentityCollectives
@@ -92,7 +93,8 @@ class AutoModel:
             for index, prompt in enumerate(prompts)
         ]
         rows = [list(prompt) for prompt in prompts]
-        for event in generate(Engine(self._model, max_batch_size=len(requests)), requests):
+        num_blocks = plan_blocks(requests, len(requests), DEFAULT_BLOCK_SIZE)
+        for event in generate(Engine(self._model, max_batch_size=len(requests), num_blocks=num_blocks), requests):
             rows[event.index].append(event.token_id)
         return [np.array(row, dtype=np.int32) for row in rows]
 

@@ -1,41 +1,30 @@
 """The one token generator: sequences wait, are prefilled, decode together, and leave when they end.
 
-Every rank runs the same engine on the same requests and takes the same steps. Predict, evaluation and serving consume
-the events of `step`. Knows token ids only: no text, no files, no processes.
+Every rank runs the same engine on the same requests and takes the same steps. Predict and serving consume the events of `step`.
+Who goes through a pass: `model/scheduling.py`. Knows token ids only: no text, no files, no processes.
 
 A run that goes on where another one stopped takes the same steps with the same rows: how many rows go through a product together
 decides its last bits. Tokens that are known already are taken instead of chosen, and steps that nobody needs are left out.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from model.attention import KeyValueCache
-from model.config import PREFILL_TOKENS
+from model.cache import KeyValueCache, count_blocks
 from model.llama import LlamaForCausalLM, Span
-from model.sampling import SamplingParams, SamplingState, sample
-from parallel.errors import RequestError
+from model.request import Request, check_memory, check_request
+from model.sampling import SamplingState, sample
+from model.scheduling import LiveSequence, Part, Scheduler
+from model.speculation import PromptLookup
 
+__all__ = ["DEFAULT_BLOCK_SIZE", "Engine", "EngineTimes", "Request", "TokenEvent", "check_request", "generate"]
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One sequence to go on with."""
-
-    index: int
-    """The caller's number of it."""
-    prompt_ids: tuple[int, ...]
-    """Ids to start from, at least one."""
-    params: SamplingParams
-    """How to go on."""
-    known_ids: tuple[int, ...] = ()
-    """New tokens that an earlier attempt has made already."""
-    known_reason: str | None = None
-    """Its finish reason, when that attempt has come to its end."""
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a block of keys and values, MindFormers' and vLLM's: small blocks waste little and share much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,140 +45,176 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class EngineTimes:
-    """What the engine has done, for speeds. What was known before, and steps that made nothing new, do not count as decoding."""
+    """What the engine has done, for speeds. What was known before, and steps that made nothing new, do not count as decoding.
+
+    A pass may hold parts of prompts beside tokens that decode; its seconds are split as its tokens are.
+    """
 
     prefill_tokens: int = 0
+    """Prompt tokens that went through the model: not those whose blocks were shared, twice those that had given way."""
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
     """From the engine's first step to the first token that was not known before."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    request: Request
-    cache: KeyValueCache
-    sampling: SamplingState
-    last_id: int = 0
-    num_new: int = field(default=0)
-
-    @property
-    def known_id(self) -> int | None:
-        """The next token, where it is known already."""
-        known = self.request.known_ids
-        return known[self.num_new] if self.num_new < len(known) else None
+    speculated_tokens: int = 0
+    """Guesses that went through the model."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
 
 
 class Engine:
-    """Continuous batching over one model."""
+    """Continuous batching over one model. Requests may be added and cancelled between any two steps."""
 
-    def __init__(self, model: LlamaForCausalLM, max_batch_size: int = 16) -> None:
-        self._model, self._max_batch_size = model, max_batch_size
-        self._waiting: deque[Request] = deque()
-        self._running: list[_Sequence] = []
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        max_batch_size: int = 16,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        share_prefixes: bool = True,
+        speculate: bool = False,
+    ) -> None:
+        """`num_blocks`: of keys and values; None has room for `max_batch_size` whole contexts, which is a lot of address space.
+
+        `share_prefixes`: keep one copy of equal beginnings. `speculate`: guess tokens of greedy sequences and verify several in a
+        pass; nothing is guessed where the model's bits depend on the rows of a pass. Raises ConfigError for impossible blocks.
+        """
+        if num_blocks is None:
+            num_blocks = max_batch_size * count_blocks(model.config.max_position_embeddings, block_size)
+        self._model = model
+        self._store = model.build_store(num_blocks, block_size)
+        self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes)
+        self.speculates = speculate and model.batch_invariant
         self._began: float | None = None
         self.times = EngineTimes()
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError when it cannot fit the model's context."""
-        check_request(request, self._model.config.max_position_embeddings, self._model.config.vocab_size)
-        self._waiting.append(request)
+        """Queue a request. Raises RequestError when it cannot fit the model's context, or not even an empty cache."""
+        config = self._model.config
+        check_request(request, config.max_position_embeddings, config.vocab_size)
+        check_memory(request, self._store.num_blocks, self._store.block_size)
+        penalized = set(request.prompt_ids)
+        if config.pad_token_id is not None and config.pad_token_id not in config.eos_token_ids:
+            penalized.add(config.pad_token_id)  # MindFormers' rows are padded, and its penalty runs over the padded row
+        sampling = SamplingState(request.params, penalized, np.random.RandomState(request.params.seed))
+        lookup = PromptLookup() if self.speculates and not request.params.do_sample else None
+        if lookup is not None:
+            lookup.extend(request.prompt_ids)
+        self._scheduler.add(LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup))
+
+    def cancel(self, index: int) -> None:
+        """Drop a request and free its memory; nothing happens where it has ended. No event tells of it."""
+        self._scheduler.cancel(index)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._waiting or self._running)
+        return self._scheduler.has_unfinished
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of keys and values that sequences own; one that several share counts once."""
+        return self._scheduler.pool.num_used
 
     def step(self) -> list[TokenEvent]:
-        """One token more for every running sequence, or the first token of the next waiting ones; those that are new are given."""
+        """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given."""
+        if not self.has_unfinished:
+            return []
         started = time.perf_counter()
         self._began = started if self._began is None else self._began
-        times = self.times
-        admitted = self._admit()
-        events = self._prefill(admitted) if admitted else self._decode(list(self._running))
-        ended = time.perf_counter()
-        if admitted:
-            times.prefill_seconds += ended - started
-        elif events:
-            times.decode_seconds += ended - started
-            times.decode_tokens += len(events)
-        if events and not times.first_token_seconds:
-            times.first_token_seconds = ended - self._began
-        return events
-
-    def _decode(self, sequences: list[_Sequence]) -> list[TokenEvent]:
-        if _is_over(sequences):
-            return self._choose(sequences, None)
+        parts = self._scheduler.plan()
+        assert parts, "the oldest sequence always has memory"
         # One that has ended runs along for its row; where its own prompt was left out it sees too little, which is nobody's loss.
-        return self._choose(sequences, self._model([Span(sequence.cache, (sequence.last_id,)) for sequence in sequences]))
-
-    def _admit(self) -> list[_Sequence]:
-        admitted: list[_Sequence] = []
-        while self._waiting and len(self._running) + len(admitted) < self._max_batch_size:
-            request = self._waiting.popleft()
-            params = request.params
-            penalized = set(request.prompt_ids)
-            pad = self._model.config.pad_token_id
-            if pad is not None and pad not in self._model.config.eos_token_ids:
-                penalized.add(pad)  # MindFormers' rows are padded, and its penalty runs over the padded row
-            state = SamplingState(params, penalized, np.random.RandomState(params.seed))
-            capacity = len(request.prompt_ids) + params.max_new_tokens
-            admitted.append(_Sequence(request, self._model.build_cache(capacity), state))
-        return admitted
-
-    def _prefill(self, sequences: list[_Sequence]) -> list[TokenEvent]:
-        """Run the prompts, as many tokens at a time as fit one pass, and take each first token."""
-        events = []
-        for group in _group_prompts(sequences):
-            self._running.extend(group)
-            if _is_over(group):
-                events.extend(self._choose(group, None))
-                continue
-            hidden = None
-            lengths = [len(sequence.request.prompt_ids) for sequence in group]
-            for first in range(0, max(lengths), PREFILL_TOKENS):
-                part = slice(first, first + PREFILL_TOKENS)
-                hidden = self._model([Span(sequence.cache, sequence.request.prompt_ids[part]) for sequence in group])
-            assert hidden is not None
-            self.times.prefill_tokens += sum(lengths)
-            last = hidden[-1:] if len(group) == 1 else hidden[np.cumsum(lengths) - 1]
-            events.extend(self._choose(group, last))
+        computed = self._scheduler.is_needed(parts)
+        hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
+        self._scheduler.pass_by(parts, computed=computed)
+        events = self._choose(parts, hidden)
+        ended = time.perf_counter()
+        if computed:
+            self._count(parts, events, ended - started)
+        if events and not self.times.first_token_seconds:
+            self.times.first_token_seconds = ended - self._began
         return events
 
-    def _choose(self, sequences: Sequence[_Sequence], hidden: torch.Tensor | None) -> list[TokenEvent]:
-        """Take the next token of each: the known one, else by its row of `hidden`. Only the latter are events."""
-        model = self._model
-        new = [row for row, sequence in enumerate(sequences) if sequence.known_id is None]
+    def _count(self, parts: Sequence[Part], events: Sequence[TokenEvent], seconds: float) -> None:
+        times = self.times
+        prefill = sum(part.count for part in parts if not part.decodes)
+        total = sum(part.count + len(part.drafts) for part in parts)
+        times.prefill_tokens += prefill
+        times.prefill_seconds += seconds * prefill / total
+        decoding = {part.sequence.request.index for part in parts if part.decodes}
+        decoded = sum(event.index in decoding for event in events)
+        if decoded:
+            times.decode_tokens += decoded
+            times.decode_seconds += seconds * (total - prefill) / total
+
+    def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
+        """Take the next tokens of each sequence that is through: known ones, else by the rows of `hidden`. Only the latter are events."""
+        rows: list[int] = []
+        wanted: list[tuple[int, SamplingState]] = []  # places in `rows`
+        end = 0
+        for part in parts:
+            end += part.count + len(part.drafts)
+            if part.is_last:
+                wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
+                rows.extend(range(end - len(part.drafts) - 1, end))
         chosen: dict[int, tuple[int, float | None]] = {}
-        if new:
+        if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
-            logits = model.logits_local(hidden)
-            states = [sequences[row].sampling for row in new]
-            logits = logits if len(new) == len(sequences) else logits[new]
-            chosen = dict(zip(new, sample(logits, states, model.shares.vocab, model.collectives), strict=True))
-        events = []
-        for row, sequence in enumerate(sequences):
-            known = sequence.known_id
+            # Known rows go along: how many there are decides the last bits.
+            logits = self._model.logits_local(hidden if len(rows) == len(hidden) else hidden[rows])
+            places, states = [place for place, _ in wanted], [state for _, state in wanted]
+            logits = logits if len(places) == len(rows) else logits[places]
+            chosen = dict(zip(places, sample(logits, states, self._model.shares.vocab, self._model.collectives), strict=True))
+        events: list[TokenEvent] = []
+        place = 0
+        for part in parts:
+            if part.is_last:
+                events += self._take(part, [chosen.get(place + ahead) for ahead in range(1 + len(part.drafts))])
+                place += 1 + len(part.drafts)
+        return events
+
+    def _take(self, part: Part, chosen: Sequence[tuple[int, float | None] | None]) -> list[TokenEvent]:
+        """Go on with the next token, and with one more for each guess that was right."""
+        sequence, events, num_right, reason = part.sequence, [], 0, None
+        for ahead, found in enumerate(chosen):
+            known = sequence.knows(0)
             if known is None:
-                token, logprob = chosen[row]
+                assert found is not None
+                token, logprob = found
             else:
                 token, logprob = known, None
+            if known is not None or part.drafts:
                 sequence.sampling.take(token)
-            sequence.last_id = token
-            sequence.num_new += 1
-            request, params, reason = sequence.request, sequence.request.params, None
-            if request.known_reason and sequence.num_new == len(request.known_ids):
-                reason = request.known_reason  # whatever ids end a sequence now
-            elif token in model.config.eos_token_ids and not params.ignore_eos:
-                reason = "eos"
-            elif sequence.num_new == params.max_new_tokens:
-                reason = "length"
-            if reason:
-                self._running.remove(sequence)
+            reason = self._go_on(sequence, token)
             if known is None:
                 events.append(TokenEvent(sequence.request.index, token, logprob, reason, sequence.num_new - 1))
+            if reason or ahead == len(part.drafts) or part.drafts[ahead] != token:
+                break
+            num_right += 1
+        if events:
+            self.times.speculated_tokens += len(part.drafts)
+            self.times.accepted_tokens += num_right
+        if reason:
+            self._scheduler.remove(sequence)
+        elif part.drafts:
+            sequence.cache.length = len(sequence.ids) - 1  # wrong guesses are overwritten
         return events
+
+    def _go_on(self, sequence: LiveSequence, token: int) -> str | None:
+        """One new token; the reason, when it is the last."""
+        request, params = sequence.request, sequence.request.params
+        sequence.ids.append(token)
+        sequence.num_new += 1
+        if sequence.lookup is not None:
+            sequence.lookup.extend((token,))
+        if request.known_reason and sequence.num_new == len(request.known_ids):
+            return request.known_reason  # whatever ids end a sequence now
+        if token in self._model.config.eos_token_ids and not params.ignore_eos:
+            return "eos"
+        return "length" if sequence.num_new == params.max_new_tokens else None
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -200,45 +225,22 @@ def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent
         yield from engine.step()
 
 
-def check_request(request: Request, context_tokens: int, vocab_size: int) -> None:
-    """Raise RequestError unless the prompt is not empty, of known ids, and fits the context with its new tokens."""
-    length = len(request.prompt_ids)
-    if length == 0:
-        raise RequestError(f"prompt {request.index} has no tokens; write at least one word")
-    if length >= context_tokens:
-        raise RequestError(f"prompt {request.index} has {length} tokens, but the model's context is {context_tokens}: shorten it")
-    if length + request.params.max_new_tokens > context_tokens:
-        raise RequestError(
-            f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
-            f"but the model's context is {context_tokens}"
-        )
-    if len(request.known_ids) > request.params.max_new_tokens or (request.known_reason and not request.known_ids):
-        raise RequestError(
-            f"prompt {request.index} is said to have {len(request.known_ids)} new tokens already, "
-            f"but 1 to {request.params.max_new_tokens} are asked for"
-        )
-    unknown = next((i for i in (*request.prompt_ids, *request.known_ids) if not 0 <= i < vocab_size), None)
-    if unknown is not None:
-        raise RequestError(
-            f"prompt {request.index} has id {unknown}, but the vocabulary has {vocab_size}: is it another model's tokenizer?"
-        )
+def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
+    """Where, counted from the last token, the next one has to be chosen, and how; behind a guess known to be wrong nothing has to be."""
+    sequence = part.sequence
+    for ahead in range(1 + len(part.drafts)):
+        known = sequence.knows(ahead)
+        if known is None:
+            yield ahead, _expect(sequence.sampling, part.drafts, ahead)
+        elif sequence.num_new + ahead + 1 == len(sequence.request.known_ids) and sequence.is_over:
+            return
+        elif ahead < len(part.drafts) and known != part.drafts[ahead]:
+            return
 
 
-def _is_over(sequences: Sequence[_Sequence]) -> bool:
-    """Whether an earlier attempt has come to the end of all of them, so that nobody needs what they would compute."""
-    return all(sequence.request.known_reason for sequence in sequences)
-
-
-def _group_prompts(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
-    """Prompts that fit one pass together; a longer one alone."""
-    group: list[_Sequence] = []
-    tokens = 0
-    for sequence in sequences:
-        length = len(sequence.request.prompt_ids)
-        if group and tokens + length > PREFILL_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append(sequence)
-        tokens += length
-    if group:
-        yield group
+def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> SamplingState:
+    """The state as it would be behind so many right guesses, to be thrown away; without guesses the state itself."""
+    if not drafts:
+        return state
+    penalized = state.penalized.union(drafts[:ahead]) if state.params.repetition_penalty != 1 else set()
+    return SamplingState(state.params, penalized, state.generator)

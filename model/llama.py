@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import Attention, Cache, KeyValueCache
+from model.attention import Attention
+from model.cache import BLOCK_MULTIPLE, Cache, KeyValueCache, KeyValueStore, count_blocks
 from model.config import LlamaConfig
 from model.linear import RowBlock, VocabParallelEmbedding
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
@@ -136,6 +137,11 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, device)
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's results are the same bits however many rows go through a pass."""
+        return False
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank keeps."""
         floats = sum(tensor.nbytes for tensor in self.parameters())
@@ -145,11 +151,15 @@ class LlamaForCausalLM(nn.Module):
         """A decoder layer without weights."""
         return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.device)
 
-    def build_cache(self, capacity: int) -> KeyValueCache:
-        """An empty cache for one sequence of up to `capacity` tokens."""
+    def build_store(self, num_blocks: int, block_size: int) -> KeyValueStore:
+        """Memory for keys and values of so many blocks of tokens."""
         config, shares = self.config, self.shares
-        sizes = (config.num_hidden_layers, shares.num_kv_heads, capacity, config.head_dim)
-        return KeyValueCache(*sizes, self.dtype, self.device, self.scheme.kv_cache)
+        sizes = (config.num_hidden_layers, num_blocks, block_size, shares.num_kv_heads, config.head_dim)
+        return KeyValueStore(*sizes, self.dtype, self.device, self.scheme.kv_cache)
+
+    def build_cache(self, capacity: int) -> KeyValueCache:
+        """An empty cache for one sequence of up to `capacity` tokens, in a store of its own."""
+        return KeyValueCache(self.build_store(1, count_blocks(capacity, BLOCK_MULTIPLE) * BLOCK_MULTIPLE), [0])
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -206,8 +216,9 @@ class LlamaForCausalLM(nn.Module):
         parts, first = [], 0
         for span in spans:
             rows = slice(first, first + len(span.ids))
-            all_keys, all_values = span.cache.append(index, keys[rows], values[rows], layer.cache_scales)
-            parts.append(self.attention(query[rows], all_keys, all_values))
+            span.cache.append(index, keys[rows], values[rows], layer.cache_scales)
+            seen = span.cache.read(index, layer.cache_scales, span.cache.length + len(span.ids))
+            parts.append(self.attention(query[rows], *seen))
             first += len(span.ids)
         local = parts[0] if len(parts) == 1 else torch.cat(parts)
         attended = self.collectives.gather_columns(local, shares.query)

@@ -64,14 +64,17 @@ class CacheObserver:
     def __init__(self, num_rows: int) -> None:
         self.absmax = torch.zeros((2, num_rows))
         """Of each row of the key (0) and value (1) projections of this rank."""
+        self._last: tuple[torch.Tensor, torch.Tensor]
 
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look at [tokens, heads, head_dim] and give it back, [heads, tokens, head_dim]."""
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Look at [tokens, heads, head_dim]."""
         for kind, states in enumerate((keys, values)):
             torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float(), out=self.absmax[kind])
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        self._last = keys.transpose(0, 1), values.transpose(0, 1)
+
+    def read(self, layer: int, scale: torch.Tensor | None, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What came last, [heads, tokens, head_dim]: every sample begins anew."""
+        return self._last
 
 
 class Observations:

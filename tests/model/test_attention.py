@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from model.attention import Attention, KeyValueCache
+from model.attention import Attention
 from parallel.layout import plan_heads
 
 CPU = torch.device("cpu")
@@ -85,17 +85,3 @@ def test_a_later_token_does_not_change_an_earlier_one() -> None:
     keys[:, 7:], values[:, 7:], query[7:] = 50, -50, 3
     after = Attention(1)(query, keys, values)
     assert torch.equal(after[:7], before[:7]) and not torch.equal(after[7:], before[7:])
-
-
-def test_the_cache_gives_all_keys_and_values_of_its_layer_in_order() -> None:
-    cache = KeyValueCache(2, 3, 10, 4, torch.bfloat16, CPU)
-    torch.manual_seed(0)
-    keys, values = (torch.randn(2, 9, 3, 4).to(torch.bfloat16) for _ in range(2))
-    for start, stop in ((0, 5), (5, 6), (6, 9)):
-        assert cache.length == start
-        for layer in (0, 1):
-            found = cache.append(layer, keys[layer, start:stop], values[layer, start:stop])
-            assert torch.equal(found[0], keys[layer, :stop].transpose(0, 1))
-            assert torch.equal(found[1], values[layer, :stop].transpose(0, 1))
-        cache.length = stop
-    assert cache.capacity == 10

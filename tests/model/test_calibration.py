@@ -16,7 +16,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
-from model.attention import KeyValueCache
+from model.cache import KeyValueCache
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.quantized_writing import REPORT_FILE, write_quantized
 from model.config import build_config
@@ -530,11 +530,9 @@ class SpyingCache(KeyValueCache):
 
     largest: list[torch.Tensor]
 
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         self.largest.append(torch.stack((keys, values)).abs().amax(dim=1).flatten(1))
-        return super().append(layer, keys, values, scale)
+        super().append(layer, keys, values, scale)
 
 
 @pytest.mark.parametrize("recipe", ["c8", "ptq-a16w8", "fold-a16w8", "awq"])
@@ -543,11 +541,9 @@ def test_cache_scales_fit_the_keys_and_values_of_the_model_that_was_written(
 ) -> None:
     """Folding divides the values, so that theirs are others than the float model's. The first layer's inputs are the same."""
     model = build_model(quantize("nine_heads", recipe))
-    config, largest = model.config, []
+    largest = []
     for sample in SAMPLES:
-        cache = SpyingCache(
-            config.num_hidden_layers, 3, len(sample), config.head_dim, torch.float32, torch.device("cpu"), model.scheme.kv_cache
-        )
+        cache = SpyingCache(model.build_store(1, 16 * len(sample)), [0])
         cache.largest = []
         model([Span(cache, sample)])
         largest.append(cache.largest[0])

@@ -1,4 +1,4 @@
-"""The int8 key-value cache: what it holds and gives back, and models that run with one."""
+"""The key-value cache, float and int8: what it holds and gives back, in any blocks, and models that run with one."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.attention import KeyValueCache
+from model.cache import KeyValueCache, KeyValueStore
 from model.llama import LlamaForCausalLM, Span
 from model.scheme import Scheme, write_scheme
+from parallel.errors import ConfigError
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 16
 KINDS = ("token", "channel", "tensor")
@@ -37,15 +38,25 @@ def make_scale(kind: str, *states: torch.Tensor) -> torch.Tensor | None:
 
 
 def build_cache(kind: str | None, capacity: int = 32, dtype: torch.dtype = torch.float32) -> KeyValueCache:
-    return KeyValueCache(LAYERS, HEADS, capacity, HEAD_DIM, dtype, torch.device("cpu"), kind)
+    """In blocks of 16 that lie in no order."""
+    blocks = list(range(-(-capacity // 16)))[::-1]
+    return KeyValueCache(KeyValueStore(LAYERS, len(blocks), 16, HEADS, HEAD_DIM, dtype, torch.device("cpu"), kind), blocks)
+
+
+def append(
+    cache: KeyValueCache, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Everything, with these behind."""
+    cache.append(layer, keys, values, scale)
+    return cache.read(layer, scale, cache.length + len(keys))
 
 
 @pytest.mark.parametrize(("kind", "scales"), [("token", 4 * LAYERS * 2 * HEADS), ("channel", 0), ("tensor", 0)])
 def test_a_token_takes_half_of_16_bits_and_its_scales(kind: str, scales: int) -> None:
-    half = build_cache(None, dtype=torch.bfloat16).bytes_per_token
+    half = build_cache(None, dtype=torch.bfloat16).store.bytes_per_token
     assert half == LAYERS * 2 * HEADS * HEAD_DIM * 2
     for dtype in (torch.float32, torch.bfloat16):
-        assert build_cache(kind, dtype=dtype).bytes_per_token == half // 2 + scales
+        assert build_cache(kind, dtype=dtype).store.bytes_per_token == half // 2 + scales
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +64,7 @@ def test_a_token_takes_half_of_16_bits_and_its_scales(kind: str, scales: int) ->
 def test_what_comes_back_is_within_half_a_step(kind: str, dtype: torch.dtype) -> None:
     keys, values = make_states(9, dtype)
     scale = make_scale(kind, keys, values)
-    found = build_cache(kind).append(1, keys, values, scale)
+    found = append(build_cache(kind), 1, keys, values, scale)
     for place, (got, given) in enumerate(zip(found, (keys, values), strict=True)):
         given = given.float().transpose(0, 1)
         assert got.shape == (HEADS, 9, HEAD_DIM) and got.dtype == torch.float32
@@ -66,7 +77,7 @@ def test_what_comes_back_is_within_half_a_step(kind: str, dtype: torch.dtype) ->
 def test_every_token_of_every_head_has_a_scale_of_its_own() -> None:
     keys, values = make_states(4)
     keys[2] *= 1000
-    found, _ = build_cache("token").append(0, keys, values)
+    found, _ = append(build_cache("token"), 0, keys, values)
     steps = found / (keys.abs().amax(dim=2) / 127).T.unsqueeze(2)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
     assert torch.equal(steps.abs().amax(dim=2).round(), torch.full((HEADS, 4), 127.0))
@@ -74,7 +85,7 @@ def test_every_token_of_every_head_has_a_scale_of_its_own() -> None:
 
 def test_tokens_of_zeros_come_back_as_zeros() -> None:
     zeros = torch.zeros(2, HEADS, HEAD_DIM)
-    keys, values = build_cache("token").append(0, zeros, zeros)
+    keys, values = append(build_cache("token"), 0, zeros, zeros)
     assert torch.equal(keys, torch.zeros(HEADS, 2, HEAD_DIM)) and torch.equal(values, keys)
 
 
@@ -83,7 +94,7 @@ def test_values_beyond_a_stored_scale_are_cut(kind: str) -> None:
     keys, values = make_states(5)
     scale = make_scale(kind, keys, values)
     assert scale is not None
-    for got, given, step in zip(build_cache(kind).append(0, keys, values, scale / 4), (keys, values), scale / 4, strict=True):
+    for got, given, step in zip(append(build_cache(kind), 0, keys, values, scale / 4), (keys, values), scale / 4, strict=True):
         expected = torch.clamp(torch.round(given.transpose(0, 1) / step), -128, 127) * step
         assert torch.equal(got, expected) and (expected.abs() >= 127 * step).any()
 
@@ -94,21 +105,67 @@ def test_two_pieces_give_the_bits_of_one(kind: str) -> None:
     scale = make_scale(kind, keys, values)
     whole, pieces = build_cache(kind), build_cache(kind, capacity=9)
     for layer in range(LAYERS):
-        expected = whole.append(layer, keys * (layer + 1), values, scale)
+        expected = append(whole, layer, keys * (layer + 1), values, scale)
         pieces.length = 0
-        pieces.append(layer, keys[:4] * (layer + 1), values[:4], scale)
+        append(pieces, layer, keys[:4] * (layer + 1), values[:4], scale)
         pieces.length = 4
-        found = pieces.append(layer, keys[4:] * (layer + 1), values[4:], scale)
+        found = append(pieces, layer, keys[4:] * (layer + 1), values[4:], scale)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_layers_do_not_touch_each_other() -> None:
     cache, first, second = build_cache("token"), make_states(3, seed=1), make_states(3, seed=2)
-    expected = cache.append(0, *first)
-    cache.append(1, *second)
+    expected = append(cache, 0, *first)
+    append(cache, 1, *second)
     cache.length = 3
-    again = cache.append(0, first[0][:1], first[1][:1])
+    again = append(cache, 0, first[0][:1], first[1][:1])
     assert torch.equal(again[0][:, :3], expected[0]) and torch.equal(again[1][:, :3], expected[1])
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_blocks_in_any_order_give_the_bits_of_one_block(kind: str | None, block_size: int) -> None:
+    keys, values = make_states(70)
+    scale = make_scale(kind, keys, values) if kind else None
+    store = KeyValueStore(LAYERS, 9, block_size, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"), kind)
+    one = KeyValueStore(LAYERS, 1, 80, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"), kind)
+    cache, whole = KeyValueCache(store, [7, 2, 8, 0, 5]), KeyValueCache(one, [0])
+    for start, stop in ((0, 5), (5, 6), (6, 40), (40, 70)):
+        assert cache.length == whole.length == start
+        for layer in range(LAYERS):
+            expected = append(whole, layer, keys[start:stop] + layer, values[start:stop], scale)
+            found = append(cache, layer, keys[start:stop] + layer, values[start:stop], scale)
+            for got, wanted in zip(found, expected, strict=True):
+                assert torch.equal(got, wanted) and got.is_contiguous() and got.shape == (HEADS, stop, HEAD_DIM)
+                assert got.dtype == torch.float32
+        cache.length = whole.length = stop
+    if kind is None:
+        assert torch.equal(cache.read(1, None, 70)[0], (keys + 1).transpose(0, 1))
+
+
+def test_a_length_that_is_set_back_forgets_what_came_behind() -> None:
+    cache, (keys, values) = build_cache("token"), make_states(9)
+    cache.append(0, keys, values)
+    cache.length = 4
+    found = append(cache, 0, -keys[4:6], values[4:6])
+    assert torch.equal(found[0], append(build_cache("token"), 0, torch.cat((keys[:4], -keys[4:6])), values[:6])[0])
+
+
+@pytest.mark.parametrize(
+    ("block_size", "num_blocks", "words"),
+    [(8, 4, "block_size is 8, but .* a multiple of 16"), (24, 4, "block_size is 24"), (0, 4, "block_size is 0"), (16, 0, "num_blocks is 0")],
+)
+def test_a_store_that_cannot_be_is_refused(block_size: int, num_blocks: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        KeyValueStore(1, num_blocks, block_size, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+
+
+def test_a_cache_of_a_model_holds_what_was_asked_for_in_one_block(
+    tiny_llama: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    cache = build_model(tiny_llama("nine_heads")).build_cache(33)
+    assert (cache.blocks, cache.store.block_size, cache.store.num_blocks) == ([0], 48, 1)
+    assert cache.store.data.shape == (2, 1, 2, 3, 48, 16)
 
 
 def compute_logits(model: LlamaForCausalLM) -> torch.Tensor:
@@ -173,4 +230,4 @@ def test_a_model_with_a_token_scheme_needs_no_stored_scales(
 ) -> None:
     model = build_model(with_cache("nine_heads", "token"))
     assert model.scheme == Scheme(kv_cache="token") and model.scheme.name == "c8"
-    assert model.build_cache(10).bytes_per_token == 2 * 2 * 3 * (16 + 4)
+    assert model.build_cache(10).store.bytes_per_token == 2 * 2 * 3 * (16 + 4)
