@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.batch import Span
 from model.config import PREFILL_TOKENS
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from parallel.errors import RequestError, RunError
 
 LOGIT_ROWS = 64

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from model.batch import Span
 from model.cache import KeyValueCache, count_blocks
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from model.request import Request, check_memory, check_request
 from model.sampling import SamplingState, sample
 from model.scheduling import LiveSequence, Part, Scheduler

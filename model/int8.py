@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from model.native import Kernels, find_kernels
+
 _EXACT_COLUMNS = 1024
 """128 * 128 * 1024 = 2**24: an integer product this long is exact in float32, in any order."""
 _PLAIN_ROWS = 256
@@ -36,6 +38,8 @@ class Int8Kernel:
     """(weight int8 [rows, columns], scale float32 [rows]) to whatever `multiply` takes."""
     multiply: Callable[[torch.Tensor, Any], torch.Tensor]
     """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer product, rounded, times the scale."""
+    whole: Kernels | None = None
+    """Where it multiplies whole weights as they are stored, with all their groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,17 @@ class Part:
     """What the kernel made of them."""
 
 
+def count_slices(dtype: torch.dtype) -> int:
+    """8-bit numbers that one of this type is cut into."""
+    return 3 if dtype == torch.float32 else 2
+
+
 def sliced_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, order: torch.Tensor | None = None) -> torch.Tensor:
     """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows].
 
     `order`: the column of x that stands first, second, … in the parts; None: as they are.
     """
-    rows, num_slices = x.shape[0], 3 if x.dtype == torch.float32 else 2
+    rows, num_slices = x.shape[0], count_slices(x.dtype)
     scale = x.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(1e-30)
     # Slices are made in place: on small matrices, every operator less is felt.
     slices = torch.empty((num_slices * rows, x.shape[1]), dtype=torch.float32, device=x.device)
@@ -114,9 +123,23 @@ PLAIN = Int8Kernel("int8-plain", _pack_plain, _multiply_plain)
 FBGEMM = Int8Kernel("int8-sliced-fbgemm", _pack_fbgemm, _multiply_fbgemm)
 
 
-@functools.cache
 def choose_int8_kernel(device_type: str) -> Int8Kernel:
     """The fastest kernel that gives exact products here; PLAIN works everywhere."""
+    kernels = find_kernels(device_type)
+    return _choose_torch_kernel(device_type) if kernels is None else _build_native(kernels)
+
+
+def _build_native(kernels: Kernels) -> Int8Kernel:
+    def multiply(integers: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        weight, scale = packed
+        starts = torch.tensor([0, weight.shape[1]])
+        return kernels.int8_linear(integers.to(torch.int8), weight, scale, starts, 0, torch.float32)
+
+    return Int8Kernel("int8-sliced-native", _pack_plain, multiply, kernels)
+
+
+@functools.cache
+def _choose_torch_kernel(device_type: str) -> Int8Kernel:
     if device_type == "cpu" and "x86" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "x86"
         if _is_exact(FBGEMM):

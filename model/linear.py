@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.native import find_kernels
 from parallel.layout import TILE_ROWS
 
 _ROW_TILE = {torch.float32: 8, torch.bfloat16: 16}
@@ -84,6 +85,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.in_features, self.blocks = in_features, tuple(blocks)
         total, self._index = tile_rows(blocks)
+        self._kernels = find_kernels("cpu")
         self.weight = nn.Parameter(torch.empty((total, in_features), dtype=dtype, device="meta"), requires_grad=False)
 
     def assign(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -98,7 +100,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, local rows of all blocks]."""
-        out = float_linear(x, self.weight)
+        kernels = self._kernels if x.device.type == "cpu" else None
+        out = float_linear(x, self.weight) if kernels is None else kernels.float_linear(x, self.weight)
         return out if self._index is None else out[:, self._index]
 
 

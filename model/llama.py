@@ -7,32 +7,23 @@ Knows ranks by number and the collectives it is given; no processes, no files, n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.attention import Attention
-from model.cache import BLOCK_MULTIPLE, Cache, KeyValueCache, KeyValueStore, count_blocks
+from model.batch import Batch, Span
+from model.cache import BLOCK_MULTIPLE, KeyValueCache, KeyValueStore, count_blocks
 from model.config import LlamaConfig
 from model.linear import RowBlock, VocabParallelEmbedding
+from model.native import find_kernels
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
-from model.rotary import Rotary, rotate
+from model.rotary import Rotary
 from model.scheme import Scheme
 from model.weights import FUSED
 from parallel.collectives import Collectives
 from parallel.layout import plan_heads
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """New tokens of one sequence."""
-
-    cache: Cache
-    """What the sequence has so far; `forward` extends it."""
-    ids: Sequence[int]
-    """The new tokens."""
 
 
 class Shares:
@@ -71,7 +62,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self._kernels = eps, find_kernels("cpu")
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
     def assign(self, weight: torch.Tensor, device: torch.device) -> None:
@@ -79,8 +70,12 @@ class RMSNorm(nn.Module):
         assert weight.shape == self.weight.shape
         self.weight = nn.Parameter(weight.to(device, self.weight.dtype), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] to [T, H]."""
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H] to [T, H]. `delta` is added to x in place first."""
+        if self._kernels is not None and x.device.type == "cpu":
+            return self._kernels.rms_norm(x, delta, self.weight, self.eps)
+        if delta is not None:
+            x.add_(delta)
         normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
         return normed.to(x.dtype).mul_(self.weight)
 
@@ -108,7 +103,7 @@ class DecoderLayer(nn.Module):
     def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
         """Take the scales of an int8 cache: [1], or one for each row of the key and value projections that is here."""
         scales = torch.stack((keys, values)).float().expand(2, self.shares.key_value)
-        self.cache_scales = scales.reshape(2, -1, 1, self.head_dim).to(device)
+        self.cache_scales = scales.reshape(2, -1, 1, self.head_dim).contiguous().to(device)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -139,7 +134,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's results are the same bits however many rows go through a pass."""
-        return False
+        return find_kernels(self.device.type) is not None
 
     @property
     def weight_bytes(self) -> int:
@@ -164,22 +159,19 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Hidden states [T, H] of the new tokens of all spans, after the last norm."""
-        ids = [token for span in spans for token in span.ids]
-        positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
-        cos, sin = self.rotary.angles(positions, self.device)
-        hidden = self._embed(ids)
+        batch = Batch(spans, self.rotary, self.device)
+        hidden, delta = self._embed([token for span in spans for token in span.ids]), None
         for index in range(len(self.layers)):
-            hidden = self._run_layer(index, hidden, spans, cos, sin)
-        for span in spans:
-            span.cache.length += len(span.ids)
-        normed: torch.Tensor = self.norm(hidden)
+            delta = self._run_layer(index, hidden, delta, batch)
+        batch.advance()
+        normed: torch.Tensor = self.norm(hidden, delta)
         return normed
 
     @torch.inference_mode()
     def run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """One layer alone: hidden states [T, H] of the new tokens of all spans to those behind the layer."""
-        positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
-        return self._run_layer(index, hidden, spans, *self.rotary.angles(positions, self.device))
+        hidden = hidden.clone()
+        return hidden + self._run_layer(index, hidden, None, Batch(spans, self.rotary, self.device))
 
     @torch.inference_mode()
     def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -187,11 +179,12 @@ class LlamaForCausalLM(nn.Module):
         logits: torch.Tensor = self.lm_head(hidden)
         return logits.float()
 
-    def _run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span], cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Adds to `hidden` what the layer before left to add (`delta`) and its own attention; gives what is left to add then."""
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
-        hidden = hidden + self._attend(layer, index, layer.input_layernorm(hidden), spans, cos, sin)
-        return hidden + self._feed_forward(layer, layer.post_attention_layernorm(hidden))
+        attended = self._attend(layer, index, layer.input_layernorm(hidden, delta), batch)
+        return self._feed_forward(layer, layer.post_attention_layernorm(hidden, attended))
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, H]: every rank looks up all ids in its own rows; of each id, the owner's row counts."""
@@ -205,30 +198,24 @@ class LlamaForCausalLM(nn.Module):
         owner = torch.bucketize(tokens, torch.tensor(shares.ends, device=self.device), right=True)
         return parts[torch.arange(len(ids), device=self.device), owner]
 
-    def _attend(
-        self, layer: DecoderLayer, index: int, x: torch.Tensor, spans: Sequence[Span], cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        shares, tokens = self.shares, x.shape[0]
-        heads, kv_heads = shares.num_heads, shares.num_kv_heads
-        qkv = layer.qkv_proj(x).view(tokens, heads + 2 * kv_heads, layer.head_dim)
-        turned = rotate(qkv[:, : heads + kv_heads], cos, sin)
-        query, keys, values = turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
-        parts, first = [], 0
-        for span in spans:
-            rows = slice(first, first + len(span.ids))
-            span.cache.append(index, keys[rows], values[rows], layer.cache_scales)
-            seen = span.cache.read(index, layer.cache_scales, span.cache.length + len(span.ids))
-            parts.append(self.attention(query[rows], *seen))
-            first += len(span.ids)
-        local = parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        shares = self.shares
+        local = self.attention(layer.qkv_proj(x), shares.num_heads, shares.num_kv_heads, index, batch, layer.cache_scales)
         attended = self.collectives.gather_columns(local, shares.query)
         return self.collectives.gather_columns(layer.o_proj(attended), shares.hidden)
 
     def _feed_forward(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         shares = self.shares
-        gate, up = layer.gate_up_proj(x).chunk(2, dim=1)
+        inner = self._gate(layer.gate_up_proj(x))
+        full = self.collectives.gather_columns(inner, shares.intermediate)
+        return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)
+
+    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, gate and up of this rank]."""
+        kernels = find_kernels(gate_up.device.type)
+        if kernels is not None:
+            return kernels.silu_multiply(gate_up.contiguous())
+        gate, up = gate_up.chunk(2, dim=1)
         # exp, + and / one by one: PyTorch's own silu rounds the last elements of a tensor differently.
         wide = gate.float()
-        inner = (wide / torch.exp(-wide).add_(1)).mul_(up)
-        full = self.collectives.gather_columns(inner.to(x.dtype), shares.intermediate)
-        return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)
+        return (wide / torch.exp(-wide).add_(1)).mul_(up).to(gate_up.dtype)

@@ -4,6 +4,7 @@ Integer products are exact and a sum over groups runs in one order, so that no b
 Knows tensors and schemes; no ranks, no names, no files.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.int8 import Int8Kernel, Part, choose_int8_kernel, one_slice_linear, sliced_linear
+from model.int8 import Int8Kernel, Part, choose_int8_kernel, count_slices, one_slice_linear, sliced_linear
 from model.linear import ColumnParallelLinear, RowBlock
 from model.scheme import LinearScheme
 
@@ -44,6 +45,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         self.weight_bytes = rows * (in_features + 4 * scheme.num_groups(in_features))
         """int8 weights and float32 scales as they are kept; 4-bit weights take a byte each."""
         self._parts: list[Part] = []
+        self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._order: torch.Tensor | None = None
         self._divisor: torch.Tensor | None = None
         self._input_scale, self._zero_point = 1.0, 0
@@ -62,12 +64,10 @@ class QuantizedColumnParallelLinear(nn.Module):
         if first.group_index is not None:
             order = torch.argsort(first.group_index, stable=True)
             weight, self._order = weight[:, order], order.to(device)
-        self._parts, column = [], 0
-        for group, size in enumerate(sizes):
-            columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
-            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
-            self._parts.append(Part(column, column + size, packed))
-            column += size
+        if self.kernel.whole is not None:
+            self._whole = weight.contiguous(), scale.contiguous(), torch.tensor([0, *itertools.accumulate(sizes)])
+        else:
+            self._parts = self._pack_parts(weight, scale, sizes, device)
         if first.smooth_scale is not None:
             self._divisor = first.smooth_scale.float().to(device)
         self._input_scale, self._zero_point = first.input_scale, first.input_zero_point
@@ -75,13 +75,34 @@ class QuantizedColumnParallelLinear(nn.Module):
             sums = weight.sum(dim=1, dtype=torch.int64).double()
             self._correction = (sums * first.input_zero_point * scale[:, 0].double()).float().to(device)
 
+    def _pack_parts(self, weight: torch.Tensor, scale: torch.Tensor, sizes: list[int], device: torch.device) -> list[Part]:
+        parts, column = [], 0
+        for group, size in enumerate(sizes):
+            columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
+            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
+            parts.append(Part(column, column + size, packed))
+            column += size
+        return parts
+
+    def _multiply_slices(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._whole is None:
+            return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
+        assert self.kernel.whole is not None
+        return self.kernel.whole.int8_linear(x if self._order is None else x[:, self._order], *self._whole, count_slices(x.dtype), dtype)
+
+    def _multiply_integers(self, integers: torch.Tensor) -> torch.Tensor:
+        if self._whole is None:
+            return one_slice_linear(integers, self._parts[0], self.kernel)
+        assert self.kernel.whole is not None
+        return self.kernel.whole.int8_linear(integers.to(torch.int8), *self._whole, 0, torch.float32)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, local rows of all blocks], in the type of x."""
         dtype, divisor = x.dtype, self._divisor
         if self.scheme.activation == "tensor":
             scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
             integers = (x.float() / scale).add_(self._zero_point).round_().clamp_(-128, 127)
-            product = one_slice_linear(integers, self._parts[0], self.kernel)
+            product = self._multiply_integers(integers)
             if self._correction is not None:
                 product.sub_(self._correction)
             return product.mul_(self._input_scale).to(dtype)
@@ -91,8 +112,8 @@ class QuantizedColumnParallelLinear(nn.Module):
             # compressed-tensors' scale: 255 steps from -absmax to absmax, so that the largest value is cut by half a step.
             row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
             integers = (x.float() / row_scale).round_().clamp_(-128, 127)
-            return one_slice_linear(integers, self._parts[0], self.kernel).mul_(row_scale).to(dtype)
-        return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
+            return self._multiply_integers(integers).mul_(row_scale).to(dtype)
+        return self._multiply_slices(x, dtype)
 
 
 class SeparateLinears(nn.Module):

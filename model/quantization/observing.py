@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from model.llama import DecoderLayer, LlamaForCausalLM, Span
+from model.batch import Span
+from model.llama import DecoderLayer, LlamaForCausalLM
 from model.weights import FUSED
 
 PASS_TOKENS = 512

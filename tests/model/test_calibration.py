@@ -16,11 +16,12 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
+from model.batch import Span
 from model.cache import KeyValueCache
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.quantized_writing import REPORT_FILE, write_quantized
 from model.config import build_config
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from model.quantization import layer_rounding
 from model.quantization.calibration import quantize_layers, read_embeddings
 from model.quantization.observing import PASS_TOKENS, InputObserver, choose_kept_tokens

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from model import AutoModel
+from model.batch import Span
 from model.config import PREFILL_TOKENS
 from model.generation import Engine, EngineTimes, Request, TokenEvent, generate
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
 

@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from model.batch import Span
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.rank_files import rank_file_name, write_rank_files
 from model.config import build_config
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from model.loading import load_model
 from model.scheme import Scheme, read_scheme
 from parallel.collectives import IdentityCollectives

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from model.batch import Span
 from model.checkpoint import folder_writing
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.rewriting import convert_checkpoint
 from model.config import build_config
 from model.generation import Engine, Request, generate
-from model.llama import LlamaForCausalLM, Span
+from model.llama import LlamaForCausalLM
 from model.loading import check_checkpoint
 from model.packing import pack_integers, unpack_integers
 from model.quantization.rounding import quantize_rows

@@ -1,0 +1,295 @@
+/* Rotation, the cache of keys and values, and causal attention, for the new tokens of many sequences in one call.
+
+   A query head's row is computed by itself: scores summed over the head's width in order, keys taken in chunks that begin at multiples
+   of 64 of the sequence, whatever else is in the call. So a token gets the same bits alone, in a prompt, or beside others. */
+#include "vectors.h"
+
+enum { CHUNK = 64, TILE = 64, TOGETHER = 4 };
+
+typedef struct {
+    char *rows;             /* [tokens][heads + 2 kv_heads][head_dim]: query, keys, values */
+    int dtype;
+    size_t tokens, heads, kv_heads, head_dim;
+    const float *cosine, *sine; /* [tokens][head_dim], the sine signed */
+    char *cache;            /* [blocks][2][kv_heads][block_size][head_dim] of one layer */
+    float *token_scales;    /* [blocks][2][kv_heads][block_size], or NULL */
+    const float *fixed_scales; /* [2][kv_heads][head_dim], or NULL; an int8 cache has one of the two */
+    size_t block_size;
+    const int64_t *spans;   /* [num_spans][3]: first token, tokens of the sequence before it, first of its blocks in `blocks` */
+    size_t num_spans;
+    const int64_t *blocks;
+    char *out;              /* [tokens][heads * head_dim] */
+} Call;
+
+typedef struct {
+    size_t first, count, before;
+    const int64_t *blocks;
+} Span;
+
+INLINE Span find_span(const Call *c, size_t index) {
+    const int64_t *span = c->spans + 3 * index;
+    size_t stop = index + 1 < c->num_spans ? (size_t)span[3] : c->tokens;
+    return (Span){span[0], stop - span[0], span[1], c->blocks + span[2]};
+}
+
+/* Where a token of a sequence lies, in elements / head_dim: its row of the cache and its place in token_scales. */
+INLINE size_t find_place(const Call *c, const Span *s, size_t position, size_t side, size_t head) {
+    return ((s->blocks[position / c->block_size] * 2 + side) * c->kv_heads + head) * c->block_size + position % c->block_size;
+}
+
+INLINE int is_int8(const Call *c) { return c->token_scales || c->fixed_scales; }
+
+static void rotate_row(const Call *c, size_t token, size_t at) {
+    size_t half = c->head_dim / 2;
+    const float *cosine = c->cosine + token * c->head_dim, *sine = c->sine + token * c->head_dim;
+    for (size_t i = 0; i < half; i += 16) {
+        __mmask16 mask = lanes(i, half);
+        __m512 low = load_floats(c->rows, c->dtype, at + i, mask), high = load_floats(c->rows, c->dtype, at + half + i, mask);
+        __m512 low_cosine = _mm512_maskz_loadu_ps(mask, cosine + i), high_cosine = _mm512_maskz_loadu_ps(mask, cosine + half + i);
+        __m512 low_sine = _mm512_maskz_loadu_ps(mask, sine + i), high_sine = _mm512_maskz_loadu_ps(mask, sine + half + i);
+        __m512 turned = _mm512_add_ps(_mm512_mul_ps(low, low_cosine), _mm512_mul_ps(high, low_sine));
+        store_floats(c->rows, c->dtype, at + i, turned, mask);
+        turned = _mm512_add_ps(_mm512_mul_ps(high, high_cosine), _mm512_mul_ps(low, high_sine));
+        store_floats(c->rows, c->dtype, at + half + i, turned, mask);
+    }
+}
+
+/* One token's key or value of one head into the cache; as int8 it is rounded to multiples of a scale. */
+static void keep_row(const Call *c, const Span *s, size_t position, size_t side, size_t head, size_t at) {
+    size_t place = find_place(c, s, position, side, head), to = place * c->head_dim;
+    __m512 scale = _mm512_setzero_ps();
+    if (c->token_scales) {
+        __m512 most = _mm512_setzero_ps();
+        for (size_t i = 0; i < c->head_dim; i += 16)
+            most = _mm512_max_ps(most, _mm512_abs_ps(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim))));
+        float largest = _mm512_reduce_max_ps(most) / 127.0f;
+        c->token_scales[place] = largest < 1e-30f ? 1e-30f : largest;
+        scale = _mm512_set1_ps(c->token_scales[place]);
+    }
+    for (size_t i = 0; i < c->head_dim; i += 16) {
+        __mmask16 mask = lanes(i, c->head_dim);
+        __m512 value = load_floats(c->rows, c->dtype, at + i, mask);
+        if (!is_int8(c)) {
+            store_floats(c->cache, c->dtype, to + i, value, mask);
+            continue;
+        }
+        if (c->fixed_scales) scale = _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i);
+        __m512i whole = _mm512_cvtps_epi32(_mm512_maskz_div_ps(mask, value, scale));
+        _mm_mask_storeu_epi8(c->cache + to + i, mask, _mm512_cvtsepi32_epi8(whole));
+    }
+}
+
+INLINE __m512 read_cache(const Call *c, size_t place, size_t side, size_t head, size_t i, __mmask16 mask) {
+    if (!is_int8(c)) return load_floats(c->cache, c->dtype, place * c->head_dim + i, mask);
+    __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, c->cache + place * c->head_dim + i)));
+    if (c->token_scales) return _mm512_mul_ps(value, _mm512_set1_ps(c->token_scales[place]));
+    return _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i));
+}
+
+INLINE void transpose(__m512 row[16]) {
+    __m512 pair[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(row[i + 2], row[i + 3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(row[i + 2], row[i + 3]));
+        pair[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
+        pair[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+        pair[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
+        pair[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 a = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0x88), b = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0xdd);
+        __m512 d = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0x88), e = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0xdd);
+        row[i] = _mm512_shuffle_f32x4(a, d, 0x88);
+        row[i + 8] = _mm512_shuffle_f32x4(a, d, 0xdd);
+        row[i + 4] = _mm512_shuffle_f32x4(b, e, 0x88);
+        row[i + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
+}
+
+/* Keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zeros behind the last. */
+static void read_chunk(const Call *c, const Span *s, size_t head, size_t chunk, size_t count, float *keys, float *values, size_t padded) {
+    for (size_t key = 0; key < CHUNK; key += 16) {
+        size_t valid = key < count ? smaller(16, count - key) : 0;
+        size_t places[2] = {0, 0};
+        if (valid) {
+            places[0] = find_place(c, s, chunk + key, 0, head);
+            places[1] = find_place(c, s, chunk + key, 1, head);
+        }
+        for (size_t i = 0; i < padded; i += 16) {
+            __mmask16 mask = lanes(i, c->head_dim);
+            __m512 row[16];
+            for (size_t k = 0; k < 16; k++) {
+                row[k] = k < valid ? read_cache(c, places[0] + k, 0, head, i, mask) : _mm512_setzero_ps();
+                __m512 value = k < valid ? read_cache(c, places[1] + k, 1, head, i, mask) : _mm512_setzero_ps();
+                _mm512_store_ps(values + (key + k) * padded + i, value);
+            }
+            transpose(row);
+            for (size_t k = 0; k < 16; k++) _mm512_store_ps(keys + (i + k) * CHUNK + key, row[k]);
+        }
+    }
+}
+
+static void score_rows(const float *query, const float *keys, size_t head_dim, size_t padded, float *scores) {
+    __m512 acc[TOGETHER][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) acc[r][k] = _mm512_setzero_ps();
+    for (size_t i = 0; i < head_dim; i++) {
+        __m512 key[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) key[k] = _mm512_load_ps(keys + i * CHUNK + 16 * k);
+#pragma GCC unroll 4
+        for (int r = 0; r < TOGETHER; r++) {
+            __m512 one = _mm512_set1_ps(query[r * padded + i]);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) acc[r][k] = _mm512_fmadd_ps(one, key[k], acc[r][k]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) _mm512_store_ps(scores + r * CHUNK + 16 * k, acc[r][k]);
+}
+
+/* Scores to weights, against the largest score so far; gives the factor for what was summed before. */
+static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) {
+    __m512 score[4], largest = _mm512_set1_ps(-INFINITY);
+    for (int k = 0; k < 4; k++) {
+        __mmask16 seen = visible >= 16u * k + 16 ? (__mmask16)0xffff : visible <= 16u * k ? 0 : (__mmask16)((1u << (visible - 16 * k)) - 1);
+        score[k] = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), seen, scores + 16 * k);
+        largest = _mm512_max_ps(largest, score[k]);
+    }
+    float before = *most, now = _mm512_reduce_max_ps(largest);
+    if (before > now) now = before;
+    *most = now;
+    for (int k = 0; k < 4; k++) {
+        score[k] = exp_floats(_mm512_sub_ps(score[k], _mm512_set1_ps(now)));
+        _mm512_store_ps(scores + 16 * k, score[k]);
+    }
+    float factor = _mm512_cvtss_f32(exp_floats(_mm512_set1_ps(before - now)));
+    __m512 here = _mm512_add_ps(_mm512_add_ps(score[0], score[1]), _mm512_add_ps(score[2], score[3]));
+    *sum = _mm512_add_ps(_mm512_mul_ps(*sum, _mm512_set1_ps(factor)), here);
+    return factor;
+}
+
+INLINE void add_values(const float *weights, const float *values, size_t count, size_t padded, size_t first, const int width,
+                       const float *factors, float *out) {
+    __m512 acc[TOGETHER][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 4
+        for (int k = 0; k < width; k++)
+            acc[r][k] = _mm512_mul_ps(_mm512_load_ps(out + r * padded + first + 16 * k), _mm512_set1_ps(factors[r]));
+    for (size_t key = 0; key < count; key++) {
+        __m512 value[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < width; k++) value[k] = _mm512_load_ps(values + key * padded + first + 16 * k);
+#pragma GCC unroll 4
+        for (int r = 0; r < TOGETHER; r++) {
+            __m512 weight = _mm512_set1_ps(weights[r * CHUNK + key]);
+#pragma GCC unroll 4
+            for (int k = 0; k < width; k++) acc[r][k] = _mm512_fmadd_ps(weight, value[k], acc[r][k]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 4
+        for (int k = 0; k < width; k++) _mm512_store_ps(out + r * padded + first + 16 * k, acc[r][k]);
+}
+
+static _Thread_local void *kept;
+static _Thread_local size_t kept_bytes;
+
+/* Rows [first, first + count) of one key-value head's (token, query head) pairs. Returns 1 when memory ran out. */
+static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t first, size_t count) {
+    size_t group = c->heads / c->kv_heads, padded = (c->head_dim + 15) / 16 * 16, rows = (count + TOGETHER - 1) / TOGETHER * TOGETHER;
+    float *memory = keep_bytes(&kept, &kept_bytes, 4 * (2 * TILE * padded + 2 * CHUNK * padded + TILE * CHUNK + 32 * TILE));
+    if (!memory) return 1;
+    float *query = memory, *out = query + TILE * padded, *keys = out + TILE * padded, *values = keys + CHUNK * padded;
+    float *scores = values + CHUNK * padded, *most = scores + TILE * CHUNK;
+    __m512 *sums = (__m512 *)(most + TILE);
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)c->head_dim));
+    for (size_t r = 0; r < rows; r++) {
+        size_t pair = first + r, at = ((s->first + pair / group) * (c->heads + 2 * c->kv_heads) + kv_head * group + pair % group) * c->head_dim;
+        for (size_t i = 0; i < padded; i += 16) {
+            __m512 value = r < count ? load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)) : _mm512_setzero_ps();
+            _mm512_store_ps(query + r * padded + i, _mm512_mul_ps(value, scale));
+            _mm512_store_ps(out + r * padded + i, _mm512_setzero_ps());
+        }
+        most[r] = -INFINITY;
+        sums[r] = _mm512_setzero_ps();
+    }
+    size_t last = s->before + (first + count - 1) / group;
+    for (size_t chunk = 0; chunk <= last; chunk += CHUNK) {
+        size_t there = smaller(CHUNK, last + 1 - chunk);
+        read_chunk(c, s, kv_head, chunk, there, keys, values, padded);
+        for (size_t row = 0; row < rows; row += TOGETHER) {
+            float factors[TOGETHER];
+            size_t lowest = s->before + (first + row) / group, highest = s->before + (first + smaller(row + TOGETHER, count) - 1) / group;
+            if (highest < chunk) continue;
+            score_rows(query + row * padded, keys, c->head_dim, padded, scores + row * CHUNK);
+            for (size_t r = row; r < row + TOGETHER; r++) {
+                size_t position = r < count ? s->before + (first + r) / group : lowest;
+                size_t visible = position < chunk ? 0 : position + 1 - chunk;
+                factors[r - row] = weigh_row(scores + r * CHUNK, visible, most + r, sums + r);
+            }
+            for (size_t i = 0; i < padded; i += 64) {
+                const float *weights = scores + row * CHUNK;
+                float *to = out + row * padded;
+                switch (smaller(4, (padded - i) / 16)) {
+                    case 1: add_values(weights, values, there, padded, i, 1, factors, to); break;
+                    case 2: add_values(weights, values, there, padded, i, 2, factors, to); break;
+                    case 3: add_values(weights, values, there, padded, i, 3, factors, to); break;
+                    default: add_values(weights, values, there, padded, i, 4, factors, to); break;
+                }
+            }
+        }
+    }
+    for (size_t r = 0; r < count; r++) {
+        size_t pair = first + r, at = ((s->first + pair / group) * c->heads + kv_head * group + pair % group) * c->head_dim;
+        __m512 sum = _mm512_set1_ps(sum_floats(sums[r]));
+        for (size_t i = 0; i < c->head_dim; i += 16)
+            store_floats(c->out, c->dtype, at + i, _mm512_div_ps(_mm512_load_ps(out + r * padded + i), sum), lanes(i, c->head_dim));
+    }
+    return 0;
+}
+
+INLINE size_t count_tiles(const Call *c, const Span *s) { return (s->count * (c->heads / c->kv_heads) + TILE - 1) / TILE; }
+
+/* Turns queries and keys of `rows` in place, writes keys and values behind their sequences, and attends: the fields of Call.
+   Returns 0, or 1 when memory ran out. */
+int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
+                  void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
+                  const int64_t *blocks, void *out, int threads) {
+    Call call = {rows, dtype, tokens, heads, kv_heads, head_dim, cosine, sine, cache, token_scales, fixed_scales, block_size, spans, num_spans,
+                 blocks, out};
+    const Call *c = &call;
+    size_t tasks = 0, all_heads = heads + 2 * kv_heads;
+    int failed = 0;
+    for (size_t index = 0; index < num_spans; index++) {
+        Span s = find_span(c, index);
+        tasks += count_tiles(c, &s) * kv_heads;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && s.count > 4)
+        for (size_t token = s.first; token < s.first + s.count; token++) {
+            for (size_t head = 0; head < heads + kv_heads; head++) rotate_row(c, token, (token * all_heads + head) * head_dim);
+            size_t position = s.before + token - s.first;
+            for (size_t head = 0; head < 2 * kv_heads; head++)
+                keep_row(c, &s, position, head / kv_heads, head % kv_heads, (token * all_heads + heads + head) * head_dim);
+        }
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && tasks > 1) reduction(| : failed)
+    for (size_t task = 0; task < tasks; task++) {
+        size_t left = task, index = 0;
+        Span s = find_span(c, 0);
+        while (left >= count_tiles(c, &s) * kv_heads) {
+            left -= count_tiles(c, &s) * kv_heads;
+            s = find_span(c, ++index);
+        }
+        size_t first = left / kv_heads * TILE, pairs = s.count * (heads / kv_heads);
+        failed |= attend_tile(c, &s, left % kv_heads, first, smaller(TILE, pairs - first));
+    }
+    return failed;
+}

@@ -1,0 +1,195 @@
+/* Rows of activations times an int8 weight, in exact integers; the formula stands in model/int8.py.
+
+   The weight stays as it is stored: row after row, one byte each, signed or with 128 added. A tile is a few tokens with all
+   their slices times four or eight rows of the weight, held in registers over all columns of a group; one token reads the
+   weight once, as fast as memory gives it. */
+#include "vectors.h"
+
+enum { MAX_SLICES = 6, MAX_ROWS = 4, CACHED_BYTES = 256 << 10 };
+
+typedef struct {
+    const int8_t *slices;    /* [tokens][num_slices][padded columns], zeros behind the last column */
+    const int32_t *sums;     /* [tokens][num_slices][groups]: 128 times the sum of a slice's numbers in a group */
+    const float *row_scale;  /* [tokens] */
+    size_t padded;
+    const uint8_t *weight;   /* [rows][columns] */
+    const float *scale;      /* [rows][groups] */
+    const int64_t *starts;   /* [groups + 1]: first column of each group */
+    size_t columns, num_rows, groups, num_slices;
+    __m512i flip;            /* turns a stored byte into value + 128 */
+    void *out;               /* [tokens][out_stride] */
+    size_t out_stride;
+    int out_dtype;
+} Product;
+
+/* `count` rows of slices from `slice` on, times `height` rows of the weight from `row` on, into out[token][row]. */
+INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size_t count, size_t valid) {
+    const size_t height = MAX_ROWS;
+    const uint8_t *w[MAX_ROWS];
+    const char *next = (const char *)p->weight + (row + height) * p->columns;
+#pragma GCC unroll 8
+    for (size_t j = 0; j < height; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * p->columns;
+    float product[MAX_SLICES][MAX_ROWS];
+    for (size_t group = 0; group < p->groups; group++) {
+        size_t start = p->starts[group], stop = p->starts[group + 1], column = start;
+        __m512i acc[MAX_SLICES][MAX_ROWS];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < count; i++)
+#pragma GCC unroll 8
+            for (size_t j = 0; j < height; j++) acc[i][j] = _mm512_setzero_si512();
+        const int8_t *s = p->slices + slice * p->padded;
+        for (; column + 64 <= stop; column += 64) {
+            __m512i byte[MAX_ROWS];
+#pragma GCC unroll 8
+            for (size_t j = 0; j < height; j++) {
+                _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T1);
+                byte[j] = _mm512_xor_si512(_mm512_loadu_si512(w[j] + column), p->flip);
+            }
+#pragma GCC unroll 8
+            for (size_t i = 0; i < count; i++) {
+                __m512i part = _mm512_loadu_si512(s + i * p->padded + column);
+#pragma GCC unroll 8
+                for (size_t j = 0; j < height; j++) add_byte_products(&acc[i][j], byte[j], part);
+            }
+        }
+        if (column < stop) {
+            __mmask64 mask = ((__mmask64)1 << (stop - column)) - 1;
+#pragma GCC unroll 8
+            for (size_t i = 0; i < count; i++) {
+                __m512i part = _mm512_maskz_loadu_epi8(mask, s + i * p->padded + column);
+#pragma GCC unroll 8
+                for (size_t j = 0; j < height; j++) {
+                    __m512i byte = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[j] + column), p->flip);
+                    add_byte_products(&acc[i][j], byte, part);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (size_t i = 0; i < count; i++) {
+            __m128i shift = _mm_set1_epi32(p->sums[(slice + i) * p->groups + group]);
+#pragma GCC unroll 8
+            for (size_t j = 0; j < height; j += 4) {
+                __m128i sum = _mm_sub_epi32(sum_four_ints(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]), shift);
+                float scales[4];
+#pragma GCC unroll 8
+                for (size_t k = 0; k < 4; k++) scales[k] = p->scale[(row + smaller(j + k, valid - 1)) * p->groups + group];
+                __m128 scaled = _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_loadu_ps(scales));
+                if (group) scaled = _mm_add_ps(_mm_loadu_ps(&product[i][j]), scaled);
+                _mm_storeu_ps(&product[i][j], scaled);
+            }
+        }
+    }
+    size_t n = p->num_slices;
+    for (size_t first = 0; first < count; first += n) {
+        size_t token = (slice + first) / n;
+        __m512 total = _mm512_maskz_loadu_ps((__mmask16)((1u << height) - 1), product[first + n - 1]);
+        for (size_t k = n - 1; k-- > 0;) {
+            __m512 higher = _mm512_maskz_loadu_ps((__mmask16)((1u << height) - 1), product[first + k]);
+            total = _mm512_add_ps(_mm512_div_ps(total, _mm512_set1_ps(254.0f)), higher);
+        }
+        total = _mm512_mul_ps(total, _mm512_set1_ps(p->row_scale[token]));
+        store_floats(p->out, p->out_dtype, token * p->out_stride + row, total, (__mmask16)((1u << valid) - 1));
+    }
+}
+
+static void multiply_rows(const Product *p, size_t slice, size_t count, size_t first, size_t stop) {
+    for (size_t row = first; row < stop; row += MAX_ROWS) {
+        size_t valid = smaller(MAX_ROWS, stop - row);
+        switch (count) {
+            case 1: multiply_tile(p, slice, row, 1, valid); break;
+            case 2: multiply_tile(p, slice, row, 2, valid); break;
+            case 3: multiply_tile(p, slice, row, 3, valid); break;
+            case 4: multiply_tile(p, slice, row, 4, valid); break;
+            case 5: multiply_tile(p, slice, row, 5, valid); break;
+            default: multiply_tile(p, slice, row, 6, valid); break;
+        }
+    }
+}
+
+/* Rows of the weight that all tokens go over before the next ones. While one tile is multiplied the next is fetched, so few tokens
+   take a tile at a time; the slices of many do not stay in the second-level cache, and then a block of the weight has to. */
+static size_t rows_a_block(size_t columns, size_t slice_bytes) {
+    size_t rows = slice_bytes <= CACHED_BYTES ? 4 : CACHED_BYTES / columns / 4 * 4;
+    return rows < 4 ? 4 : rows;
+}
+
+static void cut_slices(const void *x, int dtype, size_t columns, size_t padded, size_t groups, const int64_t *starts, size_t num_slices,
+                       int8_t *slices, int32_t *sums, float *row_scale) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 odd = 0;
+    for (size_t i = 0; i < columns; i += 16) {
+        __m512 value = _mm512_abs_ps(load_floats(x, dtype, i, lanes(i, columns)));
+        odd |= _mm512_cmp_ps_mask(value, _mm512_set1_ps(3.4028234e38f), _CMP_NLE_UQ);
+        most = _mm512_max_ps(most, value);
+    }
+    float scale = _mm512_reduce_max_ps(most) / 127.0f;
+    if (scale < 1e-30f) scale = 1e-30f;
+    *row_scale = odd ? NAN : scale;
+    for (size_t i = 0; i < padded; i += 16) {
+        __m512 left = _mm512_setzero_ps();
+        if (i < columns) left = _mm512_div_ps(load_floats(x, dtype, i, lanes(i, columns)), _mm512_set1_ps(scale));
+        for (size_t k = 0; k < num_slices; k++) {
+            __m512i whole = _mm512_cvtps_epi32(left);
+            left = _mm512_mul_ps(_mm512_sub_ps(left, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(254.0f));
+            _mm_storeu_si128((__m128i *)(slices + k * padded + i), _mm512_cvtepi32_epi8(whole));
+        }
+    }
+    for (size_t k = 0; k < num_slices; k++)
+        for (size_t group = 0; group < groups; group++) {
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t i = starts[group]; i < starts[group + 1]; i += 64) {
+                int64_t left = starts[group + 1] - i;
+                __mmask64 mask = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), _mm512_maskz_loadu_epi8(mask, slices + k * padded + i));
+            }
+            sums[k * groups + group] = _mm512_reduce_add_epi32(sum);
+        }
+}
+
+static _Thread_local void *kept;
+static _Thread_local size_t kept_bytes;
+
+/* out [tokens, rows] = x [tokens, columns] times weight [rows, columns] with scale [rows, groups].
+
+   x: float32, bfloat16 or float16, cut into `num_slices` (1 to 3) of 8 bits. Where `num_slices` is 0, x is int8: integers that
+   are multiplied as they are. `biased`: the weight is stored with 128 added. Returns 0, or 1 when memory ran out. */
+int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, int biased, size_t rows,
+                       const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       size_t out_stride, int threads) {
+    size_t padded = (columns + 63) / 64 * 64, slices = num_slices ? num_slices : 1;
+    size_t slice_bytes = tokens * slices * padded, sum_bytes = (tokens * slices * groups * 4 + 63) / 64 * 64;
+    char *memory = keep_bytes(&kept, &kept_bytes, slice_bytes + sum_bytes + tokens * 4);
+    if (!memory) return 1;
+    int32_t *sums = (int32_t *)(memory + slice_bytes);
+    float *row_scale = (float *)(memory + slice_bytes + sum_bytes);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 4)
+    for (size_t token = 0; token < tokens; token++) {
+        int8_t *mine = (int8_t *)memory + token * slices * padded;
+        int32_t *my_sums = sums + token * slices * groups;
+        if (num_slices) {
+            const char *row = (const char *)x + token * columns * item_bytes(dtype);
+            cut_slices(row, dtype, columns, padded, groups, starts, num_slices, mine, my_sums, row_scale + token);
+            continue;
+        }
+        const int8_t *row = (const int8_t *)x + token * columns;
+        for (size_t i = 0; i < padded; i++) mine[i] = i < columns ? row[i] : 0;
+        for (size_t group = 0; group < groups; group++) {
+            int32_t sum = 0;
+            for (int64_t i = starts[group]; i < starts[group + 1]; i++) sum += row[i];
+            my_sums[group] = 128 * sum;
+        }
+        row_scale[token] = 1.0f;
+    }
+    Product p = {(int8_t *)memory, sums, row_scale, padded, weight, scale, starts, columns, rows, groups, slices,
+                 biased ? _mm512_setzero_si512() : _mm512_set1_epi8((char)128), out, out_stride, out_dtype};
+    size_t at_once = MAX_SLICES / slices * slices, total = tokens * slices, block = rows_a_block(columns, slice_bytes);
+    size_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++) {
+        size_t first = smaller(tiles * thread / threads * MAX_ROWS, rows), stop = smaller(tiles * (thread + 1) / threads * MAX_ROWS, rows);
+        for (size_t row = first; row < stop; row += block)
+            for (size_t slice = 0; slice < total; slice += at_once)
+                multiply_rows(&p, slice, smaller(at_once, total - slice), row, smaller(row + block, stop));
+    }
+    return 0;
+}
