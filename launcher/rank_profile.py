@@ -42,7 +42,7 @@ def record_spans(bench: RankBench, model: LlamaForCausalLM, collectives: Recorde
 
 
 @contextmanager
-def _watch_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+def _watch_modules(model: LlamaForCausalLM, recorder: Recorder) -> Iterator[None]:
     names = {module: name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)}
     for name in ("lm_head",):  # a tied one is a part of the embedding
         if isinstance(module := getattr(model, name, None), nn.Module):
@@ -59,9 +59,12 @@ def _watch_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             recorder.add(number, started.pop())
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    # Layers that run in one call have no parts to be seen.
+    before, model.fuses_layers = model.fuses_layers, False
     try:
         yield
     finally:
+        model.fuses_layers = before
         for handle in handles:
             handle.remove()
 

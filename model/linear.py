@@ -88,6 +88,11 @@ class ColumnParallelLinear(nn.Module):
         self._kernels = find_kernels("cpu")
         self.weight = nn.Parameter(torch.empty((total, in_features), dtype=dtype, device="meta"), requires_grad=False)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weight is all it needs: no filling rows are cut out of its product."""
+        return self._index is None
+
     def assign(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
         """Take the local rows [block rows, in_features] of every block."""
         whole = _join(weights, self.blocks, self.in_features).to(self.weight.dtype)

@@ -16,6 +16,7 @@ from model.attention import Attention
 from model.batch import Batch, Span
 from model.cache import BLOCK_MULTIPLE, KeyValueCache, KeyValueStore, count_blocks
 from model.config import LlamaConfig
+from model.fused_layers import FusedLayers
 from model.linear import RowBlock, VocabParallelEmbedding
 from model.native import find_kernels
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
@@ -124,6 +125,9 @@ class LlamaForCausalLM(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads)
+        self.fuses_layers = True
+        """Whether layers may run in one call; off where each step has to be seen."""
+        self._fused: FusedLayers | None = None
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype)
@@ -160,9 +164,11 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Hidden states [T, H] of the new tokens of all spans, after the last norm."""
         batch = Batch(spans, self.rotary, self.device)
-        hidden, delta = self._embed([token for span in spans for token in span.ids]), None
-        for index in range(len(self.layers)):
-            delta = self._run_layer(index, hidden, delta, batch)
+        hidden = self._embed([token for span in spans for token in span.ids])
+        delta = self._run_fused(hidden, batch)
+        if delta is None:
+            for index in range(len(self.layers)):
+                delta = self._run_layer(index, hidden, delta, batch)
         batch.advance()
         normed: torch.Tensor = self.norm(hidden, delta)
         return normed
@@ -178,6 +184,18 @@ class LlamaForCausalLM(nn.Module):
         """float32 logits [rows, vocab_local] of this rank's part of the vocabulary, for hidden states [rows, H]."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits.float()
+
+    def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """All layers in one call, where these weights, caches and collectives allow it."""
+        kernels = find_kernels(self.device.type)
+        if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
+            return None
+        if self._fused is None:
+            self.fuses_layers = FusedLayers.fits(self)
+            if not self.fuses_layers:
+                return None
+            self._fused = FusedLayers(self, kernels)
+        return self._fused.run(hidden, batch, batch.join_stores()[0])
 
     def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Adds to `hidden` what the layer before left to add (`delta`) and its own attention; gives what is left to add then."""

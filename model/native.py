@@ -18,7 +18,8 @@ import torch
 
 _INTERFACE = 1
 """Of model/kernels/supported.c."""
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the types in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """An integer sum of more products of 8 bits could leave 32 bits."""
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
@@ -32,6 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_float_linear": (None, [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT]),
     "tandem_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _FLOAT, _INT]),
     "tandem_silu_multiply": (None, [_POINTER, _POINTER, _INT, _SIZE, _SIZE, _INT]),
+    "tandem_layers": (_INT, [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]),
     "tandem_attend": (
         _INT,
         [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
@@ -47,6 +49,11 @@ class Kernels:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
+
+    @property
+    def run_layers(self) -> Any:
+        """Whole layers, see `model/fused_layers.py`."""
+        return self._library.tandem_layers
 
     @property
     def is_usable(self) -> bool:
@@ -65,10 +72,10 @@ class Kernels:
         tokens, columns = x.shape
         assert columns <= _MAX_COLUMNS, columns
         out = torch.empty((tokens, weight.shape[0]), dtype=dtype)
-        kind = _DTYPES[x.dtype] if num_slices else 0
+        kind = DTYPES[x.dtype] if num_slices else 0
         failed = self._library.tandem_int8_linear(
             x.data_ptr(), kind, tokens, columns, weight.data_ptr(), 0, weight.shape[0], scale.data_ptr(), starts.data_ptr(),
-            starts.shape[0] - 1, num_slices, out.data_ptr(), _DTYPES[dtype], out.shape[1], torch.get_num_threads(),
+            starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1], torch.get_num_threads(),
         )  # fmt: skip
         return _check(failed, out)
 
@@ -78,7 +85,7 @@ class Kernels:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
         self._library.tandem_float_linear(
             x.data_ptr(),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             *x.shape,
             weight.data_ptr(),
             weight.shape[0],
@@ -93,7 +100,7 @@ class Kernels:
         out = torch.empty_like(hidden)
         added = None if delta is None else delta.contiguous().data_ptr()
         self._library.tandem_rms_norm(
-            hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr(), _DTYPES[hidden.dtype], *hidden.shape, eps, torch.get_num_threads()
+            hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr(), DTYPES[hidden.dtype], *hidden.shape, eps, torch.get_num_threads()
         )
         return out
 
@@ -102,7 +109,7 @@ class Kernels:
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((tokens, size), dtype=gate_up.dtype)
         threads = torch.get_num_threads()
-        self._library.tandem_silu_multiply(gate_up.data_ptr(), out.data_ptr(), _DTYPES[gate_up.dtype], tokens, size, threads)
+        self._library.tandem_silu_multiply(gate_up.data_ptr(), out.data_ptr(), DTYPES[gate_up.dtype], tokens, size, threads)
         return out
 
     def attend(
@@ -124,7 +131,7 @@ class Kernels:
         """
         block_size, head_dim = data.shape[-2:]
         failed = self._library.tandem_attend(
-            qkv.data_ptr(), _DTYPES[qkv.dtype], qkv.shape[0], heads, kv_heads, head_dim, angles[0].data_ptr(), angles[1].data_ptr(),
+            qkv.data_ptr(), DTYPES[qkv.dtype], qkv.shape[0], heads, kv_heads, head_dim, angles[0].data_ptr(), angles[1].data_ptr(),
             data.data_ptr(), None if token_scales is None else token_scales.data_ptr(),
             None if fixed_scales is None else fixed_scales.data_ptr(), block_size,
             spans.data_ptr(), spans.shape[0], blocks.data_ptr(), out.data_ptr(), torch.get_num_threads(),

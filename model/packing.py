@@ -18,7 +18,7 @@ def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of `pack_integers`."""
+    """The inverse of `pack_integers`. 8 bits are unpacked in place: `packed` is not to be used afterwards."""
     # Flat first: a single column passes for contiguous whatever its strides, and bytes cannot be seen through them.
     unpacked = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
     if bits == 4:
@@ -26,5 +26,5 @@ def unpack_integers(packed: torch.Tensor, bits: int, columns: int) -> torch.Tens
         unpacked = unpacked.view(torch.int8).sub_(8)
     else:
         # Adding 128 modulo 256 is flipping the highest bit.
-        unpacked = unpacked.bitwise_xor(128).view(torch.int8)
+        unpacked = unpacked.bitwise_xor_(128).view(torch.int8)
     return unpacked if unpacked.shape[1] == columns else unpacked[:, :columns].contiguous()

@@ -15,6 +15,7 @@ from torch import nn
 from model.int8 import Int8Kernel, Part, choose_int8_kernel, count_slices, one_slice_linear, sliced_linear
 from model.linear import ColumnParallelLinear, RowBlock
 from model.scheme import LinearScheme
+from parallel.file_slices import ask_for_huge_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +52,25 @@ class QuantizedColumnParallelLinear(nn.Module):
         self._input_scale, self._zero_point = 1.0, 0
         self._correction: torch.Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one product of the whole weight with its inputs as they come."""
+        return self._whole is not None and self.scheme.activation is None and self._divisor is None and self._order is None
+
+    def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight, scales, and first column of each group, where they are kept whole."""
+        assert self._whole is not None
+        return self._whole
+
+    def count_slices(self, dtype: torch.dtype) -> int:
+        """8-bit numbers that inputs of this type are cut into."""
+        return count_slices(dtype)
+
     def assign(self, stored: list[StoredLinear], device: torch.device) -> None:
         """Take the rows of every block out of `stored`, which is empty then, and pack them for the kernel."""
         for one, block in zip(stored, self.blocks, strict=True):
             assert one.weight.shape == (block.num_rows, self.in_features), (one.weight.shape, block)
-        weight = torch.cat([one.weight for one in stored]) if len(stored) > 1 else stored[0].weight
+        weight = _join_rows([one.weight for one in stored])
         scale = torch.cat([one.scale for one in stored]).float()
         first = replace(stored[0], weight=weight)
         # What was read is in memory once more while it is packed; not twice.
@@ -143,6 +158,14 @@ def build_linear(
     if scheme is None:
         return ColumnParallelLinear(in_features, blocks, dtype)
     return QuantizedColumnParallelLinear(in_features, blocks, scheme, choose_int8_kernel(device.type))
+
+
+def _join_rows(weights: list[torch.Tensor]) -> torch.Tensor:
+    if len(weights) == 1:
+        return weights[0]
+    whole = weights[0].new_empty((sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]))
+    ask_for_huge_pages(whole)
+    return torch.cat(weights, out=whole)
 
 
 def _group_sizes(columns: int, groups: int, group_size: int | None, index: torch.Tensor | None) -> list[int]:

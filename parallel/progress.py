@@ -4,15 +4,17 @@ A board is a file with one line a rank: how often it got on, what it is in, and 
 a rank that was killed or stopped. Knows integers; not what watches, and not what ranks do.
 """
 
+import ctypes
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from parallel.collectives import Collectives
+from parallel.shared_memory import SharedSlots, SharesSlots
 
 OPERATIONS = ("starting", "loading", "computing", "gather_columns", "barrier", "done")
 """What a rank can be in, by the code on its line."""
@@ -90,6 +92,12 @@ class Progress:
         self.set_operation(operation)
 
     @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where beats, operation and entered collectives lie, for code that keeps them itself."""
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self._line))
+        return first + 8 * _BEATS, first + 8 * _OPERATION, first + 8 * _ENTERED
+
+    @property
     def operation(self) -> str:
         """What this rank is in."""
         return OPERATIONS[self._line[_OPERATION]]
@@ -117,6 +125,15 @@ class WatchedCollectives:
         whole = self._inner.gather_columns(local, sizes)
         self._progress.set_operation("computing")
         return whole
+
+    def share_slots(self) -> SharedSlots | None:
+        """The inner ones' slots, with this rank's line."""
+        slots = self._inner.share_slots() if isinstance(self._inner, SharesSlots) else None
+        return (
+            None
+            if slots is None
+            else replace(slots, line=self._progress.addresses, gathering=_CODES["gather_columns"], computing=_CODES["computing"])
+        )
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

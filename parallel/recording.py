@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from parallel.collectives import Collectives
+from parallel.shared_memory import SharedSlots, SharesSlots
 
 GATHER, BARRIER = "gather_columns", "barrier"
 
@@ -55,6 +56,10 @@ class RecordedCollectives:
         whole = self._inner.gather_columns(local, sizes)
         self.recorder.add(0, started)
         return whole
+
+    def share_slots(self) -> SharedSlots | None:
+        """Nobody's while each gather is recorded."""
+        return self._inner.share_slots() if self.recorder is None and isinstance(self._inner, SharesSlots) else None
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -5,11 +5,14 @@ Plain loads and stores keep their order on x86-64 only; elsewhere use torch.dist
 and ends when a peer dies. The memory has no name in any file system: it is gone when the last rank is.
 """
 
+import ctypes
 import mmap
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.distributed.distributed_c10d import Store
@@ -23,6 +26,41 @@ _BEATS = 1  # the second word of a line; the first is the rank's number
 _SPINS_BETWEEN_CHECKS = 2000
 _SPINS_BEFORE_SLEEP = 50_000
 _SLEEP_SECONDS = 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSlots:
+    """Where the gathers of a rank go on, for code that does them itself."""
+
+    flags: int
+    """Address of the ranks' numbers, int64."""
+    flag_words: int
+    """From one rank's number to the next's."""
+    slots: int
+    """Address of two times a slot for each rank."""
+    slot_bytes: int
+    """Bytes of a slot."""
+    sequence: int
+    """This rank's number now."""
+    set_sequence: Callable[[int], None]
+    """Takes the number after it."""
+    check: Callable[[int], None]
+    """For a wait that takes long, with the number that it waits for: raises PeerError when a peer is gone."""
+    line: tuple[int, int, int]
+    """Addresses of beats, operation and entered collectives of this rank's progress line."""
+    gathering: int
+    """The operation's code in a gather."""
+    computing: int
+    """The operation's code behind it."""
+
+
+@runtime_checkable
+class SharesSlots(Protocol):
+    """Collectives that may lend their slots."""
+
+    def share_slots(self) -> SharedSlots | None:
+        """The slots now; None when every gather has to go through `gather_columns`."""
+        ...
 
 
 class SharedMemoryCollectives:
@@ -43,6 +81,10 @@ class SharedMemoryCollectives:
         self._slots = [[slots[buffer, peer] for peer in range(world_size)] for buffer in range(2)]
         self._views: dict[tuple[object, ...], list[torch.Tensor]] = {}
         self._peers = [peer for peer in range(world_size) if peer != rank]
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._flag_bytes = flag_bytes
+        self._unwatched = (ctypes.c_int64 * 3)()
+        self._heard: tuple[int, dict[int, tuple[int, float]]] = (0, {})
         self._watch = _PeerWatch(store, self._peers, self._ranks)
         self.barrier()
 
@@ -55,6 +97,31 @@ class SharedMemoryCollectives:
         if rows_a_round == 0:
             raise ValueError(f"a row of {max(sizes)} x {itemsize} bytes does not fit a slot of {_SLOT_BYTES} bytes")
         return torch.cat([self._gather_round(part, sizes) for part in torch.split(local, rows_a_round)])
+
+    def share_slots(self) -> SharedSlots:
+        """Where gathers go on. Whoever uses it gathers as `gather_columns` does, and gives the number back."""
+        first = ctypes.addressof(self._unwatched)
+        return SharedSlots(
+            flags=self._address,
+            flag_words=_FLAG_WORDS,
+            slots=self._address + self._flag_bytes,
+            slot_bytes=_SLOT_BYTES,
+            sequence=self._sequence,
+            set_sequence=self._set_sequence,
+            check=self._check_wait,
+            line=(first, first + 8, first + 16),
+            gathering=0,
+            computing=0,
+        )
+
+    def _set_sequence(self, sequence: int) -> None:
+        self._sequence = sequence
+
+    def _check_wait(self, sequence: int) -> None:
+        self._sequence = sequence
+        if self._heard[0] != sequence:
+            self._heard = sequence, {}
+        self._check_peers("gather_columns", self._heard[1])
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

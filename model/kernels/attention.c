@@ -2,6 +2,7 @@
 
    A query head's row is computed by itself: scores summed over the head's width in order, keys taken in chunks that begin at multiples
    of 64 of the sequence, whatever else is in the call. So a token gets the same bits alone, in a prompt, or beside others. */
+#include "kernels.h"
 #include "vectors.h"
 
 enum { CHUNK = 64, TILE = 64, TOGETHER = 4 };

@@ -1,6 +1,7 @@
 /* Rows of activations times a float weight: every element is one sum over the columns in one fixed order.
 
    bfloat16 pairs go through the processor's own dot product; float32 and float16 through float32. */
+#include "kernels.h"
 #include "vectors.h"
 
 enum { MAX_TOKENS = 6, MAX_ROWS = 4, CACHED_BYTES = 256 << 10 };

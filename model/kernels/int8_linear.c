@@ -3,9 +3,10 @@
    The weight stays as it is stored: row after row, one byte each, signed or with 128 added. A tile is a few tokens with all
    their slices times four or eight rows of the weight, held in registers over all columns of a group; one token reads the
    weight once, as fast as memory gives it. */
+#include "kernels.h"
 #include "vectors.h"
 
-enum { MAX_SLICES = 6, MAX_ROWS = 4, CACHED_BYTES = 256 << 10 };
+enum { MAX_SLICES = 6, MAX_ROWS = 4, CACHED_BYTES = 256 << 10, NEAR_BYTES = 8 << 10 };
 
 typedef struct {
     const int8_t *slices;    /* [tokens][num_slices][padded columns], zeros behind the last column */
@@ -20,13 +21,16 @@ typedef struct {
     void *out;               /* [tokens][out_stride] */
     size_t out_stride;
     int out_dtype;
+    int alone;               /* whether one tile takes all slices */
 } Product;
 
 /* `count` rows of slices from `slice` on, times `height` rows of the weight from `row` on, into out[token][row]. */
 INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size_t count, size_t valid) {
     const size_t height = MAX_ROWS;
     const uint8_t *w[MAX_ROWS];
+    /* The next four rows are fetched in the order in which they lie, as far up as they do not drive out what is in use. */
     const char *next = (const char *)p->weight + (row + height) * p->columns;
+    const int near = p->alone && height * p->columns <= NEAR_BYTES;
 #pragma GCC unroll 8
     for (size_t j = 0; j < height; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * p->columns;
     float product[MAX_SLICES][MAX_ROWS];
@@ -42,7 +46,8 @@ INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size
             __m512i byte[MAX_ROWS];
 #pragma GCC unroll 8
             for (size_t j = 0; j < height; j++) {
-                _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T1);
+                if (near) _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T0);
+                else _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T1);
                 byte[j] = _mm512_xor_si512(_mm512_loadu_si512(w[j] + column), p->flip);
             }
 #pragma GCC unroll 8
@@ -181,7 +186,8 @@ int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, 
         row_scale[token] = 1.0f;
     }
     Product p = {(int8_t *)memory, sums, row_scale, padded, weight, scale, starts, columns, rows, groups, slices,
-                 biased ? _mm512_setzero_si512() : _mm512_set1_epi8((char)128), out, out_stride, out_dtype};
+                 biased ? _mm512_setzero_si512() : _mm512_set1_epi8((char)128), out, out_stride, out_dtype, 0};
+    p.alone = tokens * slices <= MAX_SLICES;
     size_t at_once = MAX_SLICES / slices * slices, total = tokens * slices, block = rows_a_block(columns, slice_bytes);
     size_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -1,4 +1,5 @@
 /* The small steps between a layer's products, each in one pass over its rows: norm with the residual sum, SiLU times up. */
+#include "kernels.h"
 #include "vectors.h"
 
 /* RMSNorm. Where `delta` is given, hidden += delta first, rounded and stored. out = round(hidden / rms) * weight, rounded. */

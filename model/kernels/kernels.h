@@ -1,0 +1,20 @@
+/* The functions that Python calls and that `layers.c` runs one after another; what they do stands where they are defined. */
+#ifndef TANDEM_KERNELS_H
+#define TANDEM_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, int biased, size_t rows,
+                       const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       size_t out_stride, int threads);
+void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,
+                         size_t out_stride, int threads);
+void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *out, int dtype, size_t tokens, size_t size, float epsilon,
+                     int threads);
+void tandem_silu_multiply(const void *gate_up, void *out, int dtype, size_t tokens, size_t size, int threads);
+int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
+                  void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
+                  const int64_t *blocks, void *out, int threads);
+
+#endif
