@@ -23,6 +23,8 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         batch_size=min(job.max_batch_size, len(job.task.requests)),
         tokens=max(len(request.prompt_ids) + request.params.max_new_tokens for request in job.task.requests),
         num_threads=job.threads_per_rank or share_cores(local_workers),
+        block_size=job.block_size,
+        num_blocks=job.num_blocks,
     )
     needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
     if needed <= available:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.attention import Attention
-from model.cache import BLOCK_MULTIPLE, Cache, KeyValueCache, KeyValueStore, count_blocks
-from model.config import LlamaConfig
+from model.cache import Cache, KeyValueCache, KeyValueStore
+from model.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.linear import RowBlock, VocabParallelEmbedding
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.rotary import Rotary, rotate

@@ -153,7 +153,12 @@ def test_a_length_that_is_set_back_forgets_what_came_behind() -> None:
 
 @pytest.mark.parametrize(
     ("block_size", "num_blocks", "words"),
-    [(8, 4, "block_size is 8, but .* a multiple of 16"), (24, 4, "block_size is 24"), (0, 4, "block_size is 0"), (16, 0, "num_blocks is 0")],
+    [
+        (8, 4, "block_size is 8, but .* a multiple of 16"),
+        (24, 4, "block_size is 24"),
+        (0, 4, "block_size is 0"),
+        (16, 0, "num_blocks is 0"),
+    ],
 )
 def test_a_store_that_cannot_be_is_refused(block_size: int, num_blocks: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
