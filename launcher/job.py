@@ -45,6 +45,14 @@ class Job:
     """A step without progress of a peer for so long ends the run."""
     max_batch_size: int
     """Sequences that go through the model together."""
+    block_size: int
+    """Tokens of a block of keys and values."""
+    num_blocks: int | None
+    """Such blocks at most; None, and never more: as many as the requests at hand can use at once."""
+    prefix_cache: bool
+    """Whether equal beginnings of sequences are kept once."""
+    speculate: bool
+    """Whether tokens of greedy sequences are guessed, and several verified in a pass."""
     task: Task
     """What to do."""
 

@@ -24,6 +24,8 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         batch_size=min(job.max_batch_size, sequences[0]),
         tokens=sequences[1],
         num_threads=job.threads_per_rank or share_cores(local_workers),
+        block_size=job.block_size,
+        num_blocks=job.num_blocks,
     )
     needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
     if needed <= available:

@@ -53,6 +53,37 @@ CacheOption = Annotated[
     ),
 ]
 BatchOption = Annotated[int | None, typer.Option("--max-batch-size", help="Sequences that run together at most. Default: 16.")]
+BlockSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--block-size", help="Tokens of a block of the key-value cache, a multiple of 16. Default: the YAML's block_size, else 16."
+    ),
+]
+NumBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-blocks",
+        "--num-gpu-blocks-override",
+        help="Blocks of the key-value cache at most; with few, prompts wait. Default: the YAML's num_blocks, else what the prompts need.",
+    ),
+]
+PrefixCacheOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Compute and keep equal beginnings of prompts once, or each by itself. Default: once.",
+        show_default=False,
+    ),
+]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess tokens of greedy prompts from what they hold, and verify several at once; the text stays the same. Default: no.",
+        show_default=False,
+    ),
+]
 LogDirOption = Annotated[Path | None, typer.Option("--log-dir", "--log_dir", help="Folder of worker_N.log. Default: output/log.")]
 RestartsOption = Annotated[int | None, typer.Option("--max-restarts", help="Starts anew after a failed rank at most. Default: 1.")]
 TimeoutOption = Annotated[

@@ -27,6 +27,10 @@ class RunOptions(CheckpointOptions):
     collectives: str | None = None
     kv_cache_dtype: str | None = None
     max_batch_size: int | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    prefix_cache: bool | None = None
+    speculate: bool | None = None
     log_dir: Path | None = None
     max_restarts: int | None = None
     timeout_seconds: float | None = None

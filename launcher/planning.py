@@ -19,7 +19,7 @@ from launcher.environment import decide_world_size, read_environment
 from launcher.options import CheckpointOptions
 from launcher.settings import Settings, open_settings
 from launcher.whole_file import write_whole
-from model.config import DTYPES, LlamaConfig, build_config, read_config
+from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.scheme import Scheme, read_scheme
 from parallel.errors import ConfigError
@@ -64,7 +64,10 @@ def plan(options: PlanOptions) -> None:
         batch_size=options.batch_size,
         tokens=tokens,
         num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
+        block_size=settings.block_size or DEFAULT_BLOCK_SIZE,
+        num_blocks=settings.num_blocks,
     )
+    check_blocks(workload.block_size, workload.num_blocks)
     plans = plan_ranks(config, scheme, world_size, workload, stored)
     result = _describe(options, config, scheme, plans, workload)
     if options.svg:

@@ -13,7 +13,7 @@ from launcher.options import RunOptions
 from launcher.results import ResultsFile, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.settings import Settings
-from model.generation import Request, check_request
+from model.request import Request, check_memory, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
@@ -61,6 +61,9 @@ def predict(options: PredictOptions) -> None:
     output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
     console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
     job = build_job(run, console.continue_task())
+    if job.num_blocks is not None:
+        for request in requests:
+            check_memory(request, job.num_blocks, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
         output.begin()  # the launcher may start this rank again
     restarts = 0

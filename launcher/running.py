@@ -27,7 +27,7 @@ from launcher.worker import shared_memory_works
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
-from model.config import DTYPES, LlamaConfig, build_config
+from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
@@ -154,12 +154,17 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
         timeout_seconds=first_said(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
         max_batch_size=first_said(options.max_batch_size, own.max_batch_size),
+        block_size=first_said(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
+        num_blocks=first_said(options.num_blocks, settings.num_blocks),
+        prefix_cache=first_said(options.prefix_cache, own.prefix_cache, True),
+        speculate=first_said(options.speculate, own.speculate, False),
         task=task,
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
+    check_blocks(job.block_size, job.num_blocks)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:

@@ -91,6 +91,10 @@ class TandemSettings:
     """Scores are divided by this before drawing."""
     max_batch_size: int = 16
     """Sequences decoded together."""
+    prefix_cache: bool | None = None
+    """Keep equal beginnings of sequences once."""
+    speculate: bool | None = None
+    """Guess tokens of greedy sequences."""
     max_restarts: int | None = None
     """How often a failed run starts again."""
     timeout_seconds: float | None = None
@@ -123,6 +127,10 @@ class Settings:
     """Path of the checkpoint."""
     compute_dtype: str | None
     """Type to compute in."""
+    block_size: int | None
+    """Tokens of a block of keys and values."""
+    num_blocks: int | None
+    """Such blocks at most."""
     seed: int | None
     """Seed of the sampling."""
     sampling: SamplingSettings
@@ -205,12 +213,7 @@ def read_settings(path: Path) -> Settings:
 
 def open_settings(path: Path | None) -> Settings:
     """Those of the YAML file of a command line, or what holds without one."""
-    return read_settings(path) if path else default_settings()
-
-
-def default_settings() -> Settings:
-    """What holds without a YAML file: nothing is said."""
-    return _build_settings({}, "no config")
+    return read_settings(path) if path else _build_settings({}, "no config")
 
 
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
@@ -227,6 +230,8 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         model_parallel=_find(raw, "parallel_config", "model_parallel"),
         load_checkpoint=_find(raw, "load_checkpoint") or None,
         compute_dtype=_find(model, "compute_dtype"),
+        block_size=_find(model, "block_size"),
+        num_blocks=_find(model, "num_blocks"),
         seed=_find(raw, "seed"),
         sampling=SamplingSettings(
             **_said({**model, "temperature": own.get("temperature")}, {**_same_names(SamplingSettings), "max_length": "max_decode_length"})

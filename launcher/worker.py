@@ -33,6 +33,7 @@ from model.llama import LlamaForCausalLM
 from model.loading import load_model
 from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
+from model.request import plan_blocks
 from model.scheme import read_scheme
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
 from parallel.errors import RunError
@@ -138,7 +139,17 @@ def _decode(me: _Rank, task: Decode) -> None:
     job, emit = me.job, me.emit
     model, read_bytes = _load(me)
     load_seconds = time.perf_counter() - me.started
-    engine = Engine(model, job.max_batch_size)
+    needed = plan_blocks(task.requests, job.max_batch_size, job.block_size)
+    engine = Engine(
+        model,
+        job.max_batch_size,
+        block_size=job.block_size,
+        num_blocks=min(needed, job.num_blocks or needed),
+        share_prefixes=job.prefix_cache,
+        speculate=job.speculate,
+    )
+    if job.speculate and not engine.speculates:
+        emit({"event": "warning", "message": "--speculate guesses nothing: here the last bits of a row depend on how many go together"})
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -155,6 +166,8 @@ def _decode(me: _Rank, task: Decode) -> None:
             "prefill_tokens_per_second": _speed(times.prefill_tokens, times.prefill_seconds),
             "decode_tokens_per_second": _speed(times.decode_tokens, times.decode_seconds),
             "time_to_first_token_seconds": times.first_token_seconds,
+            "speculated_tokens": times.speculated_tokens,
+            "accepted_tokens": times.accepted_tokens,
             "weight_bytes": [row[0] for row in everyone],
             "read_bytes": [row[1] for row in everyone],
             "peak_rss_bytes": [row[2] for row in everyone],

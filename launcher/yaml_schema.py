@@ -117,6 +117,8 @@ _MODEL_CONFIG: Schema = {
     "pad_token_id": _NATURAL,
     "compute_dtype": _DTYPE,
     "max_decode_length": _COUNT,
+    "block_size": _COUNT,
+    "num_blocks": _COUNT,
     "do_sample": _FLAG,
     "top_k": _NATURAL,
     "top_p": Value(types=(float,), above=0, at_most=1),
@@ -130,7 +132,7 @@ _MODEL_CONFIG: Schema = {
         "batch_size ignore_token_id layernorm_compute_type softmax_compute_type rotary_dtype param_init_type embedding_init_type"
         " router_dense_type qkv_concat use_past scaling_factor is_dynamic use_rope_slice use_flash_attention use_attn_mask_compression"
         " use_ring_attention use_eod_attn_mask_compression fused_rms_norm parallel_optimizer fine_grain_interleave pp_interleave_num"
-        " offset init_method_std parallel_config checkpoint_name_or_path block_size num_blocks quant parallel_decoding_params"
+        " offset init_method_std parallel_config checkpoint_name_or_path quant parallel_decoding_params"
         " return_extra_loss llm_backend boost_model_name"
     ),
 }
@@ -168,6 +170,8 @@ SCHEMA: Schema = {
         "dtype": _DTYPE,
         "temperature": _POSITIVE,
         "max_batch_size": _COUNT,
+        "prefix_cache": _FLAG,
+        "speculate": _FLAG,
         "max_restarts": _NATURAL,
         "timeout_seconds": _POSITIVE,
         "max_new_tokens": _COUNT,

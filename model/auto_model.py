@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from model.checkpoint.formats import open_checkpoint
-from model.config import build_config
-from model.generation import DEFAULT_BLOCK_SIZE, Engine, generate
+from model.config import DEFAULT_BLOCK_SIZE, build_config
+from model.generation import Engine, generate
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
 from model.request import Request, plan_blocks

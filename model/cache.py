@@ -8,10 +8,7 @@ from typing import Protocol
 
 import torch
 
-from parallel.errors import ConfigError
-
-BLOCK_MULTIPLE = 16
-"""A block's size is a multiple of this many tokens: kernels read whole tiles of them."""
+from model.config import check_blocks
 
 
 class Cache(Protocol):
@@ -114,16 +111,3 @@ class KeyValueCache:
         if rest:
             parts.append(memory[self.blocks[full], :, :, :rest])
         return torch.cat(parts, dim=2)
-
-
-def check_blocks(block_size: int, num_blocks: int | None) -> None:
-    """Raise ConfigError for numbers of tokens and blocks that no store can have."""
-    if block_size < BLOCK_MULTIPLE or block_size % BLOCK_MULTIPLE:
-        raise ConfigError(f"block_size is {block_size}, but has to be a multiple of {BLOCK_MULTIPLE}")
-    if num_blocks is not None and num_blocks < 1:
-        raise ConfigError(f"num_blocks is {num_blocks}, but has to be at least 1")
-
-
-def count_blocks(tokens: int, block_size: int) -> int:
-    """The least whole number of blocks that holds so many tokens."""
-    return -(-tokens // block_size)

@@ -15,7 +15,12 @@ from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 
 PREFILL_TOKENS = 512
-"""Prompt tokens in one forward pass: bounds the memory of activations."""
+"""Tokens in one forward pass: bounds the memory of activations."""
+BLOCK_MULTIPLE = 16
+"""A block's size is a multiple of this many tokens: kernels read whole tiles of them."""
+
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a block, MindFormers' and vLLM's: small blocks waste little and share much."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Compute types by the names that users write and PyTorch has, with their bytes."""
 _MAX_WHOLE = (1 << 31) - 1
@@ -133,6 +138,19 @@ _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (Fals
 """Keys of config.json that the forward pass takes for granted."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ROPE_SCALING = tuple(one.name for one in fields(RopeScaling))
+
+
+def check_blocks(block_size: int, num_blocks: int | None) -> None:
+    """Raise ConfigError for numbers of tokens and blocks that no store can have."""
+    if block_size < BLOCK_MULTIPLE or block_size % BLOCK_MULTIPLE:
+        raise ConfigError(f"block_size is {block_size}, but has to be a multiple of {BLOCK_MULTIPLE}")
+    if num_blocks is not None and num_blocks < 1:
+        raise ConfigError(f"num_blocks is {num_blocks}, but has to be at least 1")
+
+
+def count_blocks(tokens: int, block_size: int) -> int:
+    """The least whole number of blocks that holds so many tokens."""
+    return -(-tokens // block_size)
 
 
 def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:

@@ -15,17 +15,15 @@ import numpy as np
 import torch
 
 from model.batch import Span
-from model.cache import KeyValueCache, count_blocks
+from model.cache import KeyValueCache
+from model.config import DEFAULT_BLOCK_SIZE, count_blocks
 from model.llama import LlamaForCausalLM
 from model.request import Request, check_memory, check_request
 from model.sampling import SamplingState, sample
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
 
-__all__ = ["DEFAULT_BLOCK_SIZE", "Engine", "EngineTimes", "Request", "TokenEvent", "check_request", "generate"]
-
-DEFAULT_BLOCK_SIZE = 16
-"""Tokens of a block of keys and values, MindFormers' and vLLM's: small blocks waste little and share much."""
+__all__ = ["Engine", "EngineTimes", "Request", "TokenEvent", "check_request", "generate"]
 
 
 @dataclass(frozen=True, slots=True)

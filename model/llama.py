@@ -14,8 +14,8 @@ from torch import nn
 
 from model.attention import Attention
 from model.batch import Batch, Span
-from model.cache import BLOCK_MULTIPLE, KeyValueCache, KeyValueStore, count_blocks
-from model.config import LlamaConfig
+from model.cache import KeyValueCache, KeyValueStore
+from model.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.fused_layers import FusedLayers
 from model.linear import RowBlock, VocabParallelEmbedding
 from model.native import find_kernels

@@ -7,7 +7,7 @@ process itself; a test holds it against a real run. Knows the layout, the table 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from model.config import DTYPES, PREFILL_TOKENS, LlamaConfig
+from model.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.scheme import Scheme
 from model.weights import FUSED, WeightSpec, linear_shape, plan_weights
 from parallel.layout import count_tiled_rows, plan_heads
@@ -69,6 +69,16 @@ class Workload:
     """Of each sequence, prompt and new ones."""
     num_threads: int = 1
     """Of each rank; as many products are packed at once."""
+    block_size: int = DEFAULT_BLOCK_SIZE
+    """Tokens of a block of keys and values; a sequence fills whole ones."""
+    num_blocks: int | None = None
+    """Such blocks at most; None: as many as the sequences fill."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that there is memory for."""
+        filled = self.batch_size * count_blocks(self.tokens, self.block_size)
+        return self.block_size * (filled if self.num_blocks is None else min(filled, self.num_blocks))
 
 
 def plan_ranks(
@@ -120,7 +130,7 @@ def _plan_rank(
         at_once = sum(other.loading_bytes for other in packing) - sum(sorted(other.read_bytes for other in packing)[:-1])
         peak = max(peak, kept + at_once + sum(other.read_bytes for other in following))
         kept += step.packed_bytes
-    kv_bytes = _count_cache_bytes(config, kv_heads[1] - kv_heads[0], workload.kv_cache, itemsize) * batch_size * tokens
+    kv_bytes = _count_cache_bytes(config, kv_heads[1] - kv_heads[0], workload.kv_cache, itemsize) * workload.cached_tokens
     activations = _count_activation_bytes(config, scheme, rows, min(PREFILL_TOKENS, batch_size * tokens), itemsize)
     weights = sum(step.kept_bytes for step in steps)
     return RankPlan(

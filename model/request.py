@@ -5,7 +5,7 @@ Knows ids and numbers; no model, no tensors.
 
 from dataclasses import dataclass
 
-from model.cache import count_blocks
+from model.config import count_blocks
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.block_pool import ROOT, BlockPool
-from model.cache import KeyValueCache, KeyValueStore, count_blocks
-from model.config import PREFILL_TOKENS
+from model.cache import KeyValueCache, KeyValueStore
+from model.config import PREFILL_TOKENS, count_blocks
 from model.request import Request
 from model.sampling import SamplingState
 from model.speculation import MAX_DRAFT, PromptLookup

@@ -28,6 +28,8 @@ STATS_FIELDS = {
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
     "time_to_first_token_seconds",
+    "speculated_tokens",
+    "accepted_tokens",
     "weight_bytes",
     "read_bytes",
     "peak_rss_bytes",

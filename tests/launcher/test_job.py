@@ -59,6 +59,10 @@ JOB = Job(
     bind_cores=False,
     timeout_seconds=0.1,
     max_batch_size=16,
+    block_size=32,
+    num_blocks=None,
+    prefix_cache=True,
+    speculate=False,
     task=TASKS["decode"],
 )
 
