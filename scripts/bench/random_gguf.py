@@ -9,7 +9,7 @@ llama-bench, from the sources that llama-cpp-python carries (0.3.36 has been use
 
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
     cd llama_cpp_python-0.3.36/vendor/llama.cpp
-    cmake -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_UI=OFF
+    cmake -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_{TESTS,SERVER,MTMD,UI}=OFF
     cmake --build build --target llama-bench    # build/bin/llama-bench
 """
 
