@@ -5,9 +5,10 @@
         --llama-bench llama.cpp/build/bin/llama-bench --gguf tinyllama.gguf --png compare.png
     python scripts/bench/compare.py --model-config scripts/bench/shapes/tinyllama_1.1b.json --quantization none --transformers --tp-plan
 
-Every program runs once a round, all with --threads threads (tandem: ranks times threads of a rank), the same prompt length and as many
-new tokens behind it; the order rotates. Weights are random unless --checkpoint, --float-folder, --gguf say otherwise. A peer that
-fails is left out, with its reason. Prints tables; the last line is one JSON object, which is also written to --results.
+Every program runs once a round, all with --threads threads (tandem: ranks times threads of a rank): a prefill of --prompt-tokens, and
+decoding --new-tokens behind a prompt of 16 tokens, as `tandem bench` does; the order rotates. Weights are random unless --checkpoint,
+--float-folder or --gguf say otherwise. A peer that fails is left out, with its reason. Prints tables; the last line is one JSON object,
+which is also written to --results. A busy machine is waited for, --quiet seconds at most, and noted.
 --tp-plan needs `pip install accelerate`.
 llama-bench: see random_gguf.py. dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
 """

@@ -1,6 +1,6 @@
 """The programs that tandem is measured beside: how each is called, and what its output says. One table, PEERS.
 
-A peer gets the same number of threads and of tokens, and decodes behind a prompt of the same length. Knows nothing of rounds or ratios.
+A peer gets the same number of threads and tokens as tandem, and decodes behind as short a prompt. Knows nothing of rounds or ratios.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem_bench import BenchCall, BenchError, run_program
+from tandem_bench import DECODE_PROMPT_TOKENS, BenchCall, BenchError, run_program
 
 _TRANSFORMERS = Path(__file__).resolve().with_name("transformers_decode.py")
 
@@ -67,7 +67,7 @@ def build_tandem(options: argparse.Namespace) -> list[Contender]:
             call = BenchCall(
                 model_config=options.model_config,
                 checkpoint=options.checkpoint,
-                quantization=None if quantization == "none" else quantization,
+                quantization=quantization,
                 workers=workers,
                 threads_per_rank=max(1, options.threads // workers),
                 dtype=options.dtype,
@@ -76,7 +76,7 @@ def build_tandem(options: argparse.Namespace) -> list[Contender]:
                 prompt_tokens=options.prompt_tokens,
                 new_tokens=options.new_tokens,
             )
-            weights = "checkpoint" if options.checkpoint else call.quantization or options.dtype
+            weights = "checkpoint" if options.checkpoint else options.dtype if quantization == "none" else quantization
             name = f"tandem {workers}x{call.threads_per_rank} {weights}"
             contenders.append(
                 Contender(name, lambda call=call: read_tandem(call.run(options.tandem, options.timeout)), True)  # type: ignore[misc]
@@ -106,8 +106,7 @@ def build_llama_bench(options: argparse.Namespace) -> Contender | None:
     def measure() -> Speed:
         head = [str(options.llama_bench.resolve()), "-m", str(options.gguf.resolve()), "-o", "json", "-r", "1", "-t", str(options.threads)]
         prompt = read_llama_bench(run_program([*head, "-p", str(options.prompt_tokens), "-n", "0"], options.timeout))
-        # Behind a prompt as deep as the others' is: by itself it decodes on an empty cache.
-        depth = ["-p", "0", "-n", str(options.new_tokens), "-d", str(options.prompt_tokens)]
+        depth = ["-p", "0", "-n", str(options.new_tokens), "-d", str(DECODE_PROMPT_TOKENS)]
         new = read_llama_bench(run_program([*head, *depth], options.timeout))
         return Speed(prompt.prefill, new.decode, new.details)
 
@@ -138,7 +137,7 @@ def build_dllama(options: argparse.Namespace) -> Contender | None:
     nodes = max(options.workers)
     threads = str(max(1, options.threads // nodes))
 
-    def measure() -> Speed:
+    def run(prompt_tokens: int, new_tokens: int) -> Speed:
         program = str(options.dllama.resolve())
         ports = [_find_port() for _ in range(nodes - 1)]
         workers = [
@@ -150,7 +149,7 @@ def build_dllama(options: argparse.Namespace) -> Contender | None:
         command = [program, "inference", "--model", str(options.dllama_model.resolve()), "--nthreads", threads]
         command += ["--tokenizer", str(options.dllama_tokenizer.resolve()), "--buffer-float-type", "q80"]
         # How many tokens the prompt is depends on the tokenizer; the answer says it.
-        command += ["--prompt", " a" * options.prompt_tokens, "--steps", str(options.prompt_tokens + options.new_tokens + 1)]
+        command += ["--prompt", " a" * prompt_tokens, "--steps", str(prompt_tokens + new_tokens + 1)]
         command += ["--workers", *(f"127.0.0.1:{port}" for port in ports)] if ports else []
         try:
             return read_dllama(run_program(command, options.timeout))
@@ -158,6 +157,12 @@ def build_dllama(options: argparse.Namespace) -> Contender | None:
             for worker in workers:
                 worker.kill()
                 worker.wait()
+
+    def measure() -> Speed:
+        prompt, new = run(options.prompt_tokens, 1), run(DECODE_PROMPT_TOKENS, options.new_tokens)
+        return Speed(
+            prompt.prefill, new.decode, {"prompt_tokens": prompt.details["prompt_tokens"], "new_tokens": new.details["new_tokens"]}
+        )
 
     return Contender(f"distributed-llama {nodes}x{threads} {options.dllama_model.stem}", measure)
 
@@ -206,7 +211,8 @@ def _transformers_arguments(options: argparse.Namespace, threads: int) -> list[s
     words = [str(_TRANSFORMERS), os.path.realpath(model), "--threads", str(threads), "--dtype", options.dtype]
     words += ["--layers", str(options.layers)] if options.layers and not options.float_folder else []
     words += ["--batch-size", ",".join(map(str, options.batch_size))]
-    return [*words, "--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
+    words += ["--prompt-tokens", str(options.prompt_tokens), "--decode-prompt-tokens", str(DECODE_PROMPT_TOKENS)]
+    return [*words, "--new-tokens", str(options.new_tokens)]
 
 
 PEERS: Mapping[str, Callable[[argparse.Namespace], Contender | None]] = {

@@ -18,6 +18,10 @@ OWN_COMMAND = f"{shlex.quote(sys.executable)} -m launcher"
 """What `tandem` is when nothing else is said: this checkout."""
 
 
+DECODE_PROMPT_TOKENS = 16
+"""`tandem bench` decodes behind prompts of so many tokens, whatever --prompt-tokens is: that is for its prefill."""
+
+
 class BenchError(RuntimeError):
     """A program that was to be measured failed; the message is the end of what it said."""
 
@@ -28,8 +32,8 @@ class BenchCall:
 
     model_config: Path | None = None
     checkpoint: Path | None = None
-    quantization: str | None = "rtn-a16w8"
-    """An approach of `tandem quantize` for random weights; None: float."""
+    quantization: str = "rtn-a16w8"
+    """Of random weights; none: float."""
     workers: int = 1
     threads_per_rank: int = 1
     dtype: str = "bfloat16"
@@ -48,7 +52,7 @@ class BenchCall:
         else:
             assert self.model_config is not None
             words += ["--model-config", str(self.model_config.resolve()), "--random-weights"]
-            words += ["--quantization", self.quantization] if self.quantization else []
+            words += ["--quantization", self.quantization]
             words += ["--num-layers", str(self.num_layers)] if self.num_layers else []
         words += ["--dtype", self.dtype, "--batch-size", ",".join(map(str, self.batch_sizes))]
         return [*words, "--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens), "--rounds", str(self.rounds)]

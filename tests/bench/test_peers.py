@@ -44,7 +44,7 @@ def test_llama_bench_gives_prefill_and_decode_of_one_sequence() -> None:
     assert read_llama_bench(json.dumps(LLAMA_BENCH[1:])).figures() == {"decode@1": 27.13}
 
 
-def test_llama_bench_decodes_behind_a_prompt_as_long_as_tandems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_llama_bench_decodes_behind_a_prompt_as_short_as_tandems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[list[str]] = []
 
     def answer(command: list[str], _seconds: float) -> str:
@@ -56,7 +56,7 @@ def test_llama_bench_decodes_behind_a_prompt_as_long_as_tandems(monkeypatch: pyt
     assert contender is not None
     assert contender.measure().figures() == {"prefill": 93.04, "decode@1": 27.13}
     assert calls[0][-4:] == ["-p", "100", "-n", "0"]
-    assert calls[1][-6:] == ["-p", "0", "-n", "32", "-d", "100"]
+    assert calls[1][-6:] == ["-p", "0", "-n", "32", "-d", "16"]
     assert all(call[call.index("-t") + 1] == "4" for call in calls)
 
 
@@ -117,9 +117,10 @@ def test_a_peer_without_its_files_says_what_it_needs(words: tuple[str, ...]) -> 
 
 
 def test_bench_call_speaks_the_command_line_of_tandem_bench(tmp_path: Path) -> None:
-    words = BenchCall(model_config=tmp_path / "config.json", quantization=None, num_layers=4, batch_sizes=(1, 8)).arguments()
+    words = BenchCall(model_config=tmp_path / "config.json", quantization="none", num_layers=4, batch_sizes=(1, 8)).arguments()
     assert words[0] == "bench"
-    assert "--quantization" not in words
+    # Left out, it would be int8.
+    assert words[words.index("--quantization") + 1] == "none"
     assert words[words.index("--model-config") + 1] == str(tmp_path / "config.json")
     assert words[words.index("--batch-size") + 1] == "1,8"
     assert words[words.index("--num-layers") + 1] == "4"
