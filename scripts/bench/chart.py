@@ -35,12 +35,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One pair of axes with curves."""
+    """One pair of axes with curves, both logarithmic."""
 
     title: str
     x_label: str
     lines: Sequence[Line]
-    log_y: bool = True
 
 
 def load_pyplot() -> Any:
@@ -95,17 +94,18 @@ def draw_panels(panels: Sequence[Panel], title: str, path: Path) -> None:
         for line in panel.lines:
             xs, ys = zip(*sorted(line.points), strict=True)
             axes.plot(xs, ys, "o--" if line.simulated else "o-", markersize=4, label=line.label, alpha=0.8 if line.simulated else 1)
-        axes.set_xscale("log", base=10 if panel.x_label.startswith("parameters") else 2)
-        if not panel.x_label.startswith("parameters"):
-            ticks = sorted({x for line in panel.lines for x, _ in line.points})
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axes.minorticks_off()
-        if panel.log_y:
-            axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in panel.lines for x, _ in line.points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(pyplot.matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.x_label, fontsize=9)
         axes.set_ylabel("tokens/s", fontsize=9)
-        axes.grid(alpha=0.3, which="both" if panel.log_y else "major")
+        axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
