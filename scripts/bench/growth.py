@@ -25,6 +25,7 @@ from calibration import Check, check_points, fit_machine
 from chart import Line, Panel, draw_panels, load_pyplot
 from growth_points import BATCH_SIZES, LARGE, LARGE_LAYERS, SHAPES, SMALL, AnswerFile, Point, list_points, read_speed, scale_layers
 from model.config import build_config, read_config
+from quiet_machine import BUSY, wait_until_quiet
 from simulate import Machine, build_scheme, simulate_decode
 from tandem_bench import OWN_COMMAND, BenchError, name_machine, slug
 
@@ -36,15 +37,18 @@ LINKS = {"in one host": (30e-6, float("inf")), "over 25 Gbit/s": (60e-6, 3.1e9)}
 Panels = Mapping[str, Mapping[float, Point]]
 
 
-def measure(points: Sequence[Point], file: AnswerFile, command: str) -> list[str]:
+def measure(points: Sequence[Point], file: AnswerFile, command: str, quiet_seconds: float) -> list[str]:
     """Measure what the file lacks; what failed."""
     failed = []
     for index, point in enumerate(points):
         if point.key in file.answers:
             continue
         print(f"point {index + 1} of {len(points)}: {point.key}", file=sys.stderr, flush=True)
+        busy = wait_until_quiet(quiet_seconds) if quiet_seconds else 0.0
+        if busy >= BUSY:
+            print(f"other programs use {busy:.0%} of the processors: this point is disturbed", file=sys.stderr, flush=True)
         try:
-            file.add(point.key, point.measure(command))
+            file.add(point.key, {**point.measure(command), "busy_share": busy})
         except BenchError as error:
             failed.append(f"{point.key}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
@@ -96,8 +100,7 @@ def build_panels(panels: Panels, answers: Mapping[str, Any], curves: Mapping[str
         ],
     }
     lines["ranks"] += [
-        Line(label=f"{LARGE}, simulated, a memory like this each, {words}", points=[*curve.items()], simulated=True)
-        for words, curve in curves.items()
+        Line(label=f"70B, simulated, a memory each, {words}", points=[*curve.items()], simulated=True) for words, curve in curves.items()
     ]
     words = {
         "ranks": ("decode against ranks", "ranks"),
@@ -127,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--png", type=Path, help="picture, PNG or SVG by its ending")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the measured points")
+    parser.add_argument("--quiet", type=float, default=60, help="wait up to so many seconds for others to leave the processors alone")
     parser.add_argument("--tandem", default=OWN_COMMAND, help="command to measure (default: this checkout)")
     options = parser.parse_args(arguments)
     if options.png:
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--panels names {', '.join(sorted(unknown))}; there are {', '.join(panels)}")
     file = AnswerFile(options.results / f"growth_{slug(machine_name)}_{cores}-cores.jsonl")
     points = list(dict.fromkeys(point for name in chosen for point in panels[name].values()))
-    failed = [] if options.draw else measure(points, file, options.tandem)
+    failed = [] if options.draw else measure(points, file, options.tandem, options.quiet)
     every = dict.fromkeys(point for some in panels.values() for point in some.values())
     measured = [(point, file.answers[point.key]) for point in every if point.key in file.answers]
     fitted = [(point, answer) for point, answer in measured if point in panels["size"].values()]

@@ -18,7 +18,7 @@ FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_tandem.py"
 
 
 def test_points_are_measured_once_and_the_rest_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--results", str(tmp_path), "--panels", "size"]
+    words = ["--results", str(tmp_path), "--panels", "size", "--quiet", "0"]
     assert growth.main([*words, "--tandem", FAKE]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert first["points"] == 3 + len(LARGE_LAYERS)
