@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import write_random_checkpoint
 
+from decode import write_random_checkpoint
 from model.config import read_config
 
 
