@@ -22,6 +22,7 @@ from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.quantized_writing import REPORT_FILE, write_quantized
 from model.config import build_config
 from model.llama import LlamaForCausalLM
+from model.native import set_aside
 from model.quantization import layer_rounding
 from model.quantization.calibration import quantize_layers, read_embeddings
 from model.quantization.observing import PASS_TOKENS, InputObserver, choose_kept_tokens
@@ -407,7 +408,7 @@ def test_transformers_computes_the_same_with_integer_activations(
     distances = compute_distances_to_transformers(build_model(folder), load_in_transformers(folder))
     assert distances[0] < 1e-5 and distances.max() < 0.1
     if recipe != "a8w8":
-        assert distances.median() < 1e-3
+        assert distances.median() < 1e-2
 
 
 def test_compressed_tensors_unpacks_zero_points_to_the_same_weights(
@@ -438,6 +439,7 @@ def test_transformers_refuses_smooth_scales_that_it_does_not_know(quantize: Call
 def find_inputs(folder: Path, build_model: Callable[..., LlamaForCausalLM]) -> dict[str, torch.Tensor]:
     """Inputs of the linears of the float model's layers over all samples, by `layer.attribute`; and "keys" and "values"."""
     model = build_model(folder)
+    model.fuses_layers = False  # or there would be nothing to look into
     seen: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[[Any, Any], None]:
@@ -541,12 +543,14 @@ def test_cache_scales_fit_the_keys_and_values_of_the_model_that_was_written(
     recipe: str, quantize: Callable[..., Path], build_model: Callable[..., LlamaForCausalLM]
 ) -> None:
     """Folding divides the values, so that theirs are others than the float model's. The first layer's inputs are the same."""
-    model = build_model(quantize("nine_heads", recipe))
+    with set_aside():
+        model = build_model(quantize("nine_heads", recipe))
     largest = []
     for sample in SAMPLES:
         cache = SpyingCache(model.build_store(1, 16 * len(sample)), [0])
         cache.largest = []
-        model([Span(cache, sample)])
+        with set_aside():  # the kernels write into the cache's memory themselves
+            model([Span(cache, sample)])
         largest.append(cache.largest[0])
     scales = model.layers[0].cache_scales
     assert isinstance(scales, torch.Tensor)
@@ -683,7 +687,8 @@ def test_what_goes_into_the_next_layer_comes_from_the_float_one_or_for_gptq_from
     spans = [Span(model.build_cache(len(sample)), sample) for sample in SAMPLES]
     expected = model.run_layer(0, read_embeddings(open_checkpoint(folder), SAMPLES), spans)
     found = work.read_hidden(1)
-    assert compute_distance(found, expected) < 1e-3 and (recipe == "gptq" or torch.equal(found, expected))
+    # Calibration looks at keys and values on their way, where PyTorch attends; the kernels sum in another order.
+    assert compute_distance(found, expected) < (1e-3 if recipe == "gptq" else 1e-6)
 
 
 # Parts

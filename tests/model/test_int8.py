@@ -136,7 +136,7 @@ def test_a_kernel_whose_products_saturate_is_not_chosen(monkeypatch: pytest.Monk
         return pairs.sum(2) * packed[1]
 
     monkeypatch.setattr(int8, "FBGEMM", Int8Kernel("saturating", PLAIN.pack, saturate))
-    assert choose_int8_kernel.__wrapped__("cpu") is PLAIN
+    assert int8._choose_torch_kernel.__wrapped__("cpu") is PLAIN
 
 
 def test_a_kernel_that_the_processor_lacks_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +144,12 @@ def test_a_kernel_that_the_processor_lacks_is_not_chosen(monkeypatch: pytest.Mon
         raise RuntimeError("Didn't find engine")
 
     monkeypatch.setattr(int8, "FBGEMM", Int8Kernel("absent", refuse, PLAIN.multiply))
-    assert choose_int8_kernel.__wrapped__("cpu") is PLAIN
+    assert int8._choose_torch_kernel.__wrapped__("cpu") is PLAIN
 
 
 def test_an_exact_kernel_is_chosen_on_a_cpu_and_the_plain_one_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Int8Kernel("exact", PLAIN.pack, PLAIN.multiply)
     monkeypatch.setattr(int8, "FBGEMM", exact)
     if "x86" in torch.backends.quantized.supported_engines:
-        assert choose_int8_kernel.__wrapped__("cpu") is exact
-    assert choose_int8_kernel.__wrapped__("cuda") is PLAIN
+        assert int8._choose_torch_kernel.__wrapped__("cpu") is exact
+    assert int8._choose_torch_kernel.__wrapped__("cuda") is PLAIN

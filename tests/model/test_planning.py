@@ -226,9 +226,9 @@ def test_balance_is_one_where_every_rank_has_as_much_and_less_elsewhere() -> Non
 
 def test_more_tokens_sequences_and_threads_need_more_memory() -> None:
     config, scheme = build_config({**UNTIED, "num_hidden_layers": 4}), Scheme(LinearScheme(), ("lm_head",))
-    least = Workload(dtype="bfloat16", tokens=10)
+    least = Workload(dtype="bfloat16", tokens=16)
     (one,) = plan_ranks(config, scheme, 1, least)
-    for changes in ({"tokens": 4000}, {"batch_size": 400}):
+    for changes in ({"tokens": 6400}, {"batch_size": 400}):
         (more,) = plan_ranks(config, scheme, 1, replace(least, **changes))
         assert more.peak_bytes > one.peak_bytes and more.kv_cache_bytes == 400 * one.kv_cache_bytes
         assert (more.weight_bytes, more.file_bytes) == (one.weight_bytes, one.file_bytes)
