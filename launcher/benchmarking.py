@@ -118,10 +118,10 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
 def describe_result(options: BenchOptions, run: Run, measured: dict[str, Any]) -> dict[str, Any]:
     """The object that --json prints, from what rank 0 has sent."""
     path, task = run.opened.source.path, plan_bench(options, run, (1,))
-    step_bytes, bandwidth = measured["decode_bytes_per_step"], measured["memory_bandwidth_bytes_per_second"]
+    step_bytes = measured["decode_bytes_per_step"]
     for one in measured["decode"]:
         one["bytes_per_second"] = step_bytes * one["tokens_per_second"] / one["batch_size"]
-        one["bandwidth_share"] = one["bytes_per_second"] / bandwidth
+        one["bandwidth_share"] = one["bytes_per_second"] / one["memory_bytes_per_second"]
     known = {
         "bench": "tandem",
         "version": _read_version(),

@@ -57,7 +57,7 @@ class RankBench:
     def measure(self) -> dict[str, Any]:
         """Prefill, decode at every batch size, what memory gives in between, and one gather of what a layer passes on of one token.
 
-        Memory is measured several times, since on a shared machine it is not the same from second to second; the best counts.
+        Memory is measured several times, since on a shared machine it is not the same from second to second; the median counts.
         """
         sizes, world_size = self._task.batch_sizes, self._collectives.world_size
         first, *seconds = [self._time_prefill() for _ in range(self._task.rounds + 1)]
@@ -65,14 +65,11 @@ class RankBench:
         for size in sizes:
             self._time_steps(size, _WARM_STEPS)
         self.peak_rss_bytes = read_peak_rss_bytes()
-        bandwidths, decode = [self._measure_bandwidth()], []
-        for size in sizes:
-            decode.append(self._measure_decode(size))
-            bandwidths.append(self._measure_bandwidth())
+        decode = [self._measure_decode(size) for size in sizes]
         config = self._model.config
         parts = [config.layout().hidden.interval(config.hidden_size, rank, world_size) for rank in range(world_size)]
         return {
-            "memory_bandwidth_bytes_per_second": max(bandwidths),
+            "memory_bandwidth_bytes_per_second": median(one["memory_bytes_per_second"] for one in decode),
             "start_to_first_token_seconds": first[1] - self._task.command_started,
             "time_to_first_token_seconds": until_token,
             "prefill_tokens_per_second": self._task.prompt_tokens / until_token,
@@ -116,12 +113,14 @@ class RankBench:
         return ended - started, ended
 
     def _measure_decode(self, batch_size: int) -> dict[str, Any]:
-        speeds = []
+        speeds, bandwidths = [], [self._measure_bandwidth()]
         for _ in range(self._task.rounds):
             speeds.append(1 / self._time_steps(batch_size, self._task.new_tokens))
+            bandwidths.append(self._measure_bandwidth())
             self._get_on()
         return {
             "batch_size": batch_size,
+            "memory_bytes_per_second": median(bandwidths),
             "tokens_per_second": median(speeds),
             "tokens_per_second_min": min(speeds),
             "tokens_per_second_max": max(speeds),

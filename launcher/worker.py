@@ -31,6 +31,7 @@ from model.int8 import choose_int8_kernel
 from model.linear import keeps_bits
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
+from model.native import explain_absence, find_kernels
 from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
 from model.request import plan_blocks
@@ -129,6 +130,8 @@ def _load(me: _Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCa
     scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
     read_bytes = load_model(model, source, me.report("loading"))
+    if me.device.type == "cpu" and (absence := explain_absence()):
+        me.emit({"event": "warning", "message": absence})
     if not _is_reproducible(me.device, model.dtype, me.threads):
         me.emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
     me.collectives.barrier()
@@ -179,14 +182,14 @@ def _decode(me: _Rank, task: Decode) -> None:
 
 def _describe(me: _Rank, model: LlamaForCausalLM) -> dict[str, Any]:
     """What ran, as it stands in stats."""
-    job = me.job
+    job, kernels = me.job, "native" if find_kernels(me.device.type) is not None else "torch"
     return {
         "world_size": job.world_size,
         "threads_per_rank": me.threads,
         "device": job.device,
         "dtype": job.dtype,
         "quantization": model.scheme.name,
-        "kernel": f"torch-{job.dtype}" if model.scheme.linear is None else choose_int8_kernel(me.device.type).name,
+        "kernel": choose_int8_kernel(me.device.type).name if model.scheme.linear is not None else f"{kernels}-{job.dtype}",
         "collectives": me.collectives.name,
     }
 
@@ -300,8 +303,8 @@ def shared_memory_works() -> bool:
 
 
 def _is_reproducible(device: torch.device, dtype: torch.dtype, threads: int) -> bool:
-    """CPUs are tried; an accelerator's own products are not known to keep their bits when their rows are split."""
-    return device.type == "cpu" and keeps_bits(dtype, threads)
+    """The kernels are by their making; else CPUs are tried. An accelerator's products are not known to keep their bits."""
+    return find_kernels(device.type) is not None or (device.type == "cpu" and keeps_bits(dtype, threads))
 
 
 def _speed(tokens: int, seconds: float) -> float:

@@ -22,6 +22,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """An integer sum of more products of 8 bits could leave 32 bits."""
+_NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+"""What `tandem_supported` looks for, as Linux calls it."""
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
@@ -137,6 +139,21 @@ class Kernels:
             spans.data_ptr(), spans.shape[0], blocks.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         _check(failed, out)
+
+
+def explain_absence() -> str | None:
+    """What to do where this processor could run the kernels but they are not there; None where all is well or nothing can be done."""
+    if find_kernels("cpu") is not None or not _NEEDED_FLAGS <= _read_processor_flags():
+        return None
+    return "the package was installed without its own kernels, which this processor could run: with a C compiler, install it again"
+
+
+def _read_processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # another system
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 _aside = False
