@@ -60,10 +60,12 @@ static void keep_row(const Call *c, const Span *s, size_t position, size_t side,
     size_t place = find_place(c, s, position, side, head), to = place * c->head_dim;
     __m512 scale = _mm512_setzero_ps();
     if (c->token_scales) {
-        __m512 most = _mm512_setzero_ps();
-        for (size_t i = 0; i < c->head_dim; i += 16)
-            most = _mm512_max_ps(most, _mm512_abs_ps(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim))));
-        float largest = _mm512_reduce_max_ps(most) / 127.0f;
+        __m512i most = _mm512_setzero_si512(); /* the bits of sizes, among which NaN is the largest */
+        for (size_t i = 0; i < c->head_dim; i += 16) {
+            __m512 size = _mm512_abs_ps(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)));
+            most = _mm512_max_epi32(most, _mm512_castps_si512(size));
+        }
+        float largest = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most)))) / 127.0f;
         c->token_scales[place] = largest < 1e-30f ? 1e-30f : largest;
         scale = _mm512_set1_ps(c->token_scales[place]);
     }
@@ -75,8 +77,10 @@ static void keep_row(const Call *c, const Span *s, size_t position, size_t side,
             continue;
         }
         if (c->fixed_scales) scale = _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i);
-        __m512i whole = _mm512_cvtps_epi32(_mm512_maskz_div_ps(mask, value, scale));
-        _mm_mask_storeu_epi8(c->cache + to + i, mask, _mm512_cvtsepi32_epi8(whole));
+        /* Cut while it is a float: what 32 bits do not hold would all become the least integer. */
+        __m512 steps = _mm512_maskz_div_ps(mask, value, scale);
+        steps = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), steps));
+        _mm_mask_storeu_epi8(c->cache + to + i, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(steps)));
     }
 }
 
@@ -87,37 +91,11 @@ INLINE __m512 read_cache(const Call *c, size_t place, size_t side, size_t head, 
     return _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i));
 }
 
-INLINE void transpose(__m512 row[16]) {
-    __m512 pair[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 4) {
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(row[i + 2], row[i + 3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(row[i + 2], row[i + 3]));
-        pair[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
-        pair[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
-        pair[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
-        pair[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512 a = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0x88), b = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0xdd);
-        __m512 d = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0x88), e = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0xdd);
-        row[i] = _mm512_shuffle_f32x4(a, d, 0x88);
-        row[i + 8] = _mm512_shuffle_f32x4(a, d, 0xdd);
-        row[i + 4] = _mm512_shuffle_f32x4(b, e, 0x88);
-        row[i + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
-    }
-}
-
 /* Keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zeros behind the last. */
 static void read_chunk(const Call *c, const Span *s, size_t head, size_t chunk, size_t count, float *keys, float *values, size_t padded) {
     for (size_t key = 0; key < CHUNK; key += 16) {
         size_t valid = key < count ? smaller(16, count - key) : 0;
-        size_t places[2] = {0, 0};
-        if (valid) {
-            places[0] = find_place(c, s, chunk + key, 0, head);
-            places[1] = find_place(c, s, chunk + key, 1, head);
-        }
+        size_t places[2] = {valid ? find_place(c, s, chunk + key, 0, head) : 0, valid ? find_place(c, s, chunk + key, 1, head) : 0};
         for (size_t i = 0; i < padded; i += 16) {
             __mmask16 mask = lanes(i, c->head_dim);
             __m512 row[16];
@@ -176,7 +154,8 @@ static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) 
     return factor;
 }
 
-INLINE void add_values(const float *weights, const float *values, size_t count, size_t padded, size_t first, const int width,
+/* Every row takes the keys that it sees, the first one the fewest. No zero weight of a later one: an infinity there would make it NaN. */
+INLINE void add_values(const float *weights, const float *values, const size_t *visible, size_t padded, size_t first, const int width,
                        const float *factors, float *out) {
     __m512 acc[TOGETHER][4];
 #pragma GCC unroll 4
@@ -184,7 +163,7 @@ INLINE void add_values(const float *weights, const float *values, size_t count, 
 #pragma GCC unroll 4
         for (int k = 0; k < width; k++)
             acc[r][k] = _mm512_mul_ps(_mm512_load_ps(out + r * padded + first + 16 * k), _mm512_set1_ps(factors[r]));
-    for (size_t key = 0; key < count; key++) {
+    for (size_t key = 0; key < visible[0]; key++) {
         __m512 value[4];
 #pragma GCC unroll 4
         for (int k = 0; k < width; k++) value[k] = _mm512_load_ps(values + key * padded + first + 16 * k);
@@ -195,6 +174,14 @@ INLINE void add_values(const float *weights, const float *values, size_t count, 
             for (int k = 0; k < width; k++) acc[r][k] = _mm512_fmadd_ps(weight, value[k], acc[r][k]);
         }
     }
+#pragma GCC unroll 4
+    for (int r = 1; r < TOGETHER; r++)
+        for (size_t key = visible[0]; key < visible[r]; key++)
+#pragma GCC unroll 4
+            for (int k = 0; k < width; k++) {
+                __m512 value = _mm512_load_ps(values + key * padded + first + 16 * k);
+                acc[r][k] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * CHUNK + key]), value, acc[r][k]);
+            }
 #pragma GCC unroll 4
     for (int r = 0; r < TOGETHER; r++)
 #pragma GCC unroll 4
@@ -229,22 +216,23 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
         read_chunk(c, s, kv_head, chunk, there, keys, values, padded);
         for (size_t row = 0; row < rows; row += TOGETHER) {
             float factors[TOGETHER];
-            size_t lowest = s->before + (first + row) / group, highest = s->before + (first + smaller(row + TOGETHER, count) - 1) / group;
+            size_t visible[TOGETHER], lowest = s->before + (first + row) / group;
+            size_t highest = s->before + (first + smaller(row + TOGETHER, count) - 1) / group;
             if (highest < chunk) continue;
             score_rows(query + row * padded, keys, c->head_dim, padded, scores + row * CHUNK);
             for (size_t r = row; r < row + TOGETHER; r++) {
                 size_t position = r < count ? s->before + (first + r) / group : lowest;
-                size_t visible = position < chunk ? 0 : position + 1 - chunk;
-                factors[r - row] = weigh_row(scores + r * CHUNK, visible, most + r, sums + r);
+                visible[r - row] = position < chunk ? 0 : smaller(position + 1 - chunk, CHUNK);
+                factors[r - row] = weigh_row(scores + r * CHUNK, visible[r - row], most + r, sums + r);
             }
             for (size_t i = 0; i < padded; i += 64) {
                 const float *weights = scores + row * CHUNK;
                 float *to = out + row * padded;
                 switch (smaller(4, (padded - i) / 16)) {
-                    case 1: add_values(weights, values, there, padded, i, 1, factors, to); break;
-                    case 2: add_values(weights, values, there, padded, i, 2, factors, to); break;
-                    case 3: add_values(weights, values, there, padded, i, 3, factors, to); break;
-                    default: add_values(weights, values, there, padded, i, 4, factors, to); break;
+                    case 1: add_values(weights, values, visible, padded, i, 1, factors, to); break;
+                    case 2: add_values(weights, values, visible, padded, i, 2, factors, to); break;
+                    case 3: add_values(weights, values, visible, padded, i, 3, factors, to); break;
+                    default: add_values(weights, values, visible, padded, i, 4, factors, to); break;
                 }
             }
         }

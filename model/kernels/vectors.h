@@ -94,6 +94,29 @@ INLINE float sum_floats(__m512 a) {
     return _mm_cvtss_f32(sum_four_floats(a, none, none, none));
 }
 
+/* 16 rows of 16 to 16 columns. */
+INLINE void transpose(__m512 row[16]) {
+    __m512 pair[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(row[i + 2], row[i + 3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(row[i + 2], row[i + 3]));
+        pair[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
+        pair[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+        pair[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
+        pair[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 a = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0x88), b = _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0xdd);
+        __m512 d = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0x88), e = _mm512_shuffle_f32x4(pair[i + 8], pair[i + 12], 0xdd);
+        row[i] = _mm512_shuffle_f32x4(a, d, 0x88);
+        row[i + 8] = _mm512_shuffle_f32x4(a, d, 0xdd);
+        row[i + 4] = _mm512_shuffle_f32x4(b, e, 0x88);
+        row[i + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
+}
+
 /* exp, within 1.5 units in the last place; exactly 1 at 0, 0 below -87 (masked scores), NaN stays NaN. Coefficients: Cephes. */
 INLINE __m512 exp_floats(__m512 x) {
     __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ);
@@ -113,9 +136,9 @@ INLINE __m512 exp_floats(__m512 x) {
 
 /* Memory that a thread keeps for its next call; not touched in between. NULL when there is none. */
 INLINE void *keep_bytes(void **kept, size_t *size, size_t wanted) {
-    if (*size < wanted) {
+    if (!*kept || *size < wanted) {
         free(*kept);
-        *kept = aligned_alloc(64, (wanted + 63) / 64 * 64);
+        *kept = aligned_alloc(64, wanted / 64 * 64 + 64);
         *size = *kept ? wanted : 0;
     }
     return *kept;
