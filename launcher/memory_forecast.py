@@ -8,6 +8,7 @@ from launcher.cores import share_cores
 from launcher.job import Job
 from launcher.tasks import Bench, Decode, Task
 from model.config import LlamaConfig
+from model.native import find_kernels
 from model.planning import Workload, plan_ranks
 from model.scheme import Scheme
 
@@ -19,6 +20,7 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
     if sequences is None or job.device != "cpu" or available is None:
         return None
     workload = Workload(
+        own_kernels=find_kernels(job.device) is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=min(job.max_batch_size, sequences[0]),

@@ -17,10 +17,10 @@ PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
     "bfloat16": (268_000_000, 280_000_000),
     "float16": (268_000_000, 280_000_000),
 }
-"""By compute type, a rank without its weights, float and int8: Python, an imported PyTorch 2.13 (CPU build), what the first calls of
-its kernels take. Measured."""
+"""By compute type, a rank without its weights, in our kernels or with floats, and in PyTorch's int8 product: Python, an imported
+PyTorch 2.13 (CPU build), what the first calls of kernels take. Measured."""
 _PACKED_ROWS = 48
-"""The int8 kernel's packed matrices have whole blocks of so many rows (measured)."""
+"""PyTorch's packed int8 matrices have whole blocks of so many rows (measured)."""
 _PACKED_ROW_BYTES = 24
 """What it keeps of each row beside its weights (measured)."""
 _BYTES: Mapping[str, int] = {**DTYPES, "int8": 1, "int32": 4, "int64": 8}
@@ -69,6 +69,8 @@ class Workload:
     """Of each sequence, prompt and new ones."""
     num_threads: int = 1
     """Of each rank; as many products are packed at once."""
+    own_kernels: bool = True
+    """Whether weights stay as they are stored, as the project's kernels take them; PyTorch's int8 product packs them."""
     block_size: int = DEFAULT_BLOCK_SIZE
     """Tokens of a block of keys and values; a sequence fills whole ones."""
     num_blocks: int | None = None
@@ -121,7 +123,7 @@ def _plan_rank(
         kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind]
 
-    steps = list(_list_steps(config, scheme, specs, rank, world_size, itemsize))
+    steps = list(_list_steps(config, scheme, specs, rank, world_size, itemsize, packs=not workload.own_kernels))
     products = [step for step in steps if step.read_bytes]
     kept, peak = sum(step.packed_bytes for step in steps if not step.read_bytes), 0
     for index, step in enumerate(products):
@@ -145,7 +147,8 @@ def _plan_rank(
         streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
-        peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None] + max(peak, kept + kv_bytes + activations),
+        peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
+        + max(peak, kept + kv_bytes + activations),
     )
 
 
@@ -164,7 +167,7 @@ class _Step:
 
 
 def _list_steps(
-    config: LlamaConfig, scheme: Scheme, specs: Mapping[str, WeightSpec], rank: int, world_size: int, itemsize: int
+    config: LlamaConfig, scheme: Scheme, specs: Mapping[str, WeightSpec], rank: int, world_size: int, itemsize: int, *, packs: bool
 ) -> Iterator[_Step]:
     """What `load_model` fills, in its order."""
     layout = config.layout()
@@ -191,6 +194,9 @@ def _list_steps(
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
         kept = raw + sum(rows) * 4 * groups
+        if not packs:
+            yield _Step(kept, kept, raw * parts, raw)
+            return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups
         # The rows, joined where they are fused; a copy as the quantized tensor that the kernel packs; and packed.

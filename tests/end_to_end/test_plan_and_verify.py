@@ -142,7 +142,7 @@ def test_a_plan_follows_model_config_dtype_batch_and_bandwidth(tandem: "Tandem",
     assert (found["workers"], found["quantization"], found["dtype"], found["kv_cache"]) == (4, "none", "bfloat16", "bfloat16")
     norms = (2 * 80 + 1) * 8192
     assert found["file_bytes"] == 2 * (PARAMETERS_70B + 3 * norms)
-    assert all(rank["kv_cache_bytes"] == 2 * 1000 * 80 * 2 * 2 * 128 * 2 for rank in found["ranks"])
+    assert all(rank["kv_cache_bytes"] == 2 * 1008 * 80 * 2 * 2 * 128 * 2 for rank in found["ranks"])
     slowest = max(rank["streamed_bytes"] + rank["kv_cache_bytes"] for rank in found["ranks"])
     assert found["tokens_per_second"] == pytest.approx(2 * 500e9 / slowest)
     assert found["peak_bytes"] == sum(rank["peak_bytes"] for rank in found["ranks"])
