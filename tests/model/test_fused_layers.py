@@ -108,7 +108,7 @@ def compute(model: LlamaForCausalLM, size: int = 1000) -> list[torch.Tensor]:
             if cache.length < len(one):
                 spans.append(Span(cache, one[cache.length : min(stop, cache.length + size)]))
                 numbers.append(number)
-        found = run_pass(model, spans).split([len(span.ids) for span in spans])
+        found = torch.split(run_pass(model, spans), [len(span.ids) for span in spans])
         for number, part in zip(numbers, found, strict=True):
             parts[number].append(part)
     return [torch.cat(some) for some in parts]
@@ -205,6 +205,15 @@ def test_ranks_with_shared_memory_give_the_bits_of_one(
     for world_size in (2, 3):
         for found in run_shared(build_model, folder(name), world_size, work, dtype):
             hold_equal(found, expected, world_size)
+
+
+def test_rows_that_do_not_fit_a_slot_go_in_several_rounds(
+    folder: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel.shared_memory._SLOT_BYTES", 2048)
+    expected = compute(build_model(folder("nine_heads")))
+    for found in run_shared(build_model, folder("nine_heads"), 3, compute):
+        hold_equal(found, expected)
 
 
 def test_fused_and_other_passes_and_ranks_may_take_turns(

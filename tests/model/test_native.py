@@ -49,12 +49,12 @@ def make_weight(rows: int, columns: int, starts: torch.Tensor) -> tuple[torch.Te
 
 
 def make_inputs(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows with an outlier of 300; of five and more, one is zeros, one denormal, one as large as the type goes, one like nothing else."""
+    """Rows with an outlier of 300; of five and more, one is zeros, one tiny, one denormal, one has the type's largest, one is all alike."""
     x = torch.randn((tokens, columns), generator=torch.Generator().manual_seed(tokens * 10000 + columns))
     x[:, columns // 2] *= 300
     x = x.to(dtype)
     if tokens >= 5:
-        x[0], x[2] = 0, x[2] * (torch.finfo(dtype).tiny / 64)
+        x[0], x[1], x[2] = 0, x[1] * 1e-25, x[2] * (torch.finfo(dtype).tiny / 64)
         x[3, -1] = torch.finfo(dtype).max
         x[4] = -1e-3
     return x
@@ -177,7 +177,7 @@ def test_bits_do_not_depend_on_rows_beside_split_or_threads(
             assert torch.equal(run(x, slice(None)), whole)
             for count in (*range(1, 15), 40):
                 assert torch.equal(run(x[count : 2 * count], slice(None)), whole[count : 2 * count]), (threads, count)
-        assert torch.equal(torch.cat([run(row, slice(None)) for row in x.split(1)]), whole)
+        assert torch.equal(torch.cat([run(row, slice(None)) for row in torch.split(x, 1)]), whole)
         assert torch.equal(run(x.flip(0), slice(None)).flip(0), whole)
         for cut in (*range(1, 13), rows // 2, rows - 1):
             for tokens in (1, 4, 100):

@@ -85,7 +85,7 @@ class Sequences:
             qkv = torch.cat([inputs[number][start:stop] for (number, _), (start, stop) in zip(one, lengths, strict=True)])
             out = attention(qkv, case.heads, case.kv_heads, LAYER, batch, self.fixed)
             assert out.dtype == case.dtype
-            for (number, _), part in zip(one, out.split([count for _, count in one]), strict=True):
+            for (number, _), part in zip(one, torch.split(out, [count for _, count in one]), strict=True):
                 parts[number].append(part)
             batch.advance()
         return [torch.cat(some) for some in parts]
