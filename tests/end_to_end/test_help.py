@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "predict": "--config --checkpoint --workers --prompt --prompts-file --max-new-tokens --max-length --do-sample --greedy --temperature"
     " --top-k --top-p --repetition-penalty --seed --ignore-eos --logprobs --dtype --device --threads-per-rank --collectives --output"
-    " --block-size --num-blocks --no-prefix-cache --speculate --stats --log-dir --max-restarts --timeout --worker_num --log_dir --cluster_time_out",
+    " --block-size"
+    " --num-blocks --no-prefix-cache --speculate --stats --log-dir --max-restarts --timeout --worker_num --log_dir --cluster_time_out",
     "quantize": "--config --checkpoint --approach --output --output_dir --overwrite -c -a -q --dataset --dataset_type -t --dataset-path"
     " --dataset_path -s --num-samples --sample-tokens -w -k --act-quant-dtype --outliers --not-converted -b --alpha --fold --group-size"
     " --symmetric --asymmetric --kvcache-granularity --workers --dtype",

@@ -226,9 +226,9 @@ def test_balance_is_one_where_every_rank_has_as_much_and_less_elsewhere() -> Non
 
 def test_more_tokens_sequences_and_threads_need_more_memory() -> None:
     config, scheme = build_config({**UNTIED, "num_hidden_layers": 4}), Scheme(LinearScheme(), ("lm_head",))
-    least = Workload(dtype="bfloat16", tokens=10)
+    least = Workload(dtype="bfloat16", tokens=16)
     (one,) = plan_ranks(config, scheme, 1, least)
-    for changes in ({"tokens": 4000}, {"batch_size": 400}):
+    for changes in ({"tokens": 6400}, {"batch_size": 400}):
         (more,) = plan_ranks(config, scheme, 1, replace(least, **changes))
         assert more.peak_bytes > one.peak_bytes and more.kv_cache_bytes == 400 * one.kv_cache_bytes
         assert (more.weight_bytes, more.file_bytes) == (one.weight_bytes, one.file_bytes)
@@ -259,3 +259,9 @@ def test_real_models_have_their_known_numbers_of_parameters(shared_dir: Path) ->
         ranks = min(8, config.num_key_value_heads)
         norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
         assert sum(rank.file_bytes for rank in plan_ranks(config, Scheme(), ranks, workload)) == 2 * (count + (ranks - 1) * norms), name
+
+
+def test_the_cache_ends_where_its_blocks_do() -> None:
+    sizes = {"dtype": "float32", "batch_size": 4, "tokens": 33}
+    for block_size, num_blocks, tokens in ((16, None, 192), (64, None, 256), (16, 12, 192), (16, 5, 80), (16, 500, 192)):
+        assert Workload(**sizes, block_size=block_size, num_blocks=num_blocks).cached_tokens == tokens
