@@ -120,6 +120,12 @@ def test_sixteen_sequences_decode_together_unless_said(tmp_path: Path) -> None:
     assert read_text(tmp_path, "seed: 1\n").tandem.max_batch_size == 16
 
 
+def test_blocks_are_read_from_where_mindformers_has_them(shared_dir: Path) -> None:
+    settings = read_settings(shared_dir / "data/mindformers_configs/predict_llama2_7b.yaml")
+    assert (settings.block_size, settings.num_blocks) == (16, 1024)
+    assert not {"model.model_config.block_size", "model.model_config.num_blocks"} & set(settings.ignored)
+
+
 def test_sampling_and_paths_are_read(tmp_path: Path) -> None:
     text = """
 parallel_config: {model_parallel: 4}

@@ -259,3 +259,9 @@ def test_real_models_have_their_known_numbers_of_parameters(shared_dir: Path) ->
         ranks = min(8, config.num_key_value_heads)
         norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
         assert sum(rank.file_bytes for rank in plan_ranks(config, Scheme(), ranks, workload)) == 2 * (count + (ranks - 1) * norms), name
+
+
+def test_the_cache_ends_where_its_blocks_do() -> None:
+    sizes = {"dtype": "float32", "batch_size": 4, "tokens": 33}
+    for block_size, num_blocks, tokens in ((16, None, 192), (64, None, 256), (16, 12, 192), (16, 5, 80), (16, 500, 192)):
+        assert Workload(**sizes, block_size=block_size, num_blocks=num_blocks).cached_tokens == tokens
