@@ -29,7 +29,7 @@ from rich.text import Text
 from launcher.results import Record, ResultsFile
 from launcher.tasks import Decode
 from launcher.whole_file import write_whole
-from model.generation import Request
+from model.request import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
 
 

@@ -19,8 +19,9 @@ from model.checkpoint.first_layers import FirstLayers
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.random_source import RandomSource
 from model.checkpoint.source import CheckpointSource
-from model.generation import Engine, Request
+from model.generation import Engine
 from model.llama import LlamaForCausalLM
+from model.request import Request
 from model.sampling import SamplingParams
 from parallel.collectives import Collectives
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.whole_file import write_whole
-from model.generation import Request
+from model.request import Request
 from parallel.errors import RequestError
 
 

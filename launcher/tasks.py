@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.generation import Request
 from model.quantization.recipe import Recipe
+from model.request import Request
 from model.sampling import SamplingParams
 from model.scheme import LinearScheme
 

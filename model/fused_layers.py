@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.batch import Batch, StoreRows
+from model.int8 import count_slices
 from model.linear import ColumnParallelLinear
 from model.native import DTYPES, Kernels
 from model.quantized_linear import QuantizedColumnParallelLinear
@@ -135,7 +136,7 @@ class FusedLayers:
         weight, scale, starts = linear.find_whole()
         self._kept += [weight, scale, starts]
         pointers = (weight.data_ptr(), scale.data_ptr(), starts.data_ptr())
-        return _Linear(*pointers, starts.shape[0] - 1, linear.in_features, weight.shape[0], linear.count_slices(self._model.dtype))
+        return _Linear(*pointers, starts.shape[0] - 1, linear.in_features, weight.shape[0], count_slices(self._model.dtype))
 
     def _describe_ranks(self, slots: SharedSlots | None) -> _Ranks:
         shares = self._model.shares

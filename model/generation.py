@@ -3,8 +3,9 @@
 Every rank runs the same engine on the same requests and takes the same steps. Predict and serving consume the events of `step`.
 Who goes through a pass: `model/scheduling.py`. Knows token ids only: no text, no files, no processes.
 
-A run that goes on where another one stopped takes the same steps with the same rows: how many rows go through a product together
-decides its last bits. Tokens that are known already are taken instead of chosen, and steps that nobody needs are left out.
+A run that goes on where another one stopped takes the same steps with the same rows: without the project's own kernels, how many rows go
+through a product together decides its last bits. Tokens that are known already are taken instead of chosen, and steps that nobody
+needs are left out.
 """
 
 import time
@@ -22,8 +23,6 @@ from model.request import Request, check_memory, check_request
 from model.sampling import SamplingState, sample
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
-
-__all__ = ["Engine", "EngineTimes", "Request", "TokenEvent", "check_request", "generate"]
 
 
 @dataclass(frozen=True, slots=True)

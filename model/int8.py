@@ -129,6 +129,7 @@ def choose_int8_kernel(device_type: str) -> Int8Kernel:
     return _choose_torch_kernel(device_type) if kernels is None else _build_native(kernels)
 
 
+@functools.cache
 def _build_native(kernels: Kernels) -> Int8Kernel:
     def multiply(integers: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         weight, scale = packed

@@ -125,6 +125,7 @@ class LlamaForCausalLM(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads)
+        self._kernels = find_kernels(device.type)
         self.fuses_layers = True
         """Whether layers may run in one call; off where each step has to be seen."""
         self._fused: FusedLayers | None = None
@@ -138,7 +139,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's results are the same bits however many rows go through a pass."""
-        return find_kernels(self.device.type) is not None
+        return self._kernels is not None
 
     @property
     def weight_bytes(self) -> int:
@@ -187,14 +188,13 @@ class LlamaForCausalLM(nn.Module):
 
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """All layers in one call, where these weights, caches and collectives allow it."""
-        kernels = find_kernels(self.device.type)
-        if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
+        if self._kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
             return None
         if self._fused is None:
             self.fuses_layers = FusedLayers.fits(self)
             if not self.fuses_layers:
                 return None
-            self._fused = FusedLayers(self, kernels)
+            self._fused = FusedLayers(self, self._kernels)
         return self._fused.run(hidden, batch, batch.join_stores()[0])
 
     def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
@@ -230,9 +230,8 @@ class LlamaForCausalLM(nn.Module):
 
     def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, gate and up of this rank]."""
-        kernels = find_kernels(gate_up.device.type)
-        if kernels is not None:
-            return kernels.silu_multiply(gate_up.contiguous())
+        if self._kernels is not None:
+            return self._kernels.silu_multiply(gate_up.contiguous())
         gate, up = gate_up.chunk(2, dim=1)
         # exp, + and / one by one: PyTorch's own silu rounds the last elements of a tensor differently.
         wide = gate.float()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_INTERFACE = 1
+_INTERFACE = 2
 """Of model/kernels/supported.c."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in model/kernels/vectors.h."""
@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_supported": (_INT, []),
     "tandem_int8_linear": (
         _INT,
-        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, *[_POINTER] * 2, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
+        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
     ),
     "tandem_float_linear": (None, [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT]),
     "tandem_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _FLOAT, _INT]),
@@ -76,7 +76,7 @@ class Kernels:
         out = torch.empty((tokens, weight.shape[0]), dtype=dtype)
         kind = DTYPES[x.dtype] if num_slices else 0
         failed = self._library.tandem_int8_linear(
-            x.data_ptr(), kind, tokens, columns, weight.data_ptr(), 0, weight.shape[0], scale.data_ptr(), starts.data_ptr(),
+            x.data_ptr(), kind, tokens, columns, weight.data_ptr(), weight.shape[0], scale.data_ptr(), starts.data_ptr(),
             starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1], torch.get_num_threads(),
         )  # fmt: skip
         return _check(failed, out)

@@ -62,10 +62,6 @@ class QuantizedColumnParallelLinear(nn.Module):
         assert self._whole is not None
         return self._whole
 
-    def count_slices(self, dtype: torch.dtype) -> int:
-        """8-bit numbers that inputs of this type are cut into."""
-        return count_slices(dtype)
-
     def assign(self, stored: list[StoredLinear], device: torch.device) -> None:
         """Take the rows of every block out of `stored`, which is empty then, and pack them for the kernel."""
         for one, block in zip(stored, self.blocks, strict=True):

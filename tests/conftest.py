@@ -15,3 +15,12 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data: set TANDEM_SHARED or put it at ../shared")
     return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared_dir: Path) -> Path:
+    """A small trained model: its tokens hang on what it has read, and not on last bits."""
+    folder = shared_dir / "data" / "stories260K-hf"
+    if not folder.is_dir():
+        pytest.skip("no data/stories260K-hf among the shared data")
+    return folder

@@ -19,17 +19,16 @@ INLINE __m512i load_pairs(const char *row, size_t column, __mmask32 mask) {
 }
 
 INLINE void multiply_tile(const Product *p, const int dtype, size_t token, size_t row, const size_t count, size_t valid) {
-    const size_t height = MAX_ROWS;
     const size_t bytes = p->columns * item_bytes(dtype);
-    const char *w[MAX_ROWS], *next = p->weight + (row + height) * bytes;
+    const char *w[MAX_ROWS], *next = p->weight + (row + MAX_ROWS) * bytes;
 #pragma GCC unroll 8
-    for (size_t j = 0; j < height; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * bytes;
+    for (size_t j = 0; j < MAX_ROWS; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * bytes;
     const char *x = p->x + token * bytes;
     __m512 acc[MAX_TOKENS][MAX_ROWS];
 #pragma GCC unroll 8
     for (size_t i = 0; i < count; i++)
 #pragma GCC unroll 8
-        for (size_t j = 0; j < height; j++) acc[i][j] = _mm512_setzero_ps();
+        for (size_t j = 0; j < MAX_ROWS; j++) acc[i][j] = _mm512_setzero_ps();
     const size_t step = dtype == BFLOAT16 ? 32 : 16;
     for (size_t column = 0; column < p->columns; column += step) {
         size_t left = p->columns - column;
@@ -37,29 +36,29 @@ INLINE void multiply_tile(const Product *p, const int dtype, size_t token, size_
             __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
             __m512i wide[MAX_ROWS];
 #pragma GCC unroll 8
-            for (size_t j = 0; j < height; j++) {
-                _mm_prefetch(next + (column * 2 * height + j * 64), _MM_HINT_T1);
+            for (size_t j = 0; j < MAX_ROWS; j++) {
+                _mm_prefetch(next + (column * 2 * MAX_ROWS + j * 64), _MM_HINT_T1);
                 wide[j] = load_pairs(w[j], column, mask);
             }
 #pragma GCC unroll 8
             for (size_t i = 0; i < count; i++) {
                 __m512i part = load_pairs(x + i * bytes, column, mask);
 #pragma GCC unroll 8
-                for (size_t j = 0; j < height; j++) add_pair_products(&acc[i][j], wide[j], part);
+                for (size_t j = 0; j < MAX_ROWS; j++) add_pair_products(&acc[i][j], wide[j], part);
             }
         } else {
             __mmask16 mask = lanes(column, p->columns);
             __m512 wide[MAX_ROWS];
 #pragma GCC unroll 8
-            for (size_t j = 0; j < height; j++) {
-                _mm_prefetch(next + (column * item_bytes(dtype) * height + j * item_bytes(dtype) * 16), _MM_HINT_T1);
+            for (size_t j = 0; j < MAX_ROWS; j++) {
+                _mm_prefetch(next + (column * item_bytes(dtype) * MAX_ROWS + j * item_bytes(dtype) * 16), _MM_HINT_T1);
                 wide[j] = load_floats(w[j], dtype, column, mask);
             }
 #pragma GCC unroll 8
             for (size_t i = 0; i < count; i++) {
                 __m512 part = load_floats(x + i * bytes, dtype, column, mask);
 #pragma GCC unroll 8
-                for (size_t j = 0; j < height; j++) acc[i][j] = _mm512_fmadd_ps(wide[j], part, acc[i][j]);
+                for (size_t j = 0; j < MAX_ROWS; j++) acc[i][j] = _mm512_fmadd_ps(wide[j], part, acc[i][j]);
             }
         }
     }

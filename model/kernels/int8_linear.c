@@ -1,7 +1,7 @@
 /* Rows of activations times an int8 weight, in exact integers; the formula stands in model/int8.py.
 
-   The weight stays as it is stored: row after row, one byte each, signed or with 128 added. A tile is a few tokens with all
-   their slices times four or eight rows of the weight, held in registers over all columns of a group; one token reads the
+   The weight stays as it is stored: row after row, one signed byte each. A tile is a few tokens with all
+   their slices times four rows of the weight, held in registers over all columns of a group; one token reads the
    weight once, as fast as memory gives it. */
 #include "kernels.h"
 #include "vectors.h"
@@ -16,45 +16,44 @@ typedef struct {
     const uint8_t *weight;   /* [rows][columns] */
     const float *scale;      /* [rows][groups] */
     const int64_t *starts;   /* [groups + 1]: first column of each group */
-    size_t columns, num_rows, groups, num_slices;
-    __m512i flip;            /* turns a stored byte into value + 128 */
+    size_t columns, groups, num_slices;
     void *out;               /* [tokens][out_stride] */
     size_t out_stride;
     int out_dtype;
     int alone;               /* whether one tile takes all slices */
 } Product;
 
-/* `count` rows of slices from `slice` on, times `height` rows of the weight from `row` on, into out[token][row]. */
+/* `count` rows of slices from `slice` on, times four rows of the weight from `row` on (`valid` of them exist), into out[token][row]. */
 INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size_t count, size_t valid) {
-    const size_t height = MAX_ROWS;
     const uint8_t *w[MAX_ROWS];
+    const __m512i flip = _mm512_set1_epi8((char)128); /* turns a byte into value + 128, unsigned */
     /* The next four rows are fetched in the order in which they lie, as far up as they do not drive out what is in use. */
-    const char *next = (const char *)p->weight + (row + height) * p->columns;
-    const int near = p->alone && height * p->columns <= NEAR_BYTES;
+    const char *next = (const char *)p->weight + (row + MAX_ROWS) * p->columns;
+    const int near = p->alone && MAX_ROWS * p->columns <= NEAR_BYTES;
 #pragma GCC unroll 8
-    for (size_t j = 0; j < height; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * p->columns;
-    float product[MAX_SLICES][MAX_ROWS];
+    for (size_t j = 0; j < MAX_ROWS; j++) w[j] = p->weight + (row + smaller(j, valid - 1)) * p->columns;
+    __m128 product[MAX_SLICES];
     for (size_t group = 0; group < p->groups; group++) {
         size_t start = p->starts[group], stop = p->starts[group + 1], column = start;
         __m512i acc[MAX_SLICES][MAX_ROWS];
 #pragma GCC unroll 8
         for (size_t i = 0; i < count; i++)
 #pragma GCC unroll 8
-            for (size_t j = 0; j < height; j++) acc[i][j] = _mm512_setzero_si512();
+            for (size_t j = 0; j < MAX_ROWS; j++) acc[i][j] = _mm512_setzero_si512();
         const int8_t *s = p->slices + slice * p->padded;
         for (; column + 64 <= stop; column += 64) {
             __m512i byte[MAX_ROWS];
 #pragma GCC unroll 8
-            for (size_t j = 0; j < height; j++) {
-                if (near) _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T0);
-                else _mm_prefetch(next + (column * height) + j * 64, _MM_HINT_T1);
-                byte[j] = _mm512_xor_si512(_mm512_loadu_si512(w[j] + column), p->flip);
+            for (size_t j = 0; j < MAX_ROWS; j++) {
+                if (near) _mm_prefetch(next + (column * MAX_ROWS) + j * 64, _MM_HINT_T0);
+                else _mm_prefetch(next + (column * MAX_ROWS) + j * 64, _MM_HINT_T1);
+                byte[j] = _mm512_xor_si512(_mm512_loadu_si512(w[j] + column), flip);
             }
 #pragma GCC unroll 8
             for (size_t i = 0; i < count; i++) {
                 __m512i part = _mm512_loadu_si512(s + i * p->padded + column);
 #pragma GCC unroll 8
-                for (size_t j = 0; j < height; j++) add_byte_products(&acc[i][j], byte[j], part);
+                for (size_t j = 0; j < MAX_ROWS; j++) add_byte_products(&acc[i][j], byte[j], part);
             }
         }
         if (column < stop) {
@@ -63,37 +62,30 @@ INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size
             for (size_t i = 0; i < count; i++) {
                 __m512i part = _mm512_maskz_loadu_epi8(mask, s + i * p->padded + column);
 #pragma GCC unroll 8
-                for (size_t j = 0; j < height; j++) {
-                    __m512i byte = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[j] + column), p->flip);
+                for (size_t j = 0; j < MAX_ROWS; j++) {
+                    __m512i byte = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[j] + column), flip);
                     add_byte_products(&acc[i][j], byte, part);
                 }
             }
         }
+        float scales[MAX_ROWS];
+        for (size_t j = 0; j < MAX_ROWS; j++) scales[j] = p->scale[(row + smaller(j, valid - 1)) * p->groups + group];
+        __m128 scale = _mm_loadu_ps(scales);
 #pragma GCC unroll 8
         for (size_t i = 0; i < count; i++) {
             __m128i shift = _mm_set1_epi32(p->sums[(slice + i) * p->groups + group]);
-#pragma GCC unroll 8
-            for (size_t j = 0; j < height; j += 4) {
-                __m128i sum = _mm_sub_epi32(sum_four_ints(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]), shift);
-                float scales[4];
-#pragma GCC unroll 8
-                for (size_t k = 0; k < 4; k++) scales[k] = p->scale[(row + smaller(j + k, valid - 1)) * p->groups + group];
-                __m128 scaled = _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_loadu_ps(scales));
-                if (group) scaled = _mm_add_ps(_mm_loadu_ps(&product[i][j]), scaled);
-                _mm_storeu_ps(&product[i][j], scaled);
-            }
+            __m128i sum = _mm_sub_epi32(sum_four_ints(acc[i][0], acc[i][1], acc[i][2], acc[i][3]), shift);
+            __m128 scaled = _mm_mul_ps(_mm_cvtepi32_ps(sum), scale);
+            product[i] = group ? _mm_add_ps(product[i], scaled) : scaled;
         }
     }
     size_t n = p->num_slices;
     for (size_t first = 0; first < count; first += n) {
         size_t token = (slice + first) / n;
-        __m512 total = _mm512_maskz_loadu_ps((__mmask16)((1u << height) - 1), product[first + n - 1]);
-        for (size_t k = n - 1; k-- > 0;) {
-            __m512 higher = _mm512_maskz_loadu_ps((__mmask16)((1u << height) - 1), product[first + k]);
-            total = _mm512_add_ps(_mm512_div_ps(total, _mm512_set1_ps(254.0f)), higher);
-        }
-        total = _mm512_mul_ps(total, _mm512_set1_ps(p->row_scale[token]));
-        store_floats(p->out, p->out_dtype, token * p->out_stride + row, total, (__mmask16)((1u << valid) - 1));
+        __m128 total = product[first + n - 1];
+        for (size_t k = n - 1; k-- > 0;) total = _mm_add_ps(_mm_div_ps(total, _mm_set1_ps(254.0f)), product[first + k]);
+        total = _mm_mul_ps(total, _mm_set1_ps(p->row_scale[token]));
+        store_floats(p->out, p->out_dtype, token * p->out_stride + row, _mm512_zextps128_ps512(total), (__mmask16)((1u << valid) - 1));
     }
 }
 
@@ -114,8 +106,8 @@ static void multiply_rows(const Product *p, size_t slice, size_t count, size_t f
 /* Rows of the weight that all tokens go over before the next ones. While one tile is multiplied the next is fetched, so few tokens
    take a tile at a time; the slices of many do not stay in the second-level cache, and then a block of the weight has to. */
 static size_t rows_a_block(size_t columns, size_t slice_bytes) {
-    size_t rows = slice_bytes <= CACHED_BYTES ? 4 : CACHED_BYTES / columns / 4 * 4;
-    return rows < 4 ? 4 : rows;
+    size_t rows = slice_bytes <= CACHED_BYTES ? 0 : CACHED_BYTES / columns / MAX_ROWS * MAX_ROWS;
+    return rows < MAX_ROWS ? MAX_ROWS : rows;
 }
 
 static void cut_slices(const void *x, int dtype, size_t columns, size_t padded, size_t groups, const int64_t *starts, size_t num_slices,
@@ -157,8 +149,8 @@ static _Thread_local size_t kept_bytes;
 /* out [tokens, rows] = x [tokens, columns] times weight [rows, columns] with scale [rows, groups].
 
    x: float32, bfloat16 or float16, cut into `num_slices` (1 to 3) of 8 bits. Where `num_slices` is 0, x is int8: integers that
-   are multiplied as they are. `biased`: the weight is stored with 128 added. Returns 0, or 1 when memory ran out. */
-int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, int biased, size_t rows,
+   are multiplied as they are. Returns 0, or 1 when memory ran out. */
+int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, size_t rows,
                        const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
                        size_t out_stride, int threads) {
     size_t padded = (columns + 63) / 64 * 64, slices = num_slices ? num_slices : 1;
@@ -185,9 +177,8 @@ int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, 
         }
         row_scale[token] = 1.0f;
     }
-    Product p = {(int8_t *)memory, sums, row_scale, padded, weight, scale, starts, columns, rows, groups, slices,
-                 biased ? _mm512_setzero_si512() : _mm512_set1_epi8((char)128), out, out_stride, out_dtype, 0};
-    p.alone = tokens * slices <= MAX_SLICES;
+    Product p = {(int8_t *)memory, sums, row_scale, padded, weight, scale, starts, columns, groups, slices, out, out_stride, out_dtype,
+                 tokens * slices <= MAX_SLICES};
     size_t at_once = MAX_SLICES / slices * slices, total = tokens * slices, block = rows_a_block(columns, slice_bytes);
     size_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, int biased, size_t rows,
+int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, size_t rows,
                        const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
                        size_t out_stride, int threads);
 void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,

@@ -103,7 +103,7 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
 
 static int multiply(const Pass *p, const Linear *l, const char *x, char *out) {
     if (l->scale)
-        return tandem_int8_linear(x, p->dtype, p->tokens, l->columns, l->weight, 0, l->rows, l->scale, l->starts, l->groups, l->num_slices,
+        return tandem_int8_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->starts, l->groups, l->num_slices,
                                   out, p->dtype, l->rows, p->threads);
     tandem_float_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, out, l->rows, p->threads);
     return 0;

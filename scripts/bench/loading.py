@@ -19,37 +19,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models
 
-from model.checkpoint.folder_writing import write_json
-from model.checkpoint.safetensors_file import SafetensorsWriter
-from model.checkpoint.source import TensorInfo
-from model.config import build_config, read_config
+from model.config import read_config
 from model.scheme import LinearScheme, Scheme, declare_scheme
-from model.weights import plan_weights
-
-
-def write_random_checkpoint(folder: Path, raw: dict[str, object], dtype: torch.dtype) -> None:
-    """A checkpoint of random weights, tensor by tensor, and a tokenizer of one letter."""
-    config, scheme = build_config(raw), Scheme(LinearScheme(), ("lm_head",))
-    infos = {}
-    for name, spec in plan_weights(config, scheme).items():
-        infos[name] = TensorInfo(spec.shape, dtype if len(spec.dtypes) > 1 else getattr(torch, spec.dtypes[0]))
-    generator = torch.Generator().manual_seed(0)
-    with SafetensorsWriter(folder / "model.safetensors", infos) as writer:
-        for name, info in infos.items():
-            if name.endswith("weight_packed"):
-                value = torch.randint(-(2**31), 2**31, info.shape, generator=generator, dtype=torch.int64).to(torch.int32)
-            elif name.endswith("weight_shape"):
-                value = torch.tensor(infos[name.replace("_shape", "_packed")].shape) * torch.tensor([1, 4])
-            elif name.endswith("weight_scale"):
-                value = torch.full(info.shape, 2e-4, dtype=info.dtype)
-            else:
-                value = (torch.randn(info.shape, generator=generator) * 0.02).to(info.dtype)
-            writer.write(name, value)
-    write_json(folder / "config.json", declare_scheme(raw, scheme))
-    Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+from random_checkpoint import write_random_checkpoint
 
 
 def forget(folder: Path) -> None:
@@ -94,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole, ranks = folder / "whole", folder / "ranks"
-        whole.mkdir()
-        write_random_checkpoint(whole, raw, getattr(torch, options.dtype))
+        write_random_checkpoint(whole, declare_scheme(raw, Scheme(LinearScheme(), ("lm_head",))))
+        Tokenizer(models.BPE({"a": 0}, [])).save(str(whole / "tokenizer.json"))
         size = sum(file.stat().st_size for file in whole.iterdir())
         for state in ("cold", "warm"):
             if state == "cold":

@@ -15,14 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from model.checkpoint.folder_writing import write_json
-from model.checkpoint.safetensors_file import SafetensorsWriter
-from model.checkpoint.source import TensorInfo
-from model.config import build_config
-from model.scheme import Scheme
-from model.weights import plan_weights
+from random_checkpoint import write_random_checkpoint
 
 
 def main() -> None:
@@ -36,7 +30,8 @@ def main() -> None:
     raw = {**json.loads(arguments.config.read_text()), "num_hidden_layers": arguments.layers, "torch_dtype": "float16"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        layer_bytes = write_random_checkpoint(folder / "float", raw)
+        tensors = write_random_checkpoint(folder / "float", raw).tensors
+        layer_bytes = sum(2 * info.num_bytes for name, info in tensors.items() if name.startswith("model.layers.0."))
         ids = np.random.default_rng(0).integers(0, raw["vocab_size"], (arguments.samples, arguments.tokens))
         np.save(folder / "ids.npy", ids)
         for approach in arguments.approaches:
@@ -108,19 +103,6 @@ def read_anonymous(path: Path) -> int:
 
 def parse_anonymous(status: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
-
-
-def write_random_checkpoint(folder: Path, raw: dict[str, object]) -> int:
-    """Random float16 weights; gives the bytes of one decoder layer as float32."""
-    config, generator = build_config(raw), torch.Generator().manual_seed(0)
-    infos = {name: TensorInfo(spec.shape, torch.float16) for name, spec in plan_weights(config, Scheme()).items()}
-    folder.mkdir()
-    with SafetensorsWriter(folder / "model.safetensors", infos) as writer:
-        for name, info in infos.items():
-            value = torch.ones(info.shape) if "norm" in name else torch.randn(info.shape, generator=generator) * 0.02
-            writer.write(name, value.half())
-    write_json(folder / "config.json", raw)
-    return sum(2 * info.num_bytes for name, info in infos.items() if name.startswith("model.layers.0."))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Outcome, Tandem
 
@@ -15,15 +13,6 @@ PROMPTS = [
     *(" ".join((WORDS * 4)[start : start + 1 + 7 * start % 60]) for start in range(20)),
     *(f"{BEGIN} {word} {WORDS[-place]}" for place, word in enumerate(WORDS[:10], 1)),
 ]
-
-
-@pytest.fixture(scope="module")
-def stories(shared_dir: Path) -> Path:
-    """A small trained model."""
-    folder = shared_dir / "data" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip("no data/stories260K-hf among the shared data")
-    return folder
 
 
 def _run(tandem: "Tandem", stories: Path, *options: str) -> "Outcome":

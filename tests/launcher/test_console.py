@@ -10,7 +10,7 @@ import pytest
 
 from launcher.console import RunConsole
 from launcher.results import Record, ResultsFile, read_results
-from model.generation import Request
+from model.request import Request
 from model.sampling import SamplingParams
 
 PROMPTS = ["ab", "c", "de"]

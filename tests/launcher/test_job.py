@@ -9,8 +9,8 @@ import pytest
 from launcher.job import Job
 from launcher.tasks import Bench, Decode, Evaluate, Quantize, Task, read_task, write_task
 from model.checkpoint.formats import OpenOptions
-from model.generation import Request
 from model.quantization.recipe import Recipe
+from model.request import Request
 from model.sampling import SamplingParams
 from model.scheme import LinearScheme
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launcher.results import Record, ResultsFile, read_results
-from model.generation import Request
+from model.request import Request
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
 

@@ -60,6 +60,15 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small take ten times as long on two threads of a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a random float32 checkpoint, written by transformers: "nine_heads", "tied" or "llama3_rope"."""

@@ -543,14 +543,13 @@ def test_cache_scales_fit_the_keys_and_values_of_the_model_that_was_written(
     recipe: str, quantize: Callable[..., Path], build_model: Callable[..., LlamaForCausalLM]
 ) -> None:
     """Folding divides the values, so that theirs are others than the float model's. The first layer's inputs are the same."""
-    with set_aside():
+    with set_aside():  # the kernels write into the cache's memory themselves
         model = build_model(quantize("nine_heads", recipe))
     largest = []
     for sample in SAMPLES:
         cache = SpyingCache(model.build_store(1, 16 * len(sample)), [0])
         cache.largest = []
-        with set_aside():  # the kernels write into the cache's memory themselves
-            model([Span(cache, sample)])
+        model([Span(cache, sample)])
         largest.append(cache.largest[0])
     scales = model.layers[0].cache_scales
     assert isinstance(scales, torch.Tensor)

@@ -2,33 +2,26 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from model import AutoModel
 from model.batch import Span
 from model.config import PREFILL_TOKENS
-from model.generation import Engine, EngineTimes, Request, TokenEvent, generate
+from model.generation import Engine, EngineTimes, TokenEvent, generate
 from model.llama import LlamaForCausalLM
+from model.request import Request
 from model.sampling import SamplingParams
 from parallel.errors import RequestError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ((5, 60, 7), (9, 8, 7, 6, 5, 4, 3, 41, 42, 43, 44), (70,), (12, 13, 14, 15, 16, 17), (1, 2, 3, 4))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take ten times as long on two threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """Continuous batching in blocks: whoever joins, leaves, shares or gives way, every prompt goes on as it would alone."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from model.config import PREFILL_TOKENS
 from model.generation import Engine, TokenEvent, generate
@@ -15,25 +14,9 @@ from model.request import Request, plan_blocks
 from model.sampling import SamplingParams
 from parallel.errors import ConfigError, RequestError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STORY = tuple((37 * i * i + 11 * i + 5) % 500 + 3 for i in range(400))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take ten times as long on two threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def stories(shared_dir: Path) -> Path:
-    """A small trained model: its tokens hang on what it has read, and not on last bits."""
-    folder = shared_dir / "data" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip("no data/stories260K-hf among the shared data")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """Guessed tokens: what is guessed, and that whatever is guessed the tokens are those of plain decoding."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from model.generation import Engine, TokenEvent, generate
 from model.llama import LlamaForCausalLM
@@ -14,26 +13,10 @@ from model.request import Request
 from model.sampling import SamplingParams
 from model.speculation import MAX_DRAFT, PromptLookup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The model tells the same story over and over when it is long enough, so that guesses come true.
 PROMPTS = ((1,), (1, 403, 407, 261, 378), tuple(range(3, 43)) * 2, (5, 6, 7, 8, 5, 6, 7), (9,) * 30)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take ten times as long on two threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def stories(shared_dir: Path) -> Path:
-    """A small trained model."""
-    folder = shared_dir / "data" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip("no data/stories260K-hf among the shared data")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from model.checkpoint.folder_writing import check_target
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.rewriting import convert_checkpoint
 from model.config import build_config
-from model.generation import Engine, Request, generate
+from model.generation import Engine, generate
 from model.llama import LlamaForCausalLM
 from model.loading import check_checkpoint
 from model.packing import pack_integers, unpack_integers
 from model.quantization.rounding import quantize_rows
+from model.request import Request
 from model.sampling import SamplingParams
 from model.scheme import LinearScheme, Scheme, read_scheme
 from parallel.errors import CheckpointError, ConfigError
