@@ -5,7 +5,6 @@ Knows processes and the progress board; not what ranks do, and nothing of other 
 """
 
 import os
-import select
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.rank_failure import RankFailure, read_failure
+from parallel.process_ends import find_ended
 from parallel.progress import WAITING, ProgressBoard
 
 _POLL_SECONDS = 0.05
@@ -106,12 +106,10 @@ class RankWatch(threading.Thread):
         while not self._closed.is_set():
             with self._lock:
                 descriptors = dict(self._descriptors)
-            ready = select.select(list(descriptors.values()), [], [], _POLL_SECONDS)[0] if descriptors else []
-            if not descriptors:
-                time.sleep(_POLL_SECONDS)
+            ended = find_ended(descriptors, _POLL_SECONDS)
             with self._lock:
                 if descriptors == self._descriptors:
-                    self._look({rank for rank, descriptor in descriptors.items() if descriptor in ready})
+                    self._look(ended)
 
     def close(self) -> None:
         """Stop watching."""
@@ -130,8 +128,7 @@ class RankWatch(threading.Thread):
     def look_again(self) -> FirstFailure | None:
         """The same, with what has happened since the thread looked last: the agent may be faster."""
         with self._lock:
-            ready = select.select(list(self._descriptors.values()), [], [], 0)[0] if self._descriptors else []
-            self._look({rank for rank, descriptor in self._descriptors.items() if descriptor in ready})
+            self._look(find_ended(self._descriptors))
             return self._failure
 
     def end_all(self) -> None:

@@ -8,7 +8,6 @@ and ends when a peer dies. The memory has no name in any file system: it is gone
 import ctypes
 import mmap
 import os
-import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.process_ends import find_ended
 from parallel.store_waiting import wait_for_ranks
 
 _SLOT_BYTES = 1 << 20
@@ -211,7 +211,7 @@ class _PeerWatch:
 
     def is_dead(self, peer: int) -> bool:
         """True when the peer's process has ended."""
-        return bool(select.select([self._descriptors[peer]], [], [], 0)[0])
+        return bool(find_ended({peer: self._descriptors[peer]}))
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -1,0 +1,13 @@
+"""Which of some processes have ended, by their pidfds. Knows descriptors; not whose processes they are."""
+
+import select
+from collections.abc import Mapping
+
+
+def find_ended(descriptors: Mapping[int, int], timeout_seconds: float = 0) -> set[int]:
+    """The keys of the pidfds whose processes have ended, zombies included; waits up to `timeout_seconds` for the first."""
+    poll = select.poll()  # select() takes no descriptor above 1023
+    for descriptor in descriptors.values():
+        poll.register(descriptor, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(timeout_seconds * 1000)}
+    return {key for key, descriptor in descriptors.items() if descriptor in ready}
