@@ -15,10 +15,15 @@ _SUMS, _TRIES = 4, 6
 
 
 def measure_bandwidth(
-    collectives: Collectives, gather: Callable[[list[int]], list[list[int]]], device: torch.device, num_local: int, threads: int
+    collectives: Collectives,
+    gather: Callable[[list[int]], list[list[int]]],
+    device: torch.device,
+    num_local: int,
+    threads: int,
+    block_bytes: int = _BLOCK_BYTES,
 ) -> float:
     """Bytes a second that all ranks read together; the best of several tries. `num_local`: ranks on this host."""
-    size = max(_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD * threads)
+    size = max(block_bytes, _BLOCK_BYTES_A_THREAD * threads)
     if device.type == "cpu" and (available := read_available_bytes()) is not None:
         size = min(size, available // (4 * num_local))
     block = torch.ones(max(1, size // 4), device=device)

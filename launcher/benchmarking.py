@@ -62,9 +62,9 @@ def bench(options: BenchOptions) -> None:
     batch_sizes = read_batch_sizes(options.batch_sizes)
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     job = build_job(run, plan_bench(options, run, batch_sizes))
-    console = WorkConsole(run.world_size, "measuring, rounds")
+    console = WorkConsole(run.world_size, "measuring, rounds", "the measurement begins anew")
     try:
-        run_job(run, job, console.on_event, "the measurement begins anew")
+        run_job(run, job, console)
     finally:
         console.close()
     if run.environment.rank:

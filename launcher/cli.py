@@ -32,6 +32,7 @@ from launcher.option_types import (
     WorkersOption,
 )
 from launcher.predict_cli import app as predict_app
+from launcher.serve_cli import app as serve_app
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -248,7 +249,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
         print(f"{name + ':':<{width}} {'-' if value is None else quote_name(str(value))}{f' (from {origin})' if origin else ''}")
 
 
-for group in (predict_app, commands, bench_app, checkpoint_app):
+for group in (predict_app, serve_app, commands, bench_app, checkpoint_app):
     app.add_typer(group)
 
 

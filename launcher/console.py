@@ -26,8 +26,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from launcher.observer import RunObserver
 from launcher.results import Record, ResultsFile
-from launcher.tasks import Decode
+from launcher.tasks import Decode, Task
 from launcher.whole_file import write_whole
 from model.request import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
@@ -99,11 +100,12 @@ def loading_progress(world_size: int) -> WorkProgress:
     return ByteProgress("loading" if world_size == 1 else f"loading on {world_size} ranks, the first one's part")
 
 
-class WorkConsole:
+class WorkConsole(RunObserver):
     """Consumes the events of a run that ends in one result: shows progress, keeps the result."""
 
-    def __init__(self, world_size: int, what: str) -> None:
+    def __init__(self, world_size: int, what: str, redone: str) -> None:
         self._loading, self._working = loading_progress(world_size), WorkProgress(what)
+        self.redone = redone
         self.result: dict[str, Any] | None = None
 
     def on_event(self, event: dict[str, Any]) -> None:
@@ -124,11 +126,13 @@ class WorkConsole:
         self._working.close()
 
 
-class RunConsole:
+class RunConsole(RunObserver):
     """Consumes the events of one run that decodes. `prompts`: the texts of the requests. `done`: what an earlier run has finished.
 
     Tokens come from one thread; another may ask what is left to do.
     """
+
+    redone = "go on with the same tokens"
 
     def __init__(
         self,
@@ -169,7 +173,11 @@ class RunConsole:
                 self._print_result(self._num_printed)
             self._num_printed += 1
 
-    def continue_task(self) -> Decode:
+    def continue_task(self, task: Task) -> Task:
+        """What is left to do now."""
+        return self.plan_task()
+
+    def plan_task(self) -> Decode:
         """What is left to do: every prompt with the tokens that it has."""
         with self._lock:
             return Decode(
@@ -179,7 +187,7 @@ class RunConsole:
                 )
             )
 
-    def note_failure(self, at_seconds: float) -> None:
+    def note_failure(self, cause: str, at_seconds: float) -> None:
         """A rank failed at this time.time(), and the run goes on."""
         self._failed_at = at_seconds
         self._loading.close()
@@ -219,7 +227,9 @@ class RunConsole:
             file=sys.stderr,
         )
 
-    def _take_token(self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int) -> None:
+    def _take_token(
+        self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int, top_logprobs: Any
+    ) -> None:
         with self._lock:
             if position < len(self._tokens[index]):
                 return  # the last words of an attempt that failed, said again by the next

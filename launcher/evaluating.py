@@ -40,9 +40,10 @@ def evaluate(options: EvaluateOptions) -> None:
     run = open_run(options)
     task = _plan_windows(options, options.data, run) if options.task == "perplexity" else _plan_questions(options, options.data, run)
     job = build_job(run, task)
-    console = WorkConsole(run.world_size, f"{options.task}, {'windows' if options.task == 'perplexity' else 'questions'}")
+    what = f"{options.task}, {'windows' if options.task == 'perplexity' else 'questions'}"
+    console = WorkConsole(run.world_size, what, "the evaluation begins anew")
     try:
-        run_job(run, job, console.on_event, "the evaluation begins anew")
+        run_job(run, job, console)
     finally:
         console.close()
     if run.environment.rank:

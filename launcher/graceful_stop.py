@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGINT and SIGHUP do to a run: the first asks for an end after the current token, a second ends it at once.
+"""What SIGTERM, SIGINT and SIGHUP do to a run: the first asks for an end, a second ends it at once.
 
 Knows signals and a question to ask; not what answers it.
 """
@@ -14,8 +14,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from parallel.errors import TandemError
 
-GRACE_SECONDS = 3.0
-"""How long the current token may take."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -30,7 +28,8 @@ class StoppedError(TandemError):
 class GracefulStop:
     """In its `with` block signals ask first. Ends the block with the elastic agent's SignalException, which its agent understands."""
 
-    def __init__(self, ask: Callable[[], None]) -> None:
+    def __init__(self, ask: Callable[[int], float]) -> None:
+        """`ask` gets the signal, and says how many seconds the end may take."""
         self._ask = ask
         self._answered = threading.Event()
         self._over = False
@@ -73,9 +72,9 @@ class GracefulStop:
             self._over = True
             raise SignalException(f"signal {number}", signal.Signals(self.number))
         self.number = number
-        threading.Thread(target=self._wait, daemon=True, name="grace").start()
-        self._ask()
+        seconds = self._ask(number)
+        threading.Thread(target=self._wait, args=(seconds,), daemon=True, name="grace").start()
 
-    def _wait(self) -> None:
-        self._answered.wait(GRACE_SECONDS)
+    def _wait(self, seconds: float) -> None:
+        self._answered.wait(seconds)
         self.end_now()

@@ -26,12 +26,13 @@ from launcher.graceful_stop import StoppedError
 from launcher.job import Job
 from launcher.key_value_store import connect_store, open_store
 from launcher.meeting import Seat, find_alone, meet
+from launcher.rank import StopAsked
 from launcher.rank_failure import RankFailure
 from launcher.rank_watch import STACK_SIGNAL, read_state
 from launcher.scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.tasks import read_task, write_task
 from launcher.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
-from launcher.worker import StopAsked, run_rank
+from launcher.worker import run_rank
 from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
 
@@ -116,7 +117,7 @@ class _Joining:
             self.seat = meet(self._store, self.rank, world_size, address, job.digest, job.timeout_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(json.loads(self._store.get("task"))))
-        run_rank(job, self.seat, self._store, self.progress, emit, wait_seconds=job.timeout_seconds)
+        run_rank(job, self.seat, self._store, self.progress, emit, lambda wait_seconds: [], wait_seconds=job.timeout_seconds)
 
     def find_dead(self) -> list[int]:
         """The ranks of this host whose processes have ended."""

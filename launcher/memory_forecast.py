@@ -6,7 +6,7 @@ from pathlib import Path
 from launcher.control_groups import read_memory_group
 from launcher.cores import share_cores
 from launcher.job import Job
-from launcher.tasks import Bench, Decode, Task
+from launcher.tasks import Bench, Decode, Serve
 from model.config import LlamaConfig
 from model.native import find_kernels
 from model.planning import Workload, plan_ranks
@@ -16,7 +16,7 @@ from model.scheme import Scheme
 def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, str], local_workers: int) -> str | None:
     """A warning, when decoding on this host's ranks is planned to need more memory than there is; else None."""
     available = read_available_bytes()
-    sequences = _plan_sequences(job.task)
+    sequences = _plan_sequences(job)
     if sequences is None or job.device != "cpu" or available is None:
         return None
     workload = Workload(
@@ -38,8 +38,11 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
     )
 
 
-def _plan_sequences(task: Task) -> tuple[int, int] | None:
+def _plan_sequences(job: Job) -> tuple[int, int] | None:
     """How many sequences a task decodes, and the tokens of the longest; None where it decodes none."""
+    task = job.task
+    if isinstance(task, Serve):
+        return job.max_batch_size, job.context_tokens
     if isinstance(task, Decode):
         return len(task.requests), max(len(request.prompt_ids) + request.params.max_new_tokens for request in task.requests)
     if isinstance(task, Bench):

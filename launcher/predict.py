@@ -60,7 +60,7 @@ def predict(options: PredictOptions) -> None:
     done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
     output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
     console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
-    job = build_job(run, console.continue_task())
+    job = build_job(run, console.plan_task())
     if job.num_blocks is not None:
         for request in requests:
             check_memory(request, job.num_blocks, job.block_size)
@@ -73,7 +73,7 @@ def predict(options: PredictOptions) -> None:
         if console.is_done and run.nodes.num_nodes == 1 and not run.environment.is_rank:
             print(f"nothing to do: all {len(prompts)} prompts are in {options.output}", file=sys.stderr)
         else:
-            restarts = run_job(run, job, console.on_event, "go on with the same tokens", console.continue_task, console.note_failure)
+            restarts = run_job(run, job, console)
     finally:
         console.close()
     if run.environment.rank or run.nodes.node_rank:

@@ -45,14 +45,14 @@ def quantize(options: QuantizeOptions) -> None:
     job = build_job(
         run, Quantize(recipe=recipe, samples=tuple(samples), work_folder=str(work.path)), dtype="float32" if not options.dtype else None
     )
-    console = WorkConsole(run.world_size, f"quantizing ({options.approach}), layers")
+    console = WorkConsole(run.world_size, f"quantizing ({options.approach}), layers", "layers that are done are kept")
     started = time.perf_counter()
     if not run.environment.rank:
         done = work.open(_describe(run, recipe, samples, job.dtype))
         if done:
             print(f"{done} of {config.num_hidden_layers + 1} layers are done already; going on", file=sys.stderr)
     try:
-        run_job(run, job, console.on_event, "layers that are done are kept")
+        run_job(run, job, console)
     finally:
         console.close()
     if run.environment.rank:

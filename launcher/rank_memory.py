@@ -1,9 +1,11 @@
-"""The memory of this process: how freed tensors go back to the system, and the most that there was. Knows glibc and /proc."""
+"""The memory of this process: how freed tensors go back to the system, what there is and the most that there was. Knows glibc and /proc."""
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 
 
@@ -15,6 +17,11 @@ def give_back_memory() -> None:
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def read_rss_bytes() -> int:
+    """The resident size of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
 def read_peak_rss_bytes() -> int:

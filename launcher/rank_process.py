@@ -20,9 +20,11 @@ from launcher.environment import read_environment
 from launcher.job import Job
 from launcher.key_value_store import connect_store
 from launcher.meeting import find_alone, meet
+from launcher.rank import Emit, StopAsked
 from launcher.rank_failure import RankFailure
+from launcher.rank_service import Inbox, Message
 from launcher.rank_watch import STACK_SIGNAL, error_file, stack_file
-from launcher.worker import Emit, StopAsked, run_rank
+from launcher.worker import run_rank
 from parallel.progress import Progress, ProgressBoard
 
 JOB_FILE = "job.json"
@@ -37,13 +39,24 @@ def _silent(event: dict[str, Any]) -> None:
     """Ranks above 0 report nothing."""
 
 
-def _connect_to_parent(folder: Path) -> Emit:
+def _hear_nothing(wait_seconds: float) -> list[Message]:
+    """Nobody speaks to ranks above 0."""
+    return []
+
+
+def _connect_to_parent(folder: Path) -> tuple[Emit, Inbox]:
     connection = Client(str(folder / SOCKET_FILE), "AF_UNIX")
 
     def emit(event: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(event).encode())
 
-    return emit
+    def receive(wait_seconds: float) -> list[Message]:
+        messages: list[Message] = []
+        while connection.poll(0.0 if messages else wait_seconds):
+            messages.append(json.loads(connection.recv_bytes()))
+        return messages
+
+    return emit, receive
 
 
 def main() -> None:
@@ -70,8 +83,8 @@ def main() -> None:
                 wait_seconds = job.timeout_seconds + _SLACK_SECONDS
                 store = PrefixStore(f"tandem/ranks_{attempt}", connect_store(address, port, wait_seconds))
                 seat = meet(store, rank, world_size, address, "", wait_seconds)
-            emit = _connect_to_parent(folder) if rank == 0 else _silent
-            run_rank(job, seat, store, progress, emit, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
+            emit, inbox = _connect_to_parent(folder) if rank == 0 else (_silent, _hear_nothing)
+            run_rank(job, seat, store, progress, emit, inbox, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
         except StopAsked:
             signal.pause()  # the parent has what it wants, and ends all ranks
         except BaseException as error:

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
+from launcher.connecting import shared_memory_works
 from launcher.console import ByteProgress
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
 from launcher.joining import join_ranks
 from launcher.memory_forecast import forecast_memory
 from launcher.nodes import Nodes, plan_nodes
+from launcher.observer import RunObserver
 from launcher.options import CheckpointOptions, RunOptions
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
 from launcher.tasks import Task
 from launcher.verdict import RanksFailedError
-from launcher.worker import shared_memory_works
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
@@ -172,24 +173,15 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     return job
 
 
-def run_job(
-    run: Run,
-    job: Job,
-    on_event: Callable[[dict[str, Any]], None],
-    redone: str,
-    continue_task: Callable[[], Task] | None = None,
-    note_failure: Callable[[float], None] = lambda at_seconds: None,
-) -> int:
+def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     """Start the ranks, or be one of those that a launcher started; give the number of restarts.
 
-    `redone` says in words what happens again after a restart, `continue_task` what is left to do then; `note_failure` is told the
-    time.time() of the failure before. Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM
-    and SIGINT.
+    Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
     """
     options, own, environment = run.options, run.settings.tandem, run.environment
     log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
     if environment.is_rank:
-        join_ranks(environment, job, log_dir, on_event)
+        join_ranks(environment, job, log_dir, observer.on_event)
         return environment.restart_count
     opened = run.opened
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
@@ -198,11 +190,11 @@ def run_job(
     max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
-        note_failure(at_seconds)
-        print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {redone}", file=sys.stderr)
+        observer.note_failure(cause, at_seconds)
+        print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {observer.redone}", file=sys.stderr)
 
     try:
-        return spawn_ranks(job, run.nodes, log_dir, max_restarts, on_event, tell, continue_task or (lambda: job.task))
+        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
     except RanksFailedError as error:
         error.verdict.write(log_dir)
         raise

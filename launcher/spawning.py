@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from torch.distributed import DistError
@@ -28,6 +29,7 @@ from launcher.graceful_stop import GracefulStop, StoppedError
 from launcher.job import Job
 from launcher.key_value_store import StoreError
 from launcher.nodes import Nodes
+from launcher.observer import RunObserver
 from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.rank_watch import RankWatch
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
@@ -38,6 +40,8 @@ from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
+_GRACE_SECONDS = 3.0
+"""How long the current token may take when a signal asks for the end."""
 _EXIT_BARRIER_SECONDS = 30.0
 
 
@@ -46,15 +50,13 @@ def spawn_ranks(
     nodes: Nodes,
     log_dir: Path,
     max_restarts: int,
-    on_event: Callable[[dict[str, Any]], None],
+    observer: RunObserver,
     on_restart: Callable[[int, str, float], None],
-    continue_task: Callable[[], Task],
 ) -> int:
     """Run `job` on new processes of this node; give the number of restarts that it took.
 
-    `on_event` gets rank 0's events, `on_restart` the number of each restart, what failed and the time.time() of that;
-    `continue_task` says what is left to do then. Raises RanksFailedError with the verdict, StoppedError on SIGINT and SIGTERM. When it
-    returns or raises, no rank is left.
+    `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
+    StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     log_dir.chmod(0o700)
@@ -66,17 +68,24 @@ def spawn_ranks(
     with open_run_folder() as folder:
         board = ProgressBoard(folder / BOARD_FILE, nodes.local_workers, create=True)
         watch = RankWatch(board, folder, job.timeout_seconds)
-        stop = GracefulStop(lambda: board.ask_to_stop(0))
+
+        def ask_to_stop(number: int) -> float:
+            seconds = observer.ask_to_stop(number)
+            if seconds is None:
+                board.ask_to_stop(0)
+            return _GRACE_SECONDS if seconds is None else seconds
+
+        stop = GracefulStop(ask_to_stop)
         rendezvous: NodeRendezvous | None = None
         agent: _Agent | None = None
         with Listener(str(folder / SOCKET_FILE), "AF_UNIX") as listener, stop:
-            receiver = _Receiver(listener, on_event, stop)
+            receiver = _Receiver(listener, observer, stop)
             receiver.start()
             try:
                 rendezvous = NodeRendezvous(
                     nodes.node_rank, nodes.num_nodes, nodes.master_addr, nodes.master_port, job.timeout_seconds, _greet(job, nodes)
                 )
-                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, on_restart, continue_task)
+                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, observer, on_restart)
                 watch.start()
                 result = agent.run()
                 if result.is_failed():
@@ -116,8 +125,8 @@ class _Agent(LocalElasticAgent):
         folder: Path,
         log_dir: Path,
         max_restarts: int,
+        observer: RunObserver,
         on_restart: Callable[[int, str, float], None],
-        continue_task: Callable[[], Task],
     ) -> None:
         spec = WorkerSpec(
             role="rank",
@@ -132,7 +141,7 @@ class _Agent(LocalElasticAgent):
         super().__init__(spec, logs, exit_barrier_timeout=_EXIT_BARRIER_SECONDS, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._job, self._logs, self._rendezvous_handler, self._watch, self._board = job, logs, rendezvous, watch, board
         self._stopping = stop
-        self._folder, self._on_restart, self._continue_task = folder, on_restart, continue_task
+        self._folder, self._observer, self._on_restart = folder, observer, on_restart
         self.first_rank = 0
         self.num_restarts = 0
 
@@ -154,6 +163,8 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._watch.look_again()  # before the agent takes the exit codes, and ends the others
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed() and not self._observer.may_restart():
+            self._remaining_restarts = 0
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
@@ -170,10 +181,10 @@ class _Agent(LocalElasticAgent):
         """What the first node has left to do: only it hears rank 0."""
         handler = self._rendezvous_handler
         if handler.num_nodes == 1:
-            return self._continue_task()
+            return self._observer.continue_task(self._job.task)
         key = f"task/{attempt}"
         if handler.node == 0:
-            handler.share(key, json.dumps(write_task(self._continue_task())))
+            handler.share(key, json.dumps(write_task(self._observer.continue_task(self._job.task))))
         return read_task(json.loads(handler.wait_for(key)))
 
 
@@ -207,9 +218,9 @@ class _RankLogs(LogsSpecs):
 class _Receiver(threading.Thread):
     """Hands rank 0's events on; a rank that was restarted connects anew."""
 
-    def __init__(self, listener: Listener, on_event: Callable[[dict[str, Any]], None], stop: GracefulStop) -> None:
+    def __init__(self, listener: Listener, observer: RunObserver, stop: GracefulStop) -> None:
         super().__init__(daemon=True)
-        self._listener, self._on_event, self._stopping = listener, on_event, stop
+        self._listener, self._observer, self._stopping = listener, observer, stop
         self.error: Exception | None = None
         self._finished = threading.Event()
 
@@ -233,6 +244,18 @@ class _Receiver(threading.Thread):
         self.join()
 
     def _receive(self, connection: Connection) -> None:
+        # A rank in a long step does not listen; whoever has something to say must not wait for it.
+        outbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
+        sender.start()
+        if not self._finished.is_set():
+            self._observer.connect(outbox.put)
+        try:
+            self._hear(connection)
+        finally:
+            outbox.put(None)
+
+    def _hear(self, connection: Connection) -> None:
         while True:
             try:
                 event = json.loads(connection.recv_bytes())
@@ -242,10 +265,16 @@ class _Receiver(threading.Thread):
                 self._stopping.answer()
             elif self.error is None:
                 try:
-                    self._on_event(event)
+                    self._observer.on_event(event)
                 except Exception as error:  # raised again by the parent when the ranks have ended
                     self.error = error
                     self._stopping.end_now()
+
+
+def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None]") -> None:
+    with suppress(OSError):  # a rank that has died does not listen; the watch knows
+        while (message := outbox.get()) is not None:
+            connection.send_bytes(json.dumps(message).encode())
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What the ranks of a run do: decode prompts, evaluate a checkpoint, measure its speed, or quantize one. Plain values that travel as JSON.
+"""What the ranks of a run do: decode prompts, serve, evaluate, measure speed, quantize. Plain values that travel as JSON.
 
 Knows ids only: texts have been encoded. How each is run: `launcher/worker.py`.
 """
@@ -21,6 +21,16 @@ class Decode:
 
     requests: tuple[Request, ...]
     """The prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """Go on with prompts as they come."""
+
+    requests: tuple[Request, ...]
+    """Those that are there already."""
+    prefill_tokens: int
+    """Of a pass at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +81,7 @@ class Bench:
     """When the command began, on rank 0's time.monotonic()."""
 
 
-Task = Decode | Evaluate | Quantize | Bench
+Task = Decode | Serve | Evaluate | Quantize | Bench
 
 
 def write_task(task: Task) -> dict[str, Any]:
@@ -84,13 +94,18 @@ def read_task(raw: dict[str, Any]) -> Task:
     return _READERS[raw["kind"]](raw)
 
 
+def read_request(raw: dict[str, Any]) -> Request:
+    """The inverse of `asdict`, from JSON."""
+    params = SamplingParams.from_json(raw["params"])
+    return Request(raw["index"], tuple(raw["prompt_ids"]), params, tuple(raw["known_ids"]), raw["known_reason"])
+
+
 def _read_decode(raw: dict[str, Any]) -> Decode:
-    return Decode(
-        tuple(
-            Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"]), tuple(r["known_ids"]), r["known_reason"])
-            for r in raw["requests"]
-        )
-    )
+    return Decode(tuple(map(read_request, raw["requests"])))
+
+
+def _read_serve(raw: dict[str, Any]) -> Serve:
+    return Serve(requests=tuple(map(read_request, raw["requests"])), prefill_tokens=raw["prefill_tokens"])
 
 
 def _read_evaluate(raw: dict[str, Any]) -> Evaluate:
@@ -118,6 +133,7 @@ def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
 
 _READERS: dict[str, Callable[[dict[str, Any]], Task]] = {
     "Decode": _read_decode,
+    "Serve": _read_serve,
     "Evaluate": _read_evaluate,
     "Quantize": _read_quantize,
     "Bench": _read_bench,

@@ -51,7 +51,7 @@ class _Ranks(ctypes.Structure):
         ("slot_bytes", _SIZE),
         ("sequence", _LONG),
         ("check", _CHECK),
-        *((name, _POINTER) for name in ("beats", "operation", "entered")),
+        *((name, _POINTER) for name in ("beats", "operation", "entered", "gathered")),
         ("gathering", _LONG),
         ("computing", _LONG),
     ]

@@ -17,10 +17,10 @@ import torch
 
 from model.batch import Span
 from model.cache import KeyValueCache
-from model.config import DEFAULT_BLOCK_SIZE, count_blocks
+from model.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
 from model.llama import LlamaForCausalLM
 from model.request import Request, check_memory, check_request
-from model.sampling import SamplingState, sample
+from model.sampling import Choice, SamplingState, sample
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
 
@@ -39,6 +39,8 @@ class TokenEvent:
     """"eos" or "length" with the last token."""
     position: int
     """How many new tokens came before it."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the likeliest tokens there, where asked for."""
 
 
 @dataclass(slots=True)
@@ -73,18 +75,23 @@ class Engine:
         num_blocks: int | None = None,
         share_prefixes: bool = True,
         speculate: bool = False,
+        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_known: bool = False,
     ) -> None:
         """`num_blocks`: of keys and values; None has room for `max_batch_size` whole contexts, which is a lot of address space.
 
         `share_prefixes`: keep one copy of equal beginnings. `speculate`: guess tokens of greedy sequences and verify several in a
-        pass; nothing is guessed where the model's bits depend on the rows of a pass. Raises ConfigError for impossible blocks.
+        pass; nothing is guessed where the model's bits depend on the rows of a pass. `prefill_tokens`: of a pass at most.
+        `prefill_known`: take known tokens through with their prompts instead of one by one, and leave out what has ended; the bits of
+        what follows are the same where the model is batch-invariant. Raises ConfigError for impossible blocks.
         """
         if num_blocks is None:
             num_blocks = max_batch_size * count_blocks(model.config.max_position_embeddings, block_size)
         self._model = model
         self._store = model.build_store(num_blocks, block_size)
-        self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes)
+        self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes, prefill_tokens=prefill_tokens)
         self.speculates = speculate and model.batch_invariant
+        self._prefill_known = prefill_known
         self._began: float | None = None
         self.times = EngineTimes()
 
@@ -100,7 +107,14 @@ class Engine:
         lookup = PromptLookup() if self.speculates and not request.params.do_sample else None
         if lookup is not None:
             lookup.extend(request.prompt_ids)
-        self._scheduler.add(LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup))
+        sequence = LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup)
+        if self._prefill_known:
+            if request.known_reason:
+                return
+            for token in request.known_ids:
+                sampling.take(token)
+                self._go_on(sequence, token)
+        self._scheduler.add(sequence)
 
     def cancel(self, index: int) -> None:
         """Drop a request and free its memory; nothing happens where it has ended. No event tells of it."""
@@ -110,6 +124,21 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return self._scheduler.has_unfinished
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have memory."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for memory, or for a place among those that run."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of keys and values that there are."""
+        return self._store.num_blocks
 
     @property
     def num_used_blocks(self) -> int:
@@ -158,7 +187,7 @@ class Engine:
             if part.is_last:
                 wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
                 rows.extend(range(end - len(part.drafts) - 1, end))
-        chosen: dict[int, tuple[int, float | None]] = {}
+        chosen: dict[int, Choice] = {}
         if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
             # Known rows go along: how many there are decides the last bits.
@@ -174,21 +203,21 @@ class Engine:
                 place += 1 + len(part.drafts)
         return events
 
-    def _take(self, part: Part, chosen: Sequence[tuple[int, float | None] | None]) -> list[TokenEvent]:
+    def _take(self, part: Part, chosen: Sequence[Choice | None]) -> list[TokenEvent]:
         """Go on with the next token, and with one more for each guess that was right."""
         sequence, events, num_right, reason = part.sequence, [], 0, None
         for ahead, found in enumerate(chosen):
             known = sequence.knows(0)
-            if known is None:
-                assert found is not None
-                token, logprob = found
-            else:
-                token, logprob = known, None
+            if known is not None:
+                found = Choice(known, None)
+            assert found is not None
+            token = found.token_id
             if known is not None or part.drafts:
                 sequence.sampling.take(token)
             reason = self._go_on(sequence, token)
             if known is None:
-                events.append(TokenEvent(sequence.request.index, token, logprob, reason, sequence.num_new - 1))
+                position = sequence.num_new - 1
+                events.append(TokenEvent(sequence.request.index, token, found.logprob, reason, position, found.top_logprobs))
             if reason or ahead == len(part.drafts) or part.drafts[ahead] != token:
                 break
             num_right += 1
@@ -240,5 +269,9 @@ def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> Sampli
     """The state as it would be behind so many right guesses, to be thrown away; without guesses the state itself."""
     if not drafts:
         return state
-    penalized = state.penalized.union(drafts[:ahead]) if state.params.repetition_penalty != 1 else set()
-    return SamplingState(state.params, penalized, state.generator)
+    ahead_state = SamplingState(state.params, set(), state.generator, dict(state.counts))
+    if state.params.repetition_penalty != 1:
+        ahead_state.penalized = set(state.penalized)
+    for token in drafts[:ahead]:
+        ahead_state.note(token)
+    return ahead_state

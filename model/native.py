@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_INTERFACE = 2
+_INTERFACE = 3
 """Of model/kernels/supported.c."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in model/kernels/vectors.h."""

@@ -2,11 +2,13 @@
 
 Each rank sends only its own best ones; whole logits travel when somebody samples without top-k or asks for
 log-probabilities. Order of steps and random numbers as in MindFormers: repetition penalty, temperature, top-k, top-p,
-then one draw of a numpy generator. Knows logits and ids; no text, no caches.
+then one draw of a numpy generator; OpenAI's bias and penalties stand behind the repetition penalty. Knows logits and ids; no text, no
+caches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +42,20 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after an end-of-sequence id."""
     logprobs: bool = False
-    """Report the log-probability of each new token, from the logits before any of the above."""
+    """Report the log-probability of each new token, from the logits before any of the above and below."""
+    top_logprobs: int = 0
+    """Report those of so many likeliest tokens as well."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of each new id for every time that it came, as OpenAI's."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each new id that came at all, as OpenAI's."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit)."""
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "SamplingParams":
+        """The inverse of `asdict`, from JSON."""
+        return cls(**{**raw, "logit_bias": tuple((int(token), float(bias)) for token, bias in raw["logit_bias"])})
 
     def __post_init__(self) -> None:
         checks = (
@@ -50,6 +65,9 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
+            ("top_logprobs", self.top_logprobs >= 0, "at least 0"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
         )
         for name, holds, needed in checks:
             if not holds:
@@ -66,54 +84,73 @@ class SamplingState:
     """Ids that occurred."""
     generator: np.random.RandomState
     """Its random numbers: MindFormers' generator, one a sequence, so that neighbours do not matter."""
+    counts: dict[int, int] = field(default_factory=dict)
+    """How often each new id came, where a penalty asks for it."""
 
     def take(self, token: int) -> None:
         """Go on as if this token had been chosen."""
         if self.params.do_sample:
             self.generator.random_sample()  # the one that `_draw` takes
+        self.note(token)
+
+    def note(self, token: int) -> None:
+        """This token has been chosen."""
         self.penalized.add(token)
+        if self.params.frequency_penalty or self.params.presence_penalty:
+            self.counts[token] = self.counts.get(token, 0) + 1
 
 
-def sample(
-    logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives
-) -> list[tuple[int, float | None]]:
-    """The next (id, log-probability or None) of every sequence.
+class Choice(NamedTuple):
+    """The next token of a sequence."""
+
+    token_id: int
+    logprob: float | None
+    """Where asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the likeliest, likeliest first, where asked for."""
+
+
+def sample(logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:
+    """The next token of every sequence.
 
     logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank.
     """
     first_id = sum(sizes[: collectives.rank])
+    chosen = []
     if any(_needs_all(state.params) for state in states):
         full = collectives.gather_columns(logits_local, sizes).numpy(force=True)
-        rows = []
         for values, state in zip(full, states, strict=True):
             penalized = _penalize(values, state, 0)
-            count = state.params.top_k or len(values) if state.params.do_sample else 1
-            ids = _best(penalized, count)
-            logprob = _log_probability(values) if state.params.logprobs else None
-            rows.append((ids, penalized[ids], logprob))
-    else:
-        count = max(state.params.top_k if state.params.do_sample else 1 for state in states)
-        local = logits_local.numpy(force=True)
-        mine = np.full((len(states), 2 * count), -np.inf)  # float64 holds ids and float32 logits exactly
-        for row, (values, state) in enumerate(zip(local, states, strict=True)):
-            penalized = _penalize(values, state, first_id)
-            ids = _best(penalized, count)
-            mine[row, : len(ids)] = ids + first_id
-            mine[row, count : count + len(ids)] = penalized[ids]
-        wide = [2 * count] * collectives.world_size
-        gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
-        rows = []
-        for values, state in zip(gathered.reshape(len(states), -1, 2, count), states, strict=True):
-            ids, logits = values[:, 0].ravel(), values[:, 1].ravel()
-            keep = np.lexsort((ids, -logits))[: state.params.top_k if state.params.do_sample else 1]
-            keep = keep[np.isfinite(ids[keep])]
-            rows.append((ids[keep].astype(np.int64), logits[keep].astype(np.float32), None))
-    chosen = []
-    for (ids, logits, logprob), state in zip(rows, states, strict=True):
-        token = int(_draw(ids, logits, state) if state.params.do_sample else ids[0])
-        state.penalized.add(token)
-        chosen.append((token, None if logprob is None else float(logprob[token])))
+            ids, total = _list_candidates(penalized, state.params)
+            logprobs = _log_probability(values) if state.params.logprobs else None
+            chosen.append(_choose(ids, penalized[ids], total, state, logprobs))
+        return chosen
+    count = max(state.params.top_k if state.params.do_sample else 1 for state in states)
+    local = logits_local.numpy(force=True)
+    mine = np.full((len(states), 2 * count), -np.inf)  # float64 holds ids and float32 logits exactly
+    for row, (values, state) in enumerate(zip(local, states, strict=True)):
+        penalized = _penalize(values, state, first_id)
+        ids = _best(penalized, count)
+        mine[row, : len(ids)] = ids + first_id
+        mine[row, count : count + len(ids)] = penalized[ids]
+    wide = [2 * count] * collectives.world_size
+    gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
+    for values, state in zip(gathered.reshape(len(states), -1, 2, count), states, strict=True):
+        every, logits = values[:, 0].ravel(), values[:, 1].ravel()
+        keep = np.lexsort((every, -logits))[: state.params.top_k if state.params.do_sample else 1]
+        keep = keep[np.isfinite(every[keep])]
+        chosen.append(_choose(every[keep].astype(np.int64), logits[keep].astype(np.float32), None, state, None))
     return chosen
+
+
+def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState, logprobs: Floats | None) -> Choice:
+    """One of the candidates; `logprobs`: of the whole vocabulary, where asked for."""
+    token = int(_draw(ids, logits, total, state) if state.params.do_sample else ids[0])
+    state.note(token)
+    if logprobs is None:
+        return Choice(token, None)
+    top = _best(logprobs, state.params.top_logprobs) if state.params.top_logprobs else ()
+    return Choice(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
 
 
 def _needs_all(params: SamplingParams) -> bool:
@@ -121,16 +158,58 @@ def _needs_all(params: SamplingParams) -> bool:
 
 
 def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
-    """The logits after the repetition penalty of the ids that are in this part of the vocabulary."""
-    penalty = state.params.repetition_penalty
-    if penalty == 1.0:
+    """The logits of this part of the vocabulary after bias and penalties."""
+    params = state.params
+    if params.repetition_penalty == 1.0 and not params.logit_bias and not state.counts:
         return values
-    ids = np.array(sorted(state.penalized), dtype=np.int64) - first_id
-    ids = ids[(ids >= 0) & (ids < len(values))]
     out: Floats = values.copy()
-    seen = out[ids]
-    out[ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
+    if params.repetition_penalty != 1.0:
+        ids, _ = _inside(sorted(state.penalized), first_id, len(values))
+        seen, penalty = out[ids], np.float32(params.repetition_penalty)
+        out[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    if params.logit_bias:
+        ids, keep = _inside([token for token, _ in params.logit_bias], first_id, len(values))
+        out[ids] += np.array([bias for _, bias in params.logit_bias], dtype=np.float32)[keep]
+    if state.counts:
+        ids, keep = _inside(list(state.counts), first_id, len(values))
+        counts = np.array(list(state.counts.values()), dtype=np.float32)[keep]
+        out[ids] -= counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
     return out
+
+
+def _inside(ids: Sequence[int], first_id: int, count: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
+    """Places of those ids that are in [first_id, first_id + count), and which they are."""
+    places = np.array(ids, dtype=np.int64) - first_id
+    keep = (places >= 0) & (places < count)
+    return places[keep], keep
+
+
+_NUCLEUS = 128
+
+
+def _list_candidates(values: Floats, params: SamplingParams) -> tuple[Ids, float | None]:
+    """What may be chosen of a whole vocabulary, the likeliest first where that matters; and the sum of all weights where some are left out.
+
+    A vocabulary is not sorted as a whole: that would take longer than a small model's step.
+    """
+    if not params.do_sample or params.top_k:
+        return _best(values, params.top_k if params.do_sample else 1), None
+    if params.top_p == 1:
+        return np.arange(len(values)), None
+    weights = _weigh(values, params.temperature)
+    total, count = float(weights.sum()), _NUCLEUS
+    while True:
+        ids = _best(values, count)
+        if count >= len(values) or weights[ids].sum() > params.top_p * total:
+            return ids, total
+        count *= 8
+
+
+def _weigh(logits: Floats, temperature: float) -> npt.NDArray[np.float64]:
+    """float64 exp(logits / temperature), the largest as 1."""
+    scaled = logits.astype(np.float64) / temperature
+    weights: npt.NDArray[np.float64] = np.exp(scaled - scaled.max())
+    return weights
 
 
 def _best(values: Floats, count: int) -> Ids:
@@ -146,13 +225,12 @@ def _best(values: Floats, count: int) -> Ids:
     return best[:count]
 
 
-def _draw(ids: Ids, logits: Floats, state: SamplingState) -> int:
-    """One id at random, from candidates that are sorted by falling logits."""
+def _draw(ids: Ids, logits: Floats, total: float | None, state: SamplingState) -> int:
+    """One id at random. With top-p the candidates are sorted by falling logits; `total`: weights of all, also of those left out."""
     params = state.params
-    scaled = logits.astype(np.float64) / params.temperature
-    weights = np.exp(scaled - scaled[0])
+    weights = _weigh(logits, params.temperature)
     if params.top_p < 1:
-        probabilities = weights / weights.sum()
+        probabilities = weights / (weights.sum() if total is None else total)
         reached = np.cumsum(probabilities) - probabilities  # the sum before each candidate
         ids, weights = ids[reached < params.top_p], weights[reached < params.top_p]
     # numpy's `choice` over the whole vocabulary walks the ids upwards; candidates of probability 0 change nothing.

@@ -15,6 +15,8 @@ from model.request import Request
 from model.sampling import SamplingState
 from model.speculation import MAX_DRAFT, PromptLookup
 
+_LEAST_PREFILL_TOKENS = 16
+
 
 @dataclass(slots=True, eq=False)
 class LiveSequence:
@@ -94,9 +96,9 @@ class Part:
 class Scheduler:
     """The sequences of one engine, and the blocks of its store."""
 
-    def __init__(self, store: KeyValueStore, max_batch_size: int, *, share_prefixes: bool) -> None:
+    def __init__(self, store: KeyValueStore, max_batch_size: int, *, share_prefixes: bool, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self.pool = BlockPool(store.num_blocks, store.block_size, share=share_prefixes)
-        self._max_batch_size = max_batch_size
+        self._max_batch_size, self._prefill_tokens = max_batch_size, prefill_tokens
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
         """The longest ago first. Every one of them could end if all that came later gave way."""
@@ -105,6 +107,16 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         """Whether there is anything left to plan."""
         return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have memory."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none."""
+        return len(self._waiting)
 
     def add(self, sequence: LiveSequence) -> None:
         """Let a new sequence wait."""
@@ -122,7 +134,7 @@ class Scheduler:
             self.remove(sequence)
 
     def plan(self) -> list[Part]:
-        """The next pass: a token for every sequence that decodes, then parts of prompts, up to PREFILL_TOKENS in all."""
+        """The next pass: a token for every sequence that decodes, then parts of prompts, up to `prefill_tokens` in all."""
         parts: dict[LiveSequence, Part] = {}
         short = False
         for sequence in list(self._running):
@@ -135,19 +147,36 @@ class Scheduler:
         for sequence, part in parts.items():
             if drafts := self._draft(sequence):
                 parts[sequence] = Part(sequence, part.first, 1, True, drafts)
-        budget = PREFILL_TOKENS - sum(1 + len(part.drafts) for part in parts.values())
-        for sequence in self._running:
-            if budget > 0 and not sequence.is_decoding:
-                parts[sequence] = self._take_part(sequence, budget)
-                budget -= parts[sequence].count
-        # Who has just given way must not come back at once, nor another one in its place.
-        while not short and budget > 0 and self._waiting and len(self._running) < self._max_batch_size and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            parts[sequence] = self._take_part(sequence, budget)
-            budget -= parts[sequence].count
+        # However many decode, prompts get on.
+        budget = max(_LEAST_PREFILL_TOKENS, self._prefill_tokens - sum(1 + len(part.drafts) for part in parts.values()))
+        self._plan_prefill(parts, budget, admits=not short)  # who has just given way must not come back at once, nor another one
         # A sequence may share blocks that one before it fills in the same pass, so the order matters.
         return [parts[sequence] for sequence in self._running if sequence in parts]
+
+    def _plan_prefill(self, parts: dict[LiveSequence, Part], budget: int, *, admits: bool) -> None:
+        """Parts of prompts. Half goes to the one that came first, so that it gets on; the shortest of the others come next, so that
+        they do not wait for long ones; what they leave is the first one's again."""
+        others = [sequence for sequence in self._running if not sequence.is_decoding and sequence not in parts]
+        first = others.pop(0) if others else None
+        if first is not None:
+            parts[first] = self._take_part(first, budget if not others and not self._waiting else -(-budget // 2))
+            budget -= parts[first].count
+        others.sort(key=lambda sequence: sequence.num_pending)
+        while budget > 0:
+            comes = self._waiting[0] if admits and self._waiting and len(self._running) < self._max_batch_size else None
+            if comes is not None and (not others or len(comes.ids) <= others[0].num_pending):
+                if not self._admit(comes):
+                    admits = False
+                    continue
+                self._running.append(self._waiting.popleft())
+            elif others:
+                comes = others.pop(0)
+            else:
+                break
+            parts[comes] = self._take_part(comes, budget)
+            budget -= parts[comes].count
+        if first is not None and budget > 0:
+            parts[first] = self._take_part(first, parts[first].count + budget)
 
     def is_needed(self, parts: Sequence[Part]) -> bool:
         """Whether anybody needs what a pass computes: not where all of it has ended, and nobody may share its blocks."""

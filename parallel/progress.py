@@ -1,12 +1,13 @@
 """How far every rank of a host has come, in memory that whoever watches them can read without their help.
 
-A board is a file with one line a rank: how often it got on, what it is in, and how many collectives it has entered. It tells even of
-a rank that was killed or stopped. Knows integers; not what watches, and not what ranks do.
+A board is a file with one line a rank: how often it got on, what it is in, how many collectives it has entered, how long it was in
+them. It tells even of a rank that was killed or stopped. Knows integers; not what watches, and not what ranks do.
 """
 
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ WAITING = ("gather_columns", "barrier")
 """Of these, the ones in which a rank waits for others."""
 
 _WORDS = 8  # one 64-byte cache line a rank
-_BEATS, _OPERATION, _ENTERED, _STOP = range(4)
+_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,25 @@ class Progress:
         self._line[_OPERATION] = _CODES[operation]
         self._line[_BEATS] += 1
 
+    def add_gather(self, nanoseconds: int) -> None:
+        """A gather took so long."""
+        self._line[_GATHERED] += nanoseconds
+
+    @property
+    def gather_nanoseconds(self) -> int:
+        """What all gathers took so far, waiting for the other ranks included."""
+        return self._line[_GATHERED]
+
     def enter(self, operation: str) -> None:
         """This rank goes into a collective."""
         self._line[_ENTERED] += 1
         self.set_operation(operation)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Where beats, operation and entered collectives lie, for code that keeps them itself."""
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where beats, operation, entered collectives and their nanoseconds lie, for code that keeps them itself."""
         first = ctypes.addressof(ctypes.c_char.from_buffer(self._line))
-        return first + 8 * _BEATS, first + 8 * _OPERATION, first + 8 * _ENTERED
+        return first + 8 * _BEATS, first + 8 * _OPERATION, first + 8 * _ENTERED, first + 8 * _GATHERED
 
     @property
     def operation(self) -> str:
@@ -122,7 +132,9 @@ class WatchedCollectives:
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]."""
         self._progress.enter("gather_columns")
+        started = time.monotonic_ns()
         whole = self._inner.gather_columns(local, sizes)
+        self._progress.add_gather(time.monotonic_ns() - started)
         self._progress.set_operation("computing")
         return whole
 

@@ -26,6 +26,8 @@ _BEATS = 1  # the second word of a line; the first is the rank's number
 _SPINS_BETWEEN_CHECKS = 2000
 _SPINS_BEFORE_SLEEP = 50_000
 _SLEEP_SECONDS = 0.0002
+_SPINS_BEFORE_LONG_SLEEP, _LONG_SLEEP_SECONDS = 52_500, 0.002
+"""A rank that has waited for half a second waits for work, as a server's ranks do: it need not look so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class SharedSlots:
     """Takes the number after it."""
     check: Callable[[int], None]
     """For a wait that takes long, with the number that it waits for: raises PeerError when a peer is gone."""
-    line: tuple[int, int, int]
-    """Addresses of beats, operation and entered collectives of this rank's progress line."""
+    line: tuple[int, int, int, int]
+    """Addresses of beats, operation, entered collectives and nanoseconds in them, of this rank's progress line."""
     gathering: int
     """The operation's code in a gather."""
     computing: int
@@ -83,7 +85,7 @@ class SharedMemoryCollectives:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._flag_bytes = flag_bytes
-        self._unwatched = (ctypes.c_int64 * 3)()
+        self._unwatched = (ctypes.c_int64 * 4)()
         self._heard: tuple[int, dict[int, tuple[int, float]]] = (0, {})
         self._watch = _PeerWatch(store, self._peers, self._ranks)
         self.barrier()
@@ -109,7 +111,7 @@ class SharedMemoryCollectives:
             sequence=self._sequence,
             set_sequence=self._set_sequence,
             check=self._check_wait,
-            line=(first, first + 8, first + 16),
+            line=(first, first + 8, first + 16, first + 24),
             gathering=0,
             computing=0,
         )
@@ -169,7 +171,7 @@ class SharedMemoryCollectives:
                 if spins % _SPINS_BETWEEN_CHECKS == 0:
                     self._check_peers(operation, heard)
                 if spins > _SPINS_BEFORE_SLEEP:
-                    time.sleep(_SLEEP_SECONDS)
+                    time.sleep(_SLEEP_SECONDS if spins < _SPINS_BEFORE_LONG_SLEEP else _LONG_SLEEP_SECONDS)
 
     def _check_peers(self, operation: str, heard: dict[int, tuple[int, float]]) -> None:
         """Raise PeerError for a peer that died, or that showed nothing for too long. `heard`: every peer's beats, and since when.

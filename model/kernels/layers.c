@@ -33,7 +33,7 @@ typedef struct {
     size_t slot_bytes;
     int64_t sequence;
     int (*check)(void);    /* looks after the peers; not 0: one is gone */
-    int64_t *beats, *operation, *entered; /* of this rank's progress line */
+    int64_t *beats, *operation, *entered, *gathered; /* of this rank's progress line; the last one in nanoseconds */
     int64_t gathering, computing;         /* codes of operations */
 } Ranks;
 
@@ -71,6 +71,12 @@ static int wait_for_peers(Ranks *r) {
     return 0;
 }
 
+static int64_t read_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
 /* out [rows, sum of widths] = [rows, widths[rank]] of every rank side by side. */
 static int gather(Ranks *r, const char *local, size_t rows, const int64_t *widths, size_t item, char *out) {
     size_t widest = 1, total = 0, mine = widths[r->rank] * item;
@@ -79,6 +85,7 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
         total += widths[peer] * item;
     }
     size_t rows_a_round = r->slot_bytes / widest;
+    int64_t started = read_clock();
     ++*r->entered;
     *r->operation = r->gathering;
     ++*r->beats;
@@ -96,6 +103,7 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
             column += width;
         }
     }
+    *r->gathered += read_clock() - started;
     *r->operation = r->computing;
     ++*r->beats;
     return 0;

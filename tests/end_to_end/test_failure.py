@@ -268,10 +268,10 @@ FATAL = """
 import os, signal, sys
 
 if "launcher.rank_process" in " ".join(sys.orig_argv):
-    import launcher.worker, parallel.progress
+    import launcher.rank, parallel.progress
 
     place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
-    plain, gather = launcher.worker.load_model, parallel.progress.WatchedCollectives.gather_columns
+    plain, gather = launcher.rank.load_model, parallel.progress.WatchedCollectives.gather_columns
 
     def load_model(*arguments, **options):
         if place == ("0", "1"):
@@ -283,7 +283,7 @@ if "launcher.rank_process" in " ".join(sys.orig_argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(*arguments, **options)
 
-    launcher.worker.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
+    launcher.rank.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
 """
 """Rank 1 is killed while the first attempt loads, rank 0 in the first prefill of the second."""
 

@@ -1,0 +1,120 @@
+"""From the tokens of an answer to OpenAI's objects: text as it grows, stop texts, log-probabilities, usage.
+
+Knows a tokenizer and JSON; nothing of HTTP and of who asks.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.journal import NewToken
+from model.tokenizer import StreamDecoder, Tokenizer
+
+_REASONS = {"eos": "stop", "length": "length"}
+"""The generator's words: OpenAI's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token adds to an answer."""
+
+    text: str
+    tokens: tuple[NewToken, ...]
+    """Whose log-probabilities come with it."""
+    finish_reason: str | None
+    """stop or length with the last piece."""
+
+
+class ChoiceText:
+    """The text of one answer as its tokens come. What may become a stop text is held back until that is known."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
+        self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), tuple(stops)
+        self._held = ""
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def push(self, token: NewToken) -> Piece:
+        """The piece that comes with the next token."""
+        self.num_tokens += 1
+        self._held += self._decoder.push(token.token_id)
+        reason = _REASONS[token.finish_reason] if token.finish_reason else None
+        if reason:
+            self._held += self._decoder.finish()
+        found = min((place for stop in self._stops if (place := self._held.find(stop)) >= 0), default=None)
+        if found is not None:
+            text, self._held, reason = self._held[:found], "", "stop"
+        else:
+            keep = 0 if reason else self._count_held()
+            text = self._held[: len(self._held) - keep]
+            self._held = self._held[len(text) :]
+        self.finish_reason = reason
+        return Piece(text, (token,), reason)
+
+    def _count_held(self) -> int:
+        """Characters at the end with which a stop text begins."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        return next(
+            (
+                size
+                for size in range(min(longest, len(self._held)), 0, -1)
+                if any(stop.startswith(self._held[-size:]) for stop in self._stops)
+            ),
+            0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What all objects of one answer say of themselves."""
+
+    id: str
+    model: str
+    created: int
+    is_chat: bool
+    fingerprint: str
+
+    @classmethod
+    def new(cls, model: str, *, is_chat: bool, fingerprint: str) -> "Naming":
+        """For an answer that begins now."""
+        return cls(f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", model, int(time.time()), is_chat, fingerprint)
+
+    def build(self, choices: list[dict[str, Any]], usage: dict[str, int] | None, *, is_chunk: bool) -> dict[str, Any]:
+        """The object, with its choices."""
+        kind = ("chat.completion.chunk" if is_chunk else "chat.completion") if self.is_chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
+        return {**head, "choices": choices, "usage": usage}
+
+
+def build_usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """OpenAI's count."""
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens}
+
+
+def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            {**entry(t.token_id, t.logprob or 0.0), "top_logprobs": [entry(i, value) for i, value in t.top_logprobs]} for t in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def build_text_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
+    """`logprobs` of a completion's choice; `offset`: characters of the answer before these tokens."""
+    texts = [tokenizer.decode([t.token_id], skip_special_tokens=False) for t in tokens]
+    offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+    return {
+        "tokens": texts,
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [{tokenizer.decode([i], skip_special_tokens=False): value for i, value in t.top_logprobs} or None for t in tokens],
+        "text_offset": offsets,
+    }
