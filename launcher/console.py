@@ -228,7 +228,7 @@ class RunConsole(RunObserver):
         )
 
     def _take_token(
-        self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int, top_logprobs: Any
+        self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int, top_logprobs: Any = ()
     ) -> None:
         with self._lock:
             if position < len(self._tokens[index]):

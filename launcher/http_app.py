@@ -1,228 +1,25 @@
 """The routes of a server: OpenAI's models, completions and chat completions; health, metrics, status, and the page.
 
-Knows HTTP, texts and OpenAI's objects; the ranks stand behind `launcher/serve_front.py`.
+Knows HTTP and its errors; what an answer is: `launcher/service.py`.
 """
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage
-from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
-from launcher.dispatch import Ticket
+from launcher.api_requests import ChatRequest, CompletionRequest
 from launcher.http_guard import Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
 from launcher.serve_front import ServeFront
+from launcher.service import Service
 from launcher.service_errors import ServiceError
-from model.chat import ChatTemplate
-from model.request import Request as TokenRequest
-from model.request import check_memory, check_request
-from model.sampling import SamplingParams
-from model.tokenizer import Tokenizer
 from parallel.errors import RequestError
 
-_LONG_TEXT = 20_000
-"""Characters from which a text is made ids in a thread of its own: other callers go on."""
-_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """One call, as texts and ids."""
-
-    naming: Naming
-    prompts: Sequence[tuple[int, ...]]
-    choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
-    """Ids and options of each choice; n of them for each prompt."""
-    texts: Sequence[ChoiceText]
-    echo: Sequence[str]
-    """What stands before each choice's text."""
-    with_logprobs: bool
-    with_usage: bool
-    timeout_seconds: float
-
-
-class Service:
-    """What the routes share."""
-
-    def __init__(self, front: ServeFront, tokenizer: Tokenizer, template: ChatTemplate, max_seconds: float) -> None:
-        """`max_seconds`: the longest deadline of a request."""
-        self.front, self._tokenizer, self._template, self._max_seconds = front, tokenizer, template, max_seconds
-        self._fingerprint = f"tandem-{front.served.version}"
-
-    async def plan_completion(self, body: CompletionRequest) -> _Asked:
-        """What a completion asks. Raises ServiceError, RequestError."""
-        self.check_model(body.model)
-        prompts = [await self._encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompts]
-        new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        echo = [self._tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-        return self._plan(body, prompts, [new_tokens] * len(prompts), body.logprobs, echo, is_chat=False)
-
-    async def plan_chat(self, body: ChatRequest) -> _Asked:
-        """What a chat completion asks. Raises ServiceError, RequestError."""
-        self.check_model(body.model)
-        text = self._template.render([message.to_template() for message in body.messages])
-        ids = await self._encode(text, add_special_tokens=False)
-        said = body.max_completion_tokens or body.max_tokens
-        new_tokens = said or max(1, self._room - len(ids))
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._plan(body, [ids], [new_tokens], logprobs, [""], is_chat=True)
-
-    async def run(self, asked: _Asked, request: Request) -> dict[str, Any]:
-        """The whole answer. Raises ServiceError; ConnectionError when the caller has gone."""
-        ticket = self._submit(asked, request)
-        gone = asyncio.create_task(_wait_until_gone(request))
-        work = asyncio.create_task(self._collect(asked, ticket))
-        try:
-            await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ConnectionError
-            return work.result()
-        finally:
-            self.front.dispatcher.close(ticket)
-            for task in (gone, work):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
-
-    def stream(self, asked: _Asked, request: Request) -> StreamingResponse:
-        """The answer piece by piece. Raises ServiceError when it cannot begin."""
-        ticket = self._submit(asked, request)
-        return StreamingResponse(self._write_events(asked, ticket), media_type="text/event-stream", headers=_SSE_HEADERS)
-
-    def _plan(
-        self,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[tuple[int, ...]],
-        new_tokens: Sequence[int],
-        logprobs: int | None,
-        echo: Sequence[str],
-        *,
-        is_chat: bool,
-    ) -> _Asked:
-        served = self.front.served
-        choices: list[tuple[tuple[int, ...], SamplingParams]] = []
-        for ids, count in zip(prompts, new_tokens, strict=True):
-            for params in body.plan_sampling(count, logprobs):
-                token_request = TokenRequest(len(choices), ids, params)
-                check_request(token_request, served.job.context_tokens, served.config.vocab_size)
-                check_memory(token_request, served.num_blocks, served.job.block_size)
-                choices.append((ids, params))
-        unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
-        if unknown is not None:
-            raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
-        return _Asked(
-            naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
-            prompts=prompts,
-            choices=choices,
-            texts=[ChoiceText(self._tokenizer, ids, body.stops) for ids, _ in choices],
-            echo=[text for text in echo for _ in range(body.n)],
-            with_logprobs=logprobs is not None,
-            with_usage=body.includes_usage,
-            timeout_seconds=min(body.timeout or self._max_seconds, self._max_seconds),
-        )
-
-    def _submit(self, asked: _Asked, request: Request) -> Ticket:
-        key = request.headers.get("authorization") or (request.client.host if request.client else "")
-        ticket = self.front.dispatcher.submit(key, asked.choices, asked.timeout_seconds)
-        self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
-        return ticket
-
-    async def _pieces(self, asked: _Asked, ticket: Ticket) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the choice, its next piece), until all choices have ended. Raises ServiceError."""
-        num_open = len(asked.choices)
-        while num_open:
-            event = await ticket.events.get()
-            if isinstance(event, ServiceError):
-                raise event
-            number, token = event
-            text = asked.texts[number]
-            if text.finish_reason:
-                continue  # what was on its way when a stop text was found
-            piece = text.push(token)
-            if piece.finish_reason:
-                num_open -= 1
-                if not token.finish_reason:
-                    self.front.dispatcher.end_choice(ticket, number)
-            yield number, piece
-
-    async def _collect(self, asked: _Asked, ticket: Ticket) -> dict[str, Any]:
-        pieces: list[list[Piece]] = [[] for _ in asked.choices]
-        async for number, piece in self._pieces(asked, ticket):
-            pieces[number].append(piece)
-        choices = [self._build_choice(asked, number, some, 0) for number, some in enumerate(pieces)]
-        return asked.naming.build(choices, self._count(asked), is_chunk=False)
-
-    async def _write_events(self, asked: _Asked, ticket: Ticket) -> AsyncIterator[bytes]:
-        offsets = [len(text) for text in asked.echo]
-        begun = [False] * len(asked.choices)
-        try:
-            if asked.naming.is_chat:
-                opening = [
-                    {"index": number, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-                    for number in range(len(asked.choices))
-                ]
-                yield _event(asked.naming.build(opening, None, is_chunk=True))
-            async for number, piece in self._pieces(asked, ticket):
-                if not piece.text and not piece.finish_reason and not asked.with_logprobs:
-                    continue
-                choice = self._build_choice(asked, number, [piece], offsets[number], is_chunk=True, is_first=not begun[number])
-                begun[number] = True
-                offsets[number] += len(piece.text)
-                yield _event(asked.naming.build([choice], None, is_chunk=True))
-            if asked.with_usage:
-                yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
-            yield b"data: [DONE]\n\n"
-        except ServiceError as error:
-            yield _event(error.to_json())
-        finally:
-            self.front.dispatcher.close(ticket)
-
-    def _build_choice(
-        self, asked: _Asked, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
-    ) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice: dict[str, Any] = {"index": number, "finish_reason": pieces[-1].finish_reason, "logprobs": None}
-        if asked.naming.is_chat:
-            choice["delta" if is_chunk else "message"] = {"content": text} if is_chunk else {"role": "assistant", "content": text}
-            if asked.with_logprobs:
-                choice["logprobs"] = build_chat_logprobs(self._tokenizer, tokens)
-        else:
-            choice["text"] = (asked.echo[number] if is_first else "") + text
-            if asked.with_logprobs:
-                choice["logprobs"] = build_text_logprobs(self._tokenizer, tokens, offset)
-        return choice
-
-    def _count(self, asked: _Asked) -> dict[str, int]:
-        return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
-
-    async def _encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        if len(text) < _LONG_TEXT:
-            return tuple(self._tokenizer.encode(text, add_special_tokens))
-        return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens))
-
-    @property
-    def _room(self) -> int:
-        """Tokens that a sequence may have."""
-        served = self.front.served
-        return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ServiceError for a model that is not served here."""
-        known = self.front.served.name
-        if name is not None and name != known:
-            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
 
 
 def build_app(service: Service, limits: Limits) -> Guard:
@@ -328,12 +125,3 @@ def _give_file(file: PageFile) -> Any:
         return Response(file.content, media_type=file.content_type, headers=headers)
 
     return give
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
-
-
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

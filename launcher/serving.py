@@ -72,9 +72,10 @@ def serve(options: ServeOptions) -> None:
             "start it once, with --workers (and --nnodes on several nodes)"
         )
     try:
-        from launcher.http_app import Service, build_app
+        from launcher.http_app import build_app
         from launcher.http_guard import Limits
         from launcher.serve_front import Served, ServeFront
+        from launcher.service import Service
     except ModuleNotFoundError as error:
         raise ConfigError(f"tandem serve needs {error.name}, which is not installed: {_EXTRA}") from None
     from model.chat import load_chat_template

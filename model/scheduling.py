@@ -154,28 +154,32 @@ class Scheduler:
         return [parts[sequence] for sequence in self._running if sequence in parts]
 
     def _plan_prefill(self, parts: dict[LiveSequence, Part], budget: int, *, admits: bool) -> None:
-        """Parts of prompts. Half goes to the one that came first, so that it gets on; the shortest of the others come next, so that
-        they do not wait for long ones; what they leave is the first one's again."""
+        """Parts of prompts. Shorter ones go before the one that came first, so that they do not wait for it; but it has a quarter of
+        every pass, so that it gets on, and what they leave."""
         others = [sequence for sequence in self._running if not sequence.is_decoding and sequence not in parts]
-        first = others.pop(0) if others else None
-        if first is not None:
-            parts[first] = self._take_part(first, budget if not others and not self._waiting else -(-budget // 2))
-            budget -= parts[first].count
+        if not others and admits and self._admit_next():
+            others = [self._running[-1]]
+        if not others:
+            return
+        first = others.pop(0)
         others.sort(key=lambda sequence: sequence.num_pending)
+        next_ones = [*others[:1], *list(self._waiting)[: int(admits)]]
+        is_passed = any(sequence.num_pending < first.num_pending for sequence in next_ones)
+        parts[first] = self._take_part(first, -(-budget // 4) if is_passed else budget)
+        budget -= parts[first].count
         while budget > 0:
-            comes = self._waiting[0] if admits and self._waiting and len(self._running) < self._max_batch_size else None
-            if comes is not None and (not others or len(comes.ids) <= others[0].num_pending):
-                if not self._admit(comes):
-                    admits = False
+            if admits and self._waiting and (not others or len(self._waiting[0].ids) <= others[0].num_pending):
+                admits = self._admit_next()
+                if not admits:
                     continue
-                self._running.append(self._waiting.popleft())
+                comes = self._running[-1]
             elif others:
                 comes = others.pop(0)
             else:
                 break
             parts[comes] = self._take_part(comes, budget)
             budget -= parts[comes].count
-        if first is not None and budget > 0:
+        if budget > 0:
             parts[first] = self._take_part(first, parts[first].count + budget)
 
     def is_needed(self, parts: Sequence[Part]) -> bool:
@@ -200,6 +204,13 @@ class Scheduler:
             if sequence.hollow:
                 size = self.pool.block_size
                 self.pool.hollow.update(sequence.cache.blocks[part.first // size : count_blocks(part.first + part.count, size)])
+
+    def _admit_next(self) -> bool:
+        """Let the next one that waits run, where there is a place and memory for it."""
+        if not self._waiting or len(self._running) >= self._max_batch_size or not self._admit(self._waiting[0]):
+            return False
+        self._running.append(self._waiting.popleft())
+        return True
 
     def _admit(self, sequence: LiveSequence) -> bool:
         """Give a sequence the blocks of all that it knows, those that are shared first; not if there are too few."""

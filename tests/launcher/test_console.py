@@ -101,7 +101,7 @@ def test_a_token_that_leaves_one_out_is_no_token_of_this_run() -> None:
 def test_what_is_left_to_do_holds_every_token_that_came(cut: int) -> None:
     console = build()
     say(console, TOKENS[:cut])
-    task = console.continue_task()
+    task = console.plan_task()
     assert [(r.index, r.prompt_ids, r.params) for r in task.requests] == [(r.index, r.prompt_ids, r.params) for r in REQUESTS]
     for request in task.requests:
         mine = [(ord(letter) - 96, reason) for index, letter, reason, _ in TOKENS[:cut] if index == request.index]
@@ -119,8 +119,8 @@ def test_what_an_earlier_run_has_done_is_printed_in_its_place_or_not_again(
     path.write_text("".join(undisturbed[:2]))
     capsys.readouterr()
     console = build(path, read_results(path, REQUESTS, PROMPTS, TOKENIZER.vocab_size))
-    assert [request.known_reason for request in console.continue_task().requests] == ["length", "eos", None]
-    assert [request.known_ids for request in console.continue_task().requests] == [(24, 25), (26,), ()]
+    assert [request.known_reason for request in console.plan_task().requests] == ["length", "eos", None]
+    assert [request.known_ids for request in console.plan_task().requests] == [(24, 25), (26,), ()]
     console.print_done(again=again)
     assert capsys.readouterr().out == (lines(RESULTS[:2]) if again else "")
     assert not console.is_done
@@ -146,7 +146,7 @@ def test_the_way_back_is_measured_to_the_first_new_token_of_each_attempt(tmp_pat
     console, stats = build(), tmp_path / "stats.json"
     say(console, TOKENS[:2])
     for ago, cut in ((30.0, 2), (50.0, 3)):
-        console.note_failure(time.time() - ago)
+        console.note_failure("rank 1 failed", time.time() - ago)
         say(console, TOKENS[:cut])  # nothing new
         say(console, TOKENS[cut : cut + 1])
     say(console, TOKENS[4:])

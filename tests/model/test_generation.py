@@ -295,12 +295,13 @@ def test_steps_without_a_new_token_take_no_time_of_decoding(model: LlamaForCausa
 
 
 def test_a_part_of_a_prompt_that_is_left_out_does_not_count_as_work(model: LlamaForCausalLM, passes: list[int]) -> None:
-    requests = ask(((3,) * (PREFILL_TOKENS + 1), PROMPTS[0]), max_new_tokens=1)
+    long = (4,) * (PREFILL_TOKENS + 2)
+    requests = ask(((3,) * (PREFILL_TOKENS + 1), long), max_new_tokens=1)
     _, events = run(model, requests)
-    assert passes == [1, 2]
+    assert passes == [1, 2, 1]
     engine = Engine(model)
     assert list(generate(engine, know(requests, events[:1]))) == events[1:]
-    assert (passes[2:], engine.times.prefill_tokens) == ([2], 1 + len(PROMPTS[0]))
+    assert (passes[3:], engine.times.prefill_tokens) == ([2, 1], 1 + len(long))
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ def test_who_joins_later_goes_on_as_alone_and_others_do_not_wait(model: LlamaFor
     for request in requests[2:]:
         engine.add(request)
     events += engine.step()
-    assert passes == [[1, 1, 400, 110]] and {event.index for event in events[-3:]} == {0, 1, 2}
+    assert passes == [[1, 1, 210, 300]] and {event.index for event in events[-3:]} == {0, 1, 3}
     events += engine.step()
-    assert passes[1] == [1, 1, 1, 190]
+    assert passes[1] == [1, 1, 190, 1]
     while engine.has_unfinished:
         events += engine.step()
     assert collect(events, requests) == run_alone(model, requests)
@@ -252,3 +252,45 @@ def test_ranks_agree_on_every_pass(stories: Path, run_ranks: Callable[..., list[
     for world_size in (2, 3):
         for found in run_ranks(stories, world_size, decode):
             assert found == expected
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(tiny: LlamaForCausalLM) -> None:
+    long = tuple((7 * i) % 50 + 3 for i in range(1100))
+    engine = Engine(tiny, 8, prefill_tokens=64)
+    for index, prompt in enumerate((long, long[1:], (5, 6, 7, 8))):
+        engine.add(Request(index, prompt, SamplingParams(max_new_tokens=4, ignore_eos=True)))
+    first_tokens: dict[int, int] = {}
+    for number in range(60):
+        for event in engine.step():
+            first_tokens.setdefault(event.index, number)
+    assert first_tokens[2] == 1, "it goes through as soon as those before it have begun"
+    # The oldest has a quarter of every pass at least, and all that the others leave.
+    assert max(first_tokens.values()) <= 2 * 1100 // 64 + 2
+
+
+def test_passes_hold_no_more_tokens_than_asked_for(tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda spans: (seen.append(sum(len(span.ids) for span in spans)), forward(spans))[1])
+    requests = ask((5, 6, 7), (8,) * 100, tuple(range(3, 60)) * 9, (9,) * 30, new=6)
+    found = run(tiny, requests, prefill_tokens=48)
+    assert max(seen) == 48
+    assert found == run(tiny, requests, prefill_tokens=PREFILL_TOKENS) == run_alone(tiny, requests)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_known_tokens_go_through_with_their_prompts(model: LlamaForCausalLM, speculate: bool) -> None:
+    if not model.batch_invariant:
+        pytest.skip("without the own kernels bits depend on the rows of a pass, so known tokens are taken one by one")
+    penalties = {"frequency_penalty": 0.7, "repetition_penalty": 1.2}
+    requests = ask(*mixed_prompts(), **penalties)
+    expected = run_alone(model, requests)
+    for known in (1, 7, 19):
+        again = [dataclasses.replace(r, known_ids=tuple(tokens[:known])) for r, tokens in zip(requests, expected, strict=True)]
+        engine = Engine(model, 5, prefill_known=True, speculate=speculate)
+        events = list(generate(engine, again))
+        assert collect(events, again) == [tokens[known:] for tokens in expected]
+        assert min(event.position for event in events) == known
+        assert engine.num_used_blocks == 0
+    ended = dataclasses.replace(requests[0], known_ids=(3, 4), known_reason="eos")
+    assert not Engine(model, prefill_known=True).add(ended) and not list(generate(Engine(model, prefill_known=True), [ended]))
