@@ -71,6 +71,8 @@ class _Asked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, raw: Any) -> Any:
+        if isinstance(raw, bytes):
+            raise ValueError("the body is not taken for JSON: send the header Content-Type: application/json")
         if not isinstance(raw, dict):
             raise ValueError(f"the body is a {type(raw).__name__}, but a JSON object is needed")
         kept = {}

@@ -24,10 +24,10 @@ _SLOT_BYTES = 1 << 20
 _FLAG_WORDS = 8  # one 64-byte cache line a rank, so that ranks do not disturb each other
 _BEATS = 1  # the second word of a line; the first is the rank's number
 _SPINS_BETWEEN_CHECKS = 2000
-_SPINS_BEFORE_SLEEP = 50_000
+_SPINS_BEFORE_SLEEP = 10_000
 _SLEEP_SECONDS = 0.0002
-_SPINS_BEFORE_LONG_SLEEP, _LONG_SLEEP_SECONDS = 52_500, 0.002
-"""A rank that has waited for half a second waits for work, as a server's ranks do: it need not look so often."""
+_SPINS_BEFORE_LONG_SLEEP, _LONG_SLEEP_SECONDS = 10_300, 0.002
+"""A rank that has waited for a tenth of a second waits for work, as a server's ranks do: it need not look so often."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,9 +128,7 @@ def test_of_equal_logits_the_lowest_id_wins(sizes: list[int], sample_split: Call
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_of_equal_logits_the_lowest_ids_are_the_candidates(
-    sizes: list[int], sample_split: Callable[..., list[Choice]]
-) -> None:
+def test_of_equal_logits_the_lowest_ids_are_the_candidates(sizes: list[int], sample_split: Callable[..., list[Choice]]) -> None:
     found = sample_split(torch.zeros((90, VOCAB)), lambda: [start_state(seed, do_sample=True, top_k=30) for seed in range(90)], sizes)
     assert max(choice.token_id for choice in found) < 30 and len(set(found)) > 20
 
