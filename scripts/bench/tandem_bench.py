@@ -66,13 +66,23 @@ class BenchCall:
             raise BenchError(f"not one JSON object: {output[-200:]!r}") from None
 
 
+def build_environment() -> dict[str, str]:
+    """Of a program to start: this checkout can be imported in any folder."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def run_program(command: Sequence[str], timeout_seconds: float) -> str:
     """Standard output of a program, started in a folder of its own so that its logs go with it. Raises BenchError."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
             result = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=timeout_seconds, cwd=folder, env=environment
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_seconds,
+                cwd=folder,
+                env=build_environment(),
             )
         except subprocess.TimeoutExpired:
             raise BenchError(f"no end after {timeout_seconds:g} s") from None
