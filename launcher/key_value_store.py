@@ -3,6 +3,7 @@
 Knows addresses, ports and time limits; not who meets there, and not what they say.
 """
 
+import ipaddress
 import socket
 import time
 from contextlib import suppress
@@ -17,7 +18,6 @@ _CALL_SECONDS = 30.0
 """How long one question to a store that is there may take."""
 _RETRY_SECONDS = 0.1
 _NAME_SECONDS = 20.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class StoreError(RunError):
@@ -26,7 +26,10 @@ class StoreError(RunError):
 
 def is_loopback(address: str) -> bool:
     """Whether only processes of this host can reach the address."""
-    return address in _LOOPBACK or address.startswith("127.")
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False  # 127.example.com is a name like any other
 
 
 def open_store(address: str, port: int) -> tuple[TCPStore, int]:

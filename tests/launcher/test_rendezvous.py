@@ -67,7 +67,10 @@ def test_a_store_that_nobody_opens_is_named_with_the_time() -> None:
 
 def test_own_address_towards_a_host() -> None:
     assert find_own_address("127.0.0.1") == "127.0.0.1" and find_own_address("localhost") == "127.0.0.1"
-    assert is_loopback("127.8.9.1") and not is_loopback("10.0.0.1")
+    for address in ("127.8.9.1", "::1", "localhost"):
+        assert is_loopback(address)
+    for address in ("10.0.0.1", "127.evil.example", "127.0.0.1.evil.example", "::", ""):
+        assert not is_loopback(address)
 
 
 def test_one_node_meets_itself() -> None:
