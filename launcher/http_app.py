@@ -16,7 +16,7 @@ from launcher.http_guard import Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
 from launcher.serve_front import ServeFront
 from launcher.service import Service
-from launcher.service_errors import ServiceError
+from launcher.service_errors import ServiceError, failed
 from parallel.errors import RequestError
 
 _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
@@ -84,6 +84,10 @@ def build_app(service: Service, limits: Limits) -> Guard:
         words = {404: f"there is no {request.method} {request.url.path[:100]} here", 405: f"{request.method} is not taken here"}
         message = words.get(error.status_code, str(error.detail))
         return JSONResponse(ServiceError(error.status_code, message).to_json(), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def confess(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(failed().to_json(), 500)  # the guard writes down what it was
 
     if limits.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(limits.allowed_origins), allow_methods=["*"], allow_headers=["*"])

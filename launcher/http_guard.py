@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
-from launcher.service_errors import ServiceError
+from launcher.service_errors import ServiceError, failed
 
 OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What needs no key: nothing of it tells of requests."""
@@ -78,7 +78,7 @@ class Guard:
                 return
             traceback.print_exc(file=sys.stderr)
             if not status:
-                await answer_error(ServiceError(500, "the server failed; its log says why", kind="server_error"), note)
+                await answer_error(failed(), note)
         finally:
             if status:
                 self._count(scope["path"], status)
