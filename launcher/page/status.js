@@ -14,17 +14,23 @@ const TOTALS = [
   ["Tokens/s", (s) => numbers.formatRate(s.tokens_per_second), () => "last 5 s"],
   ["Prompt tokens/s", (s) => numbers.formatRate(s.prompt_tokens_per_second), () => "last 5 s"],
   ["Time to first token", (s) => numbers.formatSeconds(s.time_to_first_token_seconds), () => "last 5 s"],
-  ["Answered", (s) => numbers.formatCount(s.requests_total), (s) => `requests, ${numbers.formatCount(s.tokens_total)} tokens`],
-  ["Running", (s) => numbers.formatCount(s.running), (s) => `of ${numbers.formatCount(s.max_running)}`, (s) => numbers.divide(s.running, s.max_running)],
-  ["Waiting", (s) => numbers.formatCount(s.waiting), (s) => `of ${numbers.formatCount(s.max_waiting)}`, (s) => numbers.divide(s.waiting, s.max_waiting)],
+  ["Answered", (s) => numbers.formatCount(s.requests_total), (s) => describe("requests, # tokens", s.tokens_total)],
+  ["Running", (s) => numbers.formatCount(s.running), (s) => describe("of #", s.max_running), (s) => numbers.divide(s.running, s.max_running)],
+  ["Waiting", (s) => numbers.formatCount(s.waiting), (s) => describe("of #", s.max_waiting), (s) => numbers.divide(s.waiting, s.max_waiting)],
   [
     "KV blocks",
     (s) => numbers.formatCount(s.blocks_used),
-    (s) => `of ${numbers.formatCount(s.blocks_total)}, each ${numbers.formatCount(s.block_size)} tokens`,
+    (s) => describe("of #, each # tokens", s.blocks_total, s.block_size),
     (s) => numbers.divide(s.blocks_used, s.blocks_total),
   ],
   ["Restarts", (s) => numbers.formatCount(s.restarts), () => "since the start"],
 ];
+
+// The words with a count for every #; nothing where one is not known.
+function describe(words, ...counts) {
+  if (counts.some((count) => count === null || count === undefined)) return "";
+  return words.replace(/#/g, () => numbers.formatCount(counts.shift()));
+}
 
 const STATES = {
   loading: "The ranks load their weights.",
@@ -33,17 +39,16 @@ const STATES = {
 };
 
 function describeServer(status) {
-  const ranks = status.world_size ?? 0;
-  const threads = status.threads_per_rank;
+  const count = (number, word) => (number ? `${number} ${word}${number === 1 ? "" : "s"}` : null);
   return [
-    `${numbers.formatCount(status.world_size)} ${ranks === 1 ? "rank" : "ranks"}${threads ? ` × ${threads} ${threads === 1 ? "thread" : "threads"}` : ""}`,
-    status.num_layers ? `${status.num_layers} layers` : null,
+    [count(status.world_size, "rank"), count(status.threads_per_rank, "thread")].filter(Boolean).join(" × "),
+    count(status.num_layers, "layer"),
     status.quantization,
     status.dtype,
     status.kernel ? `kernel ${status.kernel}` : null,
     status.collectives ? `gathers by ${status.collectives}` : null,
     status.context_tokens ? `context ${numbers.formatCount(status.context_tokens)} tokens` : null,
-    status.uptime_seconds === null ? null : `up ${numbers.formatDuration(status.uptime_seconds)}`,
+    status.uptime_seconds ? `up ${numbers.formatDuration(status.uptime_seconds)}` : null,
     status.version ? `version ${status.version}` : null,
   ].filter(Boolean);
 }
