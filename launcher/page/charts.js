@@ -106,9 +106,10 @@ export class Chart {
     const seconds = this.#pointed === null || !chosen ? 0 : Math.round(this.#now - chosen.time);
     setText(this.#when, seconds === 0 ? "now" : `${seconds} s ago`);
     const values = chosen?.values ? this.#values(chosen.values) : [];
-    const entries = values.map((value, line) =>
-      element("li", {}, element("span", { class: `swatch line-${line}` }), `${this.#name(chosen.values, line)} `, element("b", {}, this.#format(value))),
-    );
+    const entries = values.map((value, line) => {
+      const swatch = element("span", { class: `swatch line-${line}` });
+      return element("li", {}, swatch, `${this.#name(chosen.values, line)} `, element("b", {}, this.#format(value)));
+    });
     this.#legend.replaceChildren(...entries);
   }
 }

@@ -15,8 +15,18 @@ const TOTALS = [
   ["Prompt tokens/s", (s) => numbers.formatRate(s.prompt_tokens_per_second), () => "last 5 s"],
   ["Time to first token", (s) => numbers.formatSeconds(s.time_to_first_token_seconds), () => "last 5 s"],
   ["Answered", (s) => numbers.formatCount(s.requests_total), (s) => describe("requests, # tokens", s.tokens_total)],
-  ["Running", (s) => numbers.formatCount(s.running), (s) => describe("of #", s.max_running), (s) => numbers.divide(s.running, s.max_running)],
-  ["Waiting", (s) => numbers.formatCount(s.waiting), (s) => describe("of #", s.max_waiting), (s) => numbers.divide(s.waiting, s.max_waiting)],
+  [
+    "Running",
+    (s) => numbers.formatCount(s.running),
+    (s) => describe("of #", s.max_running),
+    (s) => numbers.divide(s.running, s.max_running),
+  ],
+  [
+    "Waiting",
+    (s) => numbers.formatCount(s.waiting),
+    (s) => describe("of #", s.max_waiting),
+    (s) => numbers.divide(s.waiting, s.max_waiting),
+  ],
   [
     "KV blocks",
     (s) => numbers.formatCount(s.blocks_used),
@@ -74,13 +84,20 @@ export class StatusView {
       byId("totals").append(element("div", {}, element("dt", {}, name), element("dd", {}, number, " ", words, ...(bar ? [bar.node] : []))));
       this.#totals.push({ value, below, share, number, words, bar });
     }
-    const perRank = (few, many) => (sample, index) => (sample.numRanks <= MANY_LINES ? few(index) : many[index]);
-    const rank = (index) => `rank ${index}`;
+    const named = (...names) => (_, index) => names[index];
+    const ofRanks = (...names) => (sample, index) => (sample.numRanks <= MANY_LINES ? `rank ${index}` : names[index]);
+    const { formatCount, formatRate, formatSeconds, formatShare } = numbers;
     this.#charts = [
-      new Chart({ title: "Tokens/s", format: numbers.formatRate, values: (s) => [s.decoded, s.prompts], name: (_, i) => ["decoded", "prompts"][i] }),
-      new Chart({ title: "Queue", format: numbers.formatCount, values: (s) => [s.running, s.waiting], name: (_, i) => ["running", "waiting"][i], whole: true }),
-      new Chart({ title: "Step time", format: numbers.formatSeconds, values: (s) => s.steps, name: perRank(rank, ["fastest", "median", "slowest"]) }),
-      new Chart({ title: "Bandwidth, share of what memory gives", format: numbers.formatShare, values: (s) => s.shares, name: perRank(rank, ["lowest", "median", "highest"]), top: 1 }),
+      new Chart({ title: "Tokens/s", format: formatRate, values: (s) => [s.decoded, s.prompts], name: named("decoded", "prompts") }),
+      new Chart({ title: "Queue", format: formatCount, values: (s) => [s.running, s.waiting], name: named("running", "waiting"), whole: true }),
+      new Chart({ title: "Step time", format: formatSeconds, values: (s) => s.steps, name: ofRanks("fastest", "median", "slowest") }),
+      new Chart({
+        title: "Bandwidth, share of what memory gives",
+        format: formatShare,
+        values: (s) => s.shares,
+        name: ofRanks("lowest", "median", "highest"),
+        top: 1,
+      }),
     ];
     byId("charts").append(...this.#charts.map((chart) => chart.node));
   }
