@@ -1,0 +1,51 @@
+"""The files of the server's page: under which address each is served, as what, and what a browser may do with them.
+
+Knows the folder `launcher/page`; nothing of HTTP or of what the files say.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_FOLDER = Path(__file__).with_name("page")
+
+_HTML, _CSS, _SCRIPT = (f"text/{kind}; charset=utf-8" for kind in ("html", "css", "javascript"))
+
+PAGE_FILES = {
+    "/": ("index.html", _HTML),
+    "/page.css": ("page.css", _CSS),
+    "/page.js": ("page.js", _SCRIPT),
+    "/chat.js": ("chat.js", _SCRIPT),
+    "/status.js": ("status.js", _SCRIPT),
+    "/ranks.js": ("ranks.js", _SCRIPT),
+    "/charts.js": ("charts.js", _SCRIPT),
+    "/elements.js": ("elements.js", _SCRIPT),
+    "/numbers.js": ("numbers.js", _SCRIPT),
+}
+"""Path of the address: file and content type."""
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""Scripts, styles and requests of this server only."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    """What is sent for one address."""
+
+    content: bytes
+    content_type: str
+
+
+def read_page_files() -> dict[str, PageFile]:
+    """Every file of the page, by the path of its address."""
+    return {path: PageFile((PAGE_FOLDER / name).read_bytes(), content_type) for path, (name, content_type) in PAGE_FILES.items()}
