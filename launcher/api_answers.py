@@ -43,9 +43,10 @@ class ChoiceText:
         reason = _REASONS[token.finish_reason] if token.finish_reason else None
         if reason:
             self._held += self._decoder.finish()
-        found = min((place for stop in self._stops if (place := self._held.find(stop)) >= 0), default=None)
+        # The one that is complete first, whatever the tokens are; of several the longest.
+        found = min(((place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0), default=None)
         if found is not None:
-            text, self._held, reason = self._held[:found], "", "stop"
+            text, self._held, reason = self._held[: found[1]], "", "stop"
         else:
             keep = 0 if reason else self._count_held()
             text = self._held[: len(self._held) - keep]

@@ -18,6 +18,9 @@ MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's."""
 _MAX_STOP_LENGTH = 1000
+_MAX_ID_DIGITS = 10
+_LEAST_TEMPERATURE = 1e-6
+"""Below, the likeliest token is taken: no other one has a chance, and logits divided by less overflow."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "user": (),
@@ -61,7 +64,7 @@ class _Asked(BaseModel):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     top_k: Annotated[int, Field(strict=True, ge=-1)] = 0
     """Not OpenAI's: sample among the k likeliest; 0 and -1: all."""
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     """Not OpenAI's: MindFormers'."""
     ignore_eos: bool = False
     """Not OpenAI's: go on after the end-of-sequence token."""
@@ -98,7 +101,9 @@ class _Asked(BaseModel):
     @field_validator("logit_bias")
     @classmethod
     def _check_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and (len(value) > 300 or not all(key.isascii() and key.isdigit() for key in value)):
+        if value is not None and (
+            len(value) > 300 or not all(key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in value)
+        ):
             raise ValueError("logit_bias takes up to 300 token ids, as strings of digits, each with a bias from -100 to 100")
         return value
 
@@ -118,8 +123,8 @@ class _Asked(BaseModel):
         return [
             SamplingParams(
                 max_new_tokens=new_tokens,
-                do_sample=self.temperature > 0,
-                temperature=self.temperature or 1.0,
+                do_sample=self.temperature >= _LEAST_TEMPERATURE,
+                temperature=max(self.temperature, _LEAST_TEMPERATURE),
                 top_k=max(0, self.top_k),
                 top_p=self.top_p,
                 repetition_penalty=self.repetition_penalty,

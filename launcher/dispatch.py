@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from launcher.journal import Journal, NewToken
 from launcher.serve_metrics import ServeMetrics
-from launcher.service_errors import ServiceError, draining, ended, queue_full, ranks_failed, timed_out
+from launcher.service_errors import ServiceError, draining, ended, queue_full, ranks_failed, timed_out, too_many
 from model.request import Request
 from model.sampling import SamplingParams
 
@@ -76,6 +76,8 @@ class Dispatcher:
         """Queue the sequences of a call. Raises ServiceError when the server drains or too many wait."""
         if self.is_draining:
             raise draining()
+        if len(wanted) > self.max_running + self.max_waiting:
+            raise too_many(len(wanted), self.max_running + self.max_waiting)
         free = self.max_running - len(self._running)
         if self.num_waiting + len(wanted) > self.max_waiting + free:
             raise queue_full(self.num_waiting, self._estimate_wait_seconds())

@@ -17,13 +17,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
+<<<<<<< HEAD
 from launcher.service_errors import ServiceError, failed
+=======
+from launcher.service_errors import ServiceError, server_failed
+>>>>>>> w-stest
 
 OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What needs no key: nothing of it tells of requests."""
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
 MAX_HEADER_BYTES = 32 << 10
+_DISCARDED_BYTES = 64 << 20
+"""Of a body that is too large, read at most: a caller that is still sending would not hear why its connection is closed."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -78,7 +84,11 @@ class Guard:
                 return
             traceback.print_exc(file=sys.stderr)
             if not status:
+<<<<<<< HEAD
                 await answer_error(failed(), note)
+=======
+                await answer_error(server_failed(), note)
+>>>>>>> w-stest
         finally:
             if status:
                 self._count(scope["path"], status)
@@ -93,6 +103,8 @@ class Guard:
                 raise ServiceError(403, words, kind="permission_error")
         if not self._limits.api_keys or scope["path"] in OPEN_PATHS:
             return
+        if scope["method"] == "OPTIONS" and self._limits.allowed_origins and b"access-control-request-method" in headers:
+            return  # a browser asks, without any key, whether a page may call at all
         scheme, _, said = headers.get(b"authorization", b"").partition(b" ")
         said = said.strip()
         # Every key is compared, in constant time: how long it takes tells nothing.
@@ -106,14 +118,18 @@ class Guard:
         said = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(said) if said.isdigit() else 0
         body = bytearray()
-        while size <= most:
+        come, has_more = 0, True
+        while has_more and max(size, come) <= most + _DISCARDED_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionError
-            body += message.get("body", b"")
-            size = max(size, len(body))
-            if not message.get("more_body", False) and size <= most:
-                return bytes(body)
+            piece, has_more = message.get("body", b""), message.get("more_body", False)
+            come += len(piece)
+            if max(size, come) <= most:
+                body += piece
+        size = max(size, come)
+        if size <= most:
+            return bytes(body)
         raise ServiceError(413, f"the request's body has {size} bytes or more, but {most} are taken at most", code="body_too_large")
 
 

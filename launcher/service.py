@@ -201,6 +201,10 @@ class Service:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
 
     async def _encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError("the text holds half of a surrogate pair, which is no character") from None
         if len(text) < _LONG_TEXT:
             return tuple(self._tokenizer.encode(text, add_special_tokens))
         return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens))

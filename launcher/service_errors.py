@@ -23,7 +23,7 @@ class ServiceError(TandemError):
 
     def to_json(self) -> dict[str, Any]:
         """The body."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": _printable(str(self)), "type": self.kind, "param": _printable(self.param), "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -40,6 +40,11 @@ def queue_full(waiting: int, retry_after_seconds: int) -> ServiceError:
         code="queue_full",
         retry_after_seconds=retry_after_seconds,
     )
+
+
+def too_many(sequences: int, most: int) -> ServiceError:
+    """400: waiting would not help."""
+    return ServiceError(400, f"{sequences} answers are asked for at once (prompts times n), but {most} are taken at most")
 
 
 def draining() -> ServiceError:
@@ -60,6 +65,7 @@ def ranks_failed(times: int) -> ServiceError:
     return ServiceError(500, words, kind="server_error", code="ranks_failed")
 
 
+<<<<<<< HEAD
 def failed() -> ServiceError:
     """500, by a fault of the server's."""
     return ServiceError(500, "the server failed; its log says why", kind="server_error")
@@ -70,6 +76,18 @@ def caller_gone() -> ServiceError:
     return ServiceError(499, "the caller has gone")
 
 
+=======
+def server_failed() -> ServiceError:
+    """500, where nobody foresaw it."""
+    return ServiceError(500, "the server failed; its log says why", kind="server_error")
+
+
+>>>>>>> w-stest
 def ended() -> ServiceError:
     """503, in the middle of an answer."""
     return ServiceError(503, "the server ended before the answer was complete", kind="server_error", code="ended")
+
+
+def _printable(text: str | None) -> str | None:
+    """Without halves of surrogate pairs, which JSON can name but no answer can hold."""
+    return text and text.encode("utf-8", "backslashreplace").decode()

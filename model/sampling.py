@@ -125,7 +125,7 @@ def sample(logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: S
             logprobs = _log_probability(values) if state.params.logprobs else None
             chosen.append(_choose(ids, penalized[ids], total, state, logprobs))
         return chosen
-    count = max(state.params.top_k if state.params.do_sample else 1 for state in states)
+    count = min(sum(sizes), max(state.params.top_k if state.params.do_sample else 1 for state in states))
     local = logits_local.numpy(force=True)
     mine = np.full((len(states), 2 * count), -np.inf)  # float64 holds ids and float32 logits exactly
     for row, (values, state) in enumerate(zip(local, states, strict=True)):
