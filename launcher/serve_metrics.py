@@ -68,8 +68,8 @@ class ServeMetrics:
         """Of the last call."""
 
     def count_request(self, route: str, status: int) -> None:
-        """A call has been answered."""
-        self.num_requests += 1
+        """A call has been answered; what a page asks for to show how things stand does not count as work."""
+        self.num_requests += route.startswith("/v1/c")
         self._requests.labels(route, str(status)).inc()
 
     def count_prompt(self, tokens: int) -> None:

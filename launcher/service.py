@@ -18,7 +18,7 @@ from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs,
 from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from launcher.dispatch import Ticket
 from launcher.serve_front import ServeFront
-from launcher.service_errors import ServiceError
+from launcher.service_errors import ServiceError, caller_gone
 from model.chat import ChatTemplate
 from model.request import Request as TokenRequest
 from model.request import check_memory, check_request
@@ -74,14 +74,14 @@ class Service:
         return self._plan(body, [ids], [new_tokens], logprobs, [""], is_chat=True)
 
     async def run(self, asked: Asked, request: Request) -> dict[str, Any]:
-        """The whole answer. Raises ServiceError; ConnectionError when the caller has gone."""
+        """The whole answer. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
         work = asyncio.create_task(self._collect(asked, ticket))
         try:
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise ConnectionError
+                raise caller_gone()
             return work.result()
         finally:
             self.front.dispatcher.close(ticket)

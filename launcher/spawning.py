@@ -40,7 +40,7 @@ from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
-_GRACE_SECONDS = 3.0
+GRACE_SECONDS = 3.0
 """How long the current token may take when a signal asks for the end."""
 _EXIT_BARRIER_SECONDS = 30.0
 
@@ -73,7 +73,7 @@ def spawn_ranks(
             seconds = observer.ask_to_stop(number)
             if seconds is None:
                 board.ask_to_stop(0)
-            return _GRACE_SECONDS if seconds is None else seconds
+            return GRACE_SECONDS if seconds is None else seconds
 
         stop = GracefulStop(ask_to_stop)
         rendezvous: NodeRendezvous | None = None

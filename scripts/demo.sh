@@ -21,7 +21,7 @@ mkdir "$part"
 trap 'rm -rf "$part"' EXIT
 
 say "1/5 install"
-bash scripts/install.sh
+bash scripts/install.sh serve
 python=.venv/bin/python
 
 say "2/5 model: $gguf"

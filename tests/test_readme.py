@@ -32,8 +32,8 @@ def test_a_command_of_the_readme_parses(line: str) -> None:
     elif words[0].startswith("scripts/"):
         assert (PROJECT_ROOT / words[0]).is_file() and (PROJECT_ROOT / words[2]).is_file()
     else:
-        assert words[0] in ("bash", "source")
-        assert words[0] == "source" or (PROJECT_ROOT / words[1]).is_file()
+        assert words[0] in ("bash", "source", "curl")
+        assert words[0] in ("source", "curl") or (PROJECT_ROOT / words[1]).is_file()
 
 
 def test_a_wrong_option_would_be_noticed() -> None:

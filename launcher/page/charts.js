@@ -7,12 +7,12 @@ const HEIGHT = 100;
 // A longer pause between two samples (the page was hidden) is left open.
 const GAP_SECONDS = 4;
 
-// The next of 1, 2, 5, 10, ... that holds the value; whole numbers only where asked for.
+// The next round number that holds the value; a whole one where asked for.
 function roundUp(value, whole) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  const top = [1, 2, 5, 10].map((digit) => digit * power).find((limit) => limit >= value * 0.9999);
-  return whole ? Math.max(1, top) : top;
+  const limits = [1, 1.5, 2, 3, 5, 8, 10].map((digit) => digit * power);
+  return limits.find((limit) => limit >= value * 0.9999 && (!whole || Number.isInteger(limit)));
 }
 
 export class Chart {
@@ -106,9 +106,10 @@ export class Chart {
     const seconds = this.#pointed === null || !chosen ? 0 : Math.round(this.#now - chosen.time);
     setText(this.#when, seconds === 0 ? "now" : `${seconds} s ago`);
     const values = chosen?.values ? this.#values(chosen.values) : [];
-    const entries = values.map((value, line) =>
-      element("li", {}, element("span", { class: `swatch line-${line}` }), `${this.#name(chosen.values, line)} `, element("b", {}, this.#format(value))),
-    );
+    const entries = values.map((value, line) => {
+      const swatch = element("span", { class: `swatch line-${line}` });
+      return element("li", {}, swatch, `${this.#name(chosen.values, line)} `, element("b", {}, this.#format(value)));
+    });
     this.#legend.replaceChildren(...entries);
   }
 }

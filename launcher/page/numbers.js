@@ -55,3 +55,8 @@ export function formatInterval(interval) {
 
 // part / whole, null where either is not known.
 export const divide = (part, whole) => (isNumber(part) && isNumber(whole) && whole > 0 ? part / whole : null);
+
+// Words with numbers in them, or a dash where none of the numbers is known.
+export function say(values, write) {
+  return values.some(isNumber) ? write(...values) : UNKNOWN;
+}

@@ -26,7 +26,7 @@ function measureAll(ranks) {
 
 function setOwned(bar, interval, full) {
   if (!interval || full === 0) return bar.set([[0, 0]], "not known");
-  const words = `${numbers.formatInterval(interval)} of ${numbers.formatCount(full)}`;
+  const words = `${numbers.formatInterval(interval)} of ${full}`;
   return bar.set([[interval[0] / full, interval[1] / full]], words);
 }
 
@@ -36,13 +36,21 @@ function setStep(bar, rank, slowest) {
   bar.set([[0, Math.max(0, step - gather)], [Math.max(0, step - gather), step]], `${describeStep(rank)}`);
 }
 
-const describeStep = (rank) => `${numbers.formatSeconds(rank.step_seconds)}, gathers ${numbers.formatSeconds(rank.gather_seconds)}`;
+function describeStep(rank) {
+  const { formatSeconds, say } = numbers;
+  return say([rank.step_seconds, rank.gather_seconds], (step, gather) => `${formatSeconds(step)}, gathers ${formatSeconds(gather)}`);
+}
 
 const shareOfMemory = (rank) => numbers.divide(rank.bytes_per_second, rank.memory_bytes_per_second);
 
 function describeBandwidth(rank) {
-  return `${numbers.formatBandwidth(rank.bytes_per_second)} of ${numbers.formatBandwidth(rank.memory_bytes_per_second)}`;
+  const whole = numbers.formatBandwidth(rank.memory_bytes_per_second);
+  const [number, unit] = numbers.formatBandwidth(rank.bytes_per_second).split(" ");
+  if (unit === undefined && whole === numbers.UNKNOWN) return numbers.UNKNOWN;
+  return unit === undefined || whole.endsWith(` ${unit}`) ? `${number} of ${whole}` : `${number} ${unit} of ${whole}`;
 }
+
+const withShare = (words, share) => (share === null ? words : `${words}, ${numbers.formatShare(share)}`);
 
 class Card {
   #title = element("h3");
@@ -78,20 +86,19 @@ class Card {
     DIMENSIONS.forEach(([, , field], index) => {
       setOwned(this.#owned[index], rank[field], all[field]);
       const interval = rank[field];
-      setText(this.#words[index], interval ? `${numbers.formatInterval(interval)} of ${numbers.formatCount(all[field])}` : numbers.UNKNOWN);
+      setText(this.#words[index], interval ? `${numbers.formatInterval(interval)} of ${all[field]}` : numbers.UNKNOWN);
     });
     setStep(this.#step, rank, all.stepSeconds);
     setText(this.#stepWords, describeStep(rank));
     this.#bandwidth.set([[0, shareOfMemory(rank) ?? 0]], describeBandwidth(rank));
-    setText(this.#bandwidthWords, `${describeBandwidth(rank)}, ${numbers.formatShare(shareOfMemory(rank))}`);
-    const share = numbers.divide(rank.weight_bytes, all.weightBytes);
-    setText(this.#memory[0], `${numbers.formatBytes(rank.weight_bytes)}, ${numbers.formatShare(share)}`);
+    setText(this.#bandwidthWords, withShare(describeBandwidth(rank), shareOfMemory(rank)));
+    setText(this.#memory[0], withShare(numbers.formatBytes(rank.weight_bytes), numbers.divide(rank.weight_bytes, all.weightBytes)));
     setText(this.#memory[1], numbers.formatBytes(rank.kv_cache_bytes));
     setText(this.#memory[2], numbers.formatBytes(rank.rss_bytes));
   }
 }
 
-const COLUMNS = ["Rank", "Host", "Owns", ...DIMENSIONS.map(([, short]) => short), "Weights", "KV cache", "Memory", "Step", "Gathers", "Bandwidth"];
+const COLUMNS = ["Rank", "Host", "Owns", "Step", "Gathers", "Bandwidth", "Weights", "KV cache", "Memory", ...DIMENSIONS.map(([, short]) => short)];
 
 class Row {
   #owned = DIMENSIONS.map(([words]) => makeBar(["owned"], words));
@@ -125,7 +132,7 @@ class Row {
     setText(this.#stepWords, numbers.formatSeconds(rank.step_seconds));
     setText(cells.Gathers, numbers.formatSeconds(rank.gather_seconds));
     this.#bandwidth.set([[0, shareOfMemory(rank) ?? 0]], describeBandwidth(rank));
-    setText(this.#share, `${numbers.formatBandwidth(rank.bytes_per_second)}, ${numbers.formatShare(shareOfMemory(rank))}`);
+    setText(this.#share, withShare(numbers.formatBandwidth(rank.bytes_per_second), shareOfMemory(rank)));
   }
 }
 
@@ -145,8 +152,8 @@ export class RankView {
     ranks.forEach((rank, index) => this.#parts[index].show(rank, all));
     const hosts = new Set(ranks.map((rank) => rank.host)).size;
     this.#place.classList.toggle("one-host", hosts <= 1);
-    const bytes = ranks.length === 0 ? "" : `${numbers.formatBytes(all.weightBytes)} of weights in all`;
-    setText(this.#words, hosts > 1 ? `${bytes}, ${hosts} hosts` : bytes);
+    const weights = all.weightBytes > 0 ? `${numbers.formatBytes(all.weightBytes)} of weights in all` : null;
+    setText(this.#words, [weights, hosts > 1 ? `${hosts} hosts` : null].filter(Boolean).join(", "));
   }
 
   #build(count) {

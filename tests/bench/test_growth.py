@@ -62,7 +62,13 @@ def test_fitted_rates_are_those_that_made_the_figures() -> None:
     points = list(list_points(2)["size"].values())
     measured = []
     for point in points:
-        answer = {"quantization": "rtn-a16w8", "dtype": "bfloat16", "gather_seconds": 2e-5, "prefill_tokens_per_second": 1.0}
+        answer = {
+            "quantization": "rtn-a16w8",
+            "dtype": "bfloat16",
+            "gather_seconds": 2e-5,
+            "prefill_tokens_per_second": 1.0,
+            "memory_bandwidth_bytes_per_second": 60e9,
+        }
         measured.append((point, {**answer, "decode": [{"batch_size": 1, "tokens_per_second": simulate_point(point, answer, truth, 2, 1)}]}))
     machine = fit_machine(measured, 2)
     assert machine.bandwidth_bytes_per_second == pytest.approx(30e9, rel=1e-6)

@@ -346,7 +346,7 @@ def test_the_local_slurm_stops_nothing_that_it_did_not_start(tandem: "Tandem", w
 
 
 def test_install_tools_does_nothing_where_all_is_there(tandem: "Tandem", work: Path) -> None:
-    names = ("mpirun", "slurmctld", "munged", "ss", "shellcheck", "systemd-analyze")
+    names = ("mpirun", "slurmctld", "munged", "ss", "shellcheck", "systemd-analyze", "chromium", "chromedriver")
     for name in names:
         (work / name).write_text("#!/bin/sh\nexit 1\n")
         (work / name).chmod(0o755)
