@@ -30,7 +30,12 @@ class _Entry:
     request: Request
     token_ids: list[int] = field(default_factory=list)
     failures: int = 0
-    """Of ranks, since the last token."""
+    """Of ranks that ran it, since the last token."""
+
+    @property
+    def remainder(self) -> Request:
+        """What is left to do."""
+        return replace(self.request, known_ids=tuple(self.token_ids))
 
 
 class Journal:
@@ -42,6 +47,9 @@ class Journal:
         self._send: Send | None = None
         self._given: set[int] = set()
         """What an attempt that is about to start has been given."""
+        self._suspect: int | None = None
+        self._held: list[int] = []
+        """Further requests that one more failure would end. They wait until the suspect has a token, so that it is known who fails."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -49,14 +57,20 @@ class Journal:
     def add(self, request: Request) -> None:
         """Have the ranks go on with it."""
         with self._lock:
-            self._entries[request.index] = _Entry(request)
-            self._tell_add(request)
+            entry = self._entries[request.index] = _Entry(request)
+            self._tell_add(entry)
 
     def cancel(self, index: int) -> None:
         """Nobody wants it any longer; nothing happens where it has ended."""
         with self._lock:
-            if self._entries.pop(index, None) is not None and self._send is not None:
+            if self._entries.pop(index, None) is None:
+                return
+            if index in self._held:
+                self._held.remove(index)
+            elif self._send is not None:
                 self._send({"do": "cancel", "index": index})
+            if index == self._suspect:
+                self._clear_suspect()
 
     def end(self) -> None:
         """Have the ranks end when they have nothing left to do."""
@@ -78,14 +92,16 @@ class Journal:
                 new.append((index, NewToken(token_id, reason, logprob, tuple((i, value) for i, value in top))))
                 if reason:
                     del self._entries[index]
+                if index == self._suspect:
+                    self._clear_suspect()
         return new
 
     def note_failure(self) -> list[int]:
         """The ranks have failed: which requests are given up."""
         with self._lock:
             self._send = None
-            for entry in self._entries.values():
-                entry.failures += 1
+            for index, entry in self._entries.items():
+                entry.failures += index not in self._held
             hopeless = [index for index, entry in self._entries.items() if entry.failures >= MAX_FAILURES]
             for index in hopeless:
                 del self._entries[index]
@@ -94,20 +110,27 @@ class Journal:
     def list_unfinished(self) -> tuple[Request, ...]:
         """What an attempt that is about to start has to go on with."""
         with self._lock:
-            self._send, self._given = None, set(self._entries)
-            return tuple(replace(entry.request, known_ids=tuple(entry.token_ids)) for entry in self._entries.values())
+            suspects = [index for index, entry in self._entries.items() if entry.failures == MAX_FAILURES - 1]
+            self._suspect, self._held = (suspects[0], suspects[1:]) if suspects else (None, [])
+            self._send, self._given = None, set(self._entries).difference(self._held)
+            return tuple(entry.remainder for index, entry in self._entries.items() if index in self._given)
 
     def connect(self, send: Send) -> None:
         """Rank 0 of that attempt listens: tell what has come and gone since."""
         with self._lock:
             self._send = send
             for index, entry in self._entries.items():
-                if index not in self._given:
-                    self._tell_add(entry.request)
+                if index not in self._given and index not in self._held:
+                    self._tell_add(entry)
             for index in self._given - set(self._entries):
                 send({"do": "cancel", "index": index})
             self._given = set()
 
-    def _tell_add(self, request: Request) -> None:
+    def _tell_add(self, entry: _Entry) -> None:
         if self._send is not None:
-            self._send({"do": "add", "request": asdict(request)})
+            self._send({"do": "add", "request": asdict(entry.remainder)})
+
+    def _clear_suspect(self) -> None:
+        self._suspect = self._held.pop(0) if self._held else None
+        if self._suspect is not None:
+            self._tell_add(self._entries[self._suspect])

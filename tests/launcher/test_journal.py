@@ -166,3 +166,42 @@ def test_a_token_makes_up_for_earlier_failures(journal: Journal) -> None:
             assert journal.note_failure() == []
         Ranks(journal).connect()
         assert journal.take([token(0, position, 50)])
+
+
+def test_suspects_run_one_at_a_time_until_the_one_that_fails_is_found(journal: Journal) -> None:
+    for index in range(4):
+        journal.add(ask(index))
+    journal.take([token(0, 0, 50)])
+    assert journal.note_failure() == []
+    journal.add(ask(4))
+    assert journal.note_failure() == []
+    ranks = Ranks(journal).connect()
+    assert set(ranks.running) == {0, 4}, "one of those that saw every failure, and what came later"
+    assert [request.known_ids for request in ranks.given] == [(50,), ()]
+    journal.take([token(0, 1, 51)])
+    assert set(ranks.running) == {0, 4, 1}
+    journal.take([token(1, 0, 60, "eos")])
+    assert set(ranks.running) == {0, 4, 1, 2}
+    assert journal.note_failure() == [2], "the one that had come last"
+    again = Ranks(journal).connect()
+    assert set(again.running) == {0, 3}, "request 4 waits now, which has seen two failures"
+    journal.take([token(3, 0, 70), token(4, 0, 80)])
+    assert set(again.running) == {0, 3, 4}
+    assert journal.note_failure() == []
+
+
+def test_a_suspect_that_is_cancelled_makes_room_for_the_next(journal: Journal) -> None:
+    for index in range(4):
+        journal.add(ask(index))
+    for _ in range(MAX_FAILURES - 1):
+        assert journal.note_failure() == []
+    ranks = Ranks(journal)
+    assert [request.index for request in ranks.given] == [0]
+    journal.cancel(0)  # nobody listens yet
+    journal.cancel(2)
+    ranks.connect()
+    assert set(ranks.running) == {1}
+    journal.cancel(1)
+    assert set(ranks.running) == {3}
+    journal.take([token(3, 0, 70, "eos")])
+    assert len(journal) == 0
