@@ -16,11 +16,7 @@ from launcher.http_guard import Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
 from launcher.serve_front import ServeFront
 from launcher.service import Service
-<<<<<<< HEAD
-from launcher.service_errors import ServiceError, failed
-=======
 from launcher.service_errors import ServiceError, server_failed
->>>>>>> w-stest
 from parallel.errors import RequestError
 
 _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
@@ -90,13 +86,8 @@ def build_app(service: Service, limits: Limits) -> Guard:
         return JSONResponse(ServiceError(error.status_code, message).to_json(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-<<<<<<< HEAD
-    async def confess(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(failed().to_json(), 500)  # the guard writes down what it was
-=======
     async def fail(request: Request, error: Exception) -> JSONResponse:  # the guard says on standard error what it was
         return JSONResponse(server_failed().to_json(), 500)
->>>>>>> w-stest
 
     if limits.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(limits.allowed_origins), allow_methods=["*"], allow_headers=["*"])

@@ -17,11 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
-<<<<<<< HEAD
-from launcher.service_errors import ServiceError, failed
-=======
 from launcher.service_errors import ServiceError, server_failed
->>>>>>> w-stest
 
 OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What needs no key: nothing of it tells of requests."""
@@ -84,11 +80,7 @@ class Guard:
                 return
             traceback.print_exc(file=sys.stderr)
             if not status:
-<<<<<<< HEAD
-                await answer_error(failed(), note)
-=======
                 await answer_error(server_failed(), note)
->>>>>>> w-stest
         finally:
             if status:
                 self._count(scope["path"], status)

@@ -65,9 +65,8 @@ def ranks_failed(times: int) -> ServiceError:
     return ServiceError(500, words, kind="server_error", code="ranks_failed")
 
 
-<<<<<<< HEAD
-def failed() -> ServiceError:
-    """500, by a fault of the server's."""
+def server_failed() -> ServiceError:
+    """500, where nobody foresaw it."""
     return ServiceError(500, "the server failed; its log says why", kind="server_error")
 
 
@@ -76,13 +75,6 @@ def caller_gone() -> ServiceError:
     return ServiceError(499, "the caller has gone")
 
 
-=======
-def server_failed() -> ServiceError:
-    """500, where nobody foresaw it."""
-    return ServiceError(500, "the server failed; its log says why", kind="server_error")
-
-
->>>>>>> w-stest
 def ended() -> ServiceError:
     """503, in the middle of an answer."""
     return ServiceError(503, "the server ended before the answer was complete", kind="server_error", code="ended")
