@@ -116,6 +116,10 @@ def build_text_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken], offset
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{tokenizer.decode([i], skip_special_tokens=False): value for i, value in t.top_logprobs} or None for t in tokens],
+        # Several ids may have one text, as parts of characters have: the likeliest of them counts.
+        "top_logprobs": [
+            {tokenizer.decode([i], skip_special_tokens=False): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None
+            for t in tokens
+        ],
         "text_offset": offsets,
     }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.end_to_end.servers import Server
+
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Tandem
 
@@ -62,3 +64,21 @@ def test_a_rank_of_the_int8_checkpoint_needs_little_more_memory_than_its_weights
     assert stats["quantization"] == "rtn-a16w8"
     for peak, weights in zip(stats["peak_rss_bytes"], stats["weight_bytes"], strict=True):
         assert peak < 1.25 * weights + 300e6
+
+
+def test_a_server_answers_a_conversation_as_the_model_was_trained(tandem: "Tandem", converted: Path) -> None:
+    options = ("--checkpoint", converted, "--workers", "2", "--dtype", "float32")
+    server = Server(tandem, *options)
+    question = "What is the capital of France?"
+    try:
+        assert "the checkpoint's chat template" in server.stderr
+        fields = {"model": converted.name, "temperature": 0, "max_tokens": NUM_NEW, "extra_body": {"ignore_eos": True}}
+        answer = server.client.chat.completions.create(**fields, messages=[{"role": "user", "content": question}])
+    finally:
+        server.end()
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    prompt = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    outcome = tandem.predict(*options, "--max-new-tokens", str(NUM_NEW), "--ignore-eos", "--prompt", prompt)
+    assert answer.choices[0].message.content == outcome.records[0]["text"]
+    assert "Paris" in outcome.records[0]["text"]
+    assert answer.usage.prompt_tokens == len(outcome.records[0]["prompt_token_ids"])

@@ -131,6 +131,8 @@ def test_log_probabilities_stand_as_each_route_has_them() -> None:
         "top_logprobs": [{"so": -0.5, " ü": -1.0}, None],
         "text_offset": [10, 12],
     }
+    alike = NewToken(0, None, -0.5, ((0, -0.5), (2, -1.0)))
+    assert build_text_logprobs(WordTokenizer(b"\xe2", "", b"\x82"), [alike], 0)["top_logprobs"] == [{"\ufffd": -0.5}], "the likeliest"
     first, second = build_chat_logprobs(tokenizer, tokens)["content"]
     assert first["token"] == "so" and first["logprob"] == -0.5 and [one["token"] for one in first["top_logprobs"]] == ["so", " ü"]
     assert second == {"token": " ü", "logprob": -0.25, "bytes": [32, 195, 188], "top_logprobs": []}

@@ -1,0 +1,315 @@
+"""`tandem serve` when things go wrong: killed ranks, requests that kill them, full queues, keys, signals, and refusals to start."""
+
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.end_to_end.servers import SECONDS, Server, wait_until
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Checkpoints, Tandem
+
+pytestmark = pytest.mark.slow
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+RANKS = ("--threads-per-rank", "1", "--dtype", "float32")
+KEY = "a-key-of-this-test"
+LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+POISON = (7, 7, 7)
+
+POISONED = """
+import os, signal, sys
+
+if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+    from model.generation import Engine
+
+    add, step, poisoned = Engine.add, Engine.step, []
+
+    def add_and_note(self, request):
+        if request.prompt_ids == {poison}:
+            poisoned.append(request)
+        return add(self, request)
+
+    def step_or_die(self):
+        if poisoned:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    Engine.add, Engine.step = add_and_note, step_or_die
+"""
+"""Rank 1 dies in the first step of a certain prompt, each time that it comes."""
+
+UNLOADABLE = """
+import os, sys
+
+if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+    import launcher.rank
+
+    def load_model(*arguments, **options):
+        raise OSError(5, "Input/output error")
+
+    launcher.rank.load_model = load_model
+"""
+
+
+def plant(folder: Path, text: str) -> dict[str, str]:
+    """The variables of a run whose processes execute `text` when they start."""
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{PROJECT_ROOT}"}
+
+
+@pytest.fixture(scope="module")
+def server(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of two ranks, the second of which dies of POISON."""
+    paths = plant(tmp_path_factory.mktemp("poison"), POISONED.format(poison=POISON))
+    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "2", *RANKS, **paths)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.end()
+
+
+class Watch(threading.Thread):
+    """Asks for the health of a server until it is told to end."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._server, self._is_over = server, threading.Event()
+        self.seen: list[tuple[int, str]] = []
+
+    def run(self) -> None:
+        while not self._is_over.wait(0.02):
+            self.seen.append(self._server.health)
+
+    def __enter__(self) -> "Watch":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self.join()
+
+
+def read_text(events: Iterator[dict[str, Any]]) -> str:
+    return "".join(event["choices"][0]["text"] for event in events)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_streams_go_on_with_the_same_tokens_when_a_rank_is_killed(server: Server, victim: int) -> None:
+    prompts = ("I love Beijing", "A llama", "Two riders")
+    fields: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 1, "seed": 5}
+    with ThreadPoolExecutor(3) as pool:
+        expected = [
+            answer["choices"][0]["text"] for answer in pool.map(lambda prompt: server.complete(prompt, logprobs=0, **fields), prompts)
+        ]
+    before = server.status["restarts"]
+    with ExitStack() as stack, Watch(server) as watch, ThreadPoolExecutor(3) as pool:
+        # With log-probabilities each token is an event.
+        streams = [stack.enter_context(server.stream(prompt, logprobs=0, **fields)) for prompt in prompts]
+        begun = [list(itertools.islice(stream, 20)) for stream in streams]
+        os.kill(server.running.find_ranks()[victim], signal.SIGKILL)
+        rest = list(pool.map(list, streams))
+        wait_until(lambda: server.health == (200, "ok"), "ready again")
+    assert (503, "recovering") in watch.seen and {word for _, word in watch.seen} <= {"ok", "recovering"}
+    for first, last, text in zip(begun, rest, expected, strict=True):
+        events = [*first, *last]
+        assert len(events) == 300, "no token is missing, and none comes twice"
+        assert read_text(iter(events)) == text
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+    status = server.status
+    assert status["restarts"] == before + 1 and status["last_failure"] == f"rank {victim} failed (ended by SIGKILL)"
+    assert f"tandem_restarts_total {before + 1:.1f}".encode() in server.ask("GET", "/metrics")[2]
+    assert f"rank {victim} failed (ended by SIGKILL); restart {before + 1} of 1000: all ranks load again" in server.stderr
+    server.wait_until_idle()
+
+
+def test_a_request_that_kills_its_rank_is_given_up_and_those_beside_it_are_answered(server: Server) -> None:
+    fields: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    expected = [server.complete(prompt, **fields)["choices"][0]["text"] for prompt in ("A llama", "I love")]
+    before = server.status["restarts"]
+    with server.stream("A llama", **fields) as stream, ThreadPoolExecutor(2) as pool:
+        first = next(stream)
+        poisoned = pool.submit(server.ask, "POST", "/v1/completions", {"prompt": POISON, **fields})
+        wait_until(lambda: server.status["restarts"] > before, "the first failure")
+        beside = pool.submit(server.complete, "I love", **fields)
+        assert first["choices"][0]["text"] + read_text(stream) == expected[0]
+        status, _, answer = poisoned.result(SECONDS)
+        assert (status, answer["error"]["code"]) == (500, "ranks_failed") and "failed 3 times" in answer["error"]["message"]
+        assert beside.result(SECONDS)["choices"][0]["text"] == expected[1]
+    assert server.status["restarts"] == before + 3
+    server.wait_until_ready()
+    server.wait_until_idle()
+
+
+@pytest.fixture(scope="module")
+def small_server(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One rank, one sequence at a time, one that may wait, and a key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text(f"# of this test\n\nanother\n{KEY}\n")
+    options = (
+        "--max-batch-size",
+        "1",
+        "--max-queue",
+        "1",
+        "--api-key-file",
+        keys,
+        "--drain",
+        str(SECONDS),
+        "--served-model-name",
+        "own/name",
+    )
+    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "1", *RANKS, *options, key=KEY)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.end()
+
+
+def test_without_a_key_nothing_but_health_and_page_is_answered(small_server: Server) -> None:
+    for said in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x"):
+        status, _, answer = small_server.ask("GET", "/v1/models", authorization=said)
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        for path in ("/status", "/metrics", "/v1/nothing"):
+            assert small_server.ask("GET", path, authorization=said)[0] == 401
+        assert small_server.ask("GET", "/health", authorization=said)[0] == 200
+        assert small_server.ask("GET", "/", authorization=said)[0] == 200
+    for key in (KEY, "another"):
+        assert small_server.ask("GET", "/v1/models", authorization=f"Bearer {key}")[0] == 200
+    assert small_server.ask("GET", "/health", host="any.example")[0] == 200, "with a key any name may be used"
+    assert [model.id for model in small_server.client.models.list().data] == ["own/name"]
+    assert small_server.client.models.retrieve("own/name").id == "own/name"
+
+
+def test_a_full_queue_refuses_with_a_time_to_try_again(small_server: Server) -> None:
+    small_server.wait_until_idle()
+    with ThreadPoolExecutor(1) as pool:
+        with small_server.stream("a", **LONG) as running:
+            next(running)
+            waiting = pool.submit(small_server.complete, "b", max_tokens=1)
+            wait_until(lambda: small_server.status["waiting"] == 1, "one that waits")
+            status, headers, answer = small_server.ask("POST", "/v1/completions", {"prompt": "c", "max_tokens": 1})
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+            assert 1 <= int(headers["retry-after"]) <= 60
+            assert small_server.ask("POST", "/v1/completions", {"prompt": "c", "n": 3})[0] == 400, "that will never fit"
+        # The one that ran has no caller any longer, so the next one has its place.
+        assert waiting.result(SECONDS)["usage"]["completion_tokens"] == 1
+    small_server.wait_until_idle()
+
+
+def test_sigterm_lets_running_answers_come_to_their_end_and_takes_no_new_ones(small_server: Server) -> None:
+    """The last test of this server."""
+    small_server.wait_until_idle()
+    with small_server.stream("a", logprobs=0, **{**LONG, "max_tokens": 1000}) as running:
+        first = next(running)
+        small_server.running.process.send_signal(signal.SIGTERM)
+        refusals = []
+
+        def is_refused() -> bool:
+            try:
+                refusals.append(small_server.ask("POST", "/v1/completions", {"prompt": "b", "max_tokens": 1, "timeout": 0.01})[0])
+            except ConnectionError:
+                refusals.append(0)
+            return refusals[-1] in (0, 503)
+
+        wait_until(is_refused, "refused")
+        events = [first, *running]
+    assert len(events) == 1000 and events[-1]["choices"][0]["finish_reason"] == "length"
+    assert small_server.running.process.wait(SECONDS) == 143
+    assert small_server.running.wait_until_gone(10) == []
+    assert "stopped by SIGTERM" in small_server.stderr and "Traceback" not in small_server.stderr
+
+
+def test_a_signal_while_loading_ends_a_server_soon(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "1", *RANKS, "--drain", "1000")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.ask, "POST", "/v1/completions", {"prompt": "a"})
+        wait_until(lambda: server.status["running"] == 1, "a request that waits for the ranks")
+        server.running.process.send_signal(signal.SIGINT)
+        status, _, answer = waiting.result(SECONDS)
+    assert (status, answer["error"]["code"]) == (503, "ended")
+    assert server.running.process.wait(SECONDS) == 130
+    assert server.running.wait_until_gone(10) == [] and "Traceback" not in server.stderr
+
+
+def test_a_server_whose_ranks_cannot_load_ends_with_a_verdict(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
+    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "2", *RANKS, **plant(tmp_path, UNLOADABLE))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.ask, "POST", "/v1/completions", {"prompt": "a"})
+        status, _, answer = waiting.result(SECONDS)
+    assert answer["error"]["code"] in ("ranks_failed", "ended") and status in (500, 503)
+    assert server.running.process.wait(SECONDS) == 1
+    assert server.running.wait_until_gone(10) == []
+    assert [f"restart {number} of 1000" in server.stderr for number in (1, 2, 3)] == [True, True, False]
+    assert "tandem: rank 1 failed first" in server.stderr and "OSError: [Errno 5] Input/output error" in server.stderr
+    assert (server.folder / "logs" / "verdict.json").is_file()
+
+
+LISTENERS: list[socket.socket] = []
+
+
+def _listen_first(folder: Path) -> tuple[str, ...]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    LISTENERS.append(listener)
+    return "--port", str(listener.getsockname()[1])
+
+
+def _write_keys(text: str) -> Callable[[Path], tuple[str | Path, ...]]:
+    def write(folder: Path) -> tuple[str | Path, ...]:
+        (folder / "keys.txt").write_text(text)
+        return "--api-key-file", folder / "keys.txt"
+
+    return write
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
+    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "there is no API key: give --api-key-file or --insecure"),
+    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "there is no API key"),
+    "port in use": (_listen_first, r"cannot listen at 127\.0\.0\.1, port \d+: Address already in use"),
+    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen at 203\.0\.113\.7"),
+    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none cannot be read"),
+    "empty key file": (_write_keys("# nothing\n\n"), "holds no key"),
+    "key with a blank": (_write_keys("two words\n"), "holds a key with blanks"),
+    "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
+    "queue": (lambda _: ("--max-queue", "-1"), "--max-queue is -1, but has to be at least 0"),
+    "request timeout": (lambda _: ("--request-timeout", "0"), "--request-timeout is 0.0, but has to be above 0"),
+    "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be at least 0"),
+    "prefill tokens": (lambda _: ("--prefill-tokens", "15"), "--prefill-tokens is 15, but has to be from 16 to 512"),
+    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be above 0"),
+    "batch": (lambda _: ("--max-batch-size", "0"), "max_batch_size is 0, but has to be above 0"),
+    "blocks": (lambda _: ("--num-blocks", "0"), "num_blocks is 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_served_is_refused_before_any_process_starts(refuse: Callable[..., None], name: str) -> None:
+    make, words = REFUSALS[name]
+    try:
+        refuse(
+            lambda checkpoints, folder: ("serve", "--checkpoint", checkpoints.float, "--workers", "2", "--port", "0", *make(folder)),
+            [words],
+            usage=False,
+        )
+    finally:
+        while LISTENERS:
+            LISTENERS.pop().close()
+
+
+def test_a_rank_of_another_launcher_is_no_server(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    started = time.monotonic()
+    result = tandem.run(
+        "serve", "--checkpoint", checkpoints.float, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
+    assert result.returncode == 2 and "tandem serve starts its ranks itself" in result.stderr, result.stderr
+    assert time.monotonic() - started < SECONDS
