@@ -65,6 +65,8 @@ class Bench:
     """Only so many layers; None: all."""
     random_values: str | None = None
     """The JSON of a config.json: weights are made up for it; None: the checkpoint's are read."""
+    speculated: tuple[Request, ...] = ()
+    """Real prompts to decode with speculation and without, after that; empty: this is not measured."""
     profile: bool = False
     """Record what the time goes to, after everything else."""
     command_started: float = 0.0
@@ -85,12 +87,7 @@ def read_task(raw: dict[str, Any]) -> Task:
 
 
 def _read_decode(raw: dict[str, Any]) -> Decode:
-    return Decode(
-        tuple(
-            Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"]), tuple(r["known_ids"]), r["known_reason"])
-            for r in raw["requests"]
-        )
-    )
+    return Decode(_requests(raw["requests"]))
 
 
 def _read_evaluate(raw: dict[str, Any]) -> Evaluate:
@@ -109,11 +106,17 @@ def _read_quantize(raw: dict[str, Any]) -> Quantize:
 
 def _read_bench(raw: dict[str, Any]) -> Bench:
     values = {name: value for name, value in raw.items() if name != "kind"}
-    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"])})
+    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"]), "speculated": _requests(raw["speculated"])})
 
 
 def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in raw)
+
+
+def _requests(raw: list[dict[str, Any]]) -> tuple[Request, ...]:
+    return tuple(
+        Request(r["index"], tuple(r["prompt_ids"]), SamplingParams(**r["params"]), tuple(r["known_ids"]), r["known_reason"]) for r in raw
+    )
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Task]] = {

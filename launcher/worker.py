@@ -45,6 +45,8 @@ from parallel.shared_memory import SharedMemoryCollectives
 
 Emit = Callable[[dict[str, Any]], None]
 
+NO_GUESSES = "--speculate guesses nothing: here the last bits of a row depend on how many go together"
+
 
 class StopAsked(Exception):
     """This rank was asked to stop, and has finished what it was at."""
@@ -152,7 +154,7 @@ def _decode(me: _Rank, task: Decode) -> None:
         speculate=job.speculate,
     )
     if job.speculate and not engine.speculates:
-        emit({"event": "warning", "message": "--speculate guesses nothing: here the last bits of a row depend on how many go together"})
+        emit({"event": "warning", "message": NO_GUESSES})
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -203,6 +205,8 @@ def _bench(me: _Rank, task: Bench) -> None:
     measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
     bench = RankBench(task, model, me.collectives, measure, me.report("progress"))
     measured = bench.measure()
+    if task.speculated and measured["speculation"] is None:
+        me.emit({"event": "warning", "message": NO_GUESSES})
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),
