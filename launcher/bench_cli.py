@@ -65,6 +65,13 @@ def bench(
     threads_per_rank: ThreadsOption = None,
     collectives: CollectivesOption = None,
     kv_cache_dtype: CacheOption = None,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate",
+            help="Then decode two real prompts, one of them work that copies, with predict's --speculate and without. Default: no.",
+        ),
+    ] = False,
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +88,8 @@ def bench(
 ) -> None:
     """Measure how fast a model runs on this machine, beside what its memory gives in the same run.
 
-    Prompts are random ids. Decoding reads every weight once a step: tokens/s cannot exceed memory's bytes/s over these bytes.
+    Prompts are random ids, those of --speculate are not. Decoding reads every weight once a step: tokens/s cannot exceed memory's
+    bytes/s over these bytes.
     """
     from launcher.benchmarking import BenchOptions
     from launcher.benchmarking import bench as run
@@ -106,6 +114,7 @@ def bench(
             threads_per_rank=threads_per_rank,
             collectives=collectives,
             kv_cache_dtype=kv_cache_dtype,
+            speculate=speculate,
             profile=profile,
             as_json=as_json,
             log_dir=log_dir,

@@ -22,6 +22,7 @@ from launcher.options import RunOptions
 from launcher.profile_report import build_trace, print_profile
 from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_job
 from launcher.settings import Settings
+from launcher.speculation_bench import describe_row, encode_prompts
 from launcher.tasks import Bench
 from launcher.whole_file import write_whole
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
@@ -61,7 +62,8 @@ def bench(options: BenchOptions) -> None:
     _check_words(options)
     batch_sizes = read_batch_sizes(options.batch_sizes)
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
-    job = build_job(run, plan_bench(options, run, batch_sizes))
+    task = plan_bench(options, run, batch_sizes)
+    job = build_job(run, task)
     console = WorkConsole(run.world_size, "measuring, rounds", "the measurement begins anew")
     try:
         run_job(run, job, console)
@@ -71,7 +73,7 @@ def bench(options: BenchOptions) -> None:
         return
     assert console.result is not None
     profile = console.result.pop("profile", None)
-    result = describe_result(options, run, console.result)
+    result = describe_result(task, run, console.result)
     if profile is not None and options.profile is not None:
         write_whole(options.profile, json.dumps(build_trace(profile)) + "\n")
         print_profile(profile, sys.stderr if options.as_json else sys.stdout)
@@ -92,7 +94,7 @@ def read_batch_sizes(words: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) -> Bench:
-    """The task. Raises ConfigError for what does not fit the context."""
+    """The task. Raises InputError for what does not fit the context, or prompts that cannot be encoded."""
     context = run.context_tokens
     if context < 3:
         raise ConfigError(f"the model's context is {context} tokens, but a measurement takes 3 at least")
@@ -110,15 +112,15 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
         rounds=options.rounds,
         num_layers=options.num_layers,
         random_values=json.dumps(whole.config) if isinstance(whole, RandomSource) else None,
+        speculated=encode_prompts(run.read_tokenizer(), context, run.opened.config.vocab_size) if options.speculate else (),
         profile=options.profile is not None,
         command_started=read_start_seconds(),
     )
 
 
-def describe_result(options: BenchOptions, run: Run, measured: dict[str, Any]) -> dict[str, Any]:
+def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str, Any]:
     """The object that --json prints, from what rank 0 has sent."""
-    path, task = run.opened.source.path, plan_bench(options, run, (1,))
-    step_bytes = measured["decode_bytes_per_step"]
+    path, step_bytes = run.opened.source.path, measured["decode_bytes_per_step"]
     for one in measured["decode"]:
         one["bytes_per_second"] = step_bytes * one["tokens_per_second"] / one["batch_size"]
         one["bandwidth_share"] = one["bytes_per_second"] / one["memory_bytes_per_second"]
@@ -142,7 +144,8 @@ RESULT_NAMES = (
     *("bench", "version", "model", "num_layers", "quantization", "dtype", "kernel", "collectives", "world_size", "threads_per_rank"),
     *("device", "machine", "cores", "date", "prompt_tokens", "new_tokens", "rounds", "memory_bandwidth_bytes_per_second"),
     *("weight_bytes", "decode_bytes_per_step", "load_seconds", "read_bytes", "time_to_first_token_seconds"),
-    *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "gather_seconds", "peak_rss_bytes"),
+    *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "speculation", "gather_seconds"),
+    "peak_rss_bytes",
 )
 """Keys of the object that --json prints, in order."""
 
@@ -165,6 +168,7 @@ def write_lines(result: dict[str, Any]) -> list[str]:
             f"{one['tokens_per_second_max']:.1f}); weights at {one['bytes_per_second'] / 1e9:.1f} GB/s, "
             f"{one['bandwidth_share']:.0%} of what memory gives"
         )
+    lines += map(describe_row, r["speculation"] or ())
     sizes = [", ".join(f"{size / 1e6:.0f}" for size in r[name]) for name in ("weight_bytes", "peak_rss_bytes")]
     return [
         *lines,
@@ -188,6 +192,8 @@ def _check_words(options: BenchOptions) -> None:
         for flag, value in (("--checkpoint", options.checkpoint), ("--from", options.format), ("--key-file", options.key_file)):
             if value is not None:
                 raise ConfigError(f"{flag} is given beside --random-weights, which reads no checkpoint; leave one of them out")
+        if options.speculate:
+            raise ConfigError("--speculate is given beside --random-weights, but its gain depends on the text: give --checkpoint instead")
     else:
         for flag, given in (("--model-config", options.model_config), ("--quantization", options.quantization)):
             if given is not None:

@@ -14,6 +14,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from parallel.errors import TandemError
 
+GRACE_SECONDS = 3.0
+"""How long the current token may take."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -12,22 +12,26 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from math import ceil
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launcher.environment import LaunchEnvironment
-from launcher.graceful_stop import StoppedError
+from launcher.graceful_stop import GRACE_SECONDS, StoppedError
 from launcher.job import Job
 from launcher.key_value_store import connect_store, open_store
 from launcher.meeting import Seat, find_alone, meet
+from launcher.observer import RunObserver
 from launcher.rank import StopAsked
 from launcher.rank_failure import RankFailure
+from launcher.rank_service import Message
 from launcher.rank_watch import STACK_SIGNAL, read_state
 from launcher.scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.tasks import read_task, write_task
@@ -46,9 +50,11 @@ _FAILED_FAREWELL_SECONDS = 1.0
 _STACK_SECONDS = 1.0
 
 
-def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Be the rank that the environment says. Raises RanksFailedError with the verdict, RunError where another rank has given it,
-    StoppedError on SIGTERM and SIGINT."""
+def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer: RunObserver) -> None:
+    """Be the rank that the environment says; rank 0's observer follows the run.
+
+    Raises RanksFailedError with the verdict, RunError where another rank has given it, StoppedError on SIGTERM and SIGINT.
+    """
     rank = environment.rank
     assert rank is not None
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event
         for left in (log_dir / VERDICT_FILE, stopping):
             left.unlink(missing_ok=True)
     progress = Progress()
-    signals = _Signals(progress, rank, stopping)
+    signals = _Signals(progress, rank, stopping, observer)
     signals.install()
     stack_path = log_dir / f"stack_{rank}.txt"
     with stack_path.open("w") as stack:
@@ -66,7 +72,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, on_event
         faulthandler.register(STACK_SIGNAL, stack)
         joining = _Joining(environment, job, rank, progress)
         try:
-            joining.run(on_event if rank == 0 else lambda event: None)
+            joining.run(observer)
             joining.say_bye(0)
         except BaseException as error:
             # Launchers end the other ranks with SIGTERM when one has failed: that one is the cause, if it went before rank 0 stopped.
@@ -95,7 +101,7 @@ class _Joining:
         self._raw: Store | None = None
         self._store: Store | None = None
 
-    def run(self, emit: Callable[[dict[str, Any]], None]) -> None:
+    def run(self, observer: RunObserver) -> None:
         """Meet the others and run."""
         environment, job = self.environment, self.job
         address, port, world_size = environment.master_addr, environment.master_port, environment.world_size
@@ -117,7 +123,11 @@ class _Joining:
             self.seat = meet(self._store, self.rank, world_size, address, job.digest, job.timeout_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(json.loads(self._store.get("task"))))
-        run_rank(job, self.seat, self._store, self.progress, emit, lambda wait_seconds: [], wait_seconds=job.timeout_seconds)
+        said: SimpleQueue[Message] = SimpleQueue()
+        if self.rank == 0:
+            observer.connect(said.put)
+        emit = observer.on_event if self.rank == 0 else _silent
+        run_rank(job, self.seat, self._store, self.progress, emit, partial(_receive, said), wait_seconds=job.timeout_seconds)
 
     def find_dead(self) -> list[int]:
         """The ranks of this host whose processes have ended."""
@@ -147,11 +157,25 @@ class _Joining:
                 time.sleep(BEAT_SECONDS)
 
 
-class _Signals:
-    """The launcher's SIGTERM or SIGINT: rank 0 finishes the current token, the others go on until it has; a second ends at once."""
+def _silent(event: dict[str, Any]) -> None:
+    """Ranks above 0 report nothing."""
 
-    def __init__(self, progress: Progress, rank: int, stopping: Path) -> None:
-        self._progress, self._rank, self._stopping = progress, rank, stopping
+
+def _receive(said: "SimpleQueue[Message]", wait_seconds: float) -> list[Message]:
+    """What the observer in this process has said; waits so long for the first of it."""
+    messages: list[Message] = []
+    with suppress(Empty):
+        while True:
+            messages.append(said.get(block=not messages and wait_seconds > 0, timeout=wait_seconds or None))
+    return messages
+
+
+class _Signals:
+    """The launcher's SIGTERM or SIGINT: rank 0 finishes the current token, or what its observer wants to; the others go on until it has;
+    a second ends at once."""
+
+    def __init__(self, progress: Progress, rank: int, stopping: Path, observer: RunObserver) -> None:
+        self._progress, self._rank, self._stopping, self._observer = progress, rank, stopping, observer
         self.number: int | None = None
 
     def install(self) -> None:
@@ -163,12 +187,14 @@ class _Signals:
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
+        seconds = self._observer.ask_to_stop(number)
         if self._rank == 0:
             self._stopping.touch()
-            self._progress.ask_to_stop()
+            if seconds is None:
+                self._progress.ask_to_stop()
         # A rank that waits for another, which got no signal, may reach no end of a token.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-        signal.alarm(3)
+        signal.alarm(ceil(GRACE_SECONDS if seconds is None else seconds))
 
 
 def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exception:

@@ -27,7 +27,7 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         tokens=sequences[1],
         num_threads=job.threads_per_rank or share_cores(local_workers),
         block_size=job.block_size,
-        num_blocks=job.num_blocks,
+        num_blocks=job.task.num_blocks if isinstance(job.task, Serve) else job.num_blocks,
     )
     needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
     if needed <= available:

@@ -1,6 +1,7 @@
 """One rank's part of `tandem bench`: drives the engine with random prompts, and holds a clock beside it.
 
 All ranks take the same steps; what rank 0's clock says counts. Knows the engine and collectives; not what is printed.
+Real prompts, for what speculation gains: `launcher/speculation_bench.py`.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 
 from launcher.job import Job
 from launcher.rank_memory import read_peak_rss_bytes
+from launcher.speculation_bench import measure_speculation
 from launcher.tasks import Bench
 from model.checkpoint.first_layers import FirstLayers
 from model.checkpoint.formats import open_checkpoint
@@ -51,12 +53,12 @@ class RankBench:
         self._task, self._model, self._collectives = task, model, collectives
         self._measure_bandwidth, self._report = measure_bandwidth, report
         self._random = random.Random(0)
-        self._done, self._total = 0, 1 + task.rounds * (1 + len(task.batch_sizes))
+        self._done, self._total = 0, 1 + task.rounds * (1 + len(task.batch_sizes) + 2 * len(task.speculated))
         self.peak_rss_bytes = 0
         """With the model and what it did, without what bandwidth is measured with."""
 
     def measure(self) -> dict[str, Any]:
-        """Prefill, decode at every batch size, what memory gives in between, and one gather of what a layer passes on of one token.
+        """Prefill, decode at every batch size, what memory gives in between, one gather of what a layer passes on of one token, guesses.
 
         Memory is measured several times, since on a shared machine it is not the same from second to second; the median counts.
         """
@@ -76,6 +78,7 @@ class RankBench:
             "prefill_tokens_per_second": self._task.prompt_tokens / until_token,
             "decode": decode,
             "gather_seconds": self._time_gather([stop - start for start, stop in parts]),
+            "speculation": self._measure_speculation(),
         }
 
     def start_prefill(self) -> Engine:
@@ -139,6 +142,13 @@ class RankBench:
             if len(events) >= batch_size:
                 seconds.append(took / len(events))
         return median(seconds)
+
+    def _measure_speculation(self) -> list[dict[str, Any]] | None:
+        """Rows of what it gains; None where that is not asked, or where the engine does not guess."""
+        task = self._task
+        if not task.speculated:
+            return None
+        return measure_speculation(self._model, self._collectives, task.speculated, task.rounds, self._get_on)
 
     @torch.inference_mode()
     def _time_gather(self, sizes: list[int]) -> float:

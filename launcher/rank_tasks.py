@@ -29,6 +29,7 @@ from model.quantization.work_folder import WorkFolder
 from model.request import plan_blocks
 from parallel.recording import RecordedCollectives
 
+NO_GUESSES = "--speculate guesses nothing: here the last bits of a row depend on how many go together"
 _SERVE_BANDWIDTH_BYTES = 128 << 20
 """Of each rank, for what a server shows: it is not to need more memory at its start than later."""
 
@@ -54,7 +55,7 @@ def decode(me: Rank, task: Decode) -> None:
         prefill_known=model.batch_invariant,
     )
     if job.speculate and not engine.speculates:
-        emit({"event": "warning", "message": "--speculate guesses nothing: here the last bits of a row depend on how many go together"})
+        emit({"event": "warning", "message": NO_GUESSES})
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -92,7 +93,7 @@ def serve(me: Rank, task: Serve) -> None:
         model,
         job.max_batch_size,
         block_size=job.block_size,
-        num_blocks=job.num_blocks,
+        num_blocks=task.num_blocks,
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
         prefill_tokens=task.prefill_tokens,
@@ -140,6 +141,8 @@ def bench(me: Rank, task: Bench) -> None:
     measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
     bench = RankBench(task, model, me.collectives, measure, me.report("progress"))
     measured = bench.measure()
+    if task.speculated and measured["speculation"] is None:
+        me.emit({"event": "warning", "message": NO_GUESSES})
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),

@@ -181,7 +181,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     options, own, environment = run.options, run.settings.tandem, run.environment
     log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
     if environment.is_rank:
-        join_ranks(environment, job, log_dir, observer.on_event)
+        join_ranks(environment, job, log_dir, observer)
         return environment.restart_count
     opened = run.opened
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}

@@ -17,6 +17,7 @@ from launcher.graceful_stop import StoppedError
 from launcher.job import Job
 from launcher.key_value_store import is_loopback
 from launcher.memory_forecast import read_available_bytes
+from launcher.observer import RunObserver
 from launcher.options import RunOptions
 from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.tasks import Serve
@@ -38,6 +39,7 @@ DEFAULT_PREFILL_TOKENS = 256
 _LEAST_PREFILL_TOKENS = 16
 _MEMORY_SHARE = 0.5
 """Of what is free beside the weights, for keys and values, where no number of blocks is said."""
+_END_SECONDS = 15.0
 _EXTRA = "pip install 'tandem-launcher[serve]'"
 
 
@@ -66,11 +68,6 @@ def serve(options: ServeOptions) -> None:
     keys = read_keys(options)
     options = replace(options, max_restarts=first_said(options.max_restarts, DEFAULT_MAX_RESTARTS))
     run = open_run(options)
-    if run.environment.is_rank:
-        raise ConfigError(
-            f"this process is a rank of {run.environment.launcher} already, but tandem serve starts its ranks itself: "
-            "start it once, with --workers (and --nnodes on several nodes)"
-        )
     try:
         from launcher.http_app import build_app
         from launcher.http_guard import Limits
@@ -83,9 +80,12 @@ def serve(options: ServeOptions) -> None:
     tokenizer = run.read_tokenizer()
     source = run.opened.source
     template, words = load_chat_template(Path(run.settings.vocab_file or source.tokenizer_path() or source.path), tokenizer)
-    job = build_job(run, Serve(requests=(), prefill_tokens=options.prefill_tokens))
+    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens))
     num_blocks, plans = plan_cache(run, job)
-    job = replace(job, num_blocks=num_blocks)
+    job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
+    if run.nodes.node_rank or run.environment.rank:
+        run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, answers
+        return
     front = ServeFront(
         Served(
             name=options.served_model_name or (source.path.stem if source.path.is_file() else source.path.name),
@@ -98,9 +98,6 @@ def serve(options: ServeOptions) -> None:
             drain_seconds=options.drain_seconds,
         )
     )
-    if run.nodes.node_rank:  # the first node answers; this one lends its ranks
-        run_job(run, job, front)
-        return
     listener = listen(options.host, options.port)
     limits = Limits(
         api_keys=keys,
@@ -124,6 +121,17 @@ def serve(options: ServeOptions) -> None:
     if front.stop_number is not None:
         raise StoppedError(front.stop_number)
     raise RunError("the ranks ended though nobody asked them to; this is a fault of tandem's, see their logs")
+
+
+class _Follower(RunObserver):
+    """Of a node, or of a rank that a launcher started, that does not answer itself: asked to end, it lets the one that does finish."""
+
+    def __init__(self, drain_seconds: float) -> None:
+        self._drain_seconds = drain_seconds
+
+    def ask_to_stop(self, number: int) -> float | None:
+        """As long as the other may take, and a little more."""
+        return self._drain_seconds + _END_SECONDS
 
 
 def read_keys(options: ServeOptions) -> tuple[bytes, ...]:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 
 from launcher.agreement import RanksEnded, agree, judge, say_stopped
 from launcher.control_groups import read_memory_group
-from launcher.graceful_stop import GracefulStop, StoppedError
+from launcher.graceful_stop import GRACE_SECONDS, GracefulStop, StoppedError
 from launcher.job import Job
 from launcher.key_value_store import StoreError
 from launcher.nodes import Nodes
@@ -40,8 +40,6 @@ from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
-GRACE_SECONDS = 3.0
-"""How long the current token may take when a signal asks for the end."""
 _EXIT_BARRIER_SECONDS = 30.0
 
 

@@ -29,6 +29,8 @@ class Serve:
 
     requests: tuple[Request, ...]
     """Those that are there already."""
+    num_blocks: int
+    """Of keys and values; on every host alike, however much memory each has."""
     prefill_tokens: int
     """Of a pass at most."""
 
@@ -75,6 +77,8 @@ class Bench:
     """Only so many layers; None: all."""
     random_values: str | None = None
     """The JSON of a config.json: weights are made up for it; None: the checkpoint's are read."""
+    speculated: tuple[Request, ...] = ()
+    """Real prompts to decode with speculation and without, after that; empty: this is not measured."""
     profile: bool = False
     """Record what the time goes to, after everything else."""
     command_started: float = 0.0
@@ -101,11 +105,11 @@ def read_request(raw: dict[str, Any]) -> Request:
 
 
 def _read_decode(raw: dict[str, Any]) -> Decode:
-    return Decode(tuple(map(read_request, raw["requests"])))
+    return Decode(_requests(raw["requests"]))
 
 
 def _read_serve(raw: dict[str, Any]) -> Serve:
-    return Serve(requests=tuple(map(read_request, raw["requests"])), prefill_tokens=raw["prefill_tokens"])
+    return Serve(requests=_requests(raw["requests"]), num_blocks=raw["num_blocks"], prefill_tokens=raw["prefill_tokens"])
 
 
 def _read_evaluate(raw: dict[str, Any]) -> Evaluate:
@@ -124,11 +128,15 @@ def _read_quantize(raw: dict[str, Any]) -> Quantize:
 
 def _read_bench(raw: dict[str, Any]) -> Bench:
     values = {name: value for name, value in raw.items() if name != "kind"}
-    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"])})
+    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"]), "speculated": _requests(raw["speculated"])})
 
 
 def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in raw)
+
+
+def _requests(raw: list[dict[str, Any]]) -> tuple[Request, ...]:
+    return tuple(map(read_request, raw))
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Task]] = {

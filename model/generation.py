@@ -221,6 +221,8 @@ class Engine:
             if reason or ahead == len(part.drafts) or part.drafts[ahead] != token:
                 break
             num_right += 1
+        if part.drafts and sequence.lookup is not None:
+            sequence.lookup.judge(len(part.drafts), num_right)
         if events:
             self.times.speculated_tokens += len(part.drafts)
             self.times.accepted_tokens += num_right

@@ -1,7 +1,9 @@
 """`tandem bench` as users run it: the object that it prints, the lines, the trace, and what it refuses."""
 
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launcher.benchmarking import RESULT_NAMES
+from model.native import find_kernels
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
@@ -28,6 +31,16 @@ VALUES = {
 }
 QUICK = ("--rounds", "2", "--new-tokens", "5", "--threads-per-rank", "1")
 EMBEDDING_BYTES = 300 * 64 * 2
+PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
+WITHOUT_KERNELS = """
+import sys
+
+if "launcher.rank_process" in " ".join(sys.orig_argv):
+    import model.native
+
+    model.native._aside = True
+"""
+"""Executed by every process at its start: ranks have no kernels of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +127,41 @@ def test_a_checkpoint_and_lines_for_people(tandem: "Tandem", checkpoints: "Check
     assert re.search(r"^decode +[\d.]+ tokens/s, batch 1 \(", result.stdout, re.MULTILINE)
 
 
+def test_what_guesses_gain_on_two_ranks(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    words = ("--checkpoint", checkpoints.int8, "--workers", "2", "--batch-size", "1", "--speculate")
+    measured, stderr = _measure(tandem, *words)
+    _check(measured, 2)
+    if find_kernels("cpu") is None:
+        assert measured["speculation"] is None and "warning: --speculate guesses nothing" in stderr
+        return
+    assert [row["prompt"] for row in measured["speculation"]] == ["copy", "free"]
+    for row in measured["speculation"]:
+        assert row["identical"] is True
+        assert row["gain"] == pytest.approx(row["tokens_per_second"] / row["tokens_per_second_plain"]) and row["gain"] > 0
+        assert row["accepted_share"] is None or 0 <= row["accepted_share"] <= 1
+    result = tandem.run("bench", *words, *QUICK, "--log-dir", tandem.new_folder() / "logs")
+    assert result.returncode == 0, result.stderr
+    line = re.compile(r"^speculate +[\d.]+ tokens/s, (\w+) prompt, batch 1: [\d.]+ times the [\d.]+ without; ", re.MULTILINE)
+    assert line.findall(result.stdout) == ["copy", "free"]
+
+
+def test_where_the_engine_does_not_guess_a_warning_says_so(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    folder = tandem.new_folder()
+    (folder / "sitecustomize.py").write_text(WITHOUT_KERNELS)
+    words = ("--checkpoint", checkpoints.int8, "--batch-size", "1", "--speculate", *QUICK, "--json", "--log-dir", folder / "logs")
+    result = tandem.run("bench", *words, PYTHONPATH=f"{folder}{os.pathsep}{PROJECT_ROOT}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["speculation"] is None
+    assert "warning: --speculate guesses nothing" in result.stderr
+
+
 def test_ranks_of_torchrun(tandem: "Tandem", shape: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "launcher", "bench"]
     words = ["--model-config", shape, "--random-weights", *QUICK, "--json", "--log-dir", tandem.new_folder() / "logs"]
     result = tandem.run_command([*command, *words])
     assert result.returncode == 0, result.stderr
     _check(json.loads(result.stdout), 2)
+    assert json.loads(result.stdout)["speculation"] is None, "it was not asked for"
 
 
 Make = Callable[["Checkpoints", Path], list[str | Path]]
@@ -131,6 +173,11 @@ def _random(*words: str) -> Make:
         return ["bench", "--model-config", folder / "config.json", "--random-weights", *words]
 
     return make
+
+
+def _without_tokenizer(checkpoints: "Checkpoints", folder: Path) -> list[str | Path]:
+    shutil.copytree(checkpoints.int8, folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    return ["bench", "--checkpoint", folder / "bare", "--speculate"]
 
 
 REFUSED: dict[str, tuple[Make, list[str]]] = {
@@ -152,6 +199,8 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
         ["a8w8", "declares rtn-a16w8"],
     ),
     "quantization that needs data": (_random("--quantization", "smooth_quant"), ["smooth_quant", "rtn-a16w4"]),
+    "guesses at random weights": (_random("--speculate"), ["--speculate", "--random-weights", "depends on the text", "--checkpoint"]),
+    "guesses without a tokenizer": (_without_tokenizer, ["bare has no tokenizer"]),
     "nothing": (lambda made, folder: ["bench"], ["--checkpoint"]),
     "too many layers": (_random("--num-layers", "4"), ["--num-layers is 4", "has 3"]),
     "too many ranks": (_random("--workers", "100"), ["100"]),

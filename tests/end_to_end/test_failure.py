@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launcher.spawning import GRACE_SECONDS
+from launcher.graceful_stop import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Running, Tandem

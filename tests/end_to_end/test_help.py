@@ -20,7 +20,7 @@ COMMANDS = {
     " --symmetric --asymmetric --kvcache-granularity --workers --dtype",
     "eval": "--task --data --config --checkpoint --limit --window --workers --dtype --kv-cache-dtype --max-batch-size --json",
     "bench": "--config --checkpoint --model-config --random-weights --quantization --num-layers --workers --batch-size --prompt-tokens"
-    " --new-tokens --rounds --dtype --threads-per-rank --collectives --profile --json",
+    " --new-tokens --rounds --dtype --threads-per-rank --collectives --speculate --profile --json",
     "convert": "--to --dtype --overwrite SRC DST",
     "reshard": "--workers --overwrite SRC DST",
     "env": "--json",

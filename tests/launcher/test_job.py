@@ -40,6 +40,7 @@ TASKS: dict[str, Task] = {
         work_folder="/w",
     ),
     "bench": Bench(batch_sizes=(1, 8), prompt_tokens=5, new_tokens=7, rounds=3, random_values='{"hidden_size": 64}', command_started=1.5),
+    "bench of speculation": Bench(batch_sizes=(1,), prompt_tokens=5, new_tokens=7, rounds=3, speculated=REQUESTS),
     "cache alone": Quantize(
         recipe=Recipe(approach="rtn-c8", linear=None, kv_cache="token", not_converted=()), samples=(), work_folder="/w"
     ),

@@ -68,6 +68,24 @@ def test_what_followed_the_last_time_is_guessed(ids: tuple[int, ...], count: int
     assert whole.draft(count) == pieces.draft(count) == expected
 
 
+def test_who_guessed_wrong_guesses_less_and_more_seldom() -> None:
+    lookup = PromptLookup()
+    lookup.extend((1, 2, 3, 4, 5, 6, 7, 8, 9) * 2)
+    sizes = []
+    for _ in range(60):
+        guesses = lookup.draft(MAX_DRAFT)
+        sizes.append(len(guesses))
+        if guesses:
+            lookup.judge(len(guesses), 0)
+    assert sizes[:3] == [8, 1, 1] and sum(size > 0 for size in sizes) < 10
+    while not (guesses := lookup.draft(MAX_DRAFT)):
+        pass
+    lookup.judge(1, 1)
+    assert len(lookup.draft(MAX_DRAFT)) == MAX_DRAFT, "right guesses bring it back at once"
+    lookup.judge(MAX_DRAFT, 3)
+    assert len(lookup.draft(MAX_DRAFT)) == 4
+
+
 @pytest.mark.usefixtures("invariant")
 @pytest.mark.parametrize(
     ("rules", "options"),
