@@ -159,7 +159,8 @@ class Dispatcher:
             self.fail_all()
 
     def fail_all(self) -> None:
-        """End every call with an error."""
+        """End every call with an error, and take nothing new."""
+        self._drained = self._drained or asyncio.Event()
         tickets = {sequence.ticket for some in (*self._waiting.values(), self._running.values()) for sequence in some}
         for ticket in tickets:
             self._fail(ticket, ended())

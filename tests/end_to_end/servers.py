@@ -2,10 +2,11 @@
 
 import http.client
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import openai
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Running, Tandem
 
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120
 """How long anything may take on a busy machine."""
 
@@ -27,13 +29,21 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = SECO
         time.sleep(0.02)
 
 
+def plant(folder: Path, text: str) -> dict[str, str]:
+    """The variables of a run whose processes execute `text` when they start."""
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{PROJECT_ROOT}"}
+
+
 class Server:
     """One server and its address."""
 
-    def __init__(self, tandem: "Tandem", *arguments: str | Path, key: str | None = None, **variables: str) -> None:
+    def __init__(
+        self, tandem: "Tandem", *arguments: str | Path, key: str | None = None, module: Sequence[str] = ("-m", "launcher"), **variables: str
+    ) -> None:
         """It listens when this returns; its ranks may still load."""
         self.folder, self.key = tandem.new_folder(), key
-        command = [sys.executable, "-m", "launcher", "serve", *arguments, "--port", "0", "--log-dir", self.folder / "logs"]
+        command = [sys.executable, *module, "serve", *arguments, "--port", "0", "--log-dir", self.folder / "logs"]
         # Standard error goes into a file: nobody has to read a pipe while the server runs.
         redirect = ["sh", "-c", 'exec "$@" 2>"$0"', self.folder / "stderr"]
         self.running: Running = tandem.start([*redirect, *command], cwd=None, **variables)

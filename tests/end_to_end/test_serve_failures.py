@@ -1,12 +1,10 @@
-"""`tandem serve` when things go wrong: killed ranks, requests that kill them, full queues, keys, signals, and refusals to start."""
+"""`tandem serve` when things go wrong: killed ranks, requests that kill them, full queues, missing keys, and a signal."""
 
 import itertools
 import os
 import signal
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.end_to_end.servers import SECONDS, Server, wait_until
+from tests.end_to_end.servers import SECONDS, Server, plant, wait_until
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
@@ -48,24 +46,6 @@ if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK")
     Engine.add, Engine.step = add_and_note, step_or_die
 """
 """Rank 1 dies in the first step of a certain prompt, each time that it comes."""
-
-UNLOADABLE = """
-import os, sys
-
-if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
-    import launcher.rank
-
-    def load_model(*arguments, **options):
-        raise OSError(5, "Input/output error")
-
-    launcher.rank.load_model = load_model
-"""
-
-
-def plant(folder: Path, text: str) -> dict[str, str]:
-    """The variables of a run whose processes execute `text` when they start."""
-    (folder / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{PROJECT_ROOT}"}
 
 
 @pytest.fixture(scope="module")
@@ -229,87 +209,3 @@ def test_sigterm_lets_running_answers_come_to_their_end_and_takes_no_new_ones(sm
     assert small_server.running.process.wait(SECONDS) == 143
     assert small_server.running.wait_until_gone(10) == []
     assert "stopped by SIGTERM" in small_server.stderr and "Traceback" not in small_server.stderr
-
-
-def test_a_signal_while_loading_ends_a_server_soon(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
-    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "1", *RANKS, "--drain", "1000")
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.ask, "POST", "/v1/completions", {"prompt": "a"})
-        wait_until(lambda: server.status["running"] == 1, "a request that waits for the ranks")
-        server.running.process.send_signal(signal.SIGINT)
-        status, _, answer = waiting.result(SECONDS)
-    assert (status, answer["error"]["code"]) == (503, "ended")
-    assert server.running.process.wait(SECONDS) == 130
-    assert server.running.wait_until_gone(10) == [] and "Traceback" not in server.stderr
-
-
-def test_a_server_whose_ranks_cannot_load_ends_with_a_verdict(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
-    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "2", *RANKS, **plant(tmp_path, UNLOADABLE))
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.ask, "POST", "/v1/completions", {"prompt": "a"})
-        status, _, answer = waiting.result(SECONDS)
-    assert answer["error"]["code"] in ("ranks_failed", "ended") and status in (500, 503)
-    assert server.running.process.wait(SECONDS) == 1
-    assert server.running.wait_until_gone(10) == []
-    assert [f"restart {number} of 1000" in server.stderr for number in (1, 2, 3)] == [True, True, False]
-    assert "tandem: rank 1 failed first" in server.stderr and "OSError: [Errno 5] Input/output error" in server.stderr
-    assert (server.folder / "logs" / "verdict.json").is_file()
-
-
-LISTENERS: list[socket.socket] = []
-
-
-def _listen_first(folder: Path) -> tuple[str, ...]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    LISTENERS.append(listener)
-    return "--port", str(listener.getsockname()[1])
-
-
-def _write_keys(text: str) -> Callable[[Path], tuple[str | Path, ...]]:
-    def write(folder: Path) -> tuple[str | Path, ...]:
-        (folder / "keys.txt").write_text(text)
-        return "--api-key-file", folder / "keys.txt"
-
-    return write
-
-
-REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
-    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "there is no API key: give --api-key-file or --insecure"),
-    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "there is no API key"),
-    "port in use": (_listen_first, r"cannot listen at 127\.0\.0\.1, port \d+: Address already in use"),
-    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen at 203\.0\.113\.7"),
-    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none cannot be read"),
-    "empty key file": (_write_keys("# nothing\n\n"), "holds no key"),
-    "key with a blank": (_write_keys("two words\n"), "holds a key with blanks"),
-    "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
-    "queue": (lambda _: ("--max-queue", "-1"), "--max-queue is -1, but has to be at least 0"),
-    "request timeout": (lambda _: ("--request-timeout", "0"), "--request-timeout is 0.0, but has to be above 0"),
-    "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be at least 0"),
-    "prefill tokens": (lambda _: ("--prefill-tokens", "15"), "--prefill-tokens is 15, but has to be from 16 to 512"),
-    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be above 0"),
-    "batch": (lambda _: ("--max-batch-size", "0"), "max_batch_size is 0, but has to be above 0"),
-    "blocks": (lambda _: ("--num-blocks", "0"), "num_blocks is 0"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_served_is_refused_before_any_process_starts(refuse: Callable[..., None], name: str) -> None:
-    make, words = REFUSALS[name]
-    try:
-        refuse(
-            lambda checkpoints, folder: ("serve", "--checkpoint", checkpoints.float, "--workers", "2", "--port", "0", *make(folder)),
-            [words],
-            usage=False,
-        )
-    finally:
-        while LISTENERS:
-            LISTENERS.pop().close()
-
-
-def test_a_rank_of_another_launcher_is_no_server(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
-    started = time.monotonic()
-    result = tandem.run(
-        "serve", "--checkpoint", checkpoints.float, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
-    )
-    assert result.returncode == 2 and "tandem serve starts its ranks itself" in result.stderr, result.stderr
-    assert time.monotonic() - started < SECONDS

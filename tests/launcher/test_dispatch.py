@@ -241,6 +241,18 @@ def test_draining_breaks_off_what_takes_too_long() -> None:
     run(check)
 
 
+def test_the_end_of_all_calls_is_the_end_of_new_ones() -> None:
+    async def check() -> None:
+        server = Server(max_running=1)
+        ticket = server.ask("a", 1)
+        server.dispatcher.fail_all()
+        assert [event.code for event in drain_events(ticket)] == ["ended"]
+        with pytest.raises(ServiceError, match="shutting down"):
+            server.ask("a", 1)
+
+    run(check)
+
+
 def test_given_up_sequences_end_their_whole_call_and_no_other() -> None:
     async def check() -> None:
         server = Server(max_running=3)
