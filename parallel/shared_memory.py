@@ -23,7 +23,7 @@ from parallel.store_waiting import wait_for_ranks
 _SLOT_BYTES = 1 << 20
 _FLAG_WORDS = 8  # one 64-byte cache line a rank, so that ranks do not disturb each other
 _BEATS = 1  # the second word of a line; the first is the rank's number
-_SPINS_BETWEEN_CHECKS = 2000
+_SPINS_BETWEEN_CHECKS, _SLEEPS_BETWEEN_CHECKS = 2000, 50
 _SPINS_BEFORE_SLEEP = 10_000
 _SLEEP_SECONDS = 0.0002
 _SPINS_BEFORE_LONG_SLEEP, _LONG_SLEEP_SECONDS = 10_300, 0.002
@@ -168,9 +168,10 @@ class SharedMemoryCollectives:
             while flags[peer * _FLAG_WORDS] < sequence:
                 os.sched_yield()
                 spins += 1
-                if spins % _SPINS_BETWEEN_CHECKS == 0:
+                sleeps = spins > _SPINS_BEFORE_SLEEP
+                if spins % (_SLEEPS_BETWEEN_CHECKS if sleeps else _SPINS_BETWEEN_CHECKS) == 0:
                     self._check_peers(operation, heard)
-                if spins > _SPINS_BEFORE_SLEEP:
+                if sleeps:
                     time.sleep(_SLEEP_SECONDS if spins < _SPINS_BEFORE_LONG_SLEEP else _LONG_SLEEP_SECONDS)
 
     def _check_peers(self, operation: str, heard: dict[int, tuple[int, float]]) -> None:
