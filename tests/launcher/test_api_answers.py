@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage
@@ -50,6 +50,7 @@ def cut(text: str, stops: Sequence[str]) -> str | None:
 LETTERS = st.text(alphabet="ab ü", max_size=4)
 
 
+@settings(deadline=None)
 @given(words=st.lists(LETTERS, min_size=1, max_size=12), stops=st.lists(st.text(alphabet="ab ü", min_size=1, max_size=5), max_size=3))
 def test_pieces_are_the_text_up_to_the_first_stop_wherever_tokens_end(words: list[str], stops: list[str]) -> None:
     pieces = answer(words, stops)
@@ -61,6 +62,7 @@ def test_pieces_are_the_text_up_to_the_first_stop_wherever_tokens_end(words: lis
     assert all(len(piece.tokens) == 1 for piece in pieces)
 
 
+@settings(deadline=None)
 @given(
     data=st.data(),
     text=st.text(alphabet="aé€😀", min_size=1, max_size=8),
