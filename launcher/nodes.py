@@ -27,6 +27,11 @@ class Nodes:
     master_port: int = 0
     """Port there; 0 takes any free one, for one node."""
 
+    def local_ranks(self, world_size: int) -> range:
+        """Ranks that this node starts where they are shared evenly: the first nodes have one more where they do not divide."""
+        first = self.node_rank * (world_size // self.num_nodes) + min(self.node_rank, world_size % self.num_nodes)
+        return range(first, min(first + self.local_workers, world_size))
+
 
 def plan_nodes(
     world_size: int,

@@ -20,6 +20,7 @@ from launcher.memory_forecast import forecast_memory
 from launcher.nodes import Nodes, plan_nodes
 from launcher.observer import RunObserver
 from launcher.options import CheckpointOptions, RunOptions
+from launcher.reading_ahead import read_ahead
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
@@ -187,6 +188,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
     if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
+    read_ahead(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
     def tell(number: int, cause: str, at_seconds: float) -> None:

@@ -45,6 +45,11 @@ def tile_rows(blocks: Sequence[RowBlock]) -> tuple[int, torch.Tensor | None]:
     return total, None if len(index) == total else index
 
 
+def check_rows(weight: torch.Tensor, blocks: Sequence[RowBlock], in_features: int) -> None:
+    """Assert that `weight` has the rows of all blocks."""
+    assert weight.shape == (sum(block.num_rows for block in blocks), in_features), (weight.shape, blocks)
+
+
 def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [rows, columns] times weight [tiled rows, columns]: bitwise the same for any split of the tiles and any threads."""
     rows = x.shape[0]
@@ -93,9 +98,10 @@ class ColumnParallelLinear(nn.Module):
         """Whether its weight is all it needs: no filling rows are cut out of its product."""
         return self._index is None
 
-    def assign(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
-        """Take the local rows [block rows, in_features] of every block."""
-        whole = _join(weights, self.blocks, self.in_features).to(self.weight.dtype)
+    def assign(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Take the local rows [rows of all blocks, in_features]."""
+        check_rows(weight, self.blocks, self.in_features)
+        whole = weight.to(self.weight.dtype)
         if self._index is not None:
             self._index = self._index.to(device)
             tiled = whole.new_zeros(self.weight.shape)
@@ -120,7 +126,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def assign(self, weight: torch.Tensor, device: torch.device) -> None:
         """Take the local rows [ids, hidden]."""
-        self.rows.assign([weight], device)
+        self.rows.assign(weight, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [ids, hidden] of the ids that are owned here; rows of the other ids hold whatever lies at the edge."""
@@ -128,9 +134,3 @@ class VocabParallelEmbedding(nn.Module):
         if self.rows._index is not None:
             local = self.rows._index[local]
         return F.embedding(local, self.rows.weight)
-
-
-def _join(weights: Sequence[torch.Tensor], blocks: Sequence[RowBlock], in_features: int) -> torch.Tensor:
-    for weight, block in zip(weights, blocks, strict=True):
-        assert weight.shape == (block.num_rows, in_features), (weight.shape, block)
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

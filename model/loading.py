@@ -13,13 +13,15 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
+from model.linear import ColumnParallelLinear
 from model.llama import DecoderLayer, LlamaForCausalLM
+from model.native import find_kernels
 from model.packing import unpack_integers
 from model.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
 from model.scheme import Scheme, read_scheme
 from model.weights import FUSED, compare_tensors, plan_weights
 from parallel.errors import CheckpointError
-from parallel.file_slices import FileReader
+from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
 _PART_BYTES = 8 << 20
 
@@ -42,7 +44,9 @@ def load_model(
     """
     # The checkpoint's own scheme: a model may run with another key-value cache.
     check_checkpoint(source, model.config, read_scheme(source.config))
-    loader = ModelLoader(model, source, num_packers=model.num_threads)
+    # The project's kernels take weights as they are stored; where others pack them, that is what there is to share.
+    packs = find_kernels(model.device.type) is None
+    loader = ModelLoader(model, source, **{"num_packers" if packs else "num_readers": model.num_threads})
     on_progress(0, loader.total_bytes)
     # The largest tensor first: what it takes on the way is free again for the layers.
     loader.load_embedding()
@@ -60,12 +64,13 @@ def load_model(
 class ModelLoader:
     """Reads this rank's rows of one checkpoint, and gives them to the layers of one model.
 
+    Rows go from the file straight to their place in the product that they belong to, where the format has them as they are kept.
     With packers, threads of their own pack what was read (one product each) while the next is read: layers are whole only
     after `finish`.
     """
 
-    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource, num_packers: int = 0) -> None:
-        self.reader = FileReader()
+    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource, *, num_readers: int = 1, num_packers: int = 0) -> None:
+        self.reader = FileReader(num_readers)
         self._num_packers, self._packing = num_packers, deque[Future[None]]()
         self._pool = ThreadPoolExecutor(num_packers, initializer=torch.set_num_threads, initargs=(1,)) if num_packers else None
         self._model, self._source = model, source
@@ -76,7 +81,8 @@ class ModelLoader:
 
     def load_embedding(self) -> None:
         """The vocabulary rows, which a tied head shares."""
-        self._model.embed_tokens.assign(self._read_float("model.embed_tokens.weight"), self._model.device)
+        weight = self._read_joined(["model.embed_tokens.weight"], self._model.config.hidden_size, self._model.dtype)
+        self._model.embed_tokens.assign(weight, self._model.device)
 
     def load_layer(self, index: int) -> None:
         """One decoder layer."""
@@ -99,10 +105,13 @@ class ModelLoader:
     def read(self, name: str) -> torch.Tensor:
         """This rank's rows of a tensor, as they are stored."""
         self.done_bytes += self._count_bytes(name)
-        return self._source.read_rows(self.reader, name, *self._specs[name].rows(self._rank, self._world_size))
+        return self._source.read_rows(self.reader, name, *self._rows(name))
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        return self._specs[name].rows(self._rank, self._world_size) if name in self._specs else (0, 0)
 
     def _count_bytes(self, name: str) -> int:
-        start, stop = self._specs[name].rows(self._rank, self._world_size) if name in self._specs else (0, 0)
+        start, stop = self._rows(name)
         info = self._source.tensors[name]
         return info.num_bytes // max(1, info.shape[0]) * (stop - start)
 
@@ -112,9 +121,11 @@ class ModelLoader:
             for linear, name in zip(module.linears, names, strict=True):
                 self._fill(linear, [name])
         elif isinstance(module, QuantizedColumnParallelLinear):
-            self._assign(module, [self._read_quantized(name, module) for name in names], device)
+            self._assign(module, self._read_quantized(names, module), device)
         else:
-            self._assign(module, [self._read_float(f"{name}.weight") for name in names], device)
+            assert isinstance(module, ColumnParallelLinear)
+            weights = [f"{name}.weight" for name in names]
+            self._assign(module, self._read_joined(weights, module.in_features, self._model.dtype), device)
 
     def finish(self) -> None:
         """Wait until everything is packed."""
@@ -124,7 +135,7 @@ class ModelLoader:
             self._pool.shutdown()
         self.reader.close()
 
-    def _assign(self, module: Any, stored: list[Any], device: torch.device) -> None:
+    def _assign(self, module: Any, stored: Any, device: torch.device) -> None:
         if self._pool is None:
             module.assign(stored, device)
             return
@@ -132,27 +143,33 @@ class ModelLoader:
             self._packing.popleft().result()
         self._packing.append(self._pool.submit(module.assign, stored, device))
 
-    def _read_quantized(self, name: str, module: QuantizedColumnParallelLinear) -> StoredLinear:
-        scheme, columns = module.scheme, module.in_features
-        weight = unpack_integers(self.read(f"{name}.weight_packed"), scheme.bits, columns) if scheme.packed else self.read(f"{name}.weight")
-        scale = self.read(f"{name}.weight_scale").float()
-        group_index = self.read(f"{name}.weight_g_idx") if scheme.act_order else None
+    def _read_quantized(self, names: Sequence[str], module: QuantizedColumnParallelLinear) -> StoredLinear:
+        scheme, columns, first = module.scheme, module.in_features, names[0]
+        if scheme.packed:
+            weights = [f"{name}.weight_packed" for name in names]
+            weight = self._read_joined(weights, columns, torch.int8, lambda rows: unpack_integers(rows, scheme.bits, columns))
+        else:
+            weight = self._read_joined([f"{name}.weight" for name in names], columns, torch.int8)
+        # What a linear has for its inputs it has alone: such ones are products of their own.
+        group_index = self.read(f"{first}.weight_g_idx") if scheme.act_order else None
         if not scheme.symmetric:
-            self._take_off_zero_points(name, scheme.bits, weight, scheme.group_size or columns, group_index)
+            parts = torch.split(weight, [block.num_rows for block in module.blocks])
+            for name, part in zip(names, parts, strict=True):
+                self._take_off_zero_points(name, scheme.bits, part, scheme.group_size or columns, group_index)
         return StoredLinear(
             weight=weight,
-            scale=scale,
+            scale=torch.cat([self.read(f"{name}.weight_scale").float() for name in names]),
             group_index=group_index,
-            input_scale=float(self.read(f"{name}.input_scale")) if scheme.activation == "tensor" else 1.0,
-            input_zero_point=int(self.read(f"{name}.input_zero_point")) if f"{name}.input_zero_point" in self._specs else 0,
-            smooth_scale=self.read(f"{name}.smooth_scale") if scheme.smooth else None,
+            input_scale=float(self.read(f"{first}.input_scale")) if scheme.activation == "tensor" else 1.0,
+            input_zero_point=int(self.read(f"{first}.input_zero_point")) if f"{first}.input_zero_point" in self._specs else 0,
+            smooth_scale=self.read(f"{first}.smooth_scale") if scheme.smooth else None,
         )
 
     def _take_off_zero_points(self, name: str, bits: int, weight: torch.Tensor, group: int, index: torch.Tensor | None) -> None:
         """Subtract the zero points from 4-bit weights in place: what is left fits 8 bits."""
         spec, per_word = self._specs[f"{name}.weight_zero_point"], 32 // bits
         first_word, end_word = spec.rows(self._rank, self._world_size)
-        first_row, _ = self._specs[f"{name}.weight_packed"].rows(self._rank, self._world_size)
+        first_row, _ = self._rows(f"{name}.weight_packed")
         packed = self.read(f"{name}.weight_zero_point")
         zero_points = unpack_integers(packed.T, bits, (end_word - first_word) * per_word).T
         skip = first_row - first_word * per_word
@@ -162,18 +179,24 @@ class ModelLoader:
         else:
             weight -= mine[:, index.long()]
 
-    def _read_float(self, name: str) -> torch.Tensor:
-        """In the compute type; a large tensor of another type in parts, so that it is not in memory twice."""
-        dtype, source = self._model.dtype, self._source
-        start, stop = self._specs[name].rows(self._rank, self._world_size)
-        info = source.tensors[name]
-        row_bytes = info.num_bytes // info.shape[0]
-        if info.dtype == dtype or (stop - start) * row_bytes <= 2 * _PART_BYTES:
-            return self.read(name).to(dtype)
-        out = torch.empty((stop - start, *info.shape[1:]), dtype=dtype)
-        step = max(1, _PART_BYTES // row_bytes)
-        self.done_bytes += self._count_bytes(name)
-        for first in range(start, stop, step):
-            end = min(first + step, stop)
-            out[first - start : end - start] = source.read_rows(self.reader, name, first, end)
+    def _read_joined(self, names: Sequence[str], columns: int, dtype: torch.dtype, convert: Convert | None = None) -> torch.Tensor:
+        """This rank's rows of tensors under each other, converted, as `dtype`."""
+        source, rows = self._source, [self._rows(name) for name in names]
+        located = [source.locate_rows(name, *interval) for name, interval in zip(names, rows, strict=True)]
+        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype == dtype):
+            return convert(self.read(names[0])) if convert else self.read(names[0])
+        out = torch.empty((sum(stop - start for start, stop in rows), columns), dtype=dtype)
+        ask_for_huge_pages(out)
+        places = torch.split(out, [stop - start for start, stop in rows])
+        for name, (start, stop), parts, place in zip(names, rows, located, places, strict=True):
+            self.done_bytes += self._count_bytes(name)
+            if parts:
+                self.reader.read_into(place, parts, start, convert)
+                continue
+            info = source.tensors[name]
+            # Rows of another type a few at a time, so that they are not in memory twice.
+            step = stop - start if convert or info.dtype == dtype else _PART_BYTES * info.shape[0] // info.num_bytes
+            for first in range(start, stop, max(1, step)):
+                found = source.read_rows(self.reader, name, first, min(first + max(1, step), stop))
+                place[first - start : first - start + len(found)] = convert(found) if convert else found
         return out

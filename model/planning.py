@@ -68,7 +68,7 @@ class Workload:
     tokens: int
     """Of each sequence, prompt and new ones."""
     num_threads: int = 1
-    """Of each rank; as many products are packed at once."""
+    """Of each rank; as many products are packed at once, where they are."""
     own_kernels: bool = True
     """Whether weights stay as they are stored, as the project's kernels take them; PyTorch's int8 product packs them."""
     block_size: int = DEFAULT_BLOCK_SIZE
@@ -126,8 +126,11 @@ def _plan_rank(
     steps = list(_list_steps(config, scheme, specs, rank, world_size, itemsize, packs=not workload.own_kernels))
     products = [step for step in steps if step.read_bytes]
     kept, peak = sum(step.packed_bytes for step in steps if not step.read_bytes), 0
+    # Where nothing is packed, one product is filled after another.
+    num_packers = 0 if workload.own_kernels else num_threads
     for index, step in enumerate(products):
-        packing, following = products[index : index + num_threads], products[index + num_threads : index + num_threads + 1]
+        packing = products[index : index + max(1, num_packers)]
+        following = products[index + num_packers : index + num_packers + 1] if num_packers else []
         # Of those that are packed at once only the largest is taken at its worst moment.
         at_once = sum(other.loading_bytes for other in packing) - sum(sorted(other.read_bytes for other in packing)[:-1])
         peak = max(peak, kept + at_once + sum(other.read_bytes for other in following))
@@ -161,9 +164,9 @@ class _Step:
     packed_bytes: int
     """Weights with what the kernel adds."""
     loading_bytes: int = 0
-    """Largest need while a thread packs it, itself included."""
+    """Largest need while it is filled or a thread packs it, itself included."""
     read_bytes: int = 0
-    """What is read for it; 0: nothing is packed."""
+    """What is read for it; 0: it takes no more than it keeps."""
 
 
 def _list_steps(
@@ -185,17 +188,16 @@ def _list_steps(
                 yield from linear((name,), columns, (unit,))
             return
         rows = [local(name) for name in names]
-        parts = 1 if len(names) == 1 else 2
         if first is None:
             tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * columns * itemsize
             raw = sum(rows) * columns * itemsize
-            yield _Step(tiled, tiled, raw * parts + (tiled if tiled != raw else 0), raw)
+            yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw)
             return
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
         kept = raw + sum(rows) * 4 * groups
         if not packs:
-            yield _Step(kept, kept, raw * parts, raw)
+            yield _Step(kept, kept, kept, raw)
             return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups

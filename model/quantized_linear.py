@@ -6,21 +6,20 @@ Knows tensors and schemes; no ranks, no names, no files.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.int8 import Int8Kernel, Part, choose_int8_kernel, count_slices, one_slice_linear, sliced_linear
-from model.linear import ColumnParallelLinear, RowBlock
+from model.linear import ColumnParallelLinear, RowBlock, check_rows
 from model.scheme import LinearScheme
-from parallel.file_slices import ask_for_huge_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLinear:
-    """The rows of one linear that a rank owns, as a checkpoint holds them."""
+    """The rows that a rank owns of one linear, or of several that are one product, as a checkpoint holds them."""
 
     weight: torch.Tensor
     """int8 [rows, columns], zero points taken off."""
@@ -62,29 +61,24 @@ class QuantizedColumnParallelLinear(nn.Module):
         assert self._whole is not None
         return self._whole
 
-    def assign(self, stored: list[StoredLinear], device: torch.device) -> None:
-        """Take the rows of every block out of `stored`, which is empty then, and pack them for the kernel."""
-        for one, block in zip(stored, self.blocks, strict=True):
-            assert one.weight.shape == (block.num_rows, self.in_features), (one.weight.shape, block)
-        weight = _join_rows([one.weight for one in stored])
-        scale = torch.cat([one.scale for one in stored]).float()
-        first = replace(stored[0], weight=weight)
-        # What was read is in memory once more while it is packed; not twice.
-        stored.clear()
-        sizes = _group_sizes(self.in_features, scale.shape[1], self.scheme.group_size, first.group_index)
-        if first.group_index is not None:
-            order = torch.argsort(first.group_index, stable=True)
+    def assign(self, stored: StoredLinear, device: torch.device) -> None:
+        """Take the rows of all blocks, one block after another, and pack them where the kernel needs it."""
+        weight, scale = stored.weight, stored.scale.float()
+        check_rows(weight, self.blocks, self.in_features)
+        sizes = _group_sizes(self.in_features, scale.shape[1], self.scheme.group_size, stored.group_index)
+        if stored.group_index is not None:
+            order = torch.argsort(stored.group_index, stable=True)
             weight, self._order = weight[:, order], order.to(device)
         if self.kernel.whole is not None:
             self._whole = weight.contiguous(), scale.contiguous(), torch.tensor([0, *itertools.accumulate(sizes)])
         else:
             self._parts = self._pack_parts(weight, scale, sizes, device)
-        if first.smooth_scale is not None:
-            self._divisor = first.smooth_scale.float().to(device)
-        self._input_scale, self._zero_point = first.input_scale, first.input_zero_point
-        if first.input_zero_point:
+        if stored.smooth_scale is not None:
+            self._divisor = stored.smooth_scale.float().to(device)
+        self._input_scale, self._zero_point = stored.input_scale, stored.input_zero_point
+        if stored.input_zero_point:
             sums = weight.sum(dim=1, dtype=torch.int64).double()
-            self._correction = (sums * first.input_zero_point * scale[:, 0].double()).float().to(device)
+            self._correction = (sums * stored.input_zero_point * scale[:, 0].double()).float().to(device)
 
     def _pack_parts(self, weight: torch.Tensor, scale: torch.Tensor, sizes: list[int], device: torch.device) -> list[Part]:
         parts, column = [], 0
@@ -154,14 +148,6 @@ def build_linear(
     if scheme is None:
         return ColumnParallelLinear(in_features, blocks, dtype)
     return QuantizedColumnParallelLinear(in_features, blocks, scheme, choose_int8_kernel(device.type))
-
-
-def _join_rows(weights: list[torch.Tensor]) -> torch.Tensor:
-    if len(weights) == 1:
-        return weights[0]
-    whole = weights[0].new_empty((sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]))
-    ask_for_huge_pages(whole)
-    return torch.cat(weights, out=whole)
 
 
 def _group_sizes(columns: int, groups: int, group_size: int | None, index: torch.Tensor | None) -> list[int]:

@@ -5,6 +5,8 @@ Knows files, offsets and tensors; no weight names, no formats. A format says whe
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,18 @@ import torch
 from parallel.errors import CheckpointError
 
 _CHUNK_BYTES = 8 << 20
+"""What a thread reads at a time."""
+_PIECE_BYTES = 512 << 10
+"""What is converted at a time: it stays in a core's own cache meanwhile."""
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)
 if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+Convert = Callable[[torch.Tensor], torch.Tensor]
+"""Rows as they are stored, which are its own, to rows as they are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +56,52 @@ class StoredRows:
 
 
 class FileReader:
-    """Reads rows, keeps the open files, and counts the bytes. One a rank; not for several threads."""
+    """Reads rows, keeps the open files, and counts the bytes. One a rank, for one caller; large reads are shared by its threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
         self.read_bytes = 0
         self._files: dict[Path, int] = {}
+        self._num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
 
-    def read_rows(self, parts: list[StoredRows], start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, parts: Sequence[StoredRows], start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor stored in `parts` (in row order, overlaps allowed), in one new tensor.
 
         Raises CheckpointError when a part of the rows is stored nowhere or a file is short.
         """
         out = torch.empty((stop - start, *parts[0].row_shape), dtype=parts[0].dtype)
         ask_for_huge_pages(out)
-        row = start
+        self.read_into(out, parts, start)
+        return out
+
+    def read_into(self, out: torch.Tensor, parts: Sequence[StoredRows], start: int, convert: Convert | None = None) -> None:
+        """Rows from `start` on into `out`, which has no gaps, as many as it has; see `read_rows`.
+
+        Rows that are to be converted, or of another type, are read aside, a few at a time.
+        """
+        row, stop, runs = start, start + out.shape[0], []
         for part in parts:
             end = min(stop, part.stop)
             if part.start <= row < end:
-                self._read_into(out[row - start : end - start], part, row)
+                step = max(1, _CHUNK_BYTES // max(1, part.row_bytes))
+                runs += [(part, first, min(first + step, end)) for first in range(row, end, step)]
+                self.read_bytes += (end - row) * part.row_bytes
                 row = end
         if row < stop:
             raise CheckpointError(f"rows {row} to {stop} of a tensor are stored in none of its files ({parts[0].path.name}, …)")
-        return out
+        for part, _, _ in runs:
+            self._open(part.path)
+
+        def read(run: tuple[StoredRows, int, int]) -> None:
+            part, first, end = run
+            self._read_run(out[first - start : end - start], part, first, convert)
+
+        if self._num_threads > 1 and len(runs) > 1:
+            self._pool = self._pool or ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
+            list(self._pool.map(read, runs))
+        else:
+            for run in runs:
+                read(run)
 
     def read_columns(self, part: StoredRows, first_column: int, last_column: int) -> torch.Tensor:
         """Columns [first_column, last_column) of all rows of `part`, whose rows have one dimension, in one new tensor.
@@ -92,6 +125,7 @@ class FileReader:
         offset = part.offset_bytes + first_column * part.dtype.itemsize
         for row in range(num_rows):
             self._fill(view[row * size : (row + 1) * size], part.path, offset + row * part.row_bytes)
+        self.read_bytes += out.nbytes
         return out
 
     def read_span(self, path: Path, offset_bytes: int, length_bytes: int) -> torch.Tensor:
@@ -99,26 +133,41 @@ class FileReader:
         return self.read_rows([StoredRows(path, offset_bytes, 0, length_bytes, (), torch.uint8)], 0, length_bytes)
 
     def close(self) -> None:
-        """Close the files; the count stays."""
+        """End the threads and close the files; the count stays."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
-    def _read_into(self, target: torch.Tensor, part: StoredRows, first_row: int) -> None:
-        if target.numel() == 0:
+    def _read_run(self, out: torch.Tensor, part: StoredRows, first_row: int, convert: Convert | None) -> None:
+        if out.numel() == 0:
             return
-        self._fill(_bytes_of(target), part.path, part.offset_bytes + (first_row - part.start) * part.row_bytes)
+        offset = part.offset_bytes + (first_row - part.start) * part.row_bytes
+        if convert is None and out.dtype == part.dtype:
+            self._fill(_bytes_of(out), part.path, offset)
+            return
+        step = max(1, _PIECE_BYTES // max(1, part.row_bytes))
+        aside = torch.empty((min(step, out.shape[0]), *part.row_shape), dtype=part.dtype)
+        for first in range(0, out.shape[0], step):
+            rows = out[first : first + step]
+            stored = aside[: rows.shape[0]]
+            self._fill(_bytes_of(stored), part.path, offset + first * part.row_bytes)
+            rows.copy_(stored if convert is None else convert(stored))
 
-    def _fill(self, view: memoryview, path: Path, offset: int) -> None:
+    def _open(self, path: Path) -> int:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
-        done = 0
+        return self._files[path]
+
+    def _fill(self, view: memoryview, path: Path, offset: int) -> None:
+        descriptor, done = self._open(path), 0
         while done < len(view):
-            count = os.preadv(self._files[path], [view[done:]], offset + done)
+            count = os.preadv(descriptor, [view[done:]], offset + done)
             if count == 0:
                 raise CheckpointError(f"{path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again")
             done += count
-        self.read_bytes += done
 
 
 def ask_for_huge_pages(tensor: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ Knows the tensors and where settings lie; not what the settings mean, nor how in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from model.quoting import quote
 from model.scheme import LinearScheme, Scheme, declare_scheme
 from model.weights import FLOAT_DTYPES, linear_names
 from parallel.errors import CheckpointError, ConfigError
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 """Tensors of a quantized linear that are not given under these names."""
@@ -105,6 +105,11 @@ class ColumnPackedFolder(ABC):
         if part == "weight_g_idx":
             return self._read_group_index(reader, owner, start, stop)
         return torch.tensor(self._shapes[owner])[start:stop]
+
+    def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
+        """Where they lie, of tensors that are not packed."""
+        owner = name.rpartition(".")[0]
+        return self._folder.locate_rows(name, start, stop) if owner not in self._shapes or name in self._folder.tensors else []
 
     def tokenizer_path(self) -> Path:
         """The folder itself."""

@@ -9,7 +9,7 @@ import torch
 from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo
 from model.config import LlamaConfig
 from parallel.errors import ConfigError
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 _PREFIX = "model.layers."
 
@@ -40,6 +40,10 @@ class FirstLayers:
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
         return self.whole.read_rows(reader, name, start, stop)
+
+    def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
+        """Where they lie."""
+        return self.whole.locate_rows(name, start, stop)
 
     def tokenizer_path(self) -> Path | None:
         """The whole one's."""

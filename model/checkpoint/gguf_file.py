@@ -20,7 +20,7 @@ from model.checkpoint.source import TensorInfo
 from model.config import RopeScaling, scale_frequency
 from model.quoting import quote
 from parallel.errors import CheckpointError
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,10 @@ class GgufFile:
         rows = _read_stored_rows(reader, self.path, stored, first, last)
         ordered = rows.view(-1, head_rows // 2, 2, stored.shape[1]).transpose(1, 2).reshape(last - first, stored.shape[1])
         return ordered[start - first : stop - first].contiguous()
+
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Nowhere as they are read: most are dequantized or in another order."""
+        return []
 
     def tokenizer_path(self) -> Path | None:
         """The file itself, when it holds a vocabulary."""

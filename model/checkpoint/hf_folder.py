@@ -14,7 +14,7 @@ from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.config import read_config
 from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,8 +43,12 @@ class HuggingFaceFolder:
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
+        return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
+
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Where they lie."""
         file, stored = self._stored[name]
-        return reader.read_rows([stored.stored_rows(file)], start, stop)
+        return [stored.stored_rows(file)]
 
     def tokenizer_path(self) -> Path:
         """The folder itself."""

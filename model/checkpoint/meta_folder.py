@@ -95,6 +95,11 @@ class MetaFolder:
         ordered = rows.view(-1, size // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
         return ordered[start - first : stop - first].contiguous()
 
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Where they lie, of tensors whose rows are whole and in order."""
+        joined = self._joined[name]
+        return joined.blocks[0] if joined.head_rows == 1 and len(joined.blocks) == 1 else []
+
     def tokenizer_path(self) -> Path | None:
         """The folder, or the one it lies in, where downloads have it, when tokenizer.model or tokenizer.json is there."""
         folders = (self.path, self.path.absolute().parent)

@@ -23,7 +23,7 @@ from model.config import read_config
 from model.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
 from model.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,10 @@ class MindSporeFile:
         tensor = self._stored[name]
         columns = [block.read(reader, start, stop) for block in tensor.blocks]
         return tensor.convert(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1))
+
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Nowhere as they are read: most are put together or converted."""
+        return []
 
     def tokenizer_path(self) -> Path | None:
         """The folder of the file, when tokenizer.model or tokenizer.json is there."""

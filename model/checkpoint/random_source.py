@@ -15,7 +15,7 @@ from model.checkpoint.source import Checksum, TensorInfo
 from model.config import build_config
 from model.scheme import read_scheme
 from model.weights import plan_weights
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 _BLOCK_ELEMENTS = 1_048_573
 """A prime: rows of no usual width repeat."""
@@ -63,6 +63,10 @@ class RandomSource:
         if name.endswith("weight_g_idx") and linear is not None:
             return torch.arange(start, stop, dtype=info.dtype) // (linear.group_size or info.shape[0])
         return self._copy(info, zlib.crc32(name.encode()), start, shape)
+
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Nowhere."""
+        return []
 
     def tokenizer_path(self) -> Path | None:
         """There is none."""

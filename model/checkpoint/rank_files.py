@@ -77,10 +77,14 @@ class RankFiles:
         self._check_fingerprints()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, from the file that holds all of them if there is one."""
+        """Rows [start, stop) of a tensor."""
+        return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
+
+    def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
+        """Where they lie: in the file that holds all of them if there is one."""
         parts = self._parts[name]
         whole = [part for part in parts if part.start <= start and stop <= part.stop]
-        return reader.read_rows(whole[:1] or parts, start, stop)
+        return whole[:1] or parts
 
     def tokenizer_path(self) -> Path:
         """The folder itself."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from parallel.file_slices import FileReader
+from parallel.file_slices import FileReader, StoredRows
 
 PIECE_BYTES = 64 << 20
 """Whoever goes through whole checkpoints holds so much of a tensor at a time."""
@@ -83,6 +83,10 @@ class CheckpointSource(Protocol):
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
+        ...
+
+    def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
+        """Where they lie as `read_rows` gives them, for `FileReader`; empty where they are converted or put together."""
         ...
 
     def tokenizer_path(self) -> Path | None:

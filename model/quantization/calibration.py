@@ -117,7 +117,7 @@ def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> 
                 dequantize(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))
                 for name in full
             ]
-            getattr(layer, attribute).assign(weights, model.device)
+            getattr(layer, attribute).assign(torch.cat(weights), model.device)
 
 
 def read_embeddings(source: CheckpointSource, samples: Sequence[Sequence[int]]) -> torch.Tensor:

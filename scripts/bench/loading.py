@@ -4,11 +4,14 @@
 
 Writes a random int8 checkpoint in the shape of a Hugging Face config.json (of its first LAYERS layers), reshards it, loads both
 with each number of ranks, and decodes a prompt: the tokens have to be the same everywhere. Cold: the files are taken out of the
-page cache first. Seconds are those of the stats: from the start of a rank to its last weight, an imported PyTorch included.
+page cache first. Every run stands beside plain reads of the same files, once, in the same state, into fresh memory, by as many
+processes as there are cores: loading is what the stats say, from a rank's first step with PyTorch imported to its last weight;
+the first token is counted from the start of the command, Python and PyTorch included, with the end of the command.
 """
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -25,6 +28,9 @@ from model.config import read_config
 from model.scheme import LinearScheme, Scheme, declare_scheme
 from random_checkpoint import write_random_checkpoint
 
+_NEW_TOKENS = 8
+_READ_BYTES = 8 << 20
+
 
 def forget(folder: Path) -> None:
     """Take a folder's files out of the page cache."""
@@ -35,6 +41,33 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_plainly(folder: Path) -> float:
+    """Seconds to read a folder's weights once: each process a part of every file."""
+    num_processes = len(os.sched_getaffinity(0))
+    started = time.perf_counter()
+    pids = []
+    for number in range(num_processes):
+        if not (pid := os.fork()):
+            for file in folder.glob("*.safetensors"):
+                _read_part(file, number, num_processes)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        if os.waitpid(pid, 0)[1]:
+            raise SystemExit("plain reads failed")
+    return time.perf_counter() - started
+
+
+def _read_part(file: Path, number: int, num_parts: int) -> None:
+    first, end = (file.stat().st_size * part // num_parts for part in (number, number + 1))
+    with mmap.mmap(-1, max(1, end - first)) as memory, memoryview(memory) as view, file.open("rb", buffering=0) as opened:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        done = 0
+        while done < end - first:
+            with view[done : min(done + _READ_BYTES, end - first)] as place:
+                done += os.preadv(opened.fileno(), [place], first + done)
+
+
 def call(*arguments: str | Path) -> str:
     """Standard output of a `tandem` command, which has to succeed."""
     command = [sys.executable, "-m", "launcher", *map(str, arguments)]
@@ -42,13 +75,16 @@ def call(*arguments: str | Path) -> str:
 
 
 def measure(checkpoint: Path, workers: int, dtype: str, folder: Path) -> dict[str, Any]:
-    """Load and decode 8 tokens; stats, ids and plan."""
+    """Load and decode a few tokens; stats, seconds from start to first token, ids and plan."""
     stats, output = folder / "stats.json", folder / "output.jsonl"
     options = ("--checkpoint", checkpoint, "--workers", str(workers), "--dtype", dtype)
-    run = ("--prompt", "a" * 16, "--max-new-tokens", "8", "--ignore-eos", "--stats", stats, "--output", output, "--log-dir", folder / "log")
-    call("predict", *options, *run)
+    run = ("--prompt", "a" * 16, "--max-new-tokens", str(_NEW_TOKENS), "--ignore-eos", "--stats", stats, "--output", output)
+    started = time.perf_counter()
+    call("predict", *options, *run, "--log-dir", folder / "log")
+    seconds = time.perf_counter() - started
     plan = json.loads(call("plan", *options, "--tokens", "24", "--json"))
     found = json.loads(stats.read_text())
+    found["first_token_seconds"] = seconds - (_NEW_TOKENS - 1) / found["decode_tokens_per_second"]
     found["ids"] = json.loads(output.read_text())["token_ids"]
     found["planned_peak_bytes"] = [rank["peak_bytes"] for rank in plan["ranks"]]
     return dict(found)
@@ -83,13 +119,18 @@ def main() -> None:
                 for state in ("cold", "warm"):
                     if state == "cold":
                         forget(checkpoint)
+                    plain = read_plainly(checkpoint)
+                    if state == "cold":
+                        forget(checkpoint)
                     found = measure(checkpoint, workers, options.dtype, folder)
-                    results.append({"checkpoint": checkpoint.name, "state": state, **found})
+                    results.append({"checkpoint": checkpoint.name, "state": state, "plain_read_seconds": plain, **found})
                     read, peak = sum(found["read_bytes"]), max(found["peak_rss_bytes"])
                     error = max(abs(p / f - 1) for p, f in zip(found["planned_peak_bytes"], found["peak_rss_bytes"], strict=True))
-                    seconds = found["load_seconds"]
+                    seconds, first = found["load_seconds"], found["first_token_seconds"]
                     print(
-                        f"{checkpoint.name}, {workers} ranks, {state}: {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s, "
+                        f"{checkpoint.name}, {workers} ranks, {state}: loaded in {seconds:.2f} s, {read / 1e9 / seconds:.2f} GB/s, "
+                        f"first token {first:.2f} s after the start; plain reads {plain:.2f} s, "
+                        f"so {seconds / plain:.2f} x loading alone and {first / plain:.2f} x in all; "
                         f"{read / size:.3f} of the file read, peak {peak / 1e6:.0f} MB a rank, the plan is off by {error:.1%}",
                         flush=True,
                     )

@@ -18,6 +18,12 @@ def test_ranks_are_shared_evenly(node: int, workers: int) -> None:
     assert (nodes.local_workers, nodes.master_addr, nodes.master_port) == (workers, "head", 8118)
 
 
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 7])
+def test_every_rank_belongs_to_one_node(num_nodes: int) -> None:
+    said = [{**NOTHING, "num_nodes": num_nodes, "node_rank": node, "master_addr": "head"} for node in range(num_nodes)]
+    assert [rank for one in said for rank in plan_nodes(7, **one).local_ranks(7)] == list(range(7))
+
+
 def test_local_workers_say_how_many_nodes_there_are_as_with_msrun() -> None:
     nodes = plan_nodes(8, **{**NOTHING, "local_workers": 4, "node_rank": 1, "master_addr": "10.0.0.1", "master_port": 9000})
     assert nodes == Nodes(num_nodes=2, node_rank=1, local_workers=4, master_addr="10.0.0.1", master_port=9000)

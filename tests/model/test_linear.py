@@ -77,7 +77,7 @@ def test_every_number_of_ranks_gives_the_bits_of_one(num_rows: int, unit: int, d
     def build(rank: int, world_size: int) -> ColumnParallelLinear:
         start, stop = Rows(unit).interval(num_rows, rank, world_size)
         layer = ColumnParallelLinear(columns, [RowBlock(stop - start, unit)] * 2, dtype)
-        layer.assign([weight[start:stop] for weight in weights], CPU)
+        layer.assign(torch.cat([weight[start:stop] for weight in weights]), CPU)
         return layer
 
     for rows in (1, 3, 8, 20):

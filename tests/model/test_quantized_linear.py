@@ -1,6 +1,7 @@
 """Linears with integer weights: every scheme against plain arithmetic, and the same bits for any split, kernel and threads."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def take_rows(stored: StoredLinear, rows: slice) -> StoredLinear:
 def build(name: str, *stored: StoredLinear, kernel: Int8Kernel | None = None) -> QuantizedColumnParallelLinear:
     blocks = [RowBlock(len(one.weight), 16) for one in stored]
     linear = QuantizedColumnParallelLinear(stored[0].weight.shape[1], blocks, SCHEMES[name], kernel or choose_int8_kernel("cpu"))
-    linear.assign(list(stored), CPU)
+    rows = {name: torch.cat([getattr(one, name) for one in stored]) for name in ("weight", "scale")}
+    linear.assign(replace(stored[0], **rows), CPU)
     return linear
 
 
@@ -264,7 +266,7 @@ def test_linears_with_inputs_of_their_own_are_separate_products_in_order(name: s
     stored = [make_stored(name, rows, seed=rows) for rows in (16, 32, 48)]
     for alone, one in zip(linear.linears, stored, strict=True):
         assert isinstance(alone, QuantizedColumnParallelLinear)
-        alone.assign([one], CPU)
+        alone.assign(one, CPU)
     x = make_inputs(5)
     assert torch.equal(linear(x), torch.cat([build(name, one)(x) for one in stored], dim=1))
 

@@ -36,6 +36,29 @@ def test_rows_are_joined_from_several_files(tmp_path: Path) -> None:
             assert torch.equal(FileReader().read_rows(parts, start, stop), tensor[start:stop])
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_rows_are_read_into_place_as_they_are_or_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("parallel.file_slices._CHUNK_BYTES", 50)
+    monkeypatch.setattr("parallel.file_slices._PIECE_BYTES", 30)
+    tensor = torch.arange(60, dtype=torch.int32).view(20, 3)
+    parts = [store(tmp_path / f"{start}", tensor[start:stop], start, b"x" * start) for start, stop in [(0, 7), (7, 8), (8, 20)]]
+    reader = FileReader(num_threads)
+    whole = torch.full((20, 3), -1, dtype=dtype)
+    reader.read_into(whole[4:17], parts, 2)
+    assert torch.equal(whole[4:17], tensor[2:15].to(dtype)) and (whole[:4] == -1).all() and (whole[17:] == -1).all()
+    assert reader.read_bytes == 13 * 3 * 4
+    wide = torch.empty((13, 6), dtype=dtype)
+    reader.read_into(wide, parts, 2, lambda rows: rows.repeat(1, 2).neg_())
+    assert torch.equal(wide, -tensor[2:15].repeat(1, 2).to(dtype))
+    (tmp_path / "8").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"8 ends at byte \d+, but a tensor reaches byte"):
+        reader.read_into(wide, parts, 2, lambda rows: rows.repeat(1, 2))
+    reader.close()
+
+
 def test_rows_that_lie_in_two_files_are_read_once(tmp_path: Path) -> None:
     tensor = torch.arange(30).view(10, 3)
     parts = [store(tmp_path / f"{start}", tensor[start:stop], start) for start, stop in [(0, 6), (0, 6), (4, 10)]]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files
+from model.checkpoint.source import CheckpointSource
 from model.config import build_config
 from model.loading import check_checkpoint
 from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
@@ -202,10 +203,14 @@ class Checkpoint:
         self._options = OpenOptions(key_file=str(folder / "key") if "encrypted" in name else None)
         assert self.weights and self.read(), name
 
+    def open(self) -> CheckpointSource:
+        """Its source."""
+        return open_checkpoint(self.path, self._options)
+
     def read(self) -> bool:
         """Read everything as a run would; False when it is refused. Tensors have to be what was declared."""
         try:
-            source = open_checkpoint(self.path, self._options)
+            source = self.open()
             config, scheme = build_config(source.config), read_scheme(source.config)
             check_checkpoint(source, config, scheme)
             reader = FileReader()
