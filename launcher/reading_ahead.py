@@ -13,11 +13,10 @@ from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
 from model.scheme import Scheme
 from model.weights import plan_weights
+from parallel.file_slices import ask_for_bytes
 
 _MOST_BYTES = 4 << 30
 """More than a fast disk gives while a rank starts; what is not read soon might be thrown out again."""
-_STEP_BYTES = 1 << 20
-"""Linux drops what goes beyond the largest request of a disk, without a word."""
 
 
 def read_ahead(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ranks: range, world_size: int) -> threading.Thread:
@@ -52,7 +51,6 @@ def _ask(places: list[tuple[Path, int, int]]) -> None:
         for path, offset, length in places:
             if path not in descriptors:
                 descriptors[path] = os.open(path, os.O_RDONLY)
-            for first in range(offset, offset + length, _STEP_BYTES):
-                os.posix_fadvise(descriptors[path], first, min(_STEP_BYTES, offset + length - first), os.POSIX_FADV_WILLNEED)
+            ask_for_bytes(descriptors[path], offset, length)
     for descriptor in descriptors.values():
         os.close(descriptor)

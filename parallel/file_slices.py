@@ -18,6 +18,8 @@ _CHUNK_BYTES = 8 << 20
 """What a thread reads at a time."""
 _PIECE_BYTES = 512 << 10
 """What is converted at a time: it stays in a core's own cache meanwhile."""
+_ASKED_BYTES = 1 << 20
+"""Linux drops, without a word, what goes beyond the largest request of a disk."""
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)
@@ -145,6 +147,8 @@ class FileReader:
         if out.numel() == 0:
             return
         offset = part.offset_bytes + (first_row - part.start) * part.row_bytes
+        # A disk is fastest with many requests at once (measured cold: 2 times; warm, nothing is lost).
+        ask_for_bytes(self._open(part.path), offset, out.shape[0] * part.row_bytes)
         if convert is None and out.dtype == part.dtype:
             self._fill(_bytes_of(out), part.path, offset)
             return
@@ -168,6 +172,13 @@ class FileReader:
             if count == 0:
                 raise CheckpointError(f"{path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again")
             done += count
+
+
+def ask_for_bytes(descriptor: int, offset: int, length: int) -> None:
+    """Have the system begin to read a part of a file into its page cache."""
+    if hasattr(os, "posix_fadvise"):
+        for first in range(offset, offset + length, _ASKED_BYTES):
+            os.posix_fadvise(descriptor, first, min(_ASKED_BYTES, offset + length - first), os.POSIX_FADV_WILLNEED)
 
 
 def ask_for_huge_pages(tensor: torch.Tensor) -> None:
