@@ -112,7 +112,7 @@ def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     assert name not in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize(("name", "command"), zip(UNITS, ("predict", "serve"), strict=True))
+@pytest.mark.parametrize(("name", "command"), [*zip(UNITS, ("predict", "serve"), strict=True)])
 def test_the_unit_calls_tandem_with_options_that_it_has(name: str, command: str) -> None:
     text = (CLUSTER / name).read_text().replace("\\\n", " ")
     (line,) = re.findall(r"(?m)^ExecStart=(.*)$", text)
