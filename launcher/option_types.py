@@ -33,7 +33,13 @@ CheckOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", "-n", "--worker_num", help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1."),
+    typer.Option(
+        "--workers",
+        "-n",
+        "--worker_num",
+        "--tensor-parallel-size",
+        help="Ranks. Default: MS_WORKER_NUM, then the YAML's model_parallel, then 1.",
+    ),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
@@ -52,7 +58,9 @@ CacheOption = Annotated[
         help="auto, int8 or float. int8 takes the checkpoint's scales, else one for each token. Default: auto, as checkpoint and YAML say.",
     ),
 ]
-BatchOption = Annotated[int | None, typer.Option("--max-batch-size", help="Sequences that run together at most. Default: 16.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences that run together at most. Default: 16.")
+]
 BlockSizeOption = Annotated[
     int | None,
     typer.Option(

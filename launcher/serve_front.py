@@ -131,7 +131,7 @@ class ServeFront(RunObserver):
         if self.stop_number is not None or self.loop is None:
             return None
         self.stop_number = number
-        if self._phase != "ready" and not self.dispatcher.num_running:
+        if self._phase == "loading" or (self._phase == "recovering" and not self.dispatcher.num_running):
             self._on_loop(self.dispatcher.fail_all)
             return None
         self._on_loop(self._begin_drain)

@@ -43,9 +43,9 @@ def _need(*programs: str) -> None:
         pytest.skip(f"missing on this machine: {', '.join(missing)} (scripts/cluster/install_tools.sh installs them)")
 
 
-def _parse_predict(words: list[str]) -> dict[str, Any]:
-    """What `tandem predict WORDS` would be called with; raises what it would refuse with."""
-    return typer.main.get_group(app).commands["predict"].make_context("predict", list(words)).params
+def _parse(command: str, words: list[str]) -> dict[str, Any]:
+    """What `tandem COMMAND WORDS` would be called with; raises what it would refuse with."""
+    return typer.main.get_group(app).commands[command].make_context(command, list(words)).params
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -79,7 +79,7 @@ def test_pods_call_tandem_with_options_that_it_has_and_find_each_other() -> None
     (container,) = pod["containers"]
     assert (container["command"], container["args"][0]) == (["tandem"], "predict")
     assert container["args"][container["args"].index("--node-rank") + 1] == "$(JOB_COMPLETION_INDEX)"
-    found = _parse_predict(["1" if word == "$(JOB_COMPLETION_INDEX)" else word for word in container["args"][1:]])
+    found = _parse("predict", ["1" if word == "$(JOB_COMPLETION_INDEX)" else word for word in container["args"][1:]])
     assert found["num_nodes"] == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert found["master_addr"] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
     assert [port["containerPort"] for port in container["ports"]] == [found["master_port"]]
@@ -93,10 +93,14 @@ def test_pods_call_tandem_with_options_that_it_has_and_find_each_other() -> None
 # systemd
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+UNITS = ("tandem.service", "tandem-serve.service")
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     _need("systemd-analyze")
-    text = (CLUSTER / "tandem.service").read_text()
-    unit = tmp_path / "tandem.service"
+    text = (CLUSTER / name).read_text()
+    unit = tmp_path / name
     patched, count = re.subn(r"(?m)^ExecStart=\S+", "ExecStart=/bin/true", text)
     assert count == 1
     unit.write_text(patched)
@@ -105,16 +109,17 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         pytest.skip(f"systemd-analyze cannot run here: {result.stderr.strip()}")
     # It warns of unknown words with exit code 0; of other units of this machine it may say what it likes.
     assert result.returncode == 0, result.stderr
-    assert "tandem.service" not in result.stderr, result.stderr
+    assert name not in result.stderr, result.stderr
 
 
-def test_the_unit_calls_tandem_with_options_that_it_has() -> None:
-    text = (CLUSTER / "tandem.service").read_text().replace("\\\n", " ")
+@pytest.mark.parametrize(("name", "command"), [*zip(UNITS, ("predict", "serve"), strict=True)])
+def test_the_unit_calls_tandem_with_options_that_it_has(name: str, command: str) -> None:
+    text = (CLUSTER / name).read_text().replace("\\\n", " ")
     (line,) = re.findall(r"(?m)^ExecStart=(.*)$", text)
     words = shlex.split(line)
-    assert words[0].endswith("/bin/tandem") and words[1] == "predict"
+    assert words[0].endswith("/bin/tandem") and words[1] == command
     variables = dict(word.split("=", 1) for word in shlex.split(re.findall(r"(?m)^Environment=(.*)$", text)[0]))
-    assert _parse_predict([re.sub(r"\$\{(\w+)\}", lambda found: variables[found[1]], word) for word in words[2:]])["workers"] == 2
+    assert _parse(command, [re.sub(r"\$\{(\w+)\}", lambda found: variables[found[1]], word) for word in words[2:]])["workers"] == 2
 
 
 # Ranks that Slurm and Open MPI start

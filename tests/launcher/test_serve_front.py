@@ -140,6 +140,27 @@ def test_ranks_that_fail_in_a_drain_go_on_and_end_then(front: ServeFront) -> Non
     assert [message["do"] for message in told] == ["cancel", "end"]
 
 
+def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: ServeFront) -> None:
+    become_ready(front)
+    assert front.loop is not None
+    ticket = front.loop.run_until_complete(submit(front))
+    assert fail(front)
+    assert front.ask_to_stop(15) is not None
+    settle(front)
+    assert ticket.events.empty() and front.state == "draining"
+    told = become_ready(front)
+    front.on_event({"event": "tokens", "tokens": [(0, 0, 5, "eos", None, ())]})
+    settle(front)
+    assert ticket.events.get_nowait()[1].token_id == 5
+    assert [message["do"] for message in told] == ["end"]
+
+
+def test_nobody_keeps_a_server_that_comes_back_from_its_end(front: ServeFront) -> None:
+    become_ready(front)
+    assert fail(front)
+    assert front.ask_to_stop(15) is None
+
+
 def test_hopeless_requests_get_an_error(front: ServeFront) -> None:
     assert front.loop is not None
     become_ready(front)
