@@ -220,7 +220,7 @@ def stop(plan: Plan, status: dict[str, Any] | None) -> list[str]:
     ranks, ended = plan.find_ranks(status), plan.server.has_ended()
     code = plan.server.stop()
     faults = [f"the server did not end within {STOP_SECONDS:g} s after SIGTERM"] if code is None else []
-    if code and not ended and code != -signal.SIGTERM:
+    if code and not ended and code not in (-signal.SIGTERM, 128 + signal.SIGTERM):
         faults.append(f"the server ended with exit code {code} after SIGTERM")
     return faults + [f"rank {rank} lives without its server" for rank, pid in ranks.items() if read_rss_bytes(pid) is not None]
 
