@@ -31,7 +31,8 @@ class ChoiceText:
     """The text of one answer as its tokens come. What may become a stop text is held back until that is known."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
-        self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), tuple(stops)
+        self._tokenizer, self._prompt_ids, self._stops = tokenizer, prompt_ids, tuple(stops)
+        self._decoder: StreamDecoder | None = None
         self._held = ""
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -39,6 +40,8 @@ class ChoiceText:
     def push(self, token: NewToken) -> Piece:
         """The piece that comes with the next token."""
         self.num_tokens += 1
+        if self._decoder is None:  # not before: a call of many sequences may wait for long, or be refused
+            self._decoder = StreamDecoder(self._tokenizer, self._prompt_ids)
         self._held += self._decoder.push(token.token_id)
         reason = _REASONS[token.finish_reason] if token.finish_reason else None
         if reason:
@@ -94,12 +97,16 @@ def build_usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens}
 
 
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """The text of one token by itself; bytes that spell no character become U+FFFD."""
+    return tokenizer.token_bytes(token_id).decode(errors="replace")
+
+
 def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dict[str, Any]:
     """`logprobs` of a chat choice."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": token_text(tokenizer, token_id), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token_id))}
 
     return {
         "content": [
@@ -110,16 +117,15 @@ def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dic
 
 
 def build_text_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
-    """`logprobs` of a completion's choice; `offset`: characters of the answer before these tokens."""
-    texts = [tokenizer.decode([t.token_id], skip_special_tokens=False) for t in tokens]
+    """`logprobs` of a completion's choice; `offset`: characters of the tokens before these."""
+    texts = [token_text(tokenizer, t.token_id) for t in tokens]
     offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],
         # Several ids may have one text, as parts of characters have: the likeliest of them counts.
         "top_logprobs": [
-            {tokenizer.decode([i], skip_special_tokens=False): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None
-            for t in tokens
+            {token_text(tokenizer, i): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None for t in tokens
         ],
         "text_offset": offsets,
     }

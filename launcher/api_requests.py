@@ -38,6 +38,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "verbosity": (None, "medium"),
     "best_of": (None, 1),
 }
 """OpenAI's fields that mean nothing here, with the values that ask for nothing; none listed: any."""
@@ -74,8 +78,6 @@ class _Asked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, raw: Any) -> Any:
-        if isinstance(raw, bytes):
-            raise ValueError("the body is not taken for JSON: send the header Content-Type: application/json")
         if not isinstance(raw, dict):
             raise ValueError(f"the body is a {type(raw).__name__}, but a JSON object is needed")
         kept = {}

@@ -76,11 +76,10 @@ class Dispatcher:
         """Queue the sequences of a call. Raises ServiceError when the server drains or too many wait."""
         if self.is_draining:
             raise draining()
-        if len(wanted) > self.max_running + self.max_waiting:
-            raise too_many(len(wanted), self.max_running + self.max_waiting)
+        self.check_count(len(wanted))
         free = self.max_running - len(self._running)
         if self.num_waiting + len(wanted) > self.max_waiting + free:
-            raise queue_full(self.num_waiting, self._estimate_wait_seconds())
+            raise queue_full(self.num_waiting, len(wanted), self.max_waiting, self._estimate_wait_seconds())
         ticket = Ticket(caller, len(wanted), time.monotonic())
         ticket.deadline = asyncio.get_running_loop().call_later(deadline_seconds, self._fail, ticket, timed_out(deadline_seconds))
         mine = self._waiting.setdefault(caller, deque())
@@ -89,6 +88,11 @@ class Dispatcher:
             self._next_index += 1
         self._fill()
         return ticket
+
+    def check_count(self, sequences: int) -> None:
+        """Raise ServiceError for a call that could never be queued."""
+        if sequences > self.max_running + self.max_waiting:
+            raise too_many(sequences, self.max_running + self.max_waiting)
 
     def close(self, ticket: Ticket) -> None:
         """Nobody waits for the rest of it any longer."""

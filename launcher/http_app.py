@@ -3,6 +3,7 @@
 Knows HTTP and its errors; what an answer is: `launcher/service.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from launcher.api_requests import ChatRequest, CompletionRequest
-from launcher.http_guard import Guard, Limits
+from launcher.http_guard import App, Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
 from launcher.serve_front import ServeFront
 from launcher.service import Service
@@ -22,8 +23,8 @@ from parallel.errors import RequestError
 _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
 
 
-def build_app(service: Service, limits: Limits) -> Guard:
-    """The application."""
+def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] = ()) -> App:
+    """The application. `allowed_origins`: of pages of other sites whose scripts may call; none: browsers keep them out."""
     app = FastAPI(title="tandem", version=service.front.served.version, docs_url=None, redoc_url=None, openapi_url=None)
     front = service.front
 
@@ -89,13 +90,14 @@ def build_app(service: Service, limits: Limits) -> Guard:
     async def fail(request: Request, error: Exception) -> JSONResponse:  # the guard says on standard error what it was
         return JSONResponse(server_failed().to_json(), 500)
 
-    if limits.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(limits.allowed_origins), allow_methods=["*"], allow_headers=["*"])
-
     def count(path: str, status: int) -> None:
         front.metrics.count_request(path if path in _ROUTES else "other", status)
 
-    return Guard(app, limits, count)
+    guard = Guard(app, limits, count)
+    if not allowed_origins:
+        return guard
+    # Outside of the guard: such a page may read why it was refused, and a browser asks without any key whether it may call.
+    return CORSMiddleware(guard, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
 
 
 def explain_shape(error: RequestValidationError) -> ServiceError:

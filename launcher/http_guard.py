@@ -1,4 +1,4 @@
-"""What stands before the routes of a server: API keys, hosts, sizes and times of requests, and an answer for every failure.
+"""What stands before the routes of a server: API keys, hosts, sizes and times of requests, and an answer where a route fails.
 
 Knows ASGI and uvicorn; not what is asked.
 """
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import h11
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
 from launcher.service_errors import ServiceError, server_failed
 
+CALLER = "tandem.caller"
+"""In the scope of a request with a key: which it is. Others are told apart by their addresses."""
 OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What needs no key: nothing of it tells of requests."""
 HEADER_SECONDS = 10.0
@@ -42,8 +45,6 @@ class Limits:
     checks_host: bool
     """Whether only names of this host itself may stand in the Host header: pages of other sites must not reach a server without a key."""
     max_body_bytes: int
-    allowed_origins: tuple[str, ...] = ()
-    """Of pages of other sites whose scripts may call; none: browsers keep them out."""
 
 
 class Guard:
@@ -67,17 +68,16 @@ class Guard:
 
         try:
             self._check(scope)
+            check_content_type(scope)
             body = await asyncio.wait_for(self._read_body(scope, receive), BODY_SECONDS)
             await self._app(scope, _replay(body, receive), note)
         except ServiceError as error:
             await answer_error(error, note)
         except asyncio.TimeoutError:
             await answer_error(ServiceError(408, f"the request's body did not come within {BODY_SECONDS:g} s"), note)
-        except ConnectionError:
+        except (ConnectionError, ClientDisconnect):
             pass  # the caller has gone
-        except Exception as error:
-            if type(error).__name__ == "ClientDisconnect":
-                return
+        except Exception:
             traceback.print_exc(file=sys.stderr)
             if not status:
                 await answer_error(server_failed(), note)
@@ -95,8 +95,6 @@ class Guard:
                 raise ServiceError(403, words, kind="permission_error")
         if not self._limits.api_keys or scope["path"] in OPEN_PATHS:
             return
-        if scope["method"] == "OPTIONS" and self._limits.allowed_origins and b"access-control-request-method" in headers:
-            return  # a browser asks, without any key, whether a page may call at all
         scheme, _, said = headers.get(b"authorization", b"").partition(b" ")
         said = said.strip()
         # Every key is compared, in constant time: how long it takes tells nothing.
@@ -104,6 +102,7 @@ class Guard:
         if scheme.lower() != b"bearer" or not any(fits):
             words = "no valid API key: send the header Authorization: Bearer KEY"
             raise ServiceError(401, words, kind="authentication_error", code="invalid_api_key")
+        scope[CALLER] = f"key {fits.index(True)}"
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
         most = self._limits.max_body_bytes
@@ -125,6 +124,13 @@ class Guard:
         raise ServiceError(413, f"the request's body has {size} bytes or more, but {most} are taken at most", code="body_too_large")
 
 
+def check_content_type(scope: MutableMapping[str, Any]) -> None:
+    """Raise ServiceError for a body that is not said to be JSON: a browser would send it for any page, without asking."""
+    kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if scope["method"] == "POST" and kind != b"application/json":
+        raise ServiceError(400, "the body is not taken for JSON: send the header Content-Type: application/json")
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, then what comes."""
     given = False
@@ -140,11 +146,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def answer_error(error: ServiceError, send: SendMessage) -> None:
-    """OpenAI's form of an error."""
+    """OpenAI's form of an error. The connection is closed behind it: what the caller still sends would be waited for without a limit."""
     body = json.dumps(error.to_json()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    if error.status == 413:
-        headers["connection"] = "close"
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **error.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

@@ -96,10 +96,13 @@ class Journal:
                     self._clear_suspect()
         return new
 
-    def note_failure(self) -> list[int]:
-        """The ranks have failed: which requests are given up."""
+    def note_failure(self, *, served: bool = True) -> list[int]:
+        """The ranks have failed, after they had `served` or before: which requests are given up. Ranks that did not come to serve have
+        not failed because of any."""
         with self._lock:
             self._send = None
+            if not served:
+                return []
             for index, entry in self._entries.items():
                 entry.failures += index not in self._held
             hopeless = [index for index, entry in self._entries.items() if entry.failures >= MAX_FAILURES]

@@ -72,7 +72,8 @@ NumBlocksOption = Annotated[
     typer.Option(
         "--num-blocks",
         "--num-gpu-blocks-override",
-        help="Blocks of the key-value cache at most; with few, prompts wait. Default: the YAML's num_blocks, else what the prompts need.",
+        help="Blocks of the key-value cache at most; with few, prompts wait. Default: the YAML's num_blocks, else what the "
+        "prompts need; serve: what half of the free memory holds.",
     ),
 ]
 PrefixCacheOption = Annotated[

@@ -124,8 +124,7 @@ class RankService:
             {
                 "event": "report",
                 "ranks": ranks,
-                "running": engine.num_running,
-                "waiting": engine.num_waiting,
+                "slowest_seconds": max((step for step, _ in self._steps[0]), default=0.0),
                 "blocks_used": engine.num_used_blocks,
                 "prefill_tokens": engine.times.prefill_tokens,
             }

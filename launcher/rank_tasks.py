@@ -88,7 +88,7 @@ def serve(me: Rank, task: Serve) -> None:
     bandwidth = measure_bandwidth(
         collectives, me.gather, me.device, len(me.seat.local_ranks), me.threads, block_bytes=_SERVE_BANDWIDTH_BYTES
     )
-    model, read_bytes = load_rank(me)
+    model, _ = load_rank(me)
     engine = Engine(
         model,
         job.max_batch_size,
@@ -101,16 +101,15 @@ def serve(me: Rank, task: Serve) -> None:
     )
     if not model.batch_invariant:
         me.emit({"event": "warning", "message": "here the last bits of an answer may depend on what runs beside it"})
+    if job.speculate and not engine.speculates:
+        me.emit({"event": "warning", "message": NO_GUESSES})
     for request in task.requests:
         engine.add(request)
-    everyone = me.gather([model.weight_bytes, read_bytes])
     me.emit(
         {
             "event": "serving",
             **_describe(me, model),
-            "load_seconds": time.perf_counter() - me.started,
             "memory_bytes_per_second": bandwidth,
-            "weight_bytes": [row[0] for row in everyone],
             "hosts": me.seat.host_names,
             "pids": me.seat.pids,
         }

@@ -45,9 +45,7 @@ def serve(
     key_file: KeyFileOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hold the files against their recorded checksums before starting.")] = False,
     workers: WorkersOption = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen at. Others than this host's own need --api-key-file.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen at. Others than loopback need --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen at, 0: any free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File of API keys, one a line; callers send one as a bearer token. Default: none.")

@@ -110,12 +110,13 @@ class ServeFront(RunObserver):
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """A rank failed, and all start again."""
+        served = self._phase == "ready"
         self._count_failed_start()
         self._phase, self._last_failure, self._report = "recovering", cause, {}
         self._restarts += 1
         self.metrics.count_restart()
         self._progress.close()
-        hopeless = self._journal.note_failure()
+        hopeless = self._journal.note_failure(served=served)
         if hopeless:
             self._on_loop(self.dispatcher.give_up, hopeless, MAX_FAILURES)
 
@@ -230,9 +231,8 @@ class ServeFront(RunObserver):
 
     def _take_report(self, event: dict[str, Any], now: float) -> None:
         self._heard, self._report = now, event
-        steps = [row["step_seconds"] for row in event["ranks"] if row["step_seconds"]]
-        self._slowest_seconds = max(steps, default=0.0)
-        self.metrics.prefill.add(max(0, event["prefill_tokens"] - self._prefilled))
+        self._slowest_seconds = event["slowest_seconds"]
+        self._on_loop(self.metrics.prefill.add, max(0, event["prefill_tokens"] - self._prefilled))
         self._prefilled = event["prefill_tokens"]
 
     def _begin_drain(self) -> None:

@@ -14,9 +14,10 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage
+from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
 from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from launcher.dispatch import Ticket
+from launcher.http_guard import CALLER
 from launcher.serve_front import ServeFront
 from launcher.service_errors import ServiceError, caller_gone
 from model.chat import ChatTemplate
@@ -28,6 +29,7 @@ from parallel.errors import RequestError
 
 _LONG_TEXT = 20_000
 """Characters from which a text is made ids in a thread of its own: other callers go on."""
+_READING_SECONDS = 30.0
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -58,7 +60,8 @@ class Service:
     async def plan_completion(self, body: CompletionRequest) -> Asked:
         """What a completion asks. Raises ServiceError, RequestError."""
         self.check_model(body.model)
-        prompts = [await self._encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompts]
+        self.front.dispatcher.check_count(len(body.prompts) * body.n)
+        prompts = await self._encode(body.prompts)
         new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         echo = [self._tokenizer.decode(ids) if body.echo else "" for ids in prompts]
         return self._plan(body, prompts, [new_tokens] * len(prompts), body.logprobs, echo, is_chat=False)
@@ -67,7 +70,7 @@ class Service:
         """What a chat completion asks. Raises ServiceError, RequestError."""
         self.check_model(body.model)
         text = self._template.render([message.to_template() for message in body.messages])
-        ids = await self._encode(text, add_special_tokens=False)
+        (ids,) = await self._encode([text], add_special_tokens=False)
         said = body.max_completion_tokens or body.max_tokens
         new_tokens = said or max(1, self._room - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -93,7 +96,7 @@ class Service:
     def stream(self, asked: Asked, request: Request) -> StreamingResponse:
         """The answer piece by piece. Raises ServiceError when it cannot begin."""
         ticket = self._submit(asked, request)
-        return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket))
+        return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
 
     def _plan(
         self,
@@ -107,12 +110,12 @@ class Service:
     ) -> Asked:
         served = self.front.served
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
-        for ids, count in zip(prompts, new_tokens, strict=True):
-            for params in body.plan_sampling(count, logprobs):
-                token_request = TokenRequest(len(choices), ids, params)
-                check_request(token_request, served.job.context_tokens, served.config.vocab_size)
-                check_memory(token_request, served.num_blocks, served.job.block_size)
-                choices.append((ids, params))
+        for number, (ids, count) in enumerate(zip(prompts, new_tokens, strict=True)):
+            all_params = body.plan_sampling(count, logprobs)
+            token_request = TokenRequest(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
+            check_request(token_request, served.job.context_tokens, served.config.vocab_size)
+            check_memory(token_request, served.num_blocks, served.job.block_size)
+            choices.extend((ids, params) for params in all_params)
         unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
         if unknown is not None:
             raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
@@ -128,8 +131,8 @@ class Service:
         )
 
     def _submit(self, asked: Asked, request: Request) -> Ticket:
-        key = request.headers.get("authorization") or (request.client.host if request.client else "")
-        ticket = self.front.dispatcher.submit(key, asked.choices, asked.timeout_seconds)
+        caller = request.scope.get(CALLER) or (request.client.host if request.client else "")
+        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 
@@ -173,7 +176,7 @@ class Service:
                     continue
                 choice = self._build_choice(asked, number, [piece], offsets[number], is_chunk=True, is_first=not begun[number])
                 begun[number] = True
-                offsets[number] += len(piece.text)
+                offsets[number] += sum(len(token_text(self._tokenizer, token.token_id)) for token in piece.tokens)
                 yield _event(asked.naming.build([choice], None, is_chunk=True))
             if asked.with_usage:
                 yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
@@ -200,14 +203,20 @@ class Service:
     def _count(self, asked: Asked) -> dict[str, int]:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
 
-    async def _encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    async def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
+        """Ids of texts; what is given in ids stays as it is."""
+        texts = [one for one in prompts if isinstance(one, str)]
         try:
-            text.encode()
+            "".join(texts).encode()
         except UnicodeEncodeError:
             raise RequestError("the text holds half of a surrogate pair, which is no character") from None
-        if len(text) < _LONG_TEXT:
-            return tuple(self._tokenizer.encode(text, add_special_tokens))
-        return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens))
+
+        def encode() -> list[tuple[int, ...]]:
+            return [tuple(self._tokenizer.encode(one, add_special_tokens) if isinstance(one, str) else one) for one in prompts]
+
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
 
     @property
     def _room(self) -> int:
@@ -225,14 +234,16 @@ class Service:
 class _TicketResponse(StreamingResponse):
     """A stream of events that lets go of its sequences when it ends, even where the caller went before it began."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], timeout_seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_SSE_HEADERS)
-        self._close = close
+        self._close, self._timeout_seconds = close, timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send it. A caller who does not read, so that nothing can be sent, is left soon after the deadline."""
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._timeout_seconds + _READING_SECONDS)
+        except asyncio.TimeoutError:
+            raise ConnectionError from None
         finally:
             self._close()
 

@@ -31,11 +31,11 @@ class ServiceError(TandemError):
         return {} if self.retry_after_seconds is None else {"Retry-After": str(self.retry_after_seconds)}
 
 
-def queue_full(waiting: int, retry_after_seconds: int) -> ServiceError:
-    """429."""
+def queue_full(waiting: int, wanted: int, most: int, retry_after_seconds: int) -> ServiceError:
+    """429, in sequences."""
     return ServiceError(
         429,
-        f"{waiting} requests are waiting, as many as may; try again in {retry_after_seconds} s",
+        f"{waiting} sequences wait and {wanted} more are asked for, but {most} may wait; try again in {retry_after_seconds} s",
         kind="rate_limit_error",
         code="queue_full",
         retry_after_seconds=retry_after_seconds,

@@ -27,7 +27,7 @@ from model.planning import RankPlan, Workload, plan_ranks
 from parallel.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from launcher.http_guard import Guard
+    from launcher.http_guard import App
     from launcher.serve_front import ServeFront
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
@@ -66,8 +66,9 @@ def serve(options: ServeOptions) -> None:
     """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
     _check_options(options)
     keys = read_keys(options)
-    options = replace(options, max_restarts=first_said(options.max_restarts, DEFAULT_MAX_RESTARTS))
     run = open_run(options)
+    max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
+    run = replace(run, options=replace(options, max_restarts=max_restarts))
     try:
         from launcher.http_app import build_app
         from launcher.http_guard import Limits
@@ -103,9 +104,8 @@ def serve(options: ServeOptions) -> None:
         api_keys=keys,
         checks_host=not keys and is_loopback(options.host),
         max_body_bytes=int(options.max_body_megabytes * 1e6),
-        allowed_origins=options.allowed_origins,
     )
-    app = build_app(Service(front, tokenizer, template, options.request_seconds), limits)
+    app = build_app(Service(front, tokenizer, template, options.request_seconds), limits, options.allowed_origins)
     server = HttpServer(app, listener, front)
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
@@ -176,9 +176,10 @@ def listen(host: str, port: int) -> socket.socket:
 def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     """Blocks of keys and values, and what each rank owns then.
 
-    As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory holds.
-    Raises ConfigError when not even one context fits.
+    As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
+    host holds beside the weights. Warns where that is less than one context.
     """
+    num_local = run.environment.local_world_size or run.world_size if run.environment.is_rank else run.nodes.local_workers
     opened = run.opened
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
@@ -187,7 +188,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
         tokens=job.context_tokens,
-        num_threads=job.threads_per_rank or share_cores(run.nodes.local_workers),
+        num_threads=job.threads_per_rank or share_cores(num_local),
         block_size=job.block_size,
         num_blocks=job.num_blocks,
     )
@@ -196,10 +197,13 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     num_blocks = job.num_blocks or job.max_batch_size * a_context
     available = read_available_bytes() if job.device == "cpu" else None
     if job.num_blocks is None and available is not None:
-        local = sorted(plans, key=lambda plan: plan.peak_bytes)[-run.nodes.local_workers :]
+        local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
         block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks
         free = available - sum(plan.peak_bytes - plan.kv_cache_bytes for plan in local)
-        num_blocks = max(min(num_blocks, int(_MEMORY_SHARE * free) // block_bytes), min(a_context, num_blocks))
+        num_blocks = max(1, min(num_blocks, int(_MEMORY_SHARE * free) // block_bytes))
+        if num_blocks < a_context:
+            words = f"free memory holds {num_blocks * job.block_size} tokens of keys and values, but the context is {job.context_tokens}"
+            print(f"warning: {words}: longer requests are refused; see --kv-cache-dtype int8", file=sys.stderr)
         plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
     return num_blocks, plans
 
@@ -207,7 +211,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
 class HttpServer(threading.Thread):
     """uvicorn on an event loop of its own, in a thread: signals and ranks are the main thread's."""
 
-    def __init__(self, app: "Guard", listener: socket.socket, front: "ServeFront") -> None:
+    def __init__(self, app: "App", listener: socket.socket, front: "ServeFront") -> None:
         super().__init__(daemon=True, name="http")
         import uvicorn
 

@@ -3,9 +3,9 @@
 Every rank runs the same engine on the same requests and takes the same steps. Predict and serving consume the events of `step`.
 Who goes through a pass: `model/scheduling.py`. Knows token ids only: no text, no files, no processes.
 
-A run that goes on where another one stopped takes the same steps with the same rows: without the project's own kernels, how many rows go
-through a product together decides its last bits. Tokens that are known already are taken instead of chosen, and steps that nobody
-needs are left out.
+A run that goes on where another one stopped takes known tokens through with their prompts (`prefill_known`). Without the project's own
+kernels, how many rows go through a product together decides its last bits: there it takes the same steps with the same rows, known
+tokens instead of choosing, and leaves out steps that nobody needs.
 """
 
 import time
@@ -124,21 +124,6 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return self._scheduler.has_unfinished
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that have memory."""
-        return self._scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that wait for memory, or for a place among those that run."""
-        return self._scheduler.num_waiting
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of keys and values that there are."""
-        return self._store.num_blocks
 
     @property
     def num_used_blocks(self) -> int:

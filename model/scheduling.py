@@ -108,16 +108,6 @@ class Scheduler:
         """Whether there is anything left to plan."""
         return bool(self._waiting or self._running)
 
-    @property
-    def num_running(self) -> int:
-        """Sequences that have memory."""
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that have none."""
-        return len(self._waiting)
-
     def add(self, sequence: LiveSequence) -> None:
         """Let a new sequence wait."""
         self._waiting.append(sequence)

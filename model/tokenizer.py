@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
         """The text of ids; bytes that spell no character become U+FFFD, unknown ids nothing."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8: a space before it included, or a part of a character. Unknown ids: nothing."""
+        ...
+
 
 _FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
 """In the order of preference."""

@@ -42,7 +42,10 @@ class JsonTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._letters = _list_letters() if "ByteLevel" in repr(backend.decoder) else None
         self._put_around(special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -52,6 +55,18 @@ class JsonTokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_ids:
+            return str(token).encode()
+        if self._letters is not None:
+            return bytes(self._letters[letter] for letter in token)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else str(token).replace("▁", " ").encode()
 
     def _put_around(self, special: SpecialTokens) -> None:
         """Replace the file's own rule where the settings say otherwise."""
@@ -118,12 +133,23 @@ class SentencePieceTokenizer:
                 ids += self._processor.encode(part)
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text."""
+        return self._bytes.get(token_id, b"")
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Not the library's: that drops special tokens, or writes them as ' ⁇ '."""
         left_out = self.special_ids if skip_special_tokens else frozenset()
         data = b"".join(self._bytes.get(i, b"") for i in map(int, ids) if i not in left_out)
         text = re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8", errors="surrogateescape"))
         return text.removeprefix(self._leading_space)
+
+
+def _list_letters() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: those that print as Latin-1 as themselves, the others as letters from U+0100 on (GPT-2)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def _first_id(*candidates: int | None) -> int | None:

@@ -21,6 +21,9 @@ COMMANDS = {
     "eval": "--task --data --config --checkpoint --limit --window --workers --dtype --kv-cache-dtype --max-batch-size --json",
     "bench": "--config --checkpoint --model-config --random-weights --quantization --num-layers --workers --batch-size --prompt-tokens"
     " --new-tokens --rounds --dtype --threads-per-rank --collectives --speculate --profile --json",
+    "serve": "--config --checkpoint --workers --tensor-parallel-size --host --port --api-key-file --insecure --served-model-name"
+    " --max-queue --request-timeout --drain --prefill-tokens --max-body-mb --allow-origin --dtype --max-batch-size --num-blocks --speculate"
+    " --log-dir --max-restarts --timeout --nnodes",
     "convert": "--to --dtype --overwrite SRC DST",
     "reshard": "--workers --overwrite SRC DST",
     "env": "--json",
@@ -42,9 +45,12 @@ DEFAULTS = {
 
 
 def _read_rows(text: str) -> dict[str, str]:
-    """Each option or argument in the boxes of a help text, by its first name, to its words."""
-    rows = {}
+    """Each option or argument in the boxes of a help text, by its first name, to its words, on one line or several."""
+    rows: dict[str, str] = {}
     for line in text.splitlines():
+        continued = re.match(r"[│|]\s{20,}(\S.*?)\s*[│|]$", line)
+        if continued and rows:
+            rows[list(rows)[-1]] += f" {continued[1]}"
         found = re.match(r"[│|]\s+(?:\*\s+)?(--?[\w-]+|[A-Z]+)\b.*?<[\w\[\]]+>\s*(.*?)\s*[│|]$", line)
         if found:
             rows[found[1]] = found[2]

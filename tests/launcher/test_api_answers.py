@@ -26,6 +26,9 @@ class WordTokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return b"".join(self._words[i] for i in ids).decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._words[token_id]
+
 
 def answer(words: Sequence[str | bytes], stops: Sequence[str], reason: str = "length") -> list[Piece]:
     """The pieces of an answer that consists of these tokens, up to its end."""

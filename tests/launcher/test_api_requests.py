@@ -154,9 +154,9 @@ def test_what_cannot_be_done_is_refused(fields: dict[str, Any], words: str) -> N
     assert any(re.search(words, error["msg"]) for error in refused.value.errors())
 
 
-@pytest.mark.parametrize("raw", [b"{}", 5, None, [], "text"])
+@pytest.mark.parametrize("raw", [5, None, [], "text"])
 def test_a_body_that_is_no_object_is_refused_in_words(raw: Any) -> None:
-    with pytest.raises(ValidationError, match="Content-Type" if isinstance(raw, bytes) else "a JSON object is needed"):
+    with pytest.raises(ValidationError, match="a JSON object is needed"):
         CompletionRequest.model_validate(raw)
 
 

@@ -97,7 +97,7 @@ def test_a_full_queue_refuses_with_a_time_to_try_again() -> None:
     async def check() -> None:
         server = Server(max_running=2, max_waiting=3)
         server.ask("a", 1, count=5)
-        with pytest.raises(ServiceError, match="3 requests are waiting") as refused:
+        with pytest.raises(ServiceError, match="3 sequences wait and ") as refused:
             server.ask("b", 2)
         assert refused.value.status == 429
         assert 1 <= int(refused.value.headers["Retry-After"]) <= 60

@@ -5,12 +5,14 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
 
 from launcher import http_guard
+from launcher.http_app import build_app
 from launcher.http_guard import Guard, Limits, TimedProtocol
 from launcher.service_errors import queue_full
 
@@ -25,7 +27,7 @@ class Call:
         self.counted: list[tuple[str, int]] = []
         self.sent: list[Any] = []
         self.read = 0
-        self._guard = Guard(app or self._take, limits, lambda path, status: self.counted.append((path, status)))
+        self._app: Any = Guard(app or self._take, limits, lambda path, status: self.counted.append((path, status)))
 
     async def _take(self, scope: Any, receive: Any, send: Any) -> None:
         self.bodies.append((await receive())["body"])
@@ -34,8 +36,9 @@ class Call:
 
     def make(self, path: str = "/v1/completions", pieces: Sequence[bytes | None] = (b"{}",), method: str = "POST", **headers: str) -> int:
         """Send it; None: the caller goes away, or, as the last one, never sends the rest. The status, 0 for none."""
-        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-        scope = {"type": "http", "method": method, "path": path, "headers": raw}
+        said = {"content_type": "application/json", **headers} if method == "POST" else headers
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in said.items()]
+        self.scope: Scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b"", "root_path": ""}
         left = list(pieces)
 
         async def receive() -> Any:
@@ -50,7 +53,7 @@ class Call:
         async def send(message: Any) -> None:
             self.sent.append(message)
 
-        asyncio.run(self._guard(scope, receive, send))
+        asyncio.run(self._app(self.scope, receive, send))
         return self.sent[0]["status"] if self.sent else 0
 
     @property
@@ -162,13 +165,34 @@ def test_the_page_and_health_need_no_key(path: str) -> None:
     assert Call(KEYED).make(f"{path}/x") == 401
 
 
-def test_a_browser_may_ask_without_a_key_whether_a_page_of_another_site_may_call() -> None:
+def test_pages_of_named_sites_may_ask_without_a_key_whether_they_may_call_and_read_why_not() -> None:
+    served = SimpleNamespace(version="0")
+    service: Any = SimpleNamespace(front=SimpleNamespace(served=served, metrics=SimpleNamespace(count_request=lambda route, status: None)))
     asked = {"origin": "https://a.example", "access_control_request_method": "POST"}
-    open_to_pages = limit(api_keys=(b"first",), allowed_origins=("https://a.example",))
-    assert Call(open_to_pages).make(method="OPTIONS", **asked) == 200
-    assert Call(open_to_pages).make(method="OPTIONS") == 401
-    assert Call(open_to_pages).make(method="POST", **asked) == 401
-    assert Call(KEYED).make(method="OPTIONS", **asked) == 401
+    for origins, statuses in ((("https://a.example",), (200, 401)), ((), (401, 401))):
+        call = Call(KEYED)
+        call._app = build_app(service, KEYED, origins)
+        assert call.make(method="OPTIONS", **asked) == statuses[0]
+        call.sent.clear()
+        assert call.make(**asked) == statuses[1]
+        assert (b"access-control-allow-origin" in call.headers) == bool(origins)
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a"])
+def test_a_body_that_is_not_said_to_be_json_is_refused(kind: str) -> None:
+    """A browser would send it for any page, without asking."""
+    call = Call(limit())
+    assert call.make(content_type=kind) == 400 and "Content-Type" in call.error["message"] and call.read == 0
+    assert Call(limit()).make(content_type="Application/JSON; charset=utf-8") == 200
+
+
+def test_a_key_names_its_caller_however_it_is_written() -> None:
+    callers = []
+    for words in ("Bearer second", "bearer   second ", "BEARER second"):
+        call = Call(KEYED)
+        assert call.make(authorization=words) == 200
+        callers.append(call.scope[http_guard.CALLER])
+    assert set(callers) == {"key 1"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +221,7 @@ def test_only_names_of_this_host_are_answered_where_nobody_needs_a_key(host: str
 
 def test_refusals_of_the_application_are_answered_in_openais_form() -> None:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
-        raise queue_full(3, 7)
+        raise queue_full(3, 1, 3, 7)
 
     call = Call(limit(), refuse)
     assert call.make() == 429
@@ -272,7 +296,7 @@ def test_a_slow_second_head_on_one_connection_is_not_waited_for_either(serve: Ca
 
 def test_a_head_that_is_there_has_no_time_limit_on_its_answer(serve: Callable[[], socket.socket]) -> None:
     connection = serve()
-    connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n1")
+    connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n1")
     connection.settimeout(1.0)
     with pytest.raises(TimeoutError):
         connection.recv(100)

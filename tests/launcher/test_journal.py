@@ -205,3 +205,12 @@ def test_a_suspect_that_is_cancelled_makes_room_for_the_next(journal: Journal) -
     assert set(ranks.running) == {3}
     journal.take([token(3, 0, 70, "eos")])
     assert len(journal) == 0
+
+
+def test_ranks_that_did_not_come_to_serve_have_not_failed_because_of_anything() -> None:
+    journal = Journal()
+    journal.add(ask(0))
+    for _ in range(5):
+        assert journal.note_failure(served=False) == []
+    assert journal.note_failure() == journal.note_failure() == []
+    assert journal.note_failure() == [0]

@@ -391,3 +391,17 @@ def test_the_mindformers_tokenizer_shows_special_tokens_without_a_space(tmp_path
     ids = [*tokenizer.encode("the fox"), 2, 0]
     assert tokenizer.decode(ids) == "<s>the fox</s><unk>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the fox"
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
+    byte_level, llama = tmp_path / "byte_level.json", tmp_path / "llama.json"
+    train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)).save(str(byte_level))
+    build_llama_backend().save(str(llama))
+    for path, space in ((tmp_path / "tokenizer.model", " "), (byte_level, ""), (llama, " ")):
+        tokenizer = read_tokenizer(path)
+        for text in ("ab x", "naïve 杜甫 😀", "x</s>a"):
+            found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False)))
+            assert found.decode().replace(" ", "") == text.replace(" ", ""), path
+            assert found.startswith(space.encode())
+        assert tokenizer.token_bytes(10**6) == b""
