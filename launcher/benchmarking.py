@@ -11,16 +11,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from launcher.approaches import APPROACHES, QuantizeOptions, check_words, plan_recipe
-from launcher.console import WorkConsole
 from launcher.cores import count_cores
 from launcher.options import RunOptions
 from launcher.profile_report import build_trace, print_profile
-from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_job
+from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, read_version, run_to_result
 from launcher.settings import Settings
 from launcher.speculation_bench import describe_row, encode_prompts
 from launcher.tasks import Bench
@@ -64,16 +62,11 @@ def bench(options: BenchOptions) -> None:
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     task = plan_bench(options, run, batch_sizes)
     job = build_job(run, task)
-    console = WorkConsole(run.world_size, "measuring, rounds", "the measurement begins anew")
-    try:
-        run_job(run, job, console)
-    finally:
-        console.close()
-    if run.environment.rank:
+    measured = run_to_result(run, job, "measuring, rounds", "the measurement begins anew")
+    if measured is None:
         return
-    assert console.result is not None
-    profile = console.result.pop("profile", None)
-    result = describe_result(task, run, console.result)
+    profile = measured.pop("profile", None)
+    result = describe_result(task, run, measured)
     if profile is not None and options.profile is not None:
         write_whole(options.profile, json.dumps(build_trace(profile)) + "\n")
         print_profile(profile, sys.stderr if options.as_json else sys.stdout)
@@ -126,7 +119,7 @@ def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str
         one["bandwidth_share"] = one["bytes_per_second"] / one["memory_bytes_per_second"]
     known = {
         "bench": "tandem",
-        "version": _read_version(),
+        "version": read_version(),
         "model": path.parent.name if path.name == "config.json" else path.stem if path.is_file() else path.name,
         "num_layers": run.opened.config.num_hidden_layers,
         "machine": _read_processor(),
@@ -249,12 +242,6 @@ def _plan_scheme(options: BenchOptions, settings: Settings, config: LlamaConfig)
             if not grouped or size == _GROUP_SIZES[-1]:
                 raise
     raise AssertionError("the last size returns or raises")
-
-
-def _read_version() -> str:
-    with suppress(PackageNotFoundError):
-        return version("tandem-launcher")
-    return "not installed"
 
 
 def _read_processor() -> str:

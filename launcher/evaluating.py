@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.console import WorkConsole
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, open_run, run_job
+from launcher.running import Run, build_job, open_run, run_to_result
 from launcher.tasks import EVALUATIONS, Evaluate
 from model.evaluation import check_rows
 from model.evaluation_data import encode_prompts, find_choice_ids, read_boolq, read_windows
@@ -41,15 +40,10 @@ def evaluate(options: EvaluateOptions) -> None:
     task = _plan_windows(options, options.data, run) if options.task == "perplexity" else _plan_questions(options, options.data, run)
     job = build_job(run, task)
     what = f"{options.task}, {'windows' if options.task == 'perplexity' else 'questions'}"
-    console = WorkConsole(run.world_size, what, "the evaluation begins anew")
-    try:
-        run_job(run, job, console)
-    finally:
-        console.close()
-    if run.environment.rank:
+    found = run_to_result(run, job, what, "the evaluation begins anew")
+    if found is None:
         return
-    assert console.result is not None
-    result = {"task": options.task, "checkpoint": str(run.opened.source.path), "data": str(options.data), **console.result}
+    result = {"task": options.task, "checkpoint": str(run.opened.source.path), "data": str(options.data), **found}
     print(json.dumps(result) if options.as_json else "\n".join(describe_result(result)))
 
 

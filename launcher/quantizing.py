@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.approaches import QuantizeOptions, check_words, plan_recipe
-from launcher.console import ByteProgress, WorkConsole
+from launcher.console import ByteProgress
 from launcher.rewriting import tell_written
-from launcher.running import Run, build_job, open_run, run_job
+from launcher.running import Run, build_job, open_run, run_to_result
 from launcher.tasks import Quantize
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.quantized_writing import write_quantized
@@ -45,20 +45,15 @@ def quantize(options: QuantizeOptions) -> None:
     job = build_job(
         run, Quantize(recipe=recipe, samples=tuple(samples), work_folder=str(work.path)), dtype="float32" if not options.dtype else None
     )
-    console = WorkConsole(run.world_size, f"quantizing ({options.approach}), layers", "layers that are done are kept")
     started = time.perf_counter()
     if not run.environment.rank:
         done = work.open(_describe(run, recipe, samples, job.dtype))
         if done:
             print(f"{done} of {config.num_hidden_layers + 1} layers are done already; going on", file=sys.stderr)
-    try:
-        run_job(run, job, console)
-    finally:
-        console.close()
-    if run.environment.rank:
+    found = run_to_result(run, job, f"quantizing ({options.approach}), layers", "layers that are done are kept")
+    if found is None:
         return
-    assert console.result is not None
-    report = _build_report(options, run, recipe, scheme.name, samples, work, console.result)
+    report = _build_report(options, run, recipe, scheme.name, samples, work, found)
     progress = ByteProgress("writing")
     try:
         write_quantized(source, config, scheme, work, target, report, progress)

@@ -5,14 +5,16 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.connecting import shared_memory_works
-from launcher.console import ByteProgress
+from launcher.console import ByteProgress, WorkConsole
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
 from launcher.joining import join_ranks
@@ -200,6 +202,27 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     except RanksFailedError as error:
         error.verdict.write(log_dir)
         raise
+
+
+def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
+    """Run a job that ends in one result, its progress shown as `what`; None on a rank above 0 that a launcher started.
+
+    `redone`: see RunObserver. Raises what `run_job` raises.
+    """
+    console = WorkConsole(run.world_size, what, redone)
+    try:
+        run_job(run, job, console)
+    finally:
+        console.close()
+    assert run.environment.rank or console.result is not None
+    return None if run.environment.rank else console.result
+
+
+def read_version() -> str:
+    """Of this program."""
+    with suppress(PackageNotFoundError):
+        return version("tandem-launcher")
+    return "not installed"
 
 
 def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:

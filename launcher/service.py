@@ -64,7 +64,7 @@ class Service:
         prompts = await self._encode(body.prompts)
         new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         echo = [self._tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-        return self._plan(body, prompts, [new_tokens] * len(prompts), body.logprobs, echo, is_chat=False)
+        return self._plan(body, prompts, new_tokens, body.logprobs, echo, is_chat=False)
 
     async def plan_chat(self, body: ChatRequest) -> Asked:
         """What a chat completion asks. Raises ServiceError, RequestError."""
@@ -74,7 +74,7 @@ class Service:
         said = body.max_completion_tokens or body.max_tokens
         new_tokens = said or max(1, self._room - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._plan(body, [ids], [new_tokens], logprobs, [""], is_chat=True)
+        return self._plan(body, [ids], new_tokens, logprobs, [""], is_chat=True)
 
     async def run(self, asked: Asked, request: Request) -> dict[str, Any]:
         """The whole answer. Raises ServiceError."""
@@ -102,7 +102,7 @@ class Service:
         self,
         body: CompletionRequest | ChatRequest,
         prompts: Sequence[tuple[int, ...]],
-        new_tokens: Sequence[int],
+        new_tokens: int,
         logprobs: int | None,
         echo: Sequence[str],
         *,
@@ -110,8 +110,8 @@ class Service:
     ) -> Asked:
         served = self.front.served
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
-        for number, (ids, count) in enumerate(zip(prompts, new_tokens, strict=True)):
-            all_params = body.plan_sampling(count, logprobs)
+        for number, ids in enumerate(prompts):
+            all_params = body.plan_sampling(new_tokens, logprobs)
             token_request = TokenRequest(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
             check_request(token_request, served.job.context_tokens, served.config.vocab_size)
             check_memory(token_request, served.num_blocks, served.job.block_size)

@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from launcher.key_value_store import is_loopback
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, first_said, open_run, run_job
+from launcher.running import Run, build_job, first_said, open_run, read_version, run_job
 from launcher.tasks import Serve
 from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels
@@ -40,6 +39,7 @@ _LEAST_PREFILL_TOKENS = 16
 _MEMORY_SHARE = 0.5
 """Of what is free beside the weights, for keys and values, where no number of blocks is said."""
 _END_SECONDS = 15.0
+_MAX_CONNECTIONS = 1024
 _EXTRA = "pip install 'tandem-launcher[serve]'"
 
 
@@ -90,7 +90,7 @@ def serve(options: ServeOptions) -> None:
     front = ServeFront(
         Served(
             name=options.served_model_name or (source.path.stem if source.path.is_file() else source.path.name),
-            version=_read_version(),
+            version=read_version(),
             config=run.opened.config,
             job=job,
             plans=plans,
@@ -254,9 +254,6 @@ class HttpServer(threading.Thread):
         self.join(timeout=10)
 
 
-_MAX_CONNECTIONS = 1024
-
-
 def _announce(front: "ServeFront", address: str) -> None:
     front.answered_once.wait()
     print(f"ready: {address}/v1, page at {address}/", file=sys.stderr, flush=True)
@@ -279,10 +276,3 @@ def _check_options(options: ServeOptions) -> None:
     for flag, value, holds, needed in checks:
         if not holds:
             raise ConfigError(f"{flag} is {value}, but has to be {needed}")
-
-
-def _read_version() -> str:
-    try:
-        return version("tandem-launcher")
-    except PackageNotFoundError:
-        return "0"
