@@ -16,11 +16,14 @@ from typing import Any
 
 from launcher.approaches import APPROACHES, QuantizeOptions, check_words, plan_recipe
 from launcher.cores import count_cores
+from launcher.file_errors import as_run_failure
 from launcher.options import RunOptions
+from launcher.output_paths import check_output_file
 from launcher.profile_report import build_trace, print_profile
 from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, read_version, run_to_result
 from launcher.settings import Settings
 from launcher.speculation_bench import describe_row, encode_prompts
+from launcher.streams import require_stdout
 from launcher.tasks import Bench
 from launcher.whole_file import write_whole
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
@@ -58,6 +61,7 @@ class BenchOptions(RunOptions):
 def bench(options: BenchOptions) -> None:
     """Measure and print. Raises InputError before anything starts, RanksFailedError when ranks failed."""
     _check_words(options)
+    require_stdout("leave it open")
     batch_sizes = read_batch_sizes(options.batch_sizes)
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     task = plan_bench(options, run, batch_sizes)
@@ -68,7 +72,8 @@ def bench(options: BenchOptions) -> None:
     profile = measured.pop("profile", None)
     result = describe_result(task, run, measured)
     if profile is not None and options.profile is not None:
-        write_whole(options.profile, json.dumps(build_trace(profile)) + "\n")
+        with as_run_failure():
+            write_whole(options.profile, json.dumps(build_trace(profile)) + "\n")
         print_profile(profile, sys.stderr if options.as_json else sys.stdout)
         print(f"wrote {options.profile}; open it in https://ui.perfetto.dev or chrome://tracing", file=sys.stderr)
     print(json.dumps(result) if options.as_json else "\n".join(write_lines(result)))
@@ -195,8 +200,7 @@ def _check_words(options: BenchOptions) -> None:
         raise ConfigError(f"--quantization is {options.quantization!r}, but has to be one of {', '.join(RANDOM_QUANTIZATIONS)}")
     if options.rounds < 1:
         raise ConfigError(f"--rounds is {options.rounds}, but has to be at least 1")
-    if options.profile is not None and options.profile.is_dir():
-        raise ConfigError(f"--profile {options.profile} is a folder; give the name of a file")
+    check_output_file("--profile", options.profile)
 
 
 def _open(options: BenchOptions, settings: Settings) -> OpenedModel:

@@ -33,6 +33,7 @@ from launcher.option_types import (
 )
 from launcher.predict_cli import app as predict_app
 from launcher.serve_cli import app as serve_app
+from launcher.streams import guard_streams
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -253,6 +254,7 @@ for group in (predict_app, serve_app, commands, bench_app, checkpoint_app):
     app.add_typer(group)
 
 
+@guard_streams
 def main() -> None:
     """Run a command and end with its exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is cleaned away on the way out

@@ -57,8 +57,6 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
     """
     rank = environment.rank
     assert rank is not None
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log_dir.chmod(0o700)
     stopping = log_dir / _STOPPING_FILE
     if rank == 0:
         for left in (log_dir / VERDICT_FILE, stopping):

@@ -16,8 +16,11 @@ from launcher.approaches import QuantizeOptions, check_words, plan_recipe
 from launcher.cores import share_cores
 from launcher.drawing import draw_plan
 from launcher.environment import decide_world_size, read_environment
+from launcher.file_errors import as_run_failure
 from launcher.options import CheckpointOptions
+from launcher.output_paths import check_output_file
 from launcher.settings import Settings, open_settings
+from launcher.streams import require_stdout
 from launcher.whole_file import write_whole
 from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
@@ -48,6 +51,8 @@ class PlanOptions(CheckpointOptions):
 
 def plan(options: PlanOptions) -> None:
     """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
+    check_output_file("--svg", options.svg)
+    require_stdout("leave it open")
     settings = open_settings(options.config)
     world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
     config, scheme, stored = _read_model(options, settings)
@@ -72,7 +77,8 @@ def plan(options: PlanOptions) -> None:
     result = _describe(options, config, scheme, plans, workload)
     if options.svg:
         title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
-        write_whole(options.svg, draw_plan(plans, title))
+        with as_run_failure():
+            write_whole(options.svg, draw_plan(plans, title))
         print(f"wrote {options.svg}", file=sys.stderr)
     if options.as_json:
         print(json.dumps(result))

@@ -5,18 +5,23 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.console import RunConsole
+from launcher.file_errors import as_run_failure
 from launcher.options import RunOptions
-from launcher.results import ResultsFile, read_results
+from launcher.output_paths import check_output_file
+from launcher.results import ResultsFile, hold_results, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.settings import Settings
+from launcher.streams import require_stdout
 from model.request import Request, check_memory, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
+from parallel.regular_file import MAX_DATA_BYTES, read_text
 
 DEFAULT_PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 """MindFormers' run_llama2_generate.py's."""
@@ -47,6 +52,10 @@ class PredictOptions(RunOptions):
 
 def predict(options: PredictOptions) -> None:
     """Run the main job. Raises InputError before anything starts, RanksFailedError when ranks failed."""
+    check_output_file("--output", options.output)
+    check_output_file("--stats", options.stats)
+    if options.output is None:
+        require_stdout("give --output")
     run = open_run(options)
     tokenizer = run.read_tokenizer()
     prompts = read_prompts(options)
@@ -57,12 +66,21 @@ def predict(options: PredictOptions) -> None:
     again = run.environment.restart_count > 0 and options.output is not None
     resume = options.resume or again
     vocab_size = run.opened.config.vocab_size
-    done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
-    output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
-    console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
-    job = build_job(run, console.plan_task())
+    with ExitStack() as stack:
+        if options.output is not None and not run.environment.rank and not run.nodes.node_rank:
+            stack.enter_context(hold_results(options.output))
+        done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
+        output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
+        console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
+        _decode(options, run, console, output, again=again)
+
+
+def _decode(options: PredictOptions, run: Run, console: RunConsole, output: ResultsFile | None, *, again: bool) -> None:
+    """Run the ranks and write what they give. `again`: a launcher has started this rank again."""
+    task = console.plan_task()
+    job = build_job(run, task)
     if job.num_blocks is not None:
-        for request in requests:
+        for request in task.requests:
             check_memory(request, job.num_blocks, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
         output.begin()  # the launcher may start this rank again
@@ -71,7 +89,7 @@ def predict(options: PredictOptions) -> None:
         if not run.environment.rank and not run.nodes.node_rank:
             console.print_done(again=not again)
         if console.is_done and run.nodes.num_nodes == 1 and not run.environment.is_rank:
-            print(f"nothing to do: all {len(prompts)} prompts are in {options.output}", file=sys.stderr)
+            print(f"nothing to do: all {len(task.requests)} prompts are in {options.output}", file=sys.stderr)
         else:
             restarts = run_job(run, job, console)
     finally:
@@ -80,7 +98,8 @@ def predict(options: PredictOptions) -> None:
         return  # rank 0 and its parent have the results
     if not console.is_done:
         raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
-    console.write(options.stats, restarts)
+    with as_run_failure():
+        console.write(options.stats, restarts)
 
 
 def read_prompts(options: PredictOptions) -> list[str]:
@@ -89,11 +108,11 @@ def read_prompts(options: PredictOptions) -> list[str]:
     path = options.prompts_file
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path, MAX_DATA_BYTES).splitlines()
         except FileNotFoundError:
             raise RequestError(f"the prompts file {path} does not exist") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"the prompts file {path} cannot be read: {error}") from None
+            raise RequestError(f"the prompts file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
         found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
         if not found:
             raise RequestError(f"the prompts file {path} holds no prompt: write one a line")

@@ -6,16 +6,18 @@ Knows Golden Stick's words and presets; the arithmetic is the model package's.
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launcher.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.checkpoint_target import claim_target
 from launcher.console import ByteProgress
+from launcher.file_errors import as_run_failure
 from launcher.rewriting import tell_written
 from launcher.running import Run, build_job, open_run, run_to_result
 from launcher.tasks import Quantize
-from model.checkpoint.folder_writing import check_target
 from model.checkpoint.quantized_writing import write_quantized
 from model.quantization.datasets import read_samples
 from model.quantization.recipe import Recipe
@@ -35,11 +37,19 @@ def quantize(options: QuantizeOptions) -> None:
             f"{source.path} is quantized already ({run.opened.scheme.name}); quantize the float checkpoint that it was made from"
         )
     recipe = plan_recipe(options, recipe_words, run.settings.quantization)
-    scheme = recipe.build_scheme(config)
+    recipe.build_scheme(config)  # raises for what cannot be quantized so
     target = options.output or Path("output") / f"{options.approach}_ckpt"
-    check_target(target, overwrite=options.overwrite)
     if source.path.is_dir() and target.absolute().is_relative_to(source.path.absolute()):
         raise CheckpointError(f"{target} lies inside the checkpoint {source.path}; name another place with --output")
+    with ExitStack() as stack:
+        if not run.environment.rank:
+            stack.enter_context(claim_target("--output", target, overwrite=options.overwrite))
+        _quantize(options, run, recipe, target)
+
+
+def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path) -> None:
+    source, config = run.opened.source, run.opened.config
+    scheme = recipe.build_scheme(config)
     samples = _read_samples(options, run) if recipe.needs_samples else []
     work = WorkFolder(target.absolute().with_name(f".{target.name}.quantizing"), run.world_size)
     job = build_job(
@@ -47,7 +57,8 @@ def quantize(options: QuantizeOptions) -> None:
     )
     started = time.perf_counter()
     if not run.environment.rank:
-        done = work.open(_describe(run, recipe, samples, job.dtype))
+        with as_run_failure(work.path):
+            done = work.open(_describe(run, recipe, samples, job.dtype))
         if done:
             print(f"{done} of {config.num_hidden_layers + 1} layers are done already; going on", file=sys.stderr)
     found = run_to_result(run, job, f"quantizing ({options.approach}), layers", "layers that are done are kept")
@@ -55,11 +66,12 @@ def quantize(options: QuantizeOptions) -> None:
         return
     report = _build_report(options, run, recipe, scheme.name, samples, work, found)
     progress = ByteProgress("writing")
-    try:
-        write_quantized(source, config, scheme, work, target, report, progress)
-    finally:
-        progress.close()
-    work.remove()
+    with as_run_failure(target):
+        try:
+            write_quantized(source, config, scheme, work, target, report, progress)
+        finally:
+            progress.close()
+        work.remove()
     print("\n".join(describe_report(report)))
     tell_written(target, started)
 

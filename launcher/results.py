@@ -5,14 +5,18 @@ Knows records and a file; makes no text of ids, and prints nothing.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from launcher.whole_file import write_whole
+from launcher.file_errors import as_run_failure, describe_os_error
+from launcher.path_lock import PathInUseError, hold
+from launcher.whole_file import needs_direct_writing, open_direct, write_whole
 from model.request import Request
 from parallel.errors import RequestError
+from parallel.regular_file import MAX_DATA_BYTES, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,33 +54,64 @@ class Record:
 
 
 class ResultsFile:
-    """The file while a run goes on. A run that does not resume starts it anew with its first record, and not before."""
+    """The file while a run goes on. A run that does not resume starts it anew with its first record, and not before.
+
+    A device, a FIFO or a stream gets each record as it is finished; it has no order to be put into. Methods raise RunError when the
+    file cannot be written.
+    """
 
     def __init__(self, path: Path, done: Sequence[Record] = (), *, resume: bool = False) -> None:
         self._path, self._records, self._is_new = path, list(done), not resume
+        self._stream: IO[str] | None = None
 
     def begin(self) -> None:
         """Start the file anew at once: a process that is started again must not take an older run's records for this one's."""
-        if self._is_new:
-            write_whole(self._path, "")
-            self._is_new = False
+        with as_run_failure(self._path):
+            if self._is_new and not needs_direct_writing(self._path):
+                write_whole(self._path, "")
+                self._is_new = False
 
     def append(self, record: Record) -> None:
         """Write one record to the disk."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w" if self._is_new else "a", encoding="utf-8") as file:
-            file.write(record.to_line())
-            file.flush()
-            os.fsync(file.fileno())
+        with as_run_failure(self._path):
+            if self._stream is None and needs_direct_writing(self._path):
+                self._stream = open(open_direct(self._path), "w", encoding="utf-8")
+            if self._stream is not None:
+                self._stream.write(record.to_line())
+                self._stream.flush()
+                return
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w" if self._is_new else "a", encoding="utf-8") as file:
+                file.write(record.to_line())
+                file.flush()
+                os.fsync(file.fileno())
         self._is_new = False
         self._records.append(record)
 
     def close(self) -> None:
         """All prompts are finished: put the records into the order of the prompts."""
-        indices = [record.index for record in self._records]
-        if indices != sorted(indices):
-            self._records.sort(key=lambda record: record.index)
-            write_whole(self._path, "".join(record.to_line() for record in self._records))
+        with as_run_failure(self._path):
+            if self._stream is not None:
+                self._stream.close()
+                return
+            indices = [record.index for record in self._records]
+            if indices != sorted(indices):
+                self._records.sort(key=lambda record: record.index)
+                write_whole(self._path, "".join(record.to_line() for record in self._records))
+
+
+@contextmanager
+def hold_results(path: Path) -> Iterator[None]:
+    """Keep other runs from a file of results. Raises RequestError, which names the run that has it."""
+    with ExitStack() as stack:
+        try:
+            if not needs_direct_writing(path):
+                stack.enter_context(hold(path))
+        except PathInUseError as holder:
+            raise RequestError(f"--output {path} is in use by {holder}; give each run a file of its own") from None
+        except OSError as error:
+            raise RequestError(f"--output cannot be written: {describe_os_error(error, path)}") from None
+        yield
 
 
 def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> list[Record]:
@@ -86,7 +121,7 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
     RequestError for a record that cannot be of these requests.
     """
     try:
-        text = path.read_bytes()
+        text = read_bytes(path, MAX_DATA_BYTES)
     except FileNotFoundError:
         return []
     except OSError as error:

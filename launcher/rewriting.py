@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from launcher.checkpoint_target import claim_target
 from launcher.console import ByteProgress
+from launcher.file_errors import as_run_failure
 from launcher.options import CheckpointOptions
-from launcher.running import OpenedModel, open_model
+from launcher.running import open_model
 from launcher.settings import open_settings
-from model.checkpoint.folder_writing import check_target
-from model.checkpoint.mindspore_writing import write_mindspore
+from model.checkpoint.mindspore_writing import SUFFIX, write_mindspore
 from model.checkpoint.rank_files import write_rank_files
 from model.checkpoint.rewriting import convert_checkpoint
 from model.config import DTYPES
@@ -27,29 +28,27 @@ def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None
         raise ConfigError(f"--to is {to!r}, but has to be one of {', '.join(TARGETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
-    opened = _open(options, target, overwrite=overwrite)
-    started, progress = time.perf_counter(), ByteProgress("converting")
-    if to == "hf":
-        convert_checkpoint(opened.source, target, dtype, progress)
-    else:
-        write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
-    tell_written(target, started)
+    is_file = to == "mindspore" and target.suffix == SUFFIX
+    with claim_target("DST", target, overwrite=overwrite, is_file=is_file):
+        opened = open_model(options, open_settings(options.config), quantized=False)
+        started, progress = time.perf_counter(), ByteProgress("converting")
+        with as_run_failure(target):
+            if to == "hf":
+                convert_checkpoint(opened.source, target, dtype, progress)
+            else:
+                write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
+            tell_written(target, started)
 
 
 def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite: bool) -> None:
     """Write rank files. Raises InputError before anything is written."""
-    opened = _open(options, target, overwrite=overwrite)
-    opened.config.layout().check(workers)
-    started = time.perf_counter()
-    write_rank_files(opened.source, opened.config, opened.scheme, workers, target, ByteProgress("writing rank files"))
-    tell_written(target, started)
-
-
-def _open(options: CheckpointOptions, target: Path, *, overwrite: bool) -> OpenedModel:
-    # What is damaged would be written again as if it were whole, with new checksums.
-    opened = open_model(options, open_settings(options.config), quantized=False)
-    check_target(target, overwrite=overwrite)
-    return opened
+    with claim_target("DST", target, overwrite=overwrite):
+        opened = open_model(options, open_settings(options.config), quantized=False)
+        opened.config.layout().check(workers)
+        started = time.perf_counter()
+        with as_run_failure(target):
+            write_rank_files(opened.source, opened.config, opened.scheme, workers, target, ByteProgress("writing rank files"))
+            tell_written(target, started)
 
 
 def tell_written(target: Path, started: float) -> None:

@@ -11,15 +11,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launcher.file_errors import describe_os_error
+from parallel.errors import ConfigError
+
 _PREFIX = "tandem-"
 _LOCK = "lock"
+_MAX_PARENT_BYTES = 80
+"""The path of a Unix socket has at most 107 bytes, of which folder and socket take up to 27."""
+_SHORT_PARENTS = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 
 
 @contextmanager
 def open_run_folder() -> Iterator[Path]:
-    """A new folder, only this user's, gone at the end of the block."""
-    _remove_abandoned(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    """A new folder, only this user's, gone at the end of the block. Raises ConfigError where none can be made."""
+    try:
+        parent = _find_parent()
+        _remove_abandoned(parent)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    except OSError as error:
+        raise ConfigError(f"no folder for temporary files can be written ({describe_os_error(error)}): set TMPDIR to one") from None
     with (folder / f"{_LOCK}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # so that nobody finds it before it is held
@@ -27,6 +37,15 @@ def open_run_folder() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _find_parent() -> Path:
+    """The folder of temporary files, or another one where a socket in it would have too long a path."""
+    chosen = Path(tempfile.gettempdir())
+    for parent in (chosen, *_SHORT_PARENTS):
+        if len(os.fsencode(parent)) <= _MAX_PARENT_BYTES and os.access(parent, os.W_OK | os.X_OK):
+            return parent
+    raise ConfigError(f"the folder for temporary files, {chosen}, has a path of over {_MAX_PARENT_BYTES} bytes: set TMPDIR to another")
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -16,8 +16,10 @@ import torch
 from launcher.connecting import shared_memory_works
 from launcher.console import ByteProgress, WorkConsole
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
+from launcher.file_errors import as_run_failure, describe_os_error
 from launcher.job import Job
 from launcher.joining import join_ranks
+from launcher.log_folder import check_log_folder, open_log_folder
 from launcher.memory_forecast import forecast_memory
 from launcher.nodes import Nodes, plan_nodes
 from launcher.observer import RunObserver
@@ -36,8 +38,8 @@ from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
 from parallel.errors import ConfigError
+from parallel.regular_file import open_regular
 
-DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
@@ -94,6 +96,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     settings = open_settings(options.config)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    check_log_folder(_find_log_dir(options, settings))
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
     nodes = Nodes() if environment.is_rank else _plan_nodes(options, world_size)
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
@@ -106,6 +109,11 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     """How the checkpoint is to be opened."""
     key_file = str(options.key_file.absolute()) if options.key_file else None
+    if options.key_file:
+        try:
+            open_regular(options.key_file).close()
+        except OSError as error:
+            raise ConfigError(f"--key-file cannot be read: {describe_os_error(error)}") from None
     return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
 
 
@@ -181,11 +189,18 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
     Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
     """
-    options, own, environment = run.options, run.settings.tandem, run.environment
-    log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
-    if environment.is_rank:
-        join_ranks(environment, job, log_dir, observer)
-        return environment.restart_count
+    environment = run.environment
+    is_first = not (environment.rank if environment.is_rank else run.nodes.node_rank)
+    folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
+    with folder as log_dir, as_run_failure():
+        if environment.is_rank:
+            join_ranks(environment, job, log_dir, observer)
+            return environment.restart_count
+        return _spawn(run, job, log_dir, observer)
+
+
+def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
+    options, own = run.options, run.settings.tandem
     opened = run.opened
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
     if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
@@ -200,7 +215,10 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     try:
         return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
     except RanksFailedError as error:
-        error.verdict.write(log_dir)
+        try:
+            error.verdict.write(log_dir)
+        except OSError as fault:  # a full disk must not hide what has failed
+            print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
 
 
@@ -223,6 +241,11 @@ def read_version() -> str:
     with suppress(PackageNotFoundError):
         return version("tandem-launcher")
     return "not installed"
+
+
+def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
+    """The folder that the command line, or else the YAML, names."""
+    return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
 
 
 def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:

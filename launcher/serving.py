@@ -24,6 +24,7 @@ from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels
 from model.planning import RankPlan, Workload, plan_ranks
 from parallel.errors import ConfigError, RunError
+from parallel.regular_file import MAX_KEY_BYTES, read_text
 
 if TYPE_CHECKING:
     from launcher.http_guard import App
@@ -143,9 +144,9 @@ def read_keys(options: ServeOptions) -> tuple[bytes, ...]:
             )
         return ()
     try:
-        text = options.api_key_file.read_text(encoding="utf-8")
+        text = read_text(options.api_key_file, MAX_KEY_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {options.api_key_file} cannot be read: {error}") from None
+        raise ConfigError(f"--api-key-file {options.api_key_file} cannot be read: {getattr(error, 'strerror', error)}") from None
     keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
     if not keys:
         raise ConfigError(f"--api-key-file {options.api_key_file} holds no key: write one a line")

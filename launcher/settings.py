@@ -16,6 +16,7 @@ from launcher.yaml_schema import check_keys, is_null, list_warnings
 from model.config import LlamaConfig, build_config
 from model.scheme import Scheme
 from parallel.errors import ConfigError
+from parallel.regular_file import MAX_YAML_BYTES, read_text
 
 _HUGGING_FACE_NAMES = {
     "hidden_size": "hidden_size",
@@ -259,7 +260,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        raw = yaml.load(read_text(path, MAX_YAML_BYTES, encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a MindFormers YAML file") from None
     except OSError as error:

@@ -56,8 +56,6 @@ def spawn_ranks(
     `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
     StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log_dir.chmod(0o700)
     # The agent's own words would stand between the results; what matters of them is in the verdict.
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):

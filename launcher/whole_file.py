@@ -1,15 +1,93 @@
-"""Text files that are there whole or not at all: a file beside, fsync, rename. Knows nothing of what is written."""
+"""Text files that are there whole or not at all: a temporary file, fsync, rename. Devices, pipes and streams are written directly.
 
+A link is followed and stays; a file keeps its mode and owner. Knows nothing of what is written.
+"""
+
+import errno
 import os
+import re
+import secrets
+import stat
+import sys
+from contextlib import suppress
 from pathlib import Path
+
+from parallel.regular_file import describe_kind
+
+_OWN_STREAM = re.compile(r"/dev/(?:fd/(\d+)|(stdout)|(stderr))|/proc/(?:self|thread-self)/fd/(\d+)")
+"""Paths that mean an open descriptor of this process; where it is a file, another program may be writing it, too."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` under `path`, whose folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    """Write `text` to `path`, whose folder is made where it is missing.
+
+    Raises OSError, which names `path`, for a file that cannot be written, a folder, a socket or a block device; nothing is left of a
+    file that could not be written whole.
+    """
+    try:
+        if needs_direct_writing(path):
+            _write_all(open_direct(path), text.encode())
+        else:
+            _replace(Path(os.path.realpath(path)), text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def needs_direct_writing(path: Path) -> bool:
+    """Whether `path` is no file that a rename may replace: a device, a FIFO, or a stream such as /dev/stdout.
+
+    Raises OSError for what cannot be written at all.
+    """
+    if _OWN_STREAM.fullmatch(str(path)):
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, but a file is needed", str(path))
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, f"it is {describe_kind(mode)}, but a file is needed", str(path))
+    return not stat.S_ISREG(mode)
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor that writes to a device, a FIFO or a stream. Raises OSError for a FIFO that nobody reads."""
+    if (match := _OWN_STREAM.fullmatch(str(path))) is None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        os.set_blocking(descriptor, True)
+        return descriptor
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return os.dup(1 if match[2] else 2 if match[3] else int(match[1] or match[4]))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    finally:
+        os.close(descriptor)
+
+
+def _replace(target: Path, data: bytes) -> None:
+    before = os.stat(target) if target.exists() else None
+    if before is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".partial-{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if before is not None:
+                with suppress(PermissionError):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+            os.fsync(file.fileno())
+        temporary.rename(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -13,6 +13,7 @@ from typing import Any
 from model.quoting import quote
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
+from parallel.regular_file import read_text
 
 PREFILL_TOKENS = 512
 """Tokens in one forward pass: bounds the memory of activations."""
@@ -201,18 +202,13 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a config.json. Raises ConfigError when it is missing, absurdly large or not a JSON object."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
     try:
-        size = path.stat().st_size
-        if size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} has {size} bytes, but settings of at most {_MAX_CONFIG_BYTES} are read: it is another file")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path, _MAX_CONFIG_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path} does not exist") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, but a JSON object is needed")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
+from parallel.regular_file import open_descriptor
 
 _CHUNK_BYTES = 8 << 20
 """What a thread reads at a time."""
@@ -162,7 +163,7 @@ class FileReader:
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = open_descriptor(path)
         return self._files[path]
 
     def _fill(self, view: memoryview, path: Path, offset: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from model.checkpoint.source import Checksum
 from parallel.errors import CheckpointError
+from parallel.regular_file import MAX_LIST_BYTES, read_text
 
 CHECKSUM_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
@@ -17,10 +18,10 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
     """What is recorded in `folder` of those of `files` that lie in it. Raises CheckpointError for a line that cannot be read."""
     path = folder / CHECKSUM_FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path, MAX_LIST_BYTES, errors="replace").splitlines()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     hashes = {}

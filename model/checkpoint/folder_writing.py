@@ -17,21 +17,25 @@ from model.checkpoint.checksum_file import write_sha256sums
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
+from parallel.regular_file import describe_kind
 
 MAX_FILE_BYTES = 5_000_000_000
 """A Hugging Face folder is cut in files of about this size."""
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError when `path` exists and may not be replaced."""
+def check_target(path: Path, *, overwrite: bool, is_file: bool = False) -> None:
+    """Raise CheckpointError when `path` exists and may not be replaced: by a file (`is_file`), or else by a folder."""
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} exists already; name another place or add --overwrite")
+    if path.exists() and not (path.is_file() if is_file else path.is_dir()):
+        found, needed = describe_kind(path.stat().st_mode), "a file" if is_file else "a folder"
+        raise CheckpointError(f"{path} is {found}, but {needed} is to be written there; name another place")
 
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill; at the end it takes the name `path`. On an error nothing is left of it."""
-    path = path.absolute()
+    path = Path(os.path.realpath(path))  # a link to the folder stays
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

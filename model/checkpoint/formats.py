@@ -16,6 +16,7 @@ from model.checkpoint.mindspore_folder import is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.source import CheckpointSource
 from parallel.errors import CheckpointError
+from parallel.regular_file import describe_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,8 @@ def find_format(path: Path) -> str:
     """The key of FORMATS of what lies at `path`. Raises CheckpointError when it is missing or of none, listing what there is."""
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} does not exist")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"the checkpoint {path} is {describe_kind(path.stat().st_mode)}, but a file or a folder is needed")
     for key, format in FORMATS.items():
         if format.matches(path):
             return key

@@ -5,6 +5,7 @@ file has been seen to have room for it.
 """
 
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from model.quoting import is_plain, quote
 from parallel.errors import CheckpointError
+from parallel.regular_file import open_regular
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """gguf_metadata_value_type to struct letters; 8 is a string and 9 an array."""
@@ -59,8 +61,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     gguf.GGUFReader keeps an array view per string: seconds for a vocabulary of 50,000, in every rank. This takes a tenth of one.
     """
     try:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
+        with open_regular(path) as file:
+            if not os.fstat(file.fileno()).st_size:
                 raise CheckpointError(f"{path} is not a whole GGUF file: it has 0 bytes: copy it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _HeaderCursor(data, path).read_header()

@@ -15,6 +15,7 @@ from model.config import read_config
 from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.regular_file import MAX_INDEX_BYTES, read_text
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,9 +82,11 @@ def check_link(file: Path) -> None:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(path / INDEX_FILE, MAX_INDEX_BYTES))["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise CheckpointError(f"{path / INDEX_FILE} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path / INDEX_FILE} has no readable weight_map") from None
     outside = next((file for file in files.values() if not _FILE_NAME.fullmatch(file)), None)
     if outside is not None:

@@ -16,6 +16,7 @@ from model.checkpoint.source import Checksum, TensorInfo
 from model.checkpoint.torch_header import StoredTensor, read_torch_header
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.regular_file import MAX_LIST_BYTES, read_text
 
 _PARAMS, _CHECKLIST, _SINGLE_FILE = "params.json", "checklist.chk", "consolidated.pth"
 _RANK_FILE = re.compile(r"consolidated\.([0-9]+)\.pth")
@@ -170,7 +171,10 @@ def _find_files(path: Path) -> list[Path]:
 
 
 def _read_checksums(file: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    try:
+        text = read_text(file, MAX_LIST_BYTES, errors="replace") if file.exists() else ""
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     values = {name: value.lower() for value, name in _CHECKLIST_LINE.findall(text)}
     return {one: Checksum("md5", values[one.name], file.name) for one in files if one.name in values}
 

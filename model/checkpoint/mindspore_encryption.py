@@ -22,6 +22,7 @@ import torch
 
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.regular_file import open_regular
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import CipherContext
@@ -219,7 +220,7 @@ def read_keys(key_file: Path) -> Sequence[bytes]:
     Raises CheckpointError when there is none of 16, 24 or 32 bytes.
     """
     try:
-        with key_file.open("rb") as file:
+        with open_regular(key_file) as file:
             content = file.read(_MAX_KEY_FILE_BYTES)
     except OSError as error:
         raise CheckpointError(f"the key file {key_file} cannot be read: {error.strerror}") from None

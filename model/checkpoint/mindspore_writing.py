@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from model.checkpoint.folder_writing import sync, write_folder, write_json
+from model.checkpoint.folder_writing import check_target, sync, write_folder, write_json
 from model.checkpoint.mindspore_header import (
     BYTES,
     CRC_BYTES,
@@ -74,8 +74,8 @@ def write_mindspore(
     try:
         entries = list(_list_entries(source, reader, config, scheme, dtype))
         if target.suffix == SUFFIX:
-            if target.is_dir():
-                raise CheckpointError(f"{target} is a folder, but a file is to be written there: name another place")
+            check_target(target, overwrite=True, is_file=True)
+            target = Path(os.path.realpath(target))  # a link to the file stays
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_file(target, entries, on_progress)
             if not (target.parent / "config.json").exists():

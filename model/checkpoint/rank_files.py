@@ -23,6 +23,7 @@ from model.tokenizer_writing import write_tokenizer
 from model.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.regular_file import MAX_INDEX_BYTES, open_regular, read_text
 
 LAYOUT_FILE = "layout.json"
 FORMAT_VERSION = 2
@@ -158,7 +159,7 @@ def _read_fingerprint(file: Path) -> str:
     """A hash of a file's size and of a few places spread over it, the first and the last bytes among them."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with file.open("rb", buffering=0) as opened:
+    with open_regular(file) as opened:
         for number in range(_SAMPLES):
             opened.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
             digest.update(opened.read(_SAMPLE_BYTES))
@@ -168,9 +169,11 @@ def _read_fingerprint(file: Path) -> str:
 def _read_layout(path: Path) -> dict[str, Any]:
     file = path / LAYOUT_FILE
     try:
-        layout = json.loads(file.read_text(encoding="utf-8"))
+        layout = json.loads(read_text(file, MAX_INDEX_BYTES))
         version = layout["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{file} cannot be read; {_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format version {version}, but this tandem reads {FORMAT_VERSION}; {_AGAIN}")

@@ -5,6 +5,7 @@ The safetensors library maps files and writes only what is whole in memory; a ra
 """
 
 import hashlib
+import io
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from model.checkpoint.source import TensorInfo
 from model.quoting import is_plain, quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
+from parallel.regular_file import open_regular
 
 _DTYPES = {
     "F64": torch.float64,
@@ -61,8 +63,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     its header contradicts itself.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
@@ -73,7 +75,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(text, object_pairs_hook=_read_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}: copy it again") from None

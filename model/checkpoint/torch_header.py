@@ -17,6 +17,7 @@ import torch
 
 from model.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
+from parallel.regular_file import open_descriptor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _START, _DESCRIPTOR_START = b"PK\x03\x04", b"PK\x07\x08"
@@ -45,7 +46,7 @@ def read_torch_header(path: Path, ignored_suffix: str) -> dict[str, StoredTensor
     Raises CheckpointError when it is damaged, holds anything else, or wants to run code.
     """
     try:
-        with _BoundedFile(path) as file:
+        with _BoundedFile(open_descriptor(path)) as file:
             records = _read_directory(path, file)
             file.seek(0)
             values = torch.load(file, map_location="meta", weights_only=True)
@@ -57,6 +58,8 @@ def read_torch_header(path: Path, ignored_suffix: str) -> dict[str, StoredTensor
         return {name: _find_tensor(path, name, value, records) for name, value in kept.items()}
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     # zipfile, pickletools and torch raise a dozen kinds for what is damaged.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

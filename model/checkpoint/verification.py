@@ -16,6 +16,7 @@ import torch
 from model.checkpoint.source import CheckpointSource, read_pieces
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.regular_file import open_regular
 
 _CHUNK_BYTES = 16 << 20
 
@@ -142,7 +143,7 @@ def _start_hash(algorithm: str) -> Any:
 
 def _read_chunks(file: Path) -> Iterator[bytes]:
     # Plain reads: pages of a mapping would count as this process's memory.
-    with file.open("rb", buffering=0) as opened:
+    with open_regular(file) as opened:
         while chunk := opened.read(_CHUNK_BYTES):
             yield chunk
 

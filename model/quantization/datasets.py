@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from model.tokenizer import Tokenizer
+from parallel import regular_file
 from parallel.errors import CheckpointError, ConfigError, RequestError
 
 BOOLQ_PROMPT = (
@@ -84,11 +85,11 @@ def read_boolq_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_text(path: Path) -> str:
     """A whole UTF-8 file, newlines as \\n. Raises RequestError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return regular_file.read_text(path, regular_file.MAX_DATA_BYTES)
     except FileNotFoundError:
         raise RequestError(f"the dataset {path} does not exist: give an existing file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the dataset {path} cannot be read as UTF-8 text: {error}") from None
+        raise RequestError(f"the dataset {path} cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from None
 
 
 def _read_boolq(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[str, Sequence[int]]]:
@@ -127,11 +128,12 @@ def _read_wikitext(path: Path, encode: Encode, max_tokens: int) -> Iterator[tupl
 
 def _read_ids(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[str, Sequence[int]]]:
     try:
+        regular_file.open_regular(path).close()
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise RequestError(f"the dataset {path} does not exist: give an existing file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise RequestError(f"{path} cannot be read as a .npy file of integers: {error}") from None
+        raise RequestError(f"{path} cannot be read as a .npy file of integers: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(rows, np.ndarray):
         raise RequestError(f"{path} is an archive of arrays (.npz), but one array is needed: write it with numpy.save")
     if rows.dtype.kind not in "iu":

@@ -181,5 +181,5 @@ def test_log_probabilities_that_are_missing_are_refused(path: Path, logprobs: tu
 
 
 def test_an_output_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="cannot be read: Is a directory"):
+    with pytest.raises(RequestError, match="cannot be read: it is a folder"):
         read(tmp_path)

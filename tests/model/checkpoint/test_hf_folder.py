@@ -191,14 +191,14 @@ def test_a_damaged_line_of_checksums_is_refused_with_its_number(tmp_path: Path, 
         ('{"a": 1' + "0" * 5000 + "}", "is not JSON: Exceeds the limit"),
         ("\ufeff{}", "is not JSON"),
         ("[]", "holds a list, but a JSON object is needed"),
-        (" " * ((1 << 24) + 1), "has 16777217 bytes, but settings of at most 16777216 are read: it is another file"),
+        (" " * ((1 << 24) + 1), "it has 16777217 bytes, but at most 16777216 are read"),
     ],
 )
 def test_settings_that_are_no_json_object_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"config\.json {message}"):
         read_config(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="it is a folder, but a regular file is needed"):
         read_config(tmp_path)
 
 

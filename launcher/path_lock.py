@@ -1,0 +1,86 @@
+"""Keeps two runs from writing to the same place: a lock file beside it, which names its holder and is released when that ends.
+
+flock(2) holds on one host and, on Linux, over NFS, too. Depends on no command; what is written there is the caller's business.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LONGEST_NAME_BYTES = 240
+
+
+class PathInUseError(Exception):
+    """Another run holds the lock. The message names it: process id and host."""
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that need not exist yet; its parent is made. Raises PathInUseError, OSError.
+
+    A file system without locks gives a warning.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(_lock_name(target.name))
+    descriptor = _acquire(lock)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            lock.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            os.close(descriptor)
+
+
+def _lock_name(name: str) -> str:
+    encoded = os.fsencode(name)
+    return f".{name}.lock" if len(encoded) <= _LONGEST_NAME_BYTES else f".{hashlib.sha256(encoded).hexdigest()}.lock"
+
+
+def _acquire(lock: Path) -> int | None:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_current(lock, descriptor):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode())
+                return descriptor
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            raise PathInUseError(holder) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                os.close(descriptor)
+                raise OSError(error.errno, error.strerror, str(lock)) from None
+            print(f"warning: {lock.parent} has no file locks: do not let two runs write there", file=sys.stderr)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        else:
+            os.close(descriptor)  # its holder has just removed it: take the next one
+            continue
+        os.close(descriptor)
+        return None
+
+
+def _is_current(lock: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(descriptor: int) -> str:
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(found['pid'])} on {found['host']!s:.100}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
