@@ -22,6 +22,14 @@ _ADVICE = {
 }
 
 
+class OutputError(OSError):
+    """Standard output cannot be written."""
+
+
+class ReaderGoneError(OutputError):
+    """Nobody reads standard output any longer. It has no errno: click would answer EPIPE itself, with exit code 1."""
+
+
 def describe_os_error(error: OSError, path: Path | None = None) -> str:
     """A sentence: path, reason and, where there is one, advice. `path`: what was being used, where the error names nothing."""
     reason = error.strerror or str(error) or type(error).__name__
@@ -39,7 +47,7 @@ def as_run_failure(path: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
+    except ReaderGoneError:
         raise
     except OSError as error:
         raise RunError(describe_os_error(error, path)) from error

@@ -3,6 +3,7 @@
 What can be tried is tried: a probe file is made and removed in the nearest folder that exists. Writes no results.
 """
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -51,7 +52,8 @@ def try_folder(folder: Path) -> None:
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from None
+        reason = "no file can be made there" if error.errno == errno.ENOENT else error.strerror
+        raise OSError(error.errno, reason, str(folder)) from None
     probe.unlink()
 
 

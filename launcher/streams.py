@@ -14,17 +14,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TextIO
 
-from launcher.file_errors import describe_os_error
+from launcher.file_errors import OutputError, ReaderGoneError, describe_os_error
 from parallel.errors import ConfigError
 
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of other tools whose reader has left."""
 _closed: set[int] = set()
 """Streams that were closed when the program started."""
-
-
-class OutputError(OSError):
-    """Standard output cannot be written."""
 
 
 class _Output(io.FileIO):
@@ -48,7 +44,7 @@ class _Output(io.FileIO):
             if self.fileno() == 2:
                 return view.nbytes
             if isinstance(error, BrokenPipeError):
-                raise
+                raise ReaderGoneError from None
             raise OutputError(error.errno, error.strerror, "standard output") from None
 
 
@@ -63,7 +59,7 @@ def guard_streams(command: Callable[[], None]) -> Callable[[], None]:
                 command()
             finally:
                 sys.stdout.flush()
-        except BrokenPipeError:
+        except ReaderGoneError:
             sys.exit(EXIT_BROKEN_PIPE)
         except OSError as error:
             print(f"tandem: {describe_os_error(error)}", file=sys.stderr)

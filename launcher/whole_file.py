@@ -54,7 +54,11 @@ def needs_direct_writing(path: Path) -> bool:
 def open_direct(path: Path) -> int:
     """A descriptor that writes to a device, a FIFO or a stream. Raises OSError for a FIFO that nobody reads."""
     if (match := _OWN_STREAM.fullmatch(str(path))) is None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            reason = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+            raise OSError(error.errno, reason, str(path)) from None
         os.set_blocking(descriptor, True)
         return descriptor
     for stream in (sys.stdout, sys.stderr):
