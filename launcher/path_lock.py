@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LONGEST_NAME_BYTES = 240
@@ -22,11 +22,12 @@ class PathInUseError(Exception):
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that need not exist yet; its parent is made. Raises PathInUseError, OSError.
+    """Hold the lock of a file or folder that need not exist yet. Raises PathInUseError, OSError.
 
-    A file system without locks gives a warning.
+    Its parents are made, and removed at the end where nothing was written into them. A file system without locks gives a warning.
     """
     target = Path(os.path.realpath(path))
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(_lock_name(target.name))
     descriptor = _acquire(lock)
@@ -36,6 +37,9 @@ def hold(path: Path) -> Iterator[None]:
         if descriptor is not None:
             lock.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
             os.close(descriptor)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def _lock_name(name: str) -> str:

@@ -4,7 +4,8 @@
 process itself; a test holds it against a real run. Knows the layout, the table of weights, and how linears are kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
@@ -91,21 +92,45 @@ def plan_ranks(
     Raises LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
-    specs = plan_weights(config, scheme)
-    return [_plan_rank(config, scheme, specs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
+    runs = _find_equal_layers(config, scheme, stored or {})
+    specs = plan_weights(config, scheme, layers=sorted({layer for layer, _ in runs}))
+    return [_plan_rank(config, scheme, specs, runs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
 
 
 def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> float:
     """Mean over largest share of the weights: 1 is even. From one layer, the embedding and the head."""
-    specs = [spec for name, spec in plan_weights(config, scheme).items() if not name.startswith("model.layers.") or ".layers.0." in name]
+    specs = list(plan_weights(config, scheme, layers=(0,)).values())
     shares = [sum(_count_elements(spec, *spec.rows(rank, world_size)) for spec in specs) for rank in range(world_size)]
     return sum(shares) / world_size / max(shares)
+
+
+def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Runs of layers that are stored alike: (number of the first layer of that kind, length of the run).
+
+    A model has few kinds of layers, so that each is planned once however many layers there are.
+    """
+    types: dict[str, list[tuple[str, str]]] = {}
+    for name, kind in stored.items():
+        if name.startswith("model.layers."):
+            number, _, rest = name.removeprefix("model.layers.").partition(".")
+            types.setdefault(number, []).append((rest, kind))
+    first: dict[object, int] = {}
+    runs: list[tuple[int, int]] = []
+    for layer in range(config.num_hidden_layers):
+        linears = tuple(scheme.find_linear(f"model.layers.{layer}.{name}") for names in FUSED.values() for name in names)
+        alike = first.setdefault((linears, frozenset(types.get(str(layer), ()))), layer)
+        if runs and runs[-1][0] == alike:
+            runs[-1] = (alike, runs[-1][1] + 1)
+        else:
+            runs.append((alike, 1))
+    return runs
 
 
 def _plan_rank(
     config: LlamaConfig,
     scheme: Scheme,
     specs: Mapping[str, WeightSpec],
+    runs: Sequence[tuple[int, int]],
     rank: int,
     world_size: int,
     workload: Workload,
@@ -117,18 +142,32 @@ def _plan_rank(
     splits = {"hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size}
     rows = {name: getattr(layout, name).interval(size, rank, world_size) for name, size in splits.items()}
 
+    counts: Counter[str] = Counter()
+    for layer, length in runs:
+        counts[str(layer)] += length
+
     def file_bytes(name: str, spec: WeightSpec) -> int:
         if name.endswith(".weight_shape"):  # config.json says the same, so nobody reads it
             return 0
         kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
-        return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind]
+        times = counts[name.split(".")[2]] if name.startswith("model.layers.") else 1
+        return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind] * times
 
-    steps = list(_list_steps(config, scheme, specs, rank, world_size, itemsize, packs=not workload.own_kernels))
-    products = [step for step in steps if step.read_bytes]
-    kept, peak = sum(step.packed_bytes for step in steps if not step.read_bytes), 0
     # Where nothing is packed, one product is filled after another.
     num_packers = 0 if workload.own_kernels else num_threads
+    steps: list[tuple[_Step, int]] = []
+    products: list[_Step] = []
+    skipped: dict[int, int] = {}
+    for layer_steps, length in _list_steps(config, scheme, specs, runs, rank, world_size, itemsize, packs=not workload.own_kernels):
+        steps += [(step, length) for step in layer_steps]
+        filled = [step for step in layer_steps if step.read_bytes]
+        # Of equal layers the last ones are filled on top of the most; as many are looked at as come together in one window.
+        looked_at = min(length, num_packers + 2)
+        skipped[len(products)] = (length - looked_at) * sum(step.packed_bytes for step in filled)
+        products += filled * looked_at
+    kept, peak = sum(step.packed_bytes * length for step, length in steps if not step.read_bytes), 0
     for index, step in enumerate(products):
+        kept += skipped.get(index, 0)
         packing = products[index : index + max(1, num_packers)]
         following = products[index + num_packers : index + num_packers + 1] if num_packers else []
         # Of those that are packed at once only the largest is taken at its worst moment.
@@ -137,7 +176,7 @@ def _plan_rank(
         kept += step.packed_bytes
     kv_bytes = _count_cache_bytes(config, kv_heads[1] - kv_heads[0], workload.kv_cache, itemsize) * workload.cached_tokens
     activations = _count_activation_bytes(config, scheme, rows, min(PREFILL_TOKENS, batch_size * tokens), itemsize)
-    weights = sum(step.kept_bytes for step in steps)
+    weights = sum(step.kept_bytes * length for step, length in steps)
     return RankPlan(
         rank=rank,
         heads=heads,
@@ -147,7 +186,7 @@ def _plan_rank(
         vocab_rows=rows["vocab"],
         file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
         weight_bytes=weights,
-        streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0].kept_bytes),
+        streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
@@ -170,9 +209,17 @@ class _Step:
 
 
 def _list_steps(
-    config: LlamaConfig, scheme: Scheme, specs: Mapping[str, WeightSpec], rank: int, world_size: int, itemsize: int, *, packs: bool
-) -> Iterator[_Step]:
-    """What `load_model` fills, in its order."""
+    config: LlamaConfig,
+    scheme: Scheme,
+    specs: Mapping[str, WeightSpec],
+    runs: Sequence[tuple[int, int]],
+    rank: int,
+    world_size: int,
+    itemsize: int,
+    *,
+    packs: bool,
+) -> Iterator[tuple[list[_Step], int]]:
+    """What `load_model` fills, in its order, and how many times in a row."""
     layout = config.layout()
 
     def local(name: str) -> int:
@@ -205,7 +252,7 @@ def _list_steps(
         yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw)
 
     vocab = count_tiled_rows(local("model.embed_tokens"), layout.vocab.unit) * config.hidden_size * itemsize
-    yield _Step(vocab, vocab)
+    yield [_Step(vocab, vocab)], 1
     head_dim = config.head_dim
     units = {
         "qkv_proj": (head_dim, head_dim, head_dim),
@@ -214,14 +261,17 @@ def _list_steps(
         "down_proj": (layout.hidden.unit,),
     }
     norm = _Step(config.hidden_size * itemsize, config.hidden_size * itemsize)
-    for layer in range(config.num_hidden_layers):
-        yield from (norm, norm)
-        for fused, names in FUSED.items():
-            columns = linear_shape(config, names[0])[1]
-            yield from linear(tuple(f"model.layers.{layer}.{name}" for name in names), columns, units[fused])
-    yield norm
+    layers: dict[int, list[_Step]] = {}
+    for layer, length in runs:
+        if layer not in layers:
+            layers[layer] = [norm, norm]
+            for fused, names in FUSED.items():
+                columns = linear_shape(config, names[0])[1]
+                layers[layer] += linear(tuple(f"model.layers.{layer}.{name}" for name in names), columns, units[fused])
+        yield layers[layer], length
+    yield [norm], 1
     if not config.tie_word_embeddings:
-        yield from linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))
+        yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
 
 def _count_elements(spec: WeightSpec, start: int, stop: int) -> int:

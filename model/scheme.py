@@ -22,7 +22,7 @@ Knows no files and no ranks.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.quoting import quote
@@ -100,6 +100,14 @@ class Scheme:
     """Linears that stay float: full names, or `re:` and a pattern for the start of one."""
     kv_cache: str | None = None
     """None: floats; int8 with stored scales "channel" or "tensor", or "token": scales of each token, made on the way."""
+    _names: frozenset[str] = field(init=False, repr=False, compare=False)
+    """The full names of `ignore`: a large model may have a hundred thousand."""
+    _patterns: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Its patterns."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_names", frozenset(entry for entry in self.ignore if not entry.startswith("re:")))
+        object.__setattr__(self, "_patterns", tuple(entry[3:] for entry in self.ignore if entry.startswith("re:")))
 
     @property
     def name(self) -> str:
@@ -109,7 +117,7 @@ class Scheme:
 
     def find_linear(self, name: str) -> LinearScheme | None:
         """How the linear of this full name (without `.weight`) is stored; None: float."""
-        if self.linear is None or any(_names(entry, name) for entry in self.ignore):
+        if self.linear is None or name in self._names or any(re.match(pattern, name) for pattern in self._patterns):
             return None
         return self.linear
 
@@ -182,10 +190,6 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
     if scheme.kv_cache is not None:
         out["kv_cache_scheme"] = _write_args(8, True, scheme.kv_cache, dynamic=scheme.kv_cache == "token")
     return out
-
-
-def _names(entry: str, name: str) -> bool:
-    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
 
 
 def _read_section(value: Any, name: str) -> Mapping[str, Any]:

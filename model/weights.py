@@ -3,7 +3,7 @@
 Knows names and sizes; reads nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -122,13 +122,13 @@ def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, 
     return tuple(found)
 
 
-def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
-    """Every tensor that a checkpoint of this model, stored in this scheme, has to hold."""
+def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | None = None) -> dict[str, WeightSpec]:
+    """Every tensor that a checkpoint of this model, stored in this scheme, has to hold; of some `layers` only, where they are given."""
     layout = config.layout()
     embedding = WeightSpec((config.vocab_size, config.hidden_size), FLOAT_DTYPES, layout.vocab)
     norm = WeightSpec((config.hidden_size,), FLOAT_DTYPES, layout.whole)
     specs = {"model.embed_tokens.weight": embedding}
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
         prefix = f"model.layers.{layer}"
         specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
         for name, (_, _, split) in _LINEARS.items():

@@ -47,8 +47,11 @@ def write_quantized(
         dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else source.tensors[name].dtype)
         return TensorInfo(spec.shape, torch.int32 if name.endswith("weight_zero_point") else dtype)
 
+    by_layer: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        by_layer.setdefault(layer, []).append(name)
     for layer in range(-1, config.num_hidden_layers + 1):
-        names = tuple(name for name in specs if layers[name] == layer)
+        names = by_layer.get(layer, ())
         tensors.update({name: info(name, specs[name]) for name in names})
         groups += [(name, (name,)) for name in names]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -259,6 +260,32 @@ def test_real_models_have_their_known_numbers_of_parameters(shared_dir: Path) ->
         ranks = min(8, config.num_key_value_heads)
         norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
         assert sum(rank.file_bytes for rank in plan_ranks(config, Scheme(), ranks, workload)) == 2 * (count + (ranks - 1) * norms), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_threads", [1, 3, 40])
+@pytest.mark.parametrize("own_kernels", [True, False])
+def test_equal_layers_are_planned_as_if_each_were_planned_alone(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, num_threads: int, own_kernels: bool
+) -> None:
+    config = build_config({**UNTIED, "num_hidden_layers": 60})
+    workload = Workload(dtype="bfloat16", tokens=20, num_threads=num_threads, own_kernels=own_kernels)
+    # Runs of 1, 17 and 41 layers, and one layer in between whose stored type differs.
+    stored = {f"model.layers.{layer}.mlp.up_proj.weight_scale": "float32" for layer in (0, 18)}
+    together = plan_ranks(config, build_scheme(config, scheme), 3, workload, stored)
+    monkeypatch.setattr("model.planning._find_equal_layers", lambda config, *_: [(layer, 1) for layer in range(config.num_hidden_layers)])
+    assert plan_ranks(config, build_scheme(config, scheme), 3, workload, stored) == together
+
+
+def test_ten_thousand_layers_are_planned_as_fast_as_a_few() -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    config = build_config({**UNTIED, **sizes, "num_hidden_layers": 10_000})
+    scheme = Scheme(LinearScheme(), tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(0, 10_000, 2)))
+    for one in (Scheme(), Scheme(LinearScheme()), scheme):
+        started = time.process_time()
+        plans = plan_ranks(config, one, 8, Workload(dtype="bfloat16", tokens=100))
+        assert time.process_time() - started < 1.5
+        assert sum(plan.file_bytes for plan in plans) > 10_000 * 8192 * 28672
 
 
 def test_the_cache_ends_where_its_blocks_do() -> None:
