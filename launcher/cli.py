@@ -236,7 +236,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
     from dataclasses import asdict
 
     from launcher.environment import read_environment
+    from launcher.streams import require_stdout
     from model.quoting import quote_name
+
+    require_stdout("leave it open")
 
     found: dict[str, Any] = asdict(read_environment())
     if as_json:

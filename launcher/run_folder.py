@@ -24,12 +24,7 @@ _SHORT_PARENTS = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 @contextmanager
 def open_run_folder() -> Iterator[Path]:
     """A new folder, only this user's, gone at the end of the block. Raises ConfigError where none can be made."""
-    try:
-        parent = _find_parent()
-        _remove_abandoned(parent)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    except OSError as error:
-        raise ConfigError(f"no folder for temporary files can be written ({describe_os_error(error)}): set TMPDIR to one") from None
+    folder = _make_folder()
     with (folder / f"{_LOCK}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # so that nobody finds it before it is held
@@ -39,13 +34,19 @@ def open_run_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _find_parent() -> Path:
-    """The folder of temporary files, or another one where a socket in it would have too long a path."""
-    chosen = Path(tempfile.gettempdir())
-    for parent in (chosen, *_SHORT_PARENTS):
-        if len(os.fsencode(parent)) <= _MAX_PARENT_BYTES and os.access(parent, os.W_OK | os.X_OK):
-            return parent
-    raise ConfigError(f"the folder for temporary files, {chosen}, has a path of over {_MAX_PARENT_BYTES} bytes: set TMPDIR to another")
+def _make_folder() -> Path:
+    """A new folder among the temporary files, or elsewhere where a socket in it would have too long a path."""
+    fault = ""
+    try:
+        chosen = Path(tempfile.gettempdir())
+        fault = f"{chosen}: its path has over {_MAX_PARENT_BYTES} bytes"
+        for parent in (chosen, *_SHORT_PARENTS):
+            if len(os.fsencode(parent)) <= _MAX_PARENT_BYTES and parent.is_dir():
+                _remove_abandoned(parent)
+                return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    except OSError as error:
+        fault = describe_os_error(error)
+    raise ConfigError(f"there is no usable folder for temporary files ({fault}): set TMPDIR to one")
 
 
 def _remove_abandoned(parent: Path) -> None:
