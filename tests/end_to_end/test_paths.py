@@ -102,9 +102,6 @@ REFUSED: dict[str, tuple[Make, tuple[str, ...]]] = {
         _quantize(lambda folder: ["-a", "smooth_quant", "-t", "boolq", "-s", _fifo(folder), "--output", folder / "out"]),
         (FIFO,),
     ),
-        _quantize(lambda folder: ["-a", "smooth_quant", "-t", "boolq", "-s", _fifo(folder), "--output", folder / "out"]),
-        (FIFO,),
-    ),
     "quantize -t ids -s FIFO": (
         _quantize(lambda folder: ["-a", "smooth_quant", "-t", "ids", "-s", _fifo(folder), "--output", folder / "out"]),
         (FIFO,),
