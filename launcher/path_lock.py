@@ -28,10 +28,10 @@ def hold(path: Path) -> Iterator[None]:
     """
     target = Path(os.path.realpath(path))
     made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(_lock_name(target.name))
-    descriptor = _acquire(lock)
+    lock, descriptor = target.with_name(_lock_name(target.name)), None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(lock)
         yield
     finally:
         if descriptor is not None:
@@ -53,8 +53,7 @@ def _acquire(lock: Path) -> int | None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_current(lock, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode())
+                _write_holder(lock, descriptor)
                 return descriptor
         except BlockingIOError:
             holder = _read_holder(descriptor)
@@ -73,6 +72,15 @@ def _acquire(lock: Path) -> int | None:
             continue
         os.close(descriptor)
         return None
+
+
+def _write_holder(lock: Path, descriptor: int) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode())
+    except OSError:  # a full disk
+        lock.unlink(missing_ok=True)
+        raise
 
 
 def _is_current(lock: Path, descriptor: int) -> bool:

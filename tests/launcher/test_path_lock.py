@@ -67,6 +67,17 @@ def test_parents_are_made_and_removed_when_nothing_came_into_them(tmp_path: Path
     assert (tmp_path / "a" / "b" / "file").exists()
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.ftruncate", fail)
+    with pytest.raises(OSError) as failed, hold(tmp_path / "a" / "file"):
+        pass
+    assert (failed.value.errno, failed.value.filename) == (errno.ENOSPC, str(tmp_path / "a" / ".file.lock"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_as_long_as_may_be_can_be_held(tmp_path: Path) -> None:
     with hold(tmp_path / ("x" * 255)), pytest.raises(PathInUseError), hold(tmp_path / ("x" * 255)):
         pass
