@@ -78,6 +78,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".file.lock").symlink_to("precious")
+    with pytest.raises(OSError, match="symbolic links"), hold(tmp_path / "file"):
+        pass
+    assert (tmp_path / "precious").read_text() == "x"
+
+
 def test_names_as_long_as_may_be_can_be_held(tmp_path: Path) -> None:
     with hold(tmp_path / ("x" * 255)), pytest.raises(PathInUseError), hold(tmp_path / ("x" * 255)):
         pass
