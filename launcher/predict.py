@@ -81,6 +81,8 @@ def predict(options: PredictOptions) -> None:
     if not console.is_done:
         raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
     console.write(options.stats, restarts)
+    if console.failure:
+        raise RunError(console.failure)
 
 
 def read_prompts(options: PredictOptions) -> list[str]:

@@ -35,7 +35,7 @@ from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, 
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, RunError
 
 DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -207,13 +207,15 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
     """Run a job that ends in one result, its progress shown as `what`; None on a rank above 0 that a launcher started.
 
-    `redone`: see RunObserver. Raises what `run_job` raises.
+    `redone`: see RunObserver. Raises what `run_job` raises, and RunError where the ranks found that there is no result.
     """
     console = WorkConsole(run.world_size, what, redone)
     try:
         run_job(run, job, console)
     finally:
         console.close()
+    if console.failure is not None:
+        raise RunError(console.failure)
     assert run.environment.rank or console.result is not None
     return None if run.environment.rank else console.result
 
