@@ -151,7 +151,7 @@ def test_logits_that_are_no_numbers_are_an_error(
     with torch.no_grad():
         model.norm.weight[3] = value
     for score in (lambda: perplexity(model, WINDOWS), lambda: boolq(model, PROMPTS, [True] * 10, choices=CHOICES)):
-            with pytest.raises(NonFiniteError, match="NaN or infinite in float32"):
+        with pytest.raises(NonFiniteError, match="NaN or infinite in float32"):
             score()
 
 
