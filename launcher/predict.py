@@ -60,7 +60,7 @@ def predict(options: PredictOptions) -> None:
     done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
     output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
     console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
-    job = build_job(run, console.plan_task())
+    job = build_job(run, console.plan_task(), tokenizer=tokenizer)
     if job.num_blocks is not None:
         for request in requests:
             check_memory(request, job.num_blocks, job.block_size)
