@@ -4,6 +4,7 @@ Knows records and a file; makes no text of ids, and prints nothing.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
             token_ids=tuple(map(int, raw["token_ids"])),
             text=str(raw["text"]),
             finish_reason=str(raw["finish_reason"]),
-            logprobs=None if logprobs is None else tuple(map(float, logprobs)),
+            logprobs=None if logprobs is None else tuple(map(_read_finite, logprobs)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{where} is no result of tandem predict; give another --output, or leave out --resume") from None
@@ -144,6 +145,12 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
     if fault is not None:
         raise RequestError(f"{where}: {fault}; --resume goes on with the same prompts and options, else leave it out")
     return record
+
+
+def _read_finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{number} is no JSON")
+    return number
 
 
 def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> str | None:
