@@ -30,7 +30,8 @@ def find_end_ids(metadata: GgufMetadata) -> list[int]:
     by_name = {
         token: number
         for number, token in enumerate(tokens)
-        if token in END_NAMES or (token in _CONTROL_NAMES and types[number : number + 1] == [_CONTROL])
+        if isinstance(token, str)  # a damaged file may hold anything
+        and (token in END_NAMES or (token in _CONTROL_NAMES and types[number : number + 1] == [_CONTROL]))
     }
     ends = [by_name[name] for name in drop_message_ends(by_name)]
     return list(dict.fromkeys([*(one for one in named if one is not None), *sorted(ends)]))
