@@ -120,9 +120,15 @@ def test_blocks_of_a_failed_sequence_do_no_harm_to_the_next(
     assert found == list(generate(Engine(model, 1, num_blocks=3), [healthy]))
 
 
-def test_what_a_failed_prompt_keeps_is_shared_with_nobody(folder: Path, build_model: Callable[..., LlamaForCausalLM]) -> None:
-    """An int8 cache with stored scales holds a NaN as 0: a prompt that shared such blocks would go on with wrong numbers."""
+@pytest.mark.parametrize("cache", [None, "token", "tensor"])
+def test_what_a_failed_prompt_keeps_is_shared_with_nobody(
+    folder: Path, build_model: Callable[..., LlamaForCausalLM], cache: str | None
+) -> None:
+    """An int8 cache with stored scales ("tensor") holds a NaN as 0: who shared such blocks would go on with wrong numbers."""
     model = build_model(folder, "float16")
+    model.scheme = dataclasses.replace(model.scheme, kv_cache=cache)
+    for layer in model.layers if cache == "tensor" else ():
+        layer.assign_cache_scales(torch.tensor([0.05]), torch.tensor([0.05]), torch.device("cpu"))
     prompt = (BAD, *range(40))
     engine = Engine(model, 2)
     for request in ask((prompt, prompt, (*HEALTHY[1], *range(30))), logit_bias=((BAD, -100.0),)):
