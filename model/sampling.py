@@ -6,6 +6,7 @@ then one draw of a numpy generator; OpenAI's bias and penalties stand behind the
 caches.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ def sample(
         full = collectives.gather_columns(logits_local, sizes).numpy(force=True)
         for values, state in zip(full, states, strict=True):
             penalized = _penalize(values, state, 0)
-            if not np.isfinite(penalized.max()):
+            if not math.isfinite(penalized.max()):
                 chosen.append(None)
                 continue
             ids, total = _list_candidates(penalized, state.params)
@@ -146,11 +147,13 @@ def sample(
         mine[row, count : count + len(ids)] = penalized[ids]
     wide = [2 * count] * collectives.world_size
     gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
-    for values, state in zip(gathered.reshape(len(states), -1, 2, count), states, strict=True):
-        every, logits = values[:, 0].ravel(), values[:, 1].ravel()
-        if not np.isfinite(logits.max()):  # `_best` puts a NaN first, so every rank has it here
+    candidates = gathered.reshape(len(states), -1, 2, count)
+    tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is a candidate of its rank, and the largest
+    for values, state, top in zip(candidates, states, tops, strict=True):
+        if not math.isfinite(top):
             chosen.append(None)
             continue
+        every, logits = values[:, 0].ravel(), values[:, 1].ravel()
         keep = np.lexsort((every, -logits))[: state.params.top_k if state.params.do_sample else 1]
         keep = keep[np.isfinite(every[keep])]
         chosen.append(_choose(every[keep].astype(np.int64), logits[keep].astype(np.float32), None, state, None))
@@ -236,7 +239,7 @@ def _best(values: Floats, count: int) -> Ids:
     A NaN counts as the largest: argmax is the check for it, at no further pass over the row.
     """
     top = values.argmax()
-    if count == 1 or not np.isfinite(values[top]):
+    if count == 1 or not math.isfinite(values[top]):
         return np.array([top])
     if count < len(values):
         threshold = np.partition(values, -count)[-count]
