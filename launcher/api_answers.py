@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.journal import NewToken
+from launcher.stop_search import StopSearch
 from model.tokenizer import StreamDecoder, Tokenizer
 
 _REASONS = {"eos": "stop", "length": "length"}
@@ -28,12 +29,11 @@ class Piece:
 
 
 class ChoiceText:
-    """The text of one answer as its tokens come. What may become a stop text is held back until that is known."""
+    """The text of one answer as its tokens come, up to the first stop text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
-        self._tokenizer, self._prompt_ids, self._stops = tokenizer, prompt_ids, tuple(stops)
+        self._tokenizer, self._prompt_ids, self._search = tokenizer, prompt_ids, StopSearch(stops)
         self._decoder: StreamDecoder | None = None
-        self._held = ""
         self.num_tokens = 0
         self.finish_reason: str | None = None
 
@@ -42,32 +42,15 @@ class ChoiceText:
         self.num_tokens += 1
         if self._decoder is None:  # not before: a call of many sequences may wait for long, or be refused
             self._decoder = StreamDecoder(self._tokenizer, self._prompt_ids)
-        self._held += self._decoder.push(token.token_id)
+        self._search.add(self._decoder.push(token.token_id))
+        if token.token_id in self._tokenizer.special_ids:
+            self._search.add(token_text(self._tokenizer, token.token_id), shown=False)
         reason = _REASONS[token.finish_reason] if token.finish_reason else None
         if reason:
-            self._held += self._decoder.finish()
-        # The one that is complete first, whatever the tokens are; of several the longest.
-        found = min(((place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0), default=None)
-        if found is not None:
-            text, self._held, reason = self._held[: found[1]], "", "stop"
-        else:
-            keep = 0 if reason else self._count_held()
-            text = self._held[: len(self._held) - keep]
-            self._held = self._held[len(text) :]
-        self.finish_reason = reason
-        return Piece(text, (token,), reason)
-
-    def _count_held(self) -> int:
-        """Characters at the end with which a stop text begins."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        return next(
-            (
-                size
-                for size in range(min(longest, len(self._held)), 0, -1)
-                if any(stop.startswith(self._held[-size:]) for stop in self._stops)
-            ),
-            0,
-        )
+            self._search.add(self._decoder.finish())
+        text, is_stopped = self._search.take(is_end=reason is not None)
+        self.finish_reason = "stop" if is_stopped else reason
+        return Piece(text, (token,), self.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from model.sampling import SamplingParams
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_STOP_TOKEN_IDS = 256
 MAX_PROMPTS = 128
 MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
@@ -62,6 +63,8 @@ class _Asked(BaseModel):
     stream: bool = False
     stream_options: "StreamOptions | None" = None
     stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    """Not OpenAI's, vLLM's: ids that end an answer besides the model's, `ignore_eos` or not."""
     seed: Annotated[int, Field(strict=True)] | None = None
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -132,6 +135,7 @@ class _Asked(BaseModel):
                 repetition_penalty=self.repetition_penalty,
                 seed=(seed + choice) % 2**32,
                 ignore_eos=self.ignore_eos,
+                stop_token_ids=tuple(self.stop_token_ids),
                 logprobs=logprobs is not None,
                 top_logprobs=logprobs or 0,
                 frequency_penalty=self.frequency_penalty,

@@ -107,6 +107,8 @@ class WorkConsole(RunObserver):
         self._loading, self._working = loading_progress(world_size), WorkProgress(what)
         self.redone = redone
         self.result: dict[str, Any] | None = None
+        self.failure: str | None = None
+        """Why the ranks ended without a result, where all of them found that it cannot be had."""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take one event of rank 0."""
@@ -119,6 +121,8 @@ class WorkConsole(RunObserver):
             print(f"warning: {event['message']}", file=sys.stderr)
         elif kind == "result":
             self.result = event
+        elif kind == "failed":
+            self.failure = event["message"]
 
     def close(self) -> None:
         """Take progress bars away."""
@@ -148,6 +152,7 @@ class RunConsole(RunObserver):
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._logprobs: list[list[float]] = [[] for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
+        self._errors: dict[int, str] = {}
         self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in requests]
         self._texts = [""] * len(prompts)
         for record in done:
@@ -165,6 +170,15 @@ class RunConsole(RunObserver):
     def is_done(self) -> bool:
         """Whether every prompt is finished."""
         return all(self._reasons)
+
+    @property
+    def failure(self) -> str | None:
+        """What is to be said of prompts that ended with an error; None where none has."""
+        if not self._errors:
+            return None
+        index = min(self._errors)
+        others = f"; so did {len(self._errors) - 1} more of {len(self._prompts)}" if len(self._errors) > 1 else ""
+        return f"prompt {index} ended with an error: {self._errors[index]}{others}"
 
     def print_done(self, *, again: bool = True) -> None:
         """Print the leading prompts that an earlier run has finished; not `again` when that has printed them where this prints."""
@@ -199,6 +213,8 @@ class RunConsole(RunObserver):
             self._loading(event["done"], event["total"])
         elif kind == "token":
             self._take_token(**event)
+        elif kind == "failure":
+            self._take_failure(**event)
         elif kind == "warning":
             print(f"warning: {event['message']}", file=sys.stderr)
         elif kind == "stats":
@@ -248,7 +264,19 @@ class RunConsole(RunObserver):
             self._show_live()
         self.print_done()
 
+    def _take_failure(self, index: int, position: int, message: str) -> None:
+        with self._lock:
+            if self._reasons[index]:
+                return  # an attempt that started again found the same
+            assert position == len(self._tokens[index]), f"prompt {index} failed at {position} with {len(self._tokens[index])} tokens"
+            self._reasons[index], self._errors[index] = "error", message
+        if self._output is not None:
+            self._output.append(self._build_record(index, "error"))
+        self.print_done()
+
     def _print_result(self, index: int) -> None:
+        if index in self._errors:
+            return
         text = self._prompts[index] + self._continuation(index)
         if sys.stdout.isatty():
             self._stop_live()  # a result must not land among the live lines
@@ -267,6 +295,7 @@ class RunConsole(RunObserver):
             text=self._continuation(index),
             finish_reason=finish_reason,
             logprobs=tuple(self._logprobs[index]) if request.params.logprobs else None,
+            error=self._errors.get(index),
         )
 
     def _show_live(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from launcher.journal import Journal, NewToken
 from launcher.serve_metrics import ServeMetrics
-from launcher.service_errors import ServiceError, draining, ended, queue_full, ranks_failed, timed_out, too_many
+from launcher.service_errors import ServiceError, draining, ended, non_finite, queue_full, ranks_failed, timed_out, too_many
 from model.request import Request
 from model.sampling import SamplingParams
 
@@ -152,6 +152,13 @@ class Dispatcher:
             sequence = self._running.pop(index, None)
             if sequence is not None:
                 self._fail(sequence.ticket, ranks_failed(failures))
+
+    def fail_sequences(self, failures: Iterable[tuple[int, str]]) -> None:
+        """End the calls of these sequences, (index, why): they have no next token."""
+        for index, message in failures:
+            sequence = self._running.pop(index, None)
+            if sequence is not None:
+                self._fail(sequence.ticket, non_finite(message))
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new; return when all is answered, or after so many seconds, when the rest gets an error."""

@@ -4,6 +4,7 @@ Knows files, options and what is printed; scores are the model package's.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,15 @@ def evaluate(options: EvaluateOptions) -> None:
     if found is None:
         return
     result = {"task": options.task, "checkpoint": str(run.opened.source.path), "data": str(options.data), **found}
-    print(json.dumps(result) if options.as_json else "\n".join(describe_result(result)))
+    print(write_json(result) if options.as_json else "\n".join(describe_result(result)))
+
+
+def write_json(result: dict[str, Any]) -> str:
+    """A result as JSON, which has no infinity: a perplexity beyond float64 is null, its `nll_mean` is not."""
+    ends = result["interval"]
+    interval = None if ends is None or not all(map(math.isfinite, ends)) else ends
+    finite = {"perplexity": value if math.isfinite(value) else None} if (value := result.get("perplexity")) is not None else {}
+    return json.dumps({**result, **finite, "interval": interval}, allow_nan=False)
 
 
 def describe_result(result: dict[str, Any]) -> list[str]:

@@ -72,6 +72,14 @@ class Journal:
             if index == self._suspect:
                 self._clear_suspect()
 
+    def drop(self, index: int) -> bool:
+        """The ranks have ended it without its last token; whether it was still wanted."""
+        with self._lock:
+            found = self._entries.pop(index, None) is not None
+            if index == self._suspect:
+                self._clear_suspect()
+            return found
+
     def end(self) -> None:
         """Have the ranks end when they have nothing left to do."""
         with self._lock:

@@ -72,13 +72,15 @@ def predict(options: PredictOptions) -> None:
         done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
         output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
         console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
-        _decode(options, run, console, output, again=again)
+        _decode(options, run, console, output, tokenizer, again=again)
 
 
-def _decode(options: PredictOptions, run: Run, console: RunConsole, output: ResultsFile | None, *, again: bool) -> None:
+def _decode(
+    options: PredictOptions, run: Run, console: RunConsole, output: ResultsFile | None, tokenizer: Tokenizer, *, again: bool
+) -> None:
     """Run the ranks and write what they give. `again`: a launcher has started this rank again."""
     task = console.plan_task()
-    job = build_job(run, task)
+    job = build_job(run, task, tokenizer=tokenizer)
     if job.num_blocks is not None:
         for request in task.requests:
             check_memory(request, job.num_blocks, job.block_size)
@@ -100,6 +102,8 @@ def _decode(options: PredictOptions, run: Run, console: RunConsole, output: Resu
         raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
     with as_run_failure():
         console.write(options.stats, restarts)
+    if console.failure:
+        raise RunError(console.failure)
 
 
 def read_prompts(options: PredictOptions) -> list[str]:

@@ -21,7 +21,7 @@ from model.checkpoint.first_layers import FirstLayers
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.random_source import RandomSource
 from model.checkpoint.source import CheckpointSource
-from model.generation import Engine
+from model.generation import Engine, step_all
 from model.llama import LlamaForCausalLM
 from model.request import Request
 from model.sampling import SamplingParams
@@ -96,7 +96,7 @@ class RankBench:
         for index in range(batch_size):
             engine.add(self._request(index, prompt_tokens, new_tokens))
         while len(started) < batch_size:
-            started.update(event.index for event in engine.step())
+            started.update(event.index for event in step_all(engine))
         return engine
 
     def count_step_bytes(self) -> int:
@@ -110,7 +110,7 @@ class RankBench:
         engine = self.start_prefill()
         self._collectives.barrier()
         started = time.monotonic()
-        while not engine.step():
+        while not step_all(engine):
             pass
         ended = time.monotonic()
         self._get_on()
@@ -137,7 +137,7 @@ class RankBench:
         self._collectives.barrier()
         while len(seconds) < steps and engine.has_unfinished:
             started = time.perf_counter()
-            events = engine.step()
+            events = step_all(engine)
             took = time.perf_counter() - started
             if len(events) >= batch_size:
                 seconds.append(took / len(events))

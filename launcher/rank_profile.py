@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from launcher.rank_bench import RankBench
+from model.generation import step_all
 from model.llama import LlamaForCausalLM
 from parallel.recording import RecordedCollectives, Recorder
 
@@ -35,7 +36,7 @@ def record_spans(bench: RankBench, model: LlamaForCausalLM, collectives: Recorde
             collectives.recorder = recorder
             for _ in range(steps):
                 with recorder.span(name):
-                    while engine.has_unfinished and not engine.step():
+                    while engine.has_unfinished and not step_all(engine):
                         pass
             collectives.recorder = None
     return {"names": recorder.names, "ranks": _gather_spans(recorder.spans, clock, collectives, one_host=one_host)}

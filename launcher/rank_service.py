@@ -81,6 +81,8 @@ class RankService:
         if events and self._collectives.rank == 0:
             tokens = [(e.index, e.position, e.token_id, e.finish_reason, e.logprob, e.top_logprobs) for e in events]
             self._emit({"event": "tokens", "tokens": tokens})
+        if self._engine.failures:
+            self._emit({"event": "failures", "failures": [(one.index, one.message) for one in self._engine.failures]})
 
     def _agree(self, messages: list[Message]) -> tuple[list[list[float]], list[Message]]:
         """What every rank says of its last step, and rank 0's messages, on all ranks."""

@@ -27,6 +27,7 @@ from model.native import find_kernels
 from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
 from model.request import plan_blocks
+from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
 NO_GUESSES = "--speculate guesses nothing: here the last bits of a row depend on how many go together"
@@ -35,9 +36,12 @@ _SERVE_BANDWIDTH_BYTES = 128 << 20
 
 
 def run_task(me: Rank) -> None:
-    """Do what the job says."""
+    """Do what the job says. Where logits are not finite, all ranks end well and rank 0 reports why: a restart would do the same again."""
     task = me.job.task
-    _RUNNERS[type(task)](me, task)
+    try:
+        _RUNNERS[type(task)](me, task)
+    except NonFiniteError as error:
+        me.emit({"event": "failed", "message": str(error)})
 
 
 def decode(me: Rank, task: Decode) -> None:
@@ -61,6 +65,8 @@ def decode(me: Rank, task: Decode) -> None:
     while engine.has_unfinished:
         for event in engine.step():
             emit({"event": "token", **asdict(event)})
+        for failure in engine.failures:
+            emit({"event": "failure", **asdict(failure)})
         me.heed_stop()
     everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
     times = engine.times

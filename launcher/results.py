@@ -4,6 +4,7 @@ Knows records and a file; makes no text of ids, and prints nothing.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,9 +35,11 @@ class Record:
     text: str
     """The continuation."""
     finish_reason: str
-    """eos or length."""
+    """eos, length or error."""
     logprobs: tuple[float, ...] | None = None
     """Of the new ids, where asked for."""
+    error: str | None = None
+    """Why it has no further token, where it ended with an error."""
 
     def to_line(self) -> str:
         """The line of the file, with its end."""
@@ -50,7 +53,9 @@ class Record:
         }
         if self.logprobs is not None:
             raw["logprobs"] = self.logprobs
-        return json.dumps(raw, ensure_ascii=False) + "\n"
+        if self.error is not None:
+            raw["error"] = self.error
+        return json.dumps(raw, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class ResultsFile:
@@ -117,8 +122,9 @@ def hold_results(path: Path) -> Iterator[None]:
 def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> list[Record]:
     """The records that an earlier run of these requests has left, in the order of the file; none when it left no file.
 
-    A last line that was being written when the run or its machine went down, which has no end or is no JSON, is cut off. Raises
-    RequestError for a record that cannot be of these requests.
+    A last line that was being written when the run or its machine went down, which has no end or is no JSON, is cut off; records of
+    prompts that ended with an error are taken out, since these prompts run again. Raises RequestError for a record that cannot be of
+    these requests.
     """
     try:
         text = read_bytes(path, MAX_DATA_BYTES)
@@ -136,12 +142,15 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
         if record.index in records:
             raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; --resume needs the file of one run")
         records[record.index] = record
-    if len(whole) < len(text):
-        try:
+    done = [record for record in records.values() if record.finish_reason != "error"]
+    try:
+        if len(done) < len(records):
+            write_whole(path, "".join(record.to_line() for record in done))
+        elif len(whole) < len(text):
             os.truncate(path, len(whole))
-        except OSError as error:
-            raise RequestError(f"the last line of --output {path} is torn, and cannot be cut off: {error.strerror}") from None
-    return list(records.values())
+    except OSError as error:
+        raise RequestError(f"--output {path} holds a torn line or errors, and cannot be changed: {error.strerror}") from None
+    return done
 
 
 def _is_json(line: bytes) -> bool:
@@ -163,7 +172,7 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
             token_ids=tuple(map(int, raw["token_ids"])),
             text=str(raw["text"]),
             finish_reason=str(raw["finish_reason"]),
-            logprobs=None if logprobs is None else tuple(map(float, logprobs)),
+            logprobs=None if logprobs is None else tuple(map(_read_finite, logprobs)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{where} is no result of tandem predict; give another --output, or leave out --resume") from None
@@ -171,6 +180,12 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
     if fault is not None:
         raise RequestError(f"{where}: {fault}; --resume goes on with the same prompts and options, else leave it out")
     return record
+
+
+def _read_finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{number} is no JSON")
+    return number
 
 
 def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> str | None:
@@ -183,6 +198,8 @@ def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[s
         return f"prompt {record.index} was {record.prompt!r}, but is {prompts[record.index]!r} now"
     if record.prompt_token_ids != request.prompt_ids:
         return f"prompt {record.index} had the ids {list(record.prompt_token_ids)}, but has {list(request.prompt_ids)} now"
+    if record.finish_reason == "error":
+        return None  # it runs again
     if not 1 <= count <= params.max_new_tokens or (record.finish_reason == "length" and count != params.max_new_tokens):
         return f"prompt {record.index} ended by {record.finish_reason} after {count} tokens, but {params.max_new_tokens} are asked for now"
     if record.finish_reason not in ("eos", "length") or (record.finish_reason == "eos" and params.ignore_eos):

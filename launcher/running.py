@@ -34,10 +34,11 @@ from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
 from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
+from model.end_of_text import decide_end_of_text
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, RunError
 from parallel.regular_file import open_regular
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -77,9 +78,13 @@ class Run:
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer of the YAML, else the checkpoint's."""
-        if self.settings.vocab_file:
-            return read_tokenizer(Path(self.settings.vocab_file))
-        return read_tokenizer(self.opened.source.tokenizer_path() or self.opened.source.path)
+        return read_tokenizer(self.tokenizer_path)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder or file of the tokenizer."""
+        source = self.opened.source
+        return Path(self.settings.vocab_file or source.tokenizer_path() or source.path)
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
@@ -143,21 +148,27 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     return OpenedModel(source, config, scheme, opening)
 
 
-def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
+def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Job:
     """Fill in every decision. Options go over the YAML, the YAML over defaults. Raises InputError.
 
     `dtype`: what to compute in where neither says so; None takes the YAML's compute_dtype, else the checkpoint's.
+    `tokenizer`: `Run.read_tokenizer`'s, for tasks whose answers end where it says.
     """
     options, settings, config = run.options, run.settings, run.opened.config
     own, said_ids = settings.tandem, settings.model_values
+    end = decide_end_of_text(
+        run.opened.source, config.vocab_size, named=said_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=run.tokenizer_path
+    )
+    if tokenizer is not None and not run.environment.rank:
+        for warning in end.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
         kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
-        # Ids that the YAML names go over the checkpoint's, as in MindFormers.
-        eos_token_ids=(said_ids["eos_token_id"],) if "eos_token_id" in said_ids else config.eos_token_ids,
+        eos_token_ids=end.ids,
         pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
         device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
@@ -225,13 +236,15 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
 def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
     """Run a job that ends in one result, its progress shown as `what`; None on a rank above 0 that a launcher started.
 
-    `redone`: see RunObserver. Raises what `run_job` raises.
+    `redone`: see RunObserver. Raises what `run_job` raises, and RunError where the ranks found that there is no result.
     """
     console = WorkConsole(run.world_size, what, redone)
     try:
         run_job(run, job, console)
     finally:
         console.close()
+    if console.failure is not None:
+        raise RunError(console.failure)
     assert run.environment.rank or console.result is not None
     return None if run.environment.rank else console.result
 

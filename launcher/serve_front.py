@@ -83,6 +83,9 @@ class ServeFront(RunObserver):
             tokens = self._journal.take(event["tokens"])
             if tokens:
                 self._on_loop(self.dispatcher.deliver, tokens)
+        elif kind == "failures":
+            failures = [(index, message) for index, message in event["failures"] if self._journal.drop(index)]
+            self._on_loop(self.dispatcher.fail_sequences, failures)
         elif kind == "report":
             self._take_report(event, now)
         elif kind == "loading":

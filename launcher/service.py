@@ -249,7 +249,7 @@ class _TicketResponse(StreamingResponse):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
 async def _wait_until_gone(request: Request) -> None:

@@ -65,6 +65,11 @@ def ranks_failed(times: int) -> ServiceError:
     return ServiceError(500, words, kind="server_error", code="ranks_failed")
 
 
+def non_finite(message: str) -> ServiceError:
+    """500: this model cannot go on with this prompt."""
+    return ServiceError(500, message, kind="server_error", code="logits_not_finite")
+
+
 def server_failed() -> ServiceError:
     """500, where nobody foresaw it."""
     return ServiceError(500, "the server failed; its log says why", kind="server_error")

@@ -81,8 +81,8 @@ def serve(options: ServeOptions) -> None:
 
     tokenizer = run.read_tokenizer()
     source = run.opened.source
-    template, words = load_chat_template(Path(run.settings.vocab_file or source.tokenizer_path() or source.path), tokenizer)
-    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens))
+    template, words = load_chat_template(run.tokenizer_path, tokenizer)
+    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens), tokenizer=tokenizer)
     num_blocks, plans = plan_cache(run, job)
     job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
     if run.nodes.node_rank or run.environment.rank:

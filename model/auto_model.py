@@ -3,7 +3,9 @@
 One rank, no processes started. Several ranks go through `tandem predict`.
 """
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ import numpy.typing as npt
 import torch
 
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.source import CheckpointSource
 from model.config import DEFAULT_BLOCK_SIZE, build_config
+from model.end_of_text import decide_end_of_text
 from model.generation import Engine, generate
 from model.llama import LlamaForCausalLM
 from model.loading import load_model
 from model.request import Request, plan_blocks
 from model.sampling import SamplingParams
 from model.scheme import read_scheme
+from model.tokenizer import read_tokenizer
 from parallel.collectives import IdentityCollectives
-from parallel.errors import RequestError
+from parallel.errors import CheckpointError, RequestError
 
 MAX_LENGTH = 20
 """MindFormers' GenerationConfig.max_length, used when nobody gives a length."""
@@ -38,6 +43,10 @@ class AutoModel:
         """Load a checkpoint of any readable format. `dtype`: float32, bfloat16 or float16; None takes the checkpoint's."""
         source = open_checkpoint(Path(path))
         config = build_config(source.config, str(path))
+        end = decide_end_of_text(source, config.vocab_size, **_read_tokenizer(source))
+        for warning in end.warnings:
+            warnings.warn(warning, stacklevel=2)
+        config = replace(config, eos_token_ids=end.ids)
         model = LlamaForCausalLM(
             config,
             read_scheme(source.config),
@@ -112,3 +121,12 @@ class AutoModel:
                 ids.pop()
             stripped.append(tuple(ids))
         return stripped
+
+
+def _read_tokenizer(source: CheckpointSource) -> dict[str, Any]:
+    """The tokenizer and where it lies; nothing where the checkpoint has none that can be read: ids are all that is asked of it."""
+    path = source.tokenizer_path() or source.path
+    try:
+        return {"tokenizer": read_tokenizer(path), "tokenizer_path": path}
+    except CheckpointError:
+        return {}

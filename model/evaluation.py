@@ -15,7 +15,8 @@ import torch
 from model.batch import Span
 from model.config import PREFILL_TOKENS
 from model.llama import LlamaForCausalLM
-from parallel.errors import RequestError, RunError
+from model.non_finite import explain
+from parallel.errors import NonFiniteError, RequestError
 
 LOGIT_ROWS = 64
 """Rows of whole logits at a time: bounds memory, 64 x 128256 float32 are 33 MB."""
@@ -69,7 +70,7 @@ def perplexity(
     """Perplexity over windows of at least two ids; each token is predicted from those before it in its window.
 
     A pass takes up to `batch_size` windows and about PREFILL_TOKENS tokens. Every rank has to call this with the same windows.
-    Raises RequestError for windows that `check_rows` refuses, RunError where logits are not finite.
+    Raises RequestError for windows that `check_rows` refuses, NonFiniteError where logits are not finite.
     """
     _check_batch_size(batch_size)
     check_rows(windows, model.config.max_position_embeddings, model.config.vocab_size, min_tokens=2)
@@ -102,7 +103,7 @@ def boolq(
 
     prompts: ids, at least one each; answers: the right ones; choices: ids of "yes" and "no".
     A pass takes up to `batch_size` prompts and about PREFILL_TOKENS tokens. Every rank has to call this with the same questions.
-    Raises RequestError for ids that `check_rows` refuses, RunError where logits are not finite.
+    Raises RequestError for ids that `check_rows` refuses, NonFiniteError where logits are not finite.
     """
     _check_batch_size(batch_size)
     vocab_size = model.config.vocab_size
@@ -199,12 +200,12 @@ def _forward(model: LlamaForCausalLM, group: Sequence[Sequence[int]]) -> Iterato
 
 
 def _whole_logits(model: LlamaForCausalLM, hidden: torch.Tensor) -> Iterator[npt.NDArray[np.float32]]:
-    """float32 logits [up to LOGIT_ROWS, vocabulary] of hidden states [rows, H]. Raises RunError where they are not finite."""
+    """float32 logits [up to LOGIT_ROWS, vocabulary] of hidden states [rows, H]. Raises NonFiniteError where they are not finite."""
     for rows in torch.split(hidden, LOGIT_ROWS):
         logits: npt.NDArray[np.float32] = model.collectives.gather_columns(model.logits_local(rows), model.shares.vocab).numpy(force=True)
         # A NaN or an infinity stays one in the largest or the smallest.
         if not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
-            raise RunError(f"logits are not finite in {model.dtype}: run in float32, or check the weights with tandem verify")
+            raise NonFiniteError(explain(model.dtype, "in the evaluation"))
         yield logits
 
 

@@ -19,10 +19,12 @@ from model.batch import Span
 from model.cache import KeyValueCache
 from model.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
 from model.llama import LlamaForCausalLM
+from model.non_finite import explain, find_first_layer
 from model.request import Request, check_memory, check_request
 from model.sampling import Choice, SamplingState, sample
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
+from parallel.errors import NonFiniteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,18 @@ class TokenEvent:
     """How many new tokens came before it."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(id, log-probability) of the likeliest tokens there, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailure:
+    """A sequence that ended without its next token."""
+
+    index: int
+    """The request's number."""
+    position: int
+    """How many new tokens it has."""
+    message: str
+    """Why, and what to do."""
 
 
 @dataclass(slots=True)
@@ -94,6 +108,8 @@ class Engine:
         self._prefill_known = prefill_known
         self._began: float | None = None
         self.times = EngineTimes()
+        self.failures: list[SequenceFailure] = []
+        """Sequences that the last step ended because their logits were NaN or infinite."""
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it cannot fit the model's context, or not even an empty cache."""
@@ -131,7 +147,11 @@ class Engine:
         return self._scheduler.pool.num_used
 
     def step(self) -> list[TokenEvent]:
-        """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given."""
+        """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given.
+
+        A sequence whose logits are not finite leaves with an entry in `failures`; the others are not touched.
+        """
+        self.failures = []
         if not self.has_unfinished:
             return []
         started = time.perf_counter()
@@ -142,7 +162,11 @@ class Engine:
         computed = self._scheduler.is_needed(parts)
         hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
+        if hidden is not None and not all(part.decodes for part in parts):
+            self._check_prompts(parts, hidden)
         events = self._choose(parts, hidden)
+        for failure in self.failures:
+            self._scheduler.cancel(failure.index)
         ended = time.perf_counter()
         if computed:
             self._count(parts, events, ended - started)
@@ -172,7 +196,7 @@ class Engine:
             if part.is_last:
                 wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
                 rows.extend(range(end - len(part.drafts) - 1, end))
-        chosen: dict[int, Choice] = {}
+        chosen: dict[int, Choice | None] = {}
         if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
             # Known rows go along: how many there are decides the last bits.
@@ -184,7 +208,8 @@ class Engine:
         place = 0
         for part in parts:
             if part.is_last:
-                events += self._take(part, [chosen.get(place + ahead) for ahead in range(1 + len(part.drafts))])
+                if not self._has_failed(part.sequence):
+                    events += self._take(part, [chosen.get(place + ahead) for ahead in range(1 + len(part.drafts))])
                 place += 1 + len(part.drafts)
         return events
 
@@ -195,7 +220,9 @@ class Engine:
             known = sequence.knows(0)
             if known is not None:
                 found = Choice(known, None)
-            assert found is not None
+            if found is None:
+                self._fail(sequence, len(sequence.ids) - 1)
+                break
             token = found.token_id
             if known is not None or part.drafts:
                 sequence.sampling.take(token)
@@ -217,6 +244,30 @@ class Engine:
             sequence.cache.length = len(sequence.ids) - 1  # wrong guesses are overwritten
         return events
 
+    def _check_prompts(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        """Fail sequences with a prompt token whose hidden state [hidden] is not finite: an int8 cache would keep it as finite keys."""
+        if hidden.isfinite().all():
+            return
+        is_finite, row = hidden.isfinite().all(dim=1).tolist(), 0
+        for part in parts:
+            count = part.count + len(part.drafts)
+            bad = [place for place in range(part.count) if not is_finite[row + place]]
+            if bad and not part.sequence.is_over:
+                self._fail(part.sequence, part.first + bad[0])
+            row += count
+
+    def _fail(self, sequence: LiveSequence, position: int) -> None:
+        """Note that a sequence has no finite logits behind its token at `position`, and neither have those that share its block. They
+        leave at the end of the step."""
+        for one in self._scheduler.spoil(sequence, position):
+            if not self._has_failed(one):
+                layer = find_first_layer(self._model, one.ids[: position + 1])
+                message = explain(self._model.dtype, f"at step {one.num_new + 1}", layer)
+                self.failures.append(SequenceFailure(one.request.index, one.num_new, message))
+
+    def _has_failed(self, sequence: LiveSequence) -> bool:
+        return any(failure.index == sequence.request.index for failure in self.failures)
+
     def _go_on(self, sequence: LiveSequence, token: int) -> str | None:
         """One new token; the reason, when it is the last."""
         request, params = sequence.request, sequence.request.params
@@ -226,17 +277,25 @@ class Engine:
             sequence.lookup.extend((token,))
         if request.known_reason and sequence.num_new == len(request.known_ids):
             return request.known_reason  # whatever ids end a sequence now
-        if token in self._model.config.eos_token_ids and not params.ignore_eos:
+        if token in params.stop_token_ids or (token in self._model.config.eos_token_ids and not params.ignore_eos):
             return "eos"
         return "length" if sequence.num_new == params.max_new_tokens else None
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
-    """Run `requests` to their ends; tokens come as they are made."""
+    """Run `requests` to their ends; tokens come as they are made. Raises NonFiniteError where one has logits that are not finite."""
     for request in requests:
         engine.add(request)
     while engine.has_unfinished:
-        yield from engine.step()
+        yield from step_all(engine)
+
+
+def step_all(engine: Engine) -> list[TokenEvent]:
+    """`Engine.step` for callers who need every sequence. Raises NonFiniteError where one failed."""
+    events = engine.step()
+    if engine.failures:
+        raise NonFiniteError(engine.failures[0].message)
+    return events
 
 
 def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:

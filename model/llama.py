@@ -165,7 +165,7 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Hidden states [T, H] of the new tokens of all spans, after the last norm."""
         batch = Batch(spans, self.rotary, self.device)
-        hidden = self._embed([token for span in spans for token in span.ids])
+        hidden = self.embed([token for span in spans for token in span.ids])
         delta = self._run_fused(hidden, batch)
         if delta is None:
             for index in range(len(self.layers)):
@@ -204,8 +204,9 @@ class LlamaForCausalLM(nn.Module):
         attended = self._attend(layer, index, layer.input_layernorm(hidden, delta), batch)
         return self._feed_forward(layer, layer.post_attention_layernorm(hidden, attended))
 
-    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """[T, H]: every rank looks up all ids in its own rows; of each id, the owner's row counts."""
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Embeddings [T, H]. Every rank looks up all ids in its own rows; of each id, the owner's row counts."""
         tokens = torch.tensor(ids, device=self.device)
         local: torch.Tensor = self.embed_tokens(tokens)
         shares = self.shares

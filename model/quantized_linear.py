@@ -110,7 +110,9 @@ class QuantizedColumnParallelLinear(nn.Module):
             product = self._multiply_integers(integers)
             if self._correction is not None:
                 product.sub_(self._correction)
-            return product.mul_(self._input_scale).to(dtype)
+            product.mul_(self._input_scale)
+            # No integer stands for NaN: without this, a row of NaN would come out as numbers.
+            return product.masked_fill_(x.amax(dim=1, keepdim=True).isnan(), torch.nan).to(dtype)
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":

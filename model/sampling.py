@@ -6,6 +6,7 @@ then one draw of a numpy generator; OpenAI's bias and penalties stand behind the
 caches.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ import torch
 
 from parallel.collectives import Collectives
 from parallel.errors import RequestError
+
+LEAST_LOGPROB = -9999.0
+"""vLLM's stand-in for the logarithm of 0, since JSON has no infinity."""
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
@@ -51,11 +55,14 @@ class SamplingParams:
     """Taken off the logit of each new id that came at all, as OpenAI's."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(id, what is added to its logit)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end this sequence besides the model's, `ignore_eos` or not, as in vLLM."""
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "SamplingParams":
         """The inverse of `asdict`, from JSON."""
-        return cls(**{**raw, "logit_bias": tuple((int(token), float(bias)) for token, bias in raw["logit_bias"])})
+        bias = tuple((int(token), float(bias)) for token, bias in raw["logit_bias"])
+        return cls(**{**raw, "logit_bias": bias, "stop_token_ids": tuple(raw["stop_token_ids"])})
 
     def __post_init__(self) -> None:
         checks = (
@@ -110,17 +117,22 @@ class Choice(NamedTuple):
     """(id, log-probability) of the likeliest, likeliest first, where asked for."""
 
 
-def sample(logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:
-    """The next token of every sequence.
+def sample(
+    logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives
+) -> list[Choice | None]:
+    """The next token of every sequence; None where the largest logit is NaN or infinite, on every rank alike.
 
     logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank.
     """
     first_id = sum(sizes[: collectives.rank])
-    chosen = []
+    chosen: list[Choice | None] = []
     if any(_needs_all(state.params) for state in states):
         full = collectives.gather_columns(logits_local, sizes).numpy(force=True)
         for values, state in zip(full, states, strict=True):
             penalized = _penalize(values, state, 0)
+            if not math.isfinite(penalized.max()):
+                chosen.append(None)
+                continue
             ids, total = _list_candidates(penalized, state.params)
             logprobs = _log_probability(values) if state.params.logprobs else None
             chosen.append(_choose(ids, penalized[ids], total, state, logprobs))
@@ -135,7 +147,12 @@ def sample(logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: S
         mine[row, count : count + len(ids)] = penalized[ids]
     wide = [2 * count] * collectives.world_size
     gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
-    for values, state in zip(gathered.reshape(len(states), -1, 2, count), states, strict=True):
+    candidates = gathered.reshape(len(states), -1, 2, count)
+    tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is a candidate of its rank, and the largest
+    for values, state, top in zip(candidates, states, tops, strict=True):
+        if not math.isfinite(top):
+            chosen.append(None)
+            continue
         every, logits = values[:, 0].ravel(), values[:, 1].ravel()
         keep = np.lexsort((every, -logits))[: state.params.top_k if state.params.do_sample else 1]
         keep = keep[np.isfinite(every[keep])]
@@ -150,7 +167,11 @@ def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState,
     if logprobs is None:
         return Choice(token, None)
     top = _best(logprobs, state.params.top_logprobs) if state.params.top_logprobs else ()
-    return Choice(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+    return Choice(token, _read_logprob(logprobs, token), tuple((int(i), _read_logprob(logprobs, i)) for i in top))
+
+
+def _read_logprob(logprobs: Floats, token: int | np.integer[Any]) -> float:
+    return max(float(logprobs[token]), LEAST_LOGPROB)
 
 
 def _needs_all(params: SamplingParams) -> bool:
@@ -213,9 +234,13 @@ def _weigh(logits: Floats, temperature: float) -> npt.NDArray[np.float64]:
 
 
 def _best(values: Floats, count: int) -> Ids:
-    """Ids of the `count` largest values, largest first; of equals the lowest id first."""
-    if count == 1:
-        return np.array([values.argmax()])
+    """Ids of the `count` largest values, largest first; of equals the lowest id first. Where the largest is not finite, its id alone.
+
+    A NaN counts as the largest: argmax is the check for it, at no further pass over the row.
+    """
+    top = values.argmax()
+    if count == 1 or not math.isfinite(values[top]):
+        return np.array([top])
     if count < len(values):
         threshold = np.partition(values, -count)[-count]
         ids = np.flatnonzero(values >= threshold)

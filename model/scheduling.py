@@ -123,6 +123,12 @@ class Scheduler:
         for sequence in [sequence for sequence in self._running if sequence.request.index == index]:
             self.remove(sequence)
 
+    def spoil(self, sequence: LiveSequence, position: int) -> list[LiveSequence]:
+        """Share nothing of what a sequence keeps from `position` on; the live sequences that have any of it, itself included."""
+        blocks = set(sequence.cache.blocks[position // self.pool.block_size :])
+        self.pool.hollow.update(blocks)
+        return [one for one in self._running if not one.is_over and (one is sequence or blocks.intersection(one.cache.blocks))]
+
     def plan(self) -> list[Part]:
         """The next pass: a token for every sequence that decodes, then parts of prompts, up to `prefill_tokens` in all."""
         parts: dict[LiveSequence, Part] = {}

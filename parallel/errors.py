@@ -7,6 +7,7 @@ TandemError
 │   ├── CheckpointError  files: missing, short, unexpected, of the wrong type
 │   └── RequestError     prompts and sampling options
 └── RunError         a run that had started went wrong (exit code 1)
+    ├── NonFiniteError   logits are NaN or infinite; every rank raises it in the same step
     └── PeerError        another rank died or stopped answering
 """
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConfigError",
     "InputError",
     "LayoutError",
+    "NonFiniteError",
     "PeerError",
     "RequestError",
     "RunError",
@@ -48,6 +50,10 @@ class RequestError(InputError):
 
 class RunError(TandemError, RuntimeError):
     """A run that had started failed."""
+
+
+class NonFiniteError(RunError):
+    """Logits are NaN or infinite. Every rank sees the same logits, so all raise it in the same step, and a restart would not help."""
 
 
 class PeerError(RunError):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
+from model.checkpoint.gguf_end_tokens import find_end_ids
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.source import TensorInfo
@@ -185,7 +186,7 @@ class GgufFile:
             "rope_theta": _shorten_float32(metadata.read("llama.rope.freq_base", 10000.0)),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             "bos_token_id": metadata.read_token("bos"),
-            "eos_token_id": metadata.read_token("eos"),
+            "eos_token_id": _unwrap(find_end_ids(metadata)),
             "pad_token_id": metadata.read_token("padding"),
             "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
         }
@@ -218,6 +219,11 @@ class GgufFile:
         if not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
             raise CheckpointError(f"{self.path}: {_ROPE_FREQUENCIES} does not hold {scaling}: use the Hugging Face checkpoint")
         self.config["rope_scaling"] = {"rope_type": "llama3", **asdict(scaling)}
+
+
+def _unwrap(ids: list[int]) -> list[int] | int | None:
+    """As config.json writes ids: a number where there is one."""
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def _read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:

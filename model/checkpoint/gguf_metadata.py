@@ -56,6 +56,12 @@ _KINDS: Mapping[str, _Kind] = {
     "tokenizer.ggml.bos_token_id": _TOKEN,
     "tokenizer.ggml.eos_token_id": _TOKEN,
     "tokenizer.ggml.padding_token_id": _TOKEN,
+    "tokenizer.ggml.eot_token_id": _TOKEN,
+    "tokenizer.ggml.eom_token_id": _TOKEN,
+    "tokenizer.ggml.fim_pad_token_id": _TOKEN,
+    "tokenizer.ggml.fim_rep_token_id": _TOKEN,
+    "tokenizer.ggml.fim_sep_token_id": _TOKEN,
+    "tokenizer.ggml.token_type": _LIST,
 }
 
 

@@ -78,6 +78,15 @@ def _without_scale(good: "Checkpoints", folder: Path) -> Command:
     return ["predict", "--checkpoint", target]
 
 
+def _with_generation_config(text: str) -> Callable[["Checkpoints", Path], Command]:
+    def make(good: "Checkpoints", folder: Path) -> Command:
+        target = _copy_checkpoint(good, folder)
+        (target / "generation_config.json").write_text(text)
+        return ["predict", "--checkpoint", target, "--prompt", "tea"]
+
+    return make
+
+
 def _with_prompts(text: str, name: str = "prompts.txt") -> Callable[["Checkpoints", Path], Command]:
     def make(good: "Checkpoints", folder: Path) -> Command:
         (folder / name).write_text(text)
@@ -114,6 +123,11 @@ MISTAKES = {
         _with_yaml(lambda text: text.replace("num_layers: 2", "num_layers: 7")), ("disagree", r"num_layers", r"is 7 against 2")
     ),
     "truncated file": Mistake(_truncated, (r"model\.safetensors is truncated", r"has \d+ bytes", r"ends at byte \d+", "copy it again")),
+    "damaged generation_config.json": Mistake(_with_generation_config('{"eos_token_id": [2,'), (r"generation_config\.json is not JSON",)),
+    "end of answers that is no id": Mistake(
+        _with_generation_config('{"eos_token_id": ["</s>"]}'),
+        (r"generation_config\.json: eos_token_id is \['</s>'\], but a whole number or a list of them is needed",),
+    ),
     "missing tensor": Mistake(_with_tensors(lambda tensors: tensors.pop(Q_PROJ)), ("missing", re.escape(Q_PROJ))),
     "missing scale": Mistake(_without_scale, ("missing", re.escape("model.layers.1.mlp.up_proj.weight_scale"))),
     "missing rank file": Mistake(_without_rank_file, (r"rank_01_of_03\.safetensors does not exist",)),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from launcher.evaluating import write_json
+
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
 
@@ -136,3 +138,9 @@ def test_an_evaluation_joins_a_launcher_as_its_ranks(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
     assert _without_speed(json.loads(result.stdout)) == _without_speed(perplexity)
+
+
+def test_a_perplexity_beyond_float64_is_json() -> None:
+    found = json.loads(write_json({"perplexity": math.inf, "nll_mean": 800.5, "interval": (3.0, math.inf)}), parse_constant=pytest.fail)
+    assert found == {"perplexity": None, "nll_mean": 800.5, "interval": None}
+    assert json.loads(write_json({"accuracy": 0.5, "interval": (0.25, 0.75)})) == {"accuracy": 0.5, "interval": [0.25, 0.75]}

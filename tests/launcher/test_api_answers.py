@@ -14,17 +14,18 @@ class WordTokenizer:
     """Token i is the i-th text; a token of bytes may be a part of a character."""
 
     bos_token_id = eos_token_id = pad_token_id = None
-    special_ids: frozenset[int] = frozenset()
 
     def __init__(self, *words: str | bytes) -> None:
         self._words = [word.encode() if isinstance(word, str) else word for word in words]
+        self.special_ids = frozenset(i for i, word in enumerate(self._words) if word.startswith(b"<|"))
         self.vocab_size = len(words)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return b"".join(self._words[i] for i in ids).decode(errors="replace")
+        left_out = self.special_ids if skip_special_tokens else frozenset()
+        return b"".join(self._words[i] for i in ids if i not in left_out).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._words[token_id]
@@ -141,3 +142,21 @@ def test_log_probabilities_stand_as_each_route_has_them() -> None:
     first, second = build_chat_logprobs(tokenizer, tokens)["content"]
     assert first["token"] == "so" and first["logprob"] == -0.5 and [one["token"] for one in first["top_logprobs"]] == ["so", " ü"]
     assert second == {"token": " ü", "logprob": -0.25, "bytes": [32, 195, 188], "top_logprobs": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "stops", "text", "reason"),
+    [
+        (["Li", "ly", "<|eot|>", " She"], ["<|eot|>"], "Lily", "stop"),
+        (["Li", "ly", "<|eot|>", " She"], ["ly<|eot|>"], "Li", "stop"),
+        (["Li", "ly", "<|eot|>", " She"], ["<|eot|> S"], "Lily", "stop"),
+        (["Li", "ly", "<|eot|>", " She"], ["ly She"], "Li", "stop"),
+        (["Li", "ly", "<|eot|>", " She"], ["<|end|>"], "Lily She", "length"),
+        (["Li", "ly", "<|eot|>", "<|end|>", "!"], ["<|eot|><|end|>"], "Lily", "stop"),
+        (["Li", b"\xc3", "<|eot|>", b"\xa9"], ["<|eot|>"], "Li", "stop"),
+        (["Li", "ly", "<|eot|>"], [], "Lily", "length"),
+    ],
+)
+def test_stop_texts_are_looked_for_with_the_text_of_special_tokens(words: list[str], stops: list[str], text: str, reason: str) -> None:
+    pieces = answer(words, stops)
+    assert ("".join(piece.text for piece in pieces), pieces[-1].finish_reason) == (text, reason)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from launcher.api_requests import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, ChatRequest, CompletionRequest
+from launcher.api_requests import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_STOPS, ChatRequest, CompletionRequest
 from model.sampling import SamplingParams
 
 USER = {"role": "user", "content": "hi"}
@@ -214,3 +214,15 @@ def test_messages_come_as_templates_know_them() -> None:
 def test_other_messages_are_refused(messages: Any) -> None:
     with pytest.raises(ValidationError):
         ask_chat(messages=messages)
+
+
+def test_ids_end_an_answer_on_both_routes() -> None:
+    assert plan(stop_token_ids=[7, 0]).stop_token_ids == (7, 0)
+    (params,) = ask_chat(stop_token_ids=[7]).plan_sampling(5, None)
+    assert params.stop_token_ids == (7,) and plan().stop_token_ids == plan(stop_token_ids=None).stop_token_ids == ()
+
+
+@pytest.mark.parametrize("value", [7, ["7"], [7.0], [True], [-1], [[7]], [0] * (MAX_STOP_TOKEN_IDS + 1)])
+def test_what_is_no_list_of_ids_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        ask(stop_token_ids=value)

@@ -167,3 +167,30 @@ def test_no_failure_is_no_way_back(tmp_path: Path) -> None:
     console.on_event({"event": "stats", **STATS})
     console.write(stats, 0)
     assert json.loads(stats.read_text())["recovery_seconds"] == []
+
+
+def test_a_prompt_that_ends_with_an_error_is_a_record_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    console = build(path)
+    say(console, TOKENS[:1])
+    failure = {"event": "failure", "index": 0, "position": 1, "message": "the logits are NaN"}
+    console.on_event(dict(failure))
+    console.on_event(dict(failure))  # another attempt finds the same
+    assert not console.is_done
+    say(console, [TOKENS[1], *TOKENS[3:]])
+    assert console.is_done and console.failure == "prompt 0 ended with an error: the logits are NaN"
+    console.write(None, 0)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["finish_reason"] for record in records] == ["error", "eos", "length"]
+    assert records[0]["error"] == "the logits are NaN" and records[0]["text"] == "x" and "error" not in records[1]
+    assert capsys.readouterr().out == lines(RESULTS[1:]), "no line looks like a result of it"
+    done = read_results(path, REQUESTS, PROMPTS, 27)
+    assert [record.index for record in done] == [1, 2], "it runs again"
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_errors_of_several_prompts_are_one_sentence() -> None:
+    console = build()
+    for index in (2, 0):
+        console.on_event({"event": "failure", "index": index, "position": 0, "message": f"cause {index}"})
+    assert console.failure == "prompt 0 ended with an error: cause 0; so did 1 more of 3"

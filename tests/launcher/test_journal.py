@@ -9,7 +9,7 @@ from launcher.tasks import read_request
 from model.request import Request
 from model.sampling import SamplingParams
 
-PARAMS = SamplingParams(max_new_tokens=9, logit_bias=((3, -2.5),))
+PARAMS = SamplingParams(max_new_tokens=9, logit_bias=((3, -2.5),), stop_token_ids=(4, 5))
 
 
 def ask(index: int) -> Request:

@@ -183,3 +183,13 @@ def test_log_probabilities_that_are_missing_are_refused(path: Path, logprobs: tu
 def test_an_output_that_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be read: it is a folder"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_no_line_holds_what_is_no_json(path: Path, value: str) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record(0, logprobs=(-1.0, float(value.replace("Infinity", "inf")), -2.0)).to_line()
+    path.parent.mkdir()
+    path.write_text(record(0, logprobs=(-1.0, -1.5, -2.0)).to_line().replace("-1.5", value))
+    with pytest.raises(RequestError, match="line 1 is no result of tandem predict"):
+        read(path, logprobs=True)

@@ -184,3 +184,25 @@ def test_reports_are_shown(front: ServeFront) -> None:
     for line in ("tandem_kv_blocks_used 3.0", "tandem_kv_blocks 9.0", "tandem_healthy 1.0", 'tandem_rank_step_seconds{rank="0"} 0.5'):
         assert line in text
     assert "tandem_prompt_tokens_per_second 100.0" in text
+
+
+def test_sequences_without_finite_logits_end_their_calls_alone(front: ServeFront) -> None:
+    told = become_ready(front)
+    loop = front.loop
+    assert loop is not None
+
+    async def ask() -> list[Any]:
+        submit = front.dispatcher.submit
+        return [submit("a", [((1,), PARAMS)], 60.0), submit("b", [((2,), PARAMS)] * 2, 60.0)]
+
+    healthy, sick = loop.run_until_complete(ask())
+    front.on_event({"event": "tokens", "tokens": [(1, 0, 7, None, None, ())]})
+    front.on_event({"event": "failures", "failures": [(1, "the logits are NaN"), (99, "of a call that has gone")]})
+    settle(front)
+    events = [sick.events.get_nowait() for _ in range(sick.events.qsize())]
+    assert events[0][1].token_id == 7
+    assert (events[-1].status, events[-1].code, str(events[-1])) == (500, "logits_not_finite", "the logits are NaN")
+    assert healthy.num_open == 1 and front.dispatcher.num_running == 1
+    front.continue_task(Serve(requests=(), num_blocks=9, prefill_tokens=16))
+    assert [message["index"] for message in told if message["do"] == "cancel"] == [], "the ranks know"
+    assert [request.index for request in front._journal.list_unfinished()] == [0], "nobody gets it again"

@@ -13,7 +13,7 @@ import transformers
 from model.config import PREFILL_TOKENS
 from model.evaluation import MIN_WINDOWS, boolq, check_rows, perplexity, summarize_losses, wilson_interval
 from model.llama import LlamaForCausalLM
-from parallel.errors import RequestError, RunError
+from parallel.errors import NonFiniteError, RequestError
 
 VOCAB = 97
 CHOICES = (11, 29)
@@ -151,7 +151,7 @@ def test_logits_that_are_no_numbers_are_an_error(
     with torch.no_grad():
         model.norm.weight[3] = value
     for score in (lambda: perplexity(model, WINDOWS), lambda: boolq(model, PROMPTS, [True] * 10, choices=CHOICES)):
-        with pytest.raises(RunError, match=r"not finite in torch\.float32"):
+        with pytest.raises(NonFiniteError, match="NaN or infinite in float32"):
             score()
 
 

@@ -364,3 +364,19 @@ def test_a_loaded_folder_generates_what_its_model_generates(tiny_llama: Callable
 def test_what_cannot_be_generated_is_refused(auto_model: AutoModel, input_ids: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         auto_model.generate(input_ids, **options)
+
+
+def test_ids_of_a_request_end_its_sequence_alone_even_where_eos_is_ignored(model: LlamaForCausalLM) -> None:
+    plain, _ = run(model, ask(PROMPTS))
+    end = plain[0][4]
+    requests = ask(PROMPTS)
+    requests[0] = dataclasses.replace(requests[0], params=dataclasses.replace(requests[0].params, stop_token_ids=(96, end)))
+    found, events = run(model, requests)
+    assert found == [plain[0][: plain[0].index(end) + 1], *plain[1:]]
+    assert [event.finish_reason for event in events if event.index == 0][-1] == "eos"
+
+
+def test_a_stop_id_outside_of_the_vocabulary_is_refused(model: LlamaForCausalLM) -> None:
+    (request,) = ask(PROMPTS[:1], stop_token_ids=(5, 97))
+    with pytest.raises(RequestError, match="stop_token_ids names id 97, but the vocabulary has 97"):
+        Engine(model).add(request)
