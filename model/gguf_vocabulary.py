@@ -99,7 +99,7 @@ def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
     named = replace(settings, special_tokens={})  # a role makes a token neither special nor found in texts; its type does
     add_tokens(backend, named, path)
     put_around(backend, settings.bos_token if add_bos else None, settings.eos_token if add_eos else None)
-    return LibraryTokenizer(backend, settings, path)
+    return LibraryTokenizer(backend, settings, path, joins_bytes=kind == "llama")
 
 
 _ROLES = {

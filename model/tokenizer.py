@@ -93,7 +93,8 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
     text = read_file_text(path, MAX_VOCABULARY_BYTES)
     backend = load_json_backend(text, path)
     settings = read_tokenizer_settings(path.parent)
-    if settings.tokenizer_class == _LLAMA and is_llama_like(backend):
+    is_llama = settings.tokenizer_class == _LLAMA and is_llama_like(backend)
+    if is_llama:
         settings = settings.with_defaults(**_LLAMA_TOKENS)
         if not settings.lists_all_added:
             settings = replace(settings, added_tokens={**settings.added_tokens, **list_added(backend)})
@@ -102,7 +103,7 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
         settings = replace(settings, extra_special_tokens=settings.listed_special_tokens)
     add_tokens(backend, settings, path)
     usual = {role: next((name for name in names if backend.token_to_id(name) is not None), None) for role, names in _USUAL_TOKENS.items()}
-    return LibraryTokenizer(backend, settings.with_defaults(**usual), path)
+    return LibraryTokenizer(backend, settings.with_defaults(**usual), path, doubles_space=is_llama and _has_legacy_prefix(settings))
 
 
 def _rebuild(model: dict[str, Any], backend: Any, settings: TokenizerSettings, path: Path) -> Any:
@@ -118,6 +119,7 @@ def _rebuild(model: dict[str, Any], backend: Any, settings: TokenizerSettings, p
 def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
     model = read_sentencepiece_model(read_file_bytes(path, MAX_VOCABULARY_BYTES), path)
     settings = read_tokenizer_settings(path.parent)
+    is_llama = settings.tokenizer_class == _LLAMA and model.algorithm == BPE
     texts = [piece.text for piece in model.pieces]
     own = tuple(
         AddedToken(content=piece.text, special=piece.kind == CONTROL, normalized=False)
@@ -125,9 +127,9 @@ def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
         if piece.kind in (CONTROL, USER_DEFINED)
     )
     with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used"):
-        if settings.tokenizer_class == _LLAMA and model.algorithm == BPE:
+        if is_llama:
             vocab = {text: number for number, text in enumerate(texts)}
-            backend = build_llama_backend(vocab, build_merges(vocab), settings)
+            backend = build_llama_backend(vocab, build_merges(texts, model), settings)
             settings = settings.with_defaults(**_LLAMA_TOKENS)
         else:
             own = tuple(token for token in own if token.special)
@@ -145,7 +147,11 @@ def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
     # Without tokenizer_config.json the model comes from Meta or MindFormers, which begin every text with the bos token.
     wants_bos = settings.add_bos_token or (settings.add_bos_token is None and not settings.has_config)
     put_around(backend, settings.bos_token if wants_bos else None, settings.eos_token if settings.add_eos_token else None)
-    return LibraryTokenizer(backend, settings, path)
+    return LibraryTokenizer(backend, settings, path, doubles_space=is_llama and _has_legacy_prefix(settings), joins_bytes=True)
+
+
+def _has_legacy_prefix(settings: TokenizerSettings) -> bool:
+    return bool(settings.legacy) and settings.add_prefix_space is not False
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:

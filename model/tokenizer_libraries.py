@@ -24,9 +24,23 @@ _SPACE = "▁"
 class LibraryTokenizer:
     """The `tokenizers` library."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer", settings: TokenizerSettings, source: Path) -> None:
-        """`backend` holds all tokens of `settings` already. Raises CheckpointError when it cannot encode."""
-        self.settings, self._backend = settings, backend
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        settings: TokenizerSettings,
+        source: Path,
+        *,
+        doubles_space: bool = False,
+        joins_bytes: bool = False,
+    ) -> None:
+        """`backend` holds all tokens of `settings` already. Raises CheckpointError when it cannot encode.
+
+        `doubles_space`: put the prefix in front of a text that begins with a space too, as Llama 2's own tokenizer does. Metaspace, and
+        with it transformers 5, leaves it out there, so that the text loses a space. `joins_bytes`: decode as SentencePiece does, where only
+        the bytes that spell no character become U+FFFD; the library replaces the whole run of bytes around them.
+        """
+        self.settings, self._backend, self._doubles_space = settings, backend, doubles_space
+        self._bytes: dict[int, bytes] = {}
         self.bos_token_id, self.eos_token_id, self.pad_token_id = map(
             self._find_id, (settings.bos_token, settings.eos_token, settings.pad_token)
         )
@@ -38,23 +52,41 @@ class LibraryTokenizer:
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._joins_bytes, self._leading_space = joins_bytes, " " if "Strip" in repr(backend.decoder) else ""
         self._letters = _list_letters() if _is_byte_level(backend) else None
         with catch_library_errors(CheckpointError, f"{source} cannot be used as a tokenizer"):
             backend.decode(backend.encode("a 1.").ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises RequestError for a text that cannot be encoded."""
+        if self._doubles_space and text.startswith((" ", _SPACE)):
+            text = _SPACE + text
         with catch_library_errors(RequestError, "the tokenizer cannot encode this text"):
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
+        if self._joins_bytes:
+            left_out = self.special_ids if skip_special_tokens else frozenset()
+            data = b"".join(self.token_bytes(i) for i in map(int, ids) if i not in left_out)
+            text = re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8", errors="surrogateescape"))
+            return text.removeprefix(self._leading_space)
         with catch_library_errors(RequestError, "the tokenizer cannot decode these ids"):
             return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text."""
-        token = self._backend.id_to_token(token_id)
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._spell(token_id)
+        return found
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that is read back as this tokenizer."""
+        return self._backend.to_str()
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         if token is None:
             return b""
         if token_id in self._added_ids:
@@ -63,10 +95,6 @@ class LibraryTokenizer:
             return b"".join(bytes([self._letters[letter]]) if letter in self._letters else letter.encode() for letter in token)
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes([int(byte[1], 16)]) if byte else str(token).replace(_SPACE, " ").encode()
-
-    def to_json(self) -> str:
-        """The content of a tokenizer.json that is read back as this tokenizer."""
-        return self._backend.to_str()
 
     def _find_id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -108,7 +136,10 @@ def list_added(backend: "tokenizers.Tokenizer") -> dict[int, AddedToken]:
 
 
 def build_llama_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], settings: TokenizerSettings) -> "tokenizers.Tokenizer":
-    """The rules of Hugging Face's LlamaTokenizer over a vocabulary; normalizers are ignored, as there."""
+    """The rules of Hugging Face's LlamaTokenizer over a vocabulary; normalizers are ignored, as there.
+
+    With `legacy`, its LibraryTokenizer doubles the space that begins a text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE(dict(vocab), list(merges), fuse_unk=True, byte_fallback=True))
@@ -120,15 +151,18 @@ def build_llama_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, st
     return backend
 
 
-def build_merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, in the order of the ids that they make, as LlamaTokenizer ranks them."""
-    pairs = (
-        (number, at, len(token) - at, token[:at], token[at:])
-        for token, number in vocab.items()
-        for at in range(1, len(token))
-        if token[:at] in vocab and token[at:] in vocab
+def build_merges(texts: Sequence[str], model: SentencePieceModel) -> list[tuple[str, str]]:
+    """All pairs of normal pieces that make a normal piece, the one with the best score first. `texts`: of the pieces."""
+    ranks = {
+        text: (-piece.score, number) for number, (text, piece) in enumerate(zip(texts, model.pieces, strict=True)) if piece.kind == NORMAL
+    }
+    pairs = sorted(
+        (*rank, text[:at], text[at:])
+        for text, rank in ranks.items()
+        for at in range(1, len(text))
+        if text[:at] in ranks and text[at:] in ranks
     )
-    return [(left, right) for _, _, _, left, right in sorted(pairs)]
+    return [(left, right) for _, _, left, right in pairs]
 
 
 def build_sentencepiece_backend(
@@ -140,21 +174,14 @@ def build_sentencepiece_backend(
     texts = _rename([piece.text for piece in model.pieces], names or {})
     own = [text for text, piece in zip(texts, model.pieces, strict=True) if piece.kind == USER_DEFINED]
     if model.algorithm == BPE:
-        ranked = {
-            text: (-piece.score, number)
-            for number, (text, piece) in enumerate(zip(texts, model.pieces, strict=True))
-            if piece.kind == NORMAL
-        }
-        pairs = sorted(
-            (*rank, text[:at], text[at:])
-            for text, rank in ranked.items()
-            for at in range(1, len(text))
-            if text[:at] in ranked and text[at:] in ranked
-        )
-        merges = [(left, right) for _, _, left, right in pairs]
         vocab = {text: number for number, text in enumerate(texts)}
         bpe = models.BPE(
-            vocab, merges, unk_token=model.unk_piece, fuse_unk=True, byte_fallback=model.byte_fallback, ignore_merges=bool(own)
+            vocab,
+            build_merges(texts, model),
+            unk_token=model.unk_piece,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+            ignore_merges=bool(own),
         )
         backend = Tokenizer(bpe)
     else:

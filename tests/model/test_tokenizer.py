@@ -171,19 +171,16 @@ def test_a_json_tokenizer_equals_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "before"), [({"add_bos_token": False}, []), ({"add_bos_token": True}, [1]), ({}, [1])])
-def test_add_bos_token_of_the_settings_wins_in_every_kind_of_folder(tmp_path: Path, settings: dict[str, Any], before: list[int]) -> None:
+def test_add_bos_token_counts_for_tokenizer_model_and_not_for_tokenizer_json(
+    tmp_path: Path, settings: dict[str, Any], before: list[int]
+) -> None:
+    """As in transformers 5; a tokenizer.model without settings begins texts with bos, as Meta and MindFormers do."""
     for name, write in (("json", lambda f: write_json_folder(f, build_llama_backend(), **settings)), ("model", None)):
         folder = tmp_path / name
         folder.mkdir()
         tokenizer = read_tokenizer(write(folder) if write else write_model_folder(folder, **settings))
-        assert tokenizer.encode("ab") == [*before, *tokenizer.encode("ab", add_special_tokens=False)]
-
-
-def test_add_bos_token_is_put_where_tokenizer_json_has_no_rule(tmp_path: Path) -> None:
-    backend = build_llama_backend()
-    backend.post_processor = None  # type: ignore[assignment]
-    tokenizer = read_tokenizer(write_json_folder(tmp_path, backend, add_bos_token=True, add_eos_token=True))
-    assert tokenizer.encode("ab") == [1, *tokenizer.encode("ab", add_special_tokens=False), 2]
+        expected = [1] if name == "json" else before
+        assert tokenizer.encode("ab") == [*expected, *tokenizer.encode("ab", add_special_tokens=False)]
 
 
 def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path) -> None:
@@ -198,7 +195,9 @@ def test_special_tokens_are_found_without_settings_and_in_both_spellings(tmp_pat
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>", "pad_token": {"content": "<unk>"}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": None}))
     set_beside = read_tokenizer(tmp_path)
-    assert (set_beside.bos_token_id, set_beside.eos_token_id, set_beside.pad_token_id) == (None, 2, 0)
+    assert (set_beside.bos_token_id, set_beside.eos_token_id, set_beside.pad_token_id) == (None, 1, 0), "special_tokens_map.json wins"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "added_tokens_decoder": {}}))
+    assert (read_tokenizer(tmp_path).eos_token_id, read_tokenizer(tmp_path).settings.eos_token) == (2, "</s>"), "without the map"
 
 
 def test_tokens_added_to_a_sentencepiece_model_are_parsed_and_left_out(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_sentencepiece_bytes_that_spell_nothing_become_one_replacement_each(tmp_
         assert tokenizer.decode(ids) == processor.decode(ids)
 
 
-@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
 def test_a_gguf_sentencepiece_vocabulary_equals_the_model_it_came_from(tmp_path: Path, settings: dict[str, Any]) -> None:
     tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", describe_sentencepiece(train_sentencepiece(), **settings)))
     original = read_tokenizer(write_model_folder(tmp_path, **settings))
@@ -304,8 +303,8 @@ def test_a_gguf_vocabulary_that_cannot_be_read_is_refused_by_name(tmp_path: Path
     ("name", "content", "message"),
     [
         ("", b"", r"neither tokenizer\.json nor tokenizer\.model"),
-        ("tokenizer.json", b"{}", r"is no tokenizer\.json"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "holds no SentencePiece model"),
+        ("tokenizer.json", b"{}", r"is not a tokenizer\.json"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is not a whole SentencePiece model"),
         ("missing.model", b"", "does not exist"),
     ],
 )
@@ -318,7 +317,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, name: str, content: byt
 
 def test_settings_that_are_no_json_object_are_refused(tmp_path: Path) -> None:
     write_json_folder(tmp_path, build_llama_backend())
-    for content, message in (("[1]", "holds a list"), ("{", "is not JSON")):
+    for content, message in (("[1]", r"holds \[1\], but a JSON object is needed"), ("{", "is not JSON")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             read_tokenizer(tmp_path)
