@@ -93,11 +93,11 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
     text = read_file_text(path, MAX_VOCABULARY_BYTES)
     backend = load_json_backend(text, path)
     settings = read_tokenizer_settings(path.parent)
+    if not settings.lists_all_added:
+        settings = replace(settings, added_tokens={**settings.added_tokens, **list_added(backend)})
     is_llama = settings.tokenizer_class == _LLAMA and is_llama_like(backend)
     if is_llama:
         settings = settings.with_defaults(**_LLAMA_TOKENS)
-        if not settings.lists_all_added:
-            settings = replace(settings, added_tokens={**settings.added_tokens, **list_added(backend)})
         backend = _rebuild(parse_json_object(text, path)["model"], backend, settings, path)
     if settings.extra_special_tokens is None:
         settings = replace(settings, extra_special_tokens=settings.listed_special_tokens)

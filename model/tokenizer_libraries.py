@@ -219,6 +219,7 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: TokenizerSettings, sou
     """Add the tokens of the settings. Raises CheckpointError when one gets another id than the files declare."""
     from tokenizers import AddedToken as LibraryToken
 
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     with catch_library_errors(CheckpointError, f"{source}: its special and added tokens cannot be used"):
         backend.add_tokens(
             [
@@ -230,7 +231,7 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: TokenizerSettings, sou
                     rstrip=token.rstrip,
                     single_word=token.single_word,
                 )
-                for token in settings.list_tokens()
+                for token in settings.list_tokens(known)
             ]
         )
     for number, token in settings.added_tokens.items():

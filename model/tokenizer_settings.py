@@ -4,7 +4,7 @@ One value for every kind of vocabulary. The files are merged as transformers 5 m
 replaces special_tokens_map.json and added_tokens.json; without it, special_tokens_map.json wins over tokenizer_config.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -96,13 +96,14 @@ class TokenizerSettings:
         given = {role: AddedToken(content=text, special=True, normalized=False) for role, text in tokens.items() if text is not None}
         return replace(self, special_tokens=_order_roles({**given, **self.special_tokens}))
 
-    def list_tokens(self) -> list[AddedToken]:
-        """Tokens to add to a vocabulary, in order: those with ids, by id; those with roles; the rest."""
+    def list_tokens(self, known: Collection[str]) -> list[AddedToken]:
+        """Tokens to add to a vocabulary in which `known` are added tokens: those with ids, by id; those with roles; the rest."""
         named = [token for token in self.special_tokens.values() if token is not None]
         names = {token.content for token in named}
         tokens = {token.content: token for _, token in sorted(self.added_tokens.items())}
         for token in (*named, *(self.extra_special_tokens or ())):
-            tokens.setdefault(token.content, token)
+            if token.content not in known:
+                tokens.setdefault(token.content, token)
         return [replace(token, special=True) if token.content in names else token for token in tokens.values()]
 
 
