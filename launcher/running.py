@@ -35,7 +35,7 @@ from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, 
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
 
 DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -74,10 +74,17 @@ class Run:
         return min(longest, self.settings.seq_length or longest)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the YAML, else the checkpoint's."""
-        if self.settings.vocab_file:
-            return read_tokenizer(Path(self.settings.vocab_file))
-        return read_tokenizer(self.opened.source.tokenizer_path() or self.opened.source.path)
+        """The tokenizer of the YAML, else the checkpoint's. Raises CheckpointError when its ids are not those of the model."""
+        path = Path(self.settings.vocab_file or self.opened.source.tokenizer_path() or self.opened.source.path)
+        tokenizer = read_tokenizer(path)
+        # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
+        known = self.opened.config.vocab_size
+        if tokenizer.base_size > known:
+            raise CheckpointError(
+                f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {known}; "
+                "use the tokenizer that belongs to this model"
+            )
+        return tokenizer
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from model.tokenizer import LlamaTokenizer, StreamDecoder, Tokenizer, continuation, read_tokenizer
+from model.tokenizer_writing import write_tokenizer
 from parallel.errors import CheckpointError, RequestError
 
 CORPUS = [
@@ -36,7 +38,7 @@ TEXTS = [
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def train_sentencepiece() -> bytes:
+def train_sentencepiece(**options: Any) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -48,6 +50,7 @@ def train_sentencepiece() -> bytes:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return model.getvalue()
 
@@ -243,6 +246,55 @@ def test_a_gguf_vocabulary_without_space_prefix_neither_adds_nor_drops_one(tmp_p
     tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", metadata))
     for text in (t for t in TEXTS if "<" not in t and "▁" not in t):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_gguf_sentencepiece_vocabulary_follows_llama_cpp_around_special_tokens(tmp_path: Path, prefix: bool | None) -> None:
+    """llama.cpp finds control and user-defined tokens first, the longest first; the text after each, and the first, gets the space."""
+    model = train_sentencepiece(add_dummy_prefix=prefix is not False)
+    metadata = describe_sentencepiece(model, **({} if prefix is None else {"add_space_prefix": prefix}))
+    own = {"<|a|>": 4, "<|a|>>": 4, "<|end|>": 3}
+    size = len(metadata["tokens"])
+    metadata["tokens"] += list(own)
+    metadata["token_type"] += list(own.values())
+    metadata["scores"] += [-1000.0] * len(own)
+    tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", metadata))
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(model)
+    ids = {**{token: place for place, token in enumerate(SPECIAL)}, **{token: size + place for place, token in enumerate(own)}}
+    pattern = re.compile("(" + "|".join(map(re.escape, sorted(ids, key=len, reverse=True))) + ")")
+    for text in (*TEXTS, "fox<|a|>fox <|a|>> fox<|end|>", "<|end|><|end|> ", " <|a|> <s>x"):
+        parts = [part for part in pattern.split(text) if part]
+        expected = [token for part in parts for token in ([ids[part]] if part in ids else processor.encode(part))]
+        assert tokenizer.encode(text) == [1, *expected], text
+    assert tokenizer.decode([ids["<|a|>"], ids["<|end|>"], 1]) == "<|a|>", "user-defined tokens are text"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama without prefix"])
+def test_the_tokenizer_written_for_a_gguf_file_is_the_same_here_and_in_transformers(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    if kind == "gpt2":
+        metadata = describe_byte_level(train_byte_level(SPLITS["gpt-2"]()), "llama-bpe", add_eos_token=True)
+    else:
+        metadata = describe_sentencepiece(train_sentencepiece(), add_space_prefix=kind == "llama", padding_token_id=0)
+    path, folder = write_gguf(tmp_path / "m.gguf", metadata), tmp_path / "folder"
+    folder.mkdir()
+    write_tokenizer(path, folder)
+    original, copy, theirs = read_tokenizer(path), read_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = original.encode(text)
+        assert copy.encode(text) == theirs(text)["input_ids"] == ids, text
+        for skip in (True, False):
+            assert original.decode(ids, skip) == copy.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
+    assert (copy.bos_token_id, copy.eos_token_id, copy.pad_token_id) == (
+        original.bos_token_id,
+        original.eos_token_id,
+        original.pad_token_id,
+    )
+    if kind != "gpt2":
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        assert processor.encode("the fox") == original.encode("the fox", add_special_tokens=False)
 
 
 SPLITS = {
