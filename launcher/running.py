@@ -76,15 +76,19 @@ class Run:
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer of the YAML, else the checkpoint's. Raises CheckpointError when its ids are not those of the model."""
         path = Path(self.settings.vocab_file or self.opened.source.tokenizer_path() or self.opened.source.path)
-        tokenizer = read_tokenizer(path)
-        # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
-        known = self.opened.config.vocab_size
-        if tokenizer.base_size > known:
-            raise CheckpointError(
-                f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {known}; "
-                "use the tokenizer that belongs to this model"
-            )
-        return tokenizer
+        return read_tokenizer_of(path, self.opened.config)
+
+
+def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer in `path`. Raises CheckpointError when there is none, it cannot be read, or its ids are not those of the model."""
+    tokenizer = read_tokenizer(path)
+    # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
+    if tokenizer.base_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {config.vocab_size}; "
+            "use the tokenizer that belongs to this model"
+        )
+    return tokenizer
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
