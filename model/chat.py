@@ -10,7 +10,7 @@ from typing import Any
 
 from model.chat_template import build_variables
 from model.checkpoint.gguf_header import read_gguf_header
-from model.json_file import read_file_text, read_optional_object
+from model.json_file import read_optional_object, read_optional_text
 from model.quoting import quote
 from model.tokenizer_settings import TokenizerSettings
 from parallel.errors import CheckpointError, RequestError
@@ -94,16 +94,11 @@ def read_chat_templates(path: Path) -> dict[str, str] | None:
     if path.suffix == ".gguf":
         return _read_gguf_templates(path)
     folder = path if path.is_dir() else path.parent
-    found = {}
     files = {_DEFAULT: folder / TEMPLATE_FILE}
     if (folder / TEMPLATE_FOLDER).is_dir():
         files |= {file.name.removesuffix(".jinja"): file for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))[:_MAX_TEMPLATES]}
-    for name, file in files.items():
-        try:
-            found[name] = read_file_text(file)
-        except FileNotFoundError:
-            if file.is_symlink():
-                raise CheckpointError(f"{file} is a link to a file that does not exist") from None
+    texts = {name: read_optional_text(file) for name, file in files.items()}
+    found = {name: text for name, text in texts.items() if text is not None}
     if found:
         return found
     for name in ("tokenizer_config.json", _PROCESSOR_FILE):

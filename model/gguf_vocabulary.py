@@ -98,7 +98,7 @@ def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
     settings = settings.with_defaults(**{role: _find_token(metadata, key, tokens) for role, key in _ROLES.items()})
     named = replace(settings, special_tokens={})  # a role makes a token neither special nor found in texts; its type does
     add_tokens(backend, named, path)
-    put_around(backend, settings.bos_token if add_bos else None, settings.eos_token if add_eos else None)
+    put_around(backend, settings.bos_token if add_bos else None, settings.eos_token if add_eos else None, path)
     return LibraryTokenizer(backend, settings, path, joins_bytes=kind == "llama")
 
 

@@ -55,14 +55,17 @@ def parse_json_object(text: str, path: Path) -> dict[str, Any]:
     return raw
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises as `read_file_bytes`, and CheckpointError for anything but a JSON object."""
-    return parse_json_object(read_file_text(path, max_bytes), path)
+def read_optional_text(path: Path) -> str | None:
+    """The text of a settings file; None where there is no such file. Raises CheckpointError, also for a link to nothing."""
+    try:
+        return read_file_text(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to a file that does not exist") from None
+        return None
 
 
 def read_optional_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a settings file; an empty one where there is no such file."""
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        return {}
+    """The JSON object in a settings file; an empty one where there is no such file. Raises as `read_optional_text`."""
+    text = read_optional_text(path)
+    return {} if text is None else parse_json_object(text, path)

@@ -146,7 +146,7 @@ def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
     add_tokens(backend, settings, path)
     # Without tokenizer_config.json the model comes from Meta or MindFormers, which begin every text with the bos token.
     wants_bos = settings.add_bos_token or (settings.add_bos_token is None and not settings.has_config)
-    put_around(backend, settings.bos_token if wants_bos else None, settings.eos_token if settings.add_eos_token else None)
+    put_around(backend, settings.bos_token if wants_bos else None, settings.eos_token if settings.add_eos_token else None, path)
     return LibraryTokenizer(backend, settings, path, doubles_space=is_llama and _has_legacy_prefix(settings), joins_bytes=True)
 
 

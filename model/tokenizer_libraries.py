@@ -4,6 +4,7 @@ Built as transformers 5 builds them, so that ids are the same. The library is im
 reads prompts needs it. Does not read files.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ class LibraryTokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._joins_bytes, self._leading_space = joins_bytes, " " if "Strip" in repr(backend.decoder) else ""
         self._letters = _list_letters() if _is_byte_level(backend) else None
-        with catch_library_errors(CheckpointError, f"{source} cannot be used as a tokenizer"):
+        with _silence_panics(), catch_library_errors(CheckpointError, f"{source} cannot be used as a tokenizer"):
             backend.decode(backend.encode("a 1.").ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -115,11 +116,29 @@ def catch_library_errors(kind: type[InputError], words: str) -> Iterator[None]:
         raise kind(f"{words}: the tokenizers library failed on it") from None
 
 
+@contextmanager
+def _silence_panics() -> Iterator[None]:
+    """Keep the library from writing its own stack to standard error when it fails: what it raises is reported."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def load_json_backend(text: str, path: Path) -> "tokenizers.Tokenizer":
     """The tokenizer in a tokenizer.json. Raises CheckpointError."""
     from tokenizers import Tokenizer
 
-    with catch_library_errors(CheckpointError, f"{path} is not a tokenizer.json that the tokenizers library can read"):
+    with _silence_panics(), catch_library_errors(CheckpointError, f"{path} is not a tokenizer.json that the tokenizers library can read"):
         return Tokenizer.from_str(text)
 
 
@@ -243,11 +262,14 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: TokenizerSettings, sou
             )
 
 
-def put_around(backend: "tokenizers.Tokenizer", before: str | None, after: str | None) -> None:
-    """Put these tokens before and after every text."""
+def put_around(backend: "tokenizers.Tokenizer", before: str | None, after: str | None, source: Path) -> None:
+    """Put these tokens before and after every text. Raises CheckpointError when the vocabulary does not have them."""
     from tokenizers import processors
 
     ids = {token: backend.token_to_id(token) for token in (before, after) if token is not None}
+    missing = next((token for token, number in ids.items() if number is None), None)
+    if missing is not None:
+        raise CheckpointError(f"{source}: texts are to begin or end with the token {quote(missing)}, which is not in the vocabulary")
     single = [*([before] if before in ids else []), "$A", *([after] if after in ids else [])]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids.items()))
 
