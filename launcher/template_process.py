@@ -32,9 +32,17 @@ _START = "import sys; sys.path[:] = sys.argv[5:]; from launcher.template_process
 class TemplateProcess:
     """Not to be used by two threads at once."""
 
-    def __init__(self, *, seconds: float = 5.0, memory_bytes: int = 128_000_000, max_characters: int = MAX_CHARACTERS) -> None:
-        """`seconds`: processor time of one call, and a third of its wall time. `memory_bytes`: on top of the interpreter's own."""
-        self._seconds, self._memory_bytes, self._max_characters = seconds, memory_bytes, max_characters
+    def __init__(
+        self,
+        *,
+        seconds: float = 5.0,
+        wall_seconds: float = 15.0,
+        memory_bytes: int = 128_000_000,
+        max_characters: int = MAX_CHARACTERS,
+    ) -> None:
+        """`seconds`: processor time of one call; `wall_seconds`: its duration. `memory_bytes`: on top of the interpreter's own."""
+        self._seconds, self._wall_seconds = seconds, wall_seconds
+        self._memory_bytes, self._max_characters = memory_bytes, max_characters
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._is_closed = False
@@ -69,13 +77,13 @@ class TemplateProcess:
         for is_last in (False, True):
             connection = self._start(where)
             try:
-                connection.settimeout(3 * self._seconds)
+                connection.settimeout(self._wall_seconds)
                 _send(connection, payload)
-                answer = json.loads(_receive(connection, time.monotonic() + 3 * self._seconds))
+                answer = json.loads(_receive(connection, time.monotonic() + self._wall_seconds))
                 break
             except TimeoutError:
                 self._end()
-                raise RequestError(f"the chat template of {where} took longer than {3 * self._seconds:g} s") from None
+                raise RequestError(f"the chat template of {where} took longer than {self._wall_seconds:g} s") from None
             except OSError:
                 status = self._find_end()
                 if status == -signal.SIGPROF:
