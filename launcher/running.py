@@ -38,7 +38,7 @@ from model.end_of_text import decide_end_of_text
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
-from parallel.errors import ConfigError, RunError
+from parallel.errors import CheckpointError, ConfigError, RunError
 from parallel.regular_file import open_regular
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -77,14 +77,26 @@ class Run:
         return min(longest, self.settings.seq_length or longest)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the YAML, else the checkpoint's."""
-        return read_tokenizer(self.tokenizer_path)
+        """The tokenizer of the YAML, else the checkpoint's. Raises CheckpointError when its ids are not those of the model."""
+        return read_tokenizer_of(self.tokenizer_path, self.opened.config)
 
     @property
     def tokenizer_path(self) -> Path:
         """The folder or file of the tokenizer."""
         source = self.opened.source
         return Path(self.settings.vocab_file or source.tokenizer_path() or source.path)
+
+
+def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer in `path`. Raises CheckpointError when there is none, it cannot be read, or its ids are not those of the model."""
+    tokenizer = read_tokenizer(path)
+    # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
+    if tokenizer.base_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {config.vocab_size}; "
+            "use the tokenizer that belongs to this model"
+        )
+    return tokenizer
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:

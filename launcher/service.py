@@ -16,11 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
 from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from launcher.chat_rendering import ChatRenderer
 from launcher.dispatch import Ticket
 from launcher.http_guard import CALLER
 from launcher.serve_front import ServeFront
 from launcher.service_errors import ServiceError, caller_gone
-from model.chat import ChatTemplate
 from model.request import Request as TokenRequest
 from model.request import check_memory, check_request
 from model.sampling import SamplingParams
@@ -52,9 +52,9 @@ class Asked:
 class Service:
     """What the routes share."""
 
-    def __init__(self, front: ServeFront, tokenizer: Tokenizer, template: ChatTemplate, max_seconds: float) -> None:
+    def __init__(self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float) -> None:
         """`max_seconds`: the longest deadline of a request."""
-        self.front, self._tokenizer, self._template, self._max_seconds = front, tokenizer, template, max_seconds
+        self.front, self._tokenizer, self._chat, self._max_seconds = front, tokenizer, chat, max_seconds
         self._fingerprint = f"tandem-{front.served.version}"
 
     async def plan_completion(self, body: CompletionRequest) -> Asked:
@@ -69,7 +69,7 @@ class Service:
     async def plan_chat(self, body: ChatRequest) -> Asked:
         """What a chat completion asks. Raises ServiceError, RequestError."""
         self.check_model(body.model)
-        text = self._template.render([message.to_template() for message in body.messages])
+        text = await self._chat.render([message.to_template() for message in body.messages])
         (ids,) = await self._encode([text], add_special_tokens=False)
         said = body.max_completion_tokens or body.max_tokens
         new_tokens = said or max(1, self._room - len(ids))

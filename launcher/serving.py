@@ -71,17 +71,16 @@ def serve(options: ServeOptions) -> None:
     max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
     run = replace(run, options=replace(options, max_restarts=max_restarts))
     try:
+        from launcher.chat_rendering import ChatRenderer
         from launcher.http_app import build_app
         from launcher.http_guard import Limits
         from launcher.serve_front import Served, ServeFront
         from launcher.service import Service
     except ModuleNotFoundError as error:
         raise ConfigError(f"tandem serve needs {error.name}, which is not installed: {_EXTRA}") from None
-    from model.chat import load_chat_template
 
     tokenizer = run.read_tokenizer()
     source = run.opened.source
-    template, words = load_chat_template(run.tokenizer_path, tokenizer)
     job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens), tokenizer=tokenizer)
     num_blocks, plans = plan_cache(run, job)
     job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
@@ -101,17 +100,22 @@ def serve(options: ServeOptions) -> None:
         )
     )
     listener = listen(options.host, options.port)
+    chat = ChatRenderer(run.tokenizer_path, tokenizer.settings)
+    if chat.reason is not None:
+        print(f"warning: chat is disabled: {chat.reason}", file=sys.stderr, flush=True)
     limits = Limits(
         api_keys=keys,
         checks_host=not keys and is_loopback(options.host),
         max_body_bytes=int(options.max_body_megabytes * 1e6),
     )
-    app = build_app(Service(front, tokenizer, template, options.request_seconds), limits, options.allowed_origins)
+    app = build_app(Service(front, tokenizer, chat, options.request_seconds), limits, options.allowed_origins)
     server = HttpServer(app, listener, front)
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
     print(
-        f"listening at {address}: model {front.served.name}, {run.world_size} rank(s), {words} chat template", file=sys.stderr, flush=True
+        f"listening at {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
+        file=sys.stderr,
+        flush=True,
     )
     threading.Thread(target=_announce, args=(front, address), daemon=True).start()
     try:
@@ -119,6 +123,7 @@ def serve(options: ServeOptions) -> None:
     finally:
         front.close()
         server.end()
+        chat.close()
     if front.stop_number is not None:
         raise StoppedError(front.stop_number)
     raise RunError("the ranks ended though nobody asked them to; this is a fault of tandem's, see their logs")

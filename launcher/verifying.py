@@ -4,19 +4,22 @@ Knows options and what to say; files and tensors are checked by the model packag
 """
 
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from launcher.console import ByteProgress
 from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
-from launcher.running import find_checkpoint, plan_opening
+from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import check_files, check_tensors, describe_damage, list_not_numbers
-from model.config import build_config
+from model.config import LlamaConfig, build_config
 from model.scheme import read_scheme
+from model.tokenizer_writing import TOKENIZER_FILES
 from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError, InputError
 
@@ -27,12 +30,14 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
     settings = open_settings(options.config)
     path = find_checkpoint(options.checkpoint, settings)
-    result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": []}
+    result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": [], "warnings": []}
     try:
         source = open_checkpoint(path, plan_opening(options, settings))
         result["format"] = options.format or find_format(source.path)
-        settings.compare_model_config(build_config(source.config, str(path)), str(path))
+        config = build_config(source.config, str(path))
+        settings.compare_model_config(config, str(path))
         result |= _check(source, deep=deep)
+        result["warnings"] += _check_tokenizer(settings.vocab_file or source.tokenizer_path(), config, result["problems"])
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
@@ -70,6 +75,19 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
     }
 
 
+def _check_tokenizer(place: str | Path | None, config: LlamaConfig, problems: list[str]) -> list[str]:
+    """Warnings. Problems are appended: a tokenizer that cannot be used, or one whose settings are there without its vocabulary."""
+    path = None if place is None else Path(place)
+    signs = (name for name in TOKENIZER_FILES if name != "generation_config.json")
+    if path is None or (path.is_dir() and not any(os.path.lexists(path / name) for name in signs)):
+        return ["there is no tokenizer: text needs one, so copy tokenizer.json or tokenizer.model into the folder"]
+    try:
+        read_tokenizer_of(path, config)
+    except InputError as error:
+        problems.append(str(error))
+    return []
+
+
 def _print(result: dict[str, Any]) -> None:
     if "format" in result:
         print(f"{result['checkpoint']}: {FORMATS[result['format']].name}")
@@ -80,4 +98,6 @@ def _print(result: dict[str, Any]) -> None:
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")
     for problem in result["problems"]:
         print(f"problem: {problem}")
-    print("ok" if result["ok"] else "not ok")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    print("not ok" if not result["ok"] else "ok" if not result["warnings"] else "weights ok, with warnings")

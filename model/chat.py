@@ -1,17 +1,18 @@
-"""From the messages of a conversation to the text that the model was trained to see: the chat template of the checkpoint.
+"""The chat templates of a checkpoint: where they are found, which one is used, and what they get besides the conversation.
 
-Templates are Jinja programs out of files, so they run in a sandbox, with the functions that transformers gives them. Knows texts; the
-ids are the tokenizer's affair.
+How one is run: `chat_template.py`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.chat_template import build_variables
 from model.checkpoint.gguf_header import read_gguf_header
-from model.tokenizer import Tokenizer
+from model.json_file import read_optional_object, read_optional_text
+from model.quoting import quote
+from model.tokenizer_settings import TokenizerSettings
 from parallel.errors import CheckpointError, RequestError
 
 LLAMA_2_TEMPLATE = """\
@@ -27,96 +28,105 @@ LLAMA_2_TEMPLATE = """\
     {{- raise_exception('after an optional system message, roles have to alternate: user, assistant, user, ...') -}}
   {%- endif -%}
   {%- if message['role'] == 'user' -%}
-    {{- bos_token + '[INST] ' + ((system if loop.index0 == 0 else '') + message['content']).strip() + ' [/INST]' -}}
+    {{- (bos_token or '') + '[INST] ' + ((system if loop.index0 == 0 else '') + message['content']).strip() + ' [/INST]' -}}
   {%- elif message['role'] == 'assistant' -%}
-    {{- ' ' + message['content'].strip() + ' ' + eos_token -}}
+    {{- ' ' + message['content'].strip() + ' ' + (eos_token or '') -}}
   {%- else -%}
     {{- raise_exception('a system message can only be the first one') -}}
   {%- endif -%}
 {%- endfor -%}"""
 """How Llama-2-Chat was trained (Meta's `chat_completion`): each pair of turns between begin and end tokens."""
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+_PROCESSOR_FILE = "chat_template.json"
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+_MAX_TEMPLATES = 100
 
 
-class ChatTemplate:
-    """One template."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplates:
+    """The templates of a checkpoint."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, where: str) -> None:
-        """`where` it comes from, for messages. Raises CheckpointError when it is no template."""
-        # Only a server needs it, and importing it takes time.
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    sources: Mapping[str, str]
+    """By name."""
+    special_tokens: Mapping[str, Any]
+    """Variables of every conversation: tokens by role, and `additional_special_tokens`."""
+    where: str
+    """Where they come from, for messages."""
 
-        self._where = where
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-        self._errors: tuple[type[Exception], ...] = (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            OverflowError,
-        )
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(f"the chat template of {where} is no Jinja template: {error}") from None
-        self._tokens = {
-            role: "" if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
-            for role, token_id in (("bos_token", tokenizer.bos_token_id), ("eos_token", tokenizer.eos_token_id))
-        }
+    def choose(self, *, with_tools: bool) -> str:
+        """The source for a conversation with or without tools. Raises RequestError when there is none."""
+        if with_tools and _TOOL_USE in self.sources:
+            return self.sources[_TOOL_USE]
+        if _DEFAULT in self.sources:
+            return self.sources[_DEFAULT]
+        names = ", ".join(sorted(map(quote, self.sources)))
+        raise RequestError(f"{self.where} has the chat templates {names}, but none is called 'default'")
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text, special tokens included, with the opening of the answer. Raises RequestError where the template refuses."""
-        try:
-            return str(self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **self._tokens))
-        except self._errors as error:
-            raise RequestError(f"the chat template of {self._where} does not take these messages: {error}") from None
+    def build_variables(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What the template sees of a conversation; see `chat_template.build_variables`."""
+        return build_variables(messages, self.special_tokens, tools=tools, documents=documents, more=more)
 
 
-def read_chat_template(path: Path) -> str | None:
-    """The template that a folder, or a .gguf file, brings along; None where there is none. Raises CheckpointError for broken files."""
+def load_chat_templates(path: Path, settings: TokenizerSettings) -> tuple[ChatTemplates, str]:
+    """The checkpoint's templates, else Llama-2's own; and which they are, in words. Raises CheckpointError for broken files."""
+    found = read_chat_templates(path)
+    tokens: dict[str, Any] = {role: token.content for role, token in settings.special_tokens.items() if token is not None}
+    extra = settings.extra_special_tokens or settings.listed_special_tokens
+    if extra:
+        tokens["additional_special_tokens"] = [token.content for token in extra]
+    if found is None:
+        return ChatTemplates(sources={_DEFAULT: LLAMA_2_TEMPLATE}, special_tokens=tokens, where="Llama-2"), "Llama-2's"
+    return ChatTemplates(sources=found, special_tokens=tokens, where=str(path)), "the checkpoint's"
+
+
+def read_chat_templates(path: Path) -> dict[str, str] | None:
+    """The templates that a folder, or a .gguf file, brings along, by name; None where there are none.
+
+    Files of templates replace those of tokenizer_config.json. Raises CheckpointError for broken files.
+    """
     if path.suffix == ".gguf":
-        found = read_gguf_header(path).metadata.get("tokenizer.chat_template")
-        return found if isinstance(found, str) else None
+        return _read_gguf_templates(path)
     folder = path if path.is_dir() else path.parent
-    try:
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / TEMPLATE_FILE} cannot be read: {error}") from None
-    settings = folder / "tokenizer_config.json"
-    try:
-        raw = json.loads(settings.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{settings} cannot be read: {error}") from None
-    found = raw.get("chat_template") if isinstance(raw, dict) else None
-    if isinstance(found, list):  # several by name
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    files = {_DEFAULT: folder / TEMPLATE_FILE}
+    if (folder / TEMPLATE_FOLDER).is_dir():
+        files |= {file.name.removesuffix(".jinja"): file for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))[:_MAX_TEMPLATES]}
+    texts = {name: read_optional_text(file) for name, file in files.items()}
+    found = {name: text for name, text in texts.items() if text is not None}
+    if found:
+        return found
+    for name in ("tokenizer_config.json", _PROCESSOR_FILE):
+        raw = read_optional_object(folder / name).get("chat_template")
+        if raw is not None:
+            return _read_named(raw, folder / name)
+    return None
 
 
-def load_chat_template(path: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate, str]:
-    """The checkpoint's template, else Llama-2's own; and which it is, in words."""
-    source = read_chat_template(path)
-    if source is None:
-        return ChatTemplate(LLAMA_2_TEMPLATE, tokenizer, "Llama-2"), "Llama-2's"
-    return ChatTemplate(source, tokenizer, str(path)), "the checkpoint's"
+def _read_named(raw: Any, path: Path) -> dict[str, str]:
+    """One template, or several as a list of names and templates or as an object."""
+    if isinstance(raw, str):
+        return {_DEFAULT: raw}
+    if isinstance(raw, list) and all(isinstance(one, dict) for one in raw):
+        pairs = [(one.get("name"), one.get("template")) for one in raw]
+    else:
+        pairs = list(raw.items()) if isinstance(raw, dict) else []
+    found = {name: source for name, source in pairs if isinstance(name, str) and isinstance(source, str)}
+    if not found or len(pairs) > _MAX_TEMPLATES or any(not isinstance(part, str) for pair in pairs for part in pair):
+        raise CheckpointError(f"{path}: chat_template is {quote(raw)}, but a text, or a list of templates with names, is needed")
+    return found
 
 
-def _raise_exception(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _read_gguf_templates(path: Path) -> dict[str, str] | None:
+    prefix = "tokenizer.chat_template"
+    metadata = read_gguf_header(path).metadata
+    found = {key: value for key, value in metadata.items() if key == prefix or key.startswith(f"{prefix}.")}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"{path}: {key} is {quote(value)}, but a text is needed")
+    return {key.removeprefix(prefix).removeprefix(".") or _DEFAULT: value for key, value in found.items()} or None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.chat import read_chat_template
+from model.chat import read_chat_templates
 from model.checkpoint.gguf_end_tokens import TURN_ENDS, drop_message_ends
 from model.checkpoint.source import CheckpointSource
 from model.config import read_config
@@ -120,7 +120,7 @@ def _read_generation_config(source: CheckpointSource) -> dict[str, Any]:
 def _find_turn_ends(tokenizer: Tokenizer, path: Path) -> list[int]:
     """Ids of the tokens that end a turn in the chat template, where the tokenizer has each as one special token."""
     try:
-        template = read_chat_template(path) or ""
+        template = "".join((read_chat_templates(path) or {}).values())
     except CheckpointError:
         return []  # who chats hears of it
     names = drop_message_ends(name for name in sorted(TURN_ENDS) if name in template)

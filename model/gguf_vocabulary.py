@@ -1,20 +1,23 @@
-"""The vocabulary in a GGUF file's metadata, as the tokenizer libraries want it.
-
-Knows llama.cpp's `tokenizer.ggml.*` keys and its pre-tokenizers; no files and no rules about begin and end tokens.
-"""
+"""The tokenizer in a GGUF file: llama.cpp's `tokenizer.ggml.*` keys, its pre-tokenizers and its rules."""
 
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.checkpoint.gguf_header import read_gguf_header
+from model.quoting import quote
+from model.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
+from model.tokenizer_libraries import LibraryTokenizer, add_tokens, build_sentencepiece_backend, catch_library_errors, put_around
+from model.tokenizer_settings import AddedToken, TokenizerSettings
 from parallel.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-"""Types of tokens: the same numbers in llama.cpp and in SentencePiece."""
+_NO_TOKENS = (-1, 2**32 - 1)
+"""How converters write that there is no such token."""
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -66,50 +69,124 @@ def find_pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
     return _PRE_TOKENIZERS[name]
 
 
-def build_byte_level_bpe(metadata: Mapping[str, Any]) -> "tokenizers.Tokenizer":
+def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
+    """The tokenizer in a GGUF file, by llama.cpp's rules. Raises CheckpointError."""
+    metadata = read_gguf_header(path).metadata
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("llama", "gpt2"):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model is {quote(kind)}, but only 'llama' and 'gpt2' can be read: give a tokenizer.json"
+        )
+    tokens, types = _read_tokens(metadata)
+    if kind == "llama":
+        model = read_sentencepiece(metadata)
+        with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used"):
+            # llama.cpp finds user-defined tokens in the text as it finds control tokens; they are not merged.
+            pieces = tuple(replace(piece, kind=UNUSED) if piece.kind == USER_DEFINED else piece for piece in model.pieces)
+            backend = build_sentencepiece_backend(replace(model, pieces=pieces), legacy=True)
+    else:
+        backend = _build_byte_level_bpe(metadata, tokens)
+    add_bos, add_eos = (_read_flag(metadata, f"add_{role}_token") for role in ("bos", "eos"))
+    if add_bos is None:
+        add_bos = kind == "llama" or find_pre_tokenizer(metadata).add_bos
+    added = {
+        number: AddedToken(content=token, special=kind != USER_DEFINED, normalized=False)
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED) and token
+    }
+    settings = TokenizerSettings(added_tokens=added, lists_all_added=True, add_bos_token=add_bos, add_eos_token=bool(add_eos))
+    settings = settings.with_defaults(**{role: _find_token(metadata, key, tokens) for role, key in _ROLES.items()})
+    named = replace(settings, special_tokens={})  # a role makes a token neither special nor found in texts; its type does
+    add_tokens(backend, named, path)
+    put_around(backend, settings.bos_token if add_bos else None, settings.eos_token if add_eos else None, path)
+    return LibraryTokenizer(backend, settings, path, joins_bytes=kind == "llama")
+
+
+_ROLES = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # llama.cpp's spelling
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
+"""llama.cpp's names of the roles."""
+
+
+def _read_tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    tokens = _require(metadata, "tokens")
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError("tokenizer.ggml.tokens holds something else than texts: convert the file again")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise CheckpointError(f"the GGUF metadata hold {len(tokens)} tokens, but token_type does not have as many: convert the file again")
+    return tokens, types
+
+
+def _read_flag(metadata: Mapping[str, Any], name: str) -> bool | None:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"tokenizer.ggml.{name} is {quote(value)}, but true or false is needed: convert the file again")
+    return value
+
+
+def _find_token(metadata: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
+    number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if number is None or number in _NO_TOKENS:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.{key}_token_id is {quote(number)}, but the vocabulary has {len(tokens)} tokens")
+    return tokens[number] or None
+
+
+def _build_byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> "tokenizers.Tokenizer":
     """The vocabulary of `tokenizer.ggml.model: gpt2`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models
 
     rules = find_pre_tokenizer(metadata)
-    tokens, merges = _require(metadata, "tokens"), _require(metadata, "merges")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    try:
+    with catch_library_errors(CheckpointError, "the tokens and merges in the GGUF metadata do not fit together"):
+        pairs = [tuple(merge.split(" ", 1)) for merge in _require(metadata, "merges")]
         model = models.BPE({token: i for i, token in enumerate(tokens)}, pairs, ignore_merges=rules.ignore_merges)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"the tokens and merges in the GGUF metadata do not fit together: {error}") from None
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = rules.build()
-    tokenizer.decoder = decoders.ByteLevel()
-    for kinds, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
-        added = [AddedToken(token, normalized=False, special=special) for token, kind in zip(tokens, types, strict=True) if kind in kinds]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    return tokenizer
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = rules.build()
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
-def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
-    """The vocabulary of `tokenizer.ggml.model: llama` as a serialized SentencePiece ModelProto.
+def read_sentencepiece(metadata: Mapping[str, Any]) -> SentencePieceModel:
+    """The vocabulary of `tokenizer.ggml.model: llama`, which llama.cpp splits as SentencePiece's BPE, without a normalizer."""
+    tokens, types = _read_tokens(metadata)
+    scores = _require(metadata, "scores")
+    if len(scores) != len(tokens) or not all(isinstance(score, int | float) for score in scores):
+        raise CheckpointError(f"the GGUF metadata hold {len(tokens)} tokens, but not as many scores: convert the file again")
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else tokens.index(_find_token(metadata, "unknown", tokens) or tokens[0])
+    kinds = [UNKNOWN if number == unknown else kind for number, kind in enumerate(types)]
+    prefix = _read_flag(metadata, "add_space_prefix")
+    return SentencePieceModel(
+        pieces=tuple(Piece(token, score, kind) for token, score, kind in zip(tokens, scores, kinds, strict=True)),
+        algorithm=BPE,
+        byte_fallback=types.count(BYTE) == 256,
+        unk_id=unknown,
+        unk_piece=tokens[unknown],
+        add_dummy_prefix=prefix is not False,
+        remove_extra_whitespaces=False,
+    )
+
+
+def write_sentencepiece_model(model: SentencePieceModel, special: Mapping[str, int | None]) -> bytes:
+    """A serialized ModelProto, for other programs. `special`: ids of bos, eos and padding.
 
     Written field by field: the library's own message classes need protobuf, which it does not bring along.
     """
-    tokens, scores, types = (_require(metadata, key) for key in ("tokens", "scores", "token_type"))
-    unknown = types.index(UNKNOWN) if UNKNOWN in types else metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    types = [UNKNOWN if i == unknown else kind for i, kind in enumerate(types)]
     pieces = b"".join(
-        _field(1, _field(1, token.encode()) + _float_field(2, score) + _field(3, kind))
-        for token, score, kind in zip(tokens, scores, types, strict=True)
+        _field(1, _field(1, piece.text.encode()) + _float_field(2, piece.score) + _field(3, piece.kind)) for piece in model.pieces
     )
-    bpe = 2  # llama.cpp joins the pair with the best score first, which is what SentencePiece calls BPE
-    byte_fallback = types.count(BYTE) == 256
-    trainer = _field(3, bpe) + _field(4, len(tokens)) + _field(35, byte_fallback) + _field(40, unknown)
-    for number, key in ((41, "bos"), (42, "eos"), (43, "padding")):
-        trainer += _field(number, metadata.get(f"tokenizer.ggml.{key}_token_id", -1))
-    normalizer = (
-        _field(1, b"identity")
-        + _field(3, metadata.get("tokenizer.ggml.add_space_prefix", True))
-        + _field(4, metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))
-        + _field(5, True)
-    )
+    trainer = _field(3, BPE) + _field(4, len(model.pieces)) + _field(35, model.byte_fallback) + _field(40, model.unk_id)
+    for number, role in ((41, "bos"), (42, "eos"), (43, "padding")):
+        found = special.get(role)
+        trainer += _field(number, -1 if found is None else found)
+    normalizer = _field(1, b"identity") + _field(3, model.add_dummy_prefix) + _field(4, False) + _field(5, True)
     return pieces + _field(2, trainer) + _field(3, normalizer)
 
 

@@ -1,18 +1,31 @@
 """Text to ids and back, from the files that checkpoints bring along.
 
-Knows tokenizer.json, tokenizer.model, the vocabulary in a GGUF file, and the settings beside them; no model, no ranks.
-The two libraries behind it stand in `tokenizer_libraries.py`.
+Knows tokenizer.json, tokenizer.model, the vocabulary in a GGUF file, and the settings next to them; no model, no ranks.
+How a vocabulary becomes a tokenizer: `tokenizer_libraries.py`. What the settings say: `tokenizer_settings.py`.
 """
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from model.checkpoint.gguf_header import read_gguf_header
-from model.gguf_vocabulary import build_byte_level_bpe, build_sentencepiece_model, find_pre_tokenizer
-from model.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer, SpecialTokens, load_sentencepiece
+from model.gguf_vocabulary import read_gguf_tokenizer
+from model.json_file import MAX_VOCABULARY_BYTES, parse_json_object, read_file_bytes, read_file_text
+from model.sentencepiece_model import BPE, CONTROL, USER_DEFINED, read_sentencepiece_model
+from model.tokenizer_libraries import (
+    LibraryTokenizer,
+    add_tokens,
+    build_llama_backend,
+    build_merges,
+    build_sentencepiece_backend,
+    catch_library_errors,
+    is_llama_like,
+    list_added,
+    load_json_backend,
+    put_around,
+)
+from model.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from parallel.errors import CheckpointError, RequestError
 
 
@@ -27,6 +40,10 @@ class Tokenizer(Protocol):
     """Filler of unequal rows."""
     vocab_size: int
     """One more than the largest id."""
+    base_size: int
+    """One more than the largest id of the vocabulary without added tokens."""
+    settings: TokenizerSettings
+    """What the files say: the tokens by role, as texts, among them."""
     special_ids: frozenset[int]
     """Ids that `decode` leaves out unless told otherwise."""
 
@@ -45,12 +62,15 @@ class Tokenizer(Protocol):
 
 _FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
 """In the order of preference."""
+_LLAMA = "LlamaTokenizer"
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""What LlamaTokenizer takes where the settings do not say."""
 _USUAL_TOKENS = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
     "pad_token": ("<pad>", "[PAD]"),
 }
-"""What a token is called where no settings lie beside tokenizer.json."""
+"""What a token is called where the settings next to tokenizer.json do not say."""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -59,88 +79,79 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises CheckpointError when there is none or it cannot be read.
     """
     if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        found = [path / name for name in _FOLDER_FILES if os.path.lexists(path / name)]
         if not found:
             raise CheckpointError(f"{path} has no tokenizer: neither {' nor '.join(_FOLDER_FILES)} is there; copy one into it")
         path = found[0]
-    elif not path.is_file():
-        raise CheckpointError(f"{path} does not exist: name a folder, or a tokenizer.json, tokenizer.model or .gguf file")
-    return {".json": _read_json_tokenizer, ".gguf": _read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
+    try:
+        return {".json": _read_json_tokenizer, ".gguf": read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: name a folder, or a tokenizer.json, tokenizer.model or .gguf file") from None
 
 
 def _read_json_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer as Backend
+    text = read_file_text(path, MAX_VOCABULARY_BYTES)
+    backend = load_json_backend(text, path)
+    settings = read_tokenizer_settings(path.parent)
+    if not settings.lists_all_added:
+        settings = replace(settings, added_tokens={**settings.added_tokens, **list_added(backend)})
+    is_llama = settings.tokenizer_class == _LLAMA and is_llama_like(backend)
+    if is_llama:
+        settings = settings.with_defaults(**_LLAMA_TOKENS)
+        backend = _rebuild(parse_json_object(text, path)["model"], backend, settings, path)
+    if settings.extra_special_tokens is None:
+        settings = replace(settings, extra_special_tokens=settings.listed_special_tokens)
+    add_tokens(backend, settings, path)
+    usual = {role: next((name for name in names if backend.token_to_id(name) is not None), None) for role, names in _USUAL_TOKENS.items()}
+    return LibraryTokenizer(backend, settings.with_defaults(**usual), path, doubles_space=is_llama and _has_legacy_prefix(settings))
 
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is no tokenizer.json that the tokenizers library reads: {error}") from None
-    settings = _read_settings(path.parent)
-    vocab = backend.get_vocab(with_added_tokens=True)
-    usual = {role: next((name for name in names if name in vocab), None) for role, names in _USUAL_TOKENS.items()}
-    return JsonTokenizer(backend, _find_special_tokens({**usual, **settings}, vocab))
+
+def _rebuild(model: dict[str, Any], backend: Any, settings: TokenizerSettings, path: Path) -> Any:
+    """LlamaTokenizer takes vocabulary, merges and post-processor from tokenizer.json, and has its own rules for the rest."""
+    merges = [(left, right) for left, right in (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])]
+    with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used by LlamaTokenizer"):
+        rebuilt = build_llama_backend(model["vocab"], merges, settings)
+        if backend.post_processor is not None:
+            rebuilt.post_processor = backend.post_processor
+    return rebuilt
 
 
 def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
-    settings = _read_settings(path.parent)
-    decoder = settings.get("added_tokens_decoder") or {}
-    added = {**_read_json(path.parent / "added_tokens.json"), **{token["content"]: int(i) for i, token in decoder.items()}}
-    processor = load_sentencepiece(path.read_bytes(), path)
-    ids = list(range(processor.vocab_size()))
-    vocab = {**dict(zip(processor.id_to_piece(ids), ids, strict=True)), **added}
-    return SentencePieceTokenizer(processor, _find_special_tokens(settings, vocab), added)
-
-
-def _read_gguf_tokenizer(path: Path) -> Tokenizer:
-    metadata = read_gguf_header(path).metadata
-    kind = metadata.get("tokenizer.ggml.model")
-    special = SpecialTokens(
-        bos=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad=metadata.get("tokenizer.ggml.padding_token_id"),
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token"),
-        add_eos=metadata.get("tokenizer.ggml.add_eos_token"),
+    model = read_sentencepiece_model(read_file_bytes(path, MAX_VOCABULARY_BYTES), path)
+    settings = read_tokenizer_settings(path.parent)
+    is_llama = settings.tokenizer_class == _LLAMA and model.algorithm == BPE
+    texts = [piece.text for piece in model.pieces]
+    own = tuple(
+        AddedToken(content=piece.text, special=piece.kind == CONTROL, normalized=False)
+        for piece in model.pieces
+        if piece.kind in (CONTROL, USER_DEFINED)
     )
-    if kind == "llama":
-        return SentencePieceTokenizer(load_sentencepiece(build_sentencepiece_model(metadata), path), special)
-    if kind == "gpt2":
-        if special.add_bos is None:
-            special = replace(special, add_bos=find_pre_tokenizer(metadata).add_bos)
-        return JsonTokenizer(build_byte_level_bpe(metadata), special)
-    raise CheckpointError(f"{path}: tokenizer.ggml.model is {kind!r}, but only 'llama' and 'gpt2' can be read: give a tokenizer.json")
+    with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used"):
+        if is_llama:
+            vocab = {text: number for number, text in enumerate(texts)}
+            backend = build_llama_backend(vocab, build_merges(texts, model), settings)
+            settings = settings.with_defaults(**_LLAMA_TOKENS)
+        else:
+            own = tuple(token for token in own if token.special)
+            names = {number: token.content for number, token in settings.added_tokens.items()}
+            backend = build_sentencepiece_backend(model, legacy=settings.legacy is not False, names=names)
+            if model.add_dummy_prefix:
+                added = {number: replace(token, normalized=False) for number, token in settings.added_tokens.items()}
+                settings = replace(settings, added_tokens=added)
+            pieces = {"bos": model.bos_piece, "eos": model.eos_piece, "unk": model.unk_piece}
+            ids = {"bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id}
+            settings = settings.with_defaults(**{f"{role}_token": pieces[role] for role in pieces if ids[role] >= 0})
+    if settings.extra_special_tokens is None:
+        settings = replace(settings, extra_special_tokens=own)
+    add_tokens(backend, settings, path)
+    # Without tokenizer_config.json the model comes from Meta or MindFormers, which begin every text with the bos token.
+    wants_bos = settings.add_bos_token or (settings.add_bos_token is None and not settings.has_config)
+    put_around(backend, settings.bos_token if wants_bos else None, settings.eos_token if settings.add_eos_token else None, path)
+    return LibraryTokenizer(backend, settings, path, doubles_space=is_llama and _has_legacy_prefix(settings), joins_bytes=True)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """What lies beside a tokenizer; tokenizer_config.json wins over special_tokens_map.json."""
-    return {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, but a JSON object is needed")
-    return raw
-
-
-def _find_special_tokens(settings: dict[str, Any], vocab: dict[str, int]) -> SpecialTokens:
-    def find_id(role: str) -> int | None:
-        token = settings.get(role)
-        # A token is written as its text, or as a dictionary with the text under "content".
-        text = token.get("content") if isinstance(token, dict) else token
-        return vocab.get(text) if isinstance(text, str) else None
-
-    return SpecialTokens(
-        bos=find_id("bos_token"),
-        eos=find_id("eos_token"),
-        pad=find_id("pad_token"),
-        add_bos=settings.get("add_bos_token"),
-        add_eos=settings.get("add_eos_token"),
-    )
+def _has_legacy_prefix(settings: TokenizerSettings) -> bool:
+    return bool(settings.legacy) and settings.add_prefix_space is not False
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.gguf_header import read_gguf_header
-from model.gguf_vocabulary import build_byte_level_bpe, build_sentencepiece_model, find_pre_tokenizer
+from model.gguf_vocabulary import read_gguf_tokenizer, read_sentencepiece, write_sentencepiece_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,23 +39,19 @@ def write_tokenizer(source: Path | None, folder: Path) -> None:
 
 
 def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
-    metadata = read_gguf_header(path).metadata
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    settings: dict[str, Any] = {}
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None and number < len(tokens):
-            settings[role] = tokens[number]
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    if metadata.get("tokenizer.ggml.model") == "gpt2":
-        build_byte_level_bpe(metadata).save(str(folder / "tokenizer.json"))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["add_bos_token"] = find_pre_tokenizer(metadata).add_bos if add_bos is None else add_bos
-    else:
-        (folder / "tokenizer.model").write_bytes(build_sentencepiece_model(metadata))
-        settings["tokenizer_class"] = "LlamaTokenizer"
-        settings["add_bos_token"] = True if add_bos is None else add_bos
-    settings["add_eos_token"] = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    """tokenizer.json with llama.cpp's rules, its settings, and a SentencePiece vocabulary as tokenizer.model for programs that want one."""
+    metadata, tokenizer = read_gguf_header(path).metadata, read_gguf_tokenizer(path)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+        (folder / "tokenizer.model").write_bytes(write_sentencepiece_model(read_sentencepiece(metadata), special))
+    said = tokenizer.settings
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{role: token.content for role, token in said.special_tokens.items() if token is not None},
+        "add_bos_token": said.add_bos_token,
+        "add_eos_token": said.add_eos_token,
+    }
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = metadata["tokenizer.chat_template"]
     write_json(folder / "tokenizer_config.json", settings)

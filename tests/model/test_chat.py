@@ -10,8 +10,10 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from model.chat import LLAMA_2_TEMPLATE, ChatTemplate, load_chat_template, read_chat_template
-from model.tokenizer import Tokenizer, read_tokenizer
+from model.chat import LLAMA_2_TEMPLATE, load_chat_templates, read_chat_templates
+from model.chat_template import ChatTemplate, build_variables
+from model.tokenizer import read_tokenizer
+from model.tokenizer_settings import read_tokenizer_settings
 from parallel.errors import CheckpointError, RequestError
 
 LLAMA_2_CHAT = (
@@ -48,10 +50,19 @@ def write_settings(folder: Path, **settings: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
 
 
+class Renderer:
+    """A template with the tokens of the folder."""
+
+    def __init__(self, source: str) -> None:
+        self._template = ChatTemplate(source, "here")
+
+    def render(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return self._template.render(build_variables(messages, {"bos_token": "<s>", "eos_token": "</s>"}, more=more))
+
+
 @pytest.fixture
-def build(folder: Path) -> Callable[[str], ChatTemplate]:
-    tokenizer = read_tokenizer(folder)
-    return lambda source: ChatTemplate(source, tokenizer, "here")
+def build() -> Callable[[str], Renderer]:
+    return Renderer
 
 
 @pytest.mark.parametrize(
@@ -60,7 +71,7 @@ def build(folder: Path) -> Callable[[str], ChatTemplate]:
     ids=lambda messages: " ".join(message["role"] for message in messages),
 )
 def test_llama_2s_template_is_the_one_that_transformers_applies(
-    build: Callable[[str], ChatTemplate], folder: Path, messages: list[dict[str, str]]
+    build: Callable[[str], Renderer], folder: Path, messages: list[dict[str, str]]
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -70,14 +81,14 @@ def test_llama_2s_template_is_the_one_that_transformers_applies(
     assert build(LLAMA_2_CHAT).render(messages) == expected
 
 
-def test_llama_2s_template_in_full(build: Callable[[str], ChatTemplate]) -> None:
+def test_llama_2s_template_in_full(build: Callable[[str], Renderer]) -> None:
     assert build(LLAMA_2_TEMPLATE).render([SYSTEM, FIRST, ANSWER, SECOND]) == (
         "<s>[INST] <<SYS>>\n You are brief.\n\n<</SYS>>\n\n  Who are you? [/INST] A llama. </s><s>[INST] And\nthen <s>? [/INST]"
     )
 
 
 @pytest.mark.parametrize("messages", [[ANSWER], [SYSTEM, ANSWER], [FIRST, SECOND], [FIRST, ANSWER, ANSWER]])
-def test_a_wrong_order_of_roles_is_refused(build: Callable[[str], ChatTemplate], messages: list[dict[str, str]]) -> None:
+def test_a_wrong_order_of_roles_is_refused(build: Callable[[str], Renderer], messages: list[dict[str, str]]) -> None:
     for source in (LLAMA_2_TEMPLATE, LLAMA_2_CHAT):
         with pytest.raises(RequestError, match=r"the chat template of here does not take these messages: .*alternat"):
             build(source).render(messages)
@@ -98,7 +109,7 @@ def test_a_wrong_order_of_roles_is_refused(build: Callable[[str], ChatTemplate],
         "{{ range(1000000000) | list }}",
     ],
 )
-def test_a_template_cannot_leave_its_sandbox(build: Callable[[str], ChatTemplate], source: str) -> None:
+def test_a_template_cannot_leave_its_sandbox(build: Callable[[str], Renderer], source: str) -> None:
     with pytest.raises(RequestError, match="does not take these messages"):
         build(source).render([FIRST])
 
@@ -115,25 +126,25 @@ def test_a_template_cannot_leave_its_sandbox(build: Callable[[str], ChatTemplate
         "{{ '{0.__class__}'.format_map({'0': 1}) }}",
     ],
 )
-def test_what_a_template_may_not_see_is_not_there(build: Callable[[str], ChatTemplate], source: str) -> None:
+def test_what_a_template_may_not_see_is_not_there(build: Callable[[str], Renderer], source: str) -> None:
     try:
         assert build(source).render([FIRST]) == ""
     except RequestError:
         pass
 
 
-def test_the_callers_messages_are_left_as_they_are(build: Callable[[str], ChatTemplate]) -> None:
+def test_the_callers_messages_are_left_as_they_are(build: Callable[[str], Renderer]) -> None:
     messages = [dict(FIRST)]
     build("{% set messages = [] %}{% for m in messages %}{% endfor %}").render(messages)
     assert messages == [FIRST]
 
 
-def test_a_text_that_looks_like_a_template_stays_a_text(build: Callable[[str], ChatTemplate]) -> None:
+def test_a_text_that_looks_like_a_template_stays_a_text(build: Callable[[str], Renderer]) -> None:
     hostile = {"role": "user", "content": "{{ 7 * 7 }}{% raw %}<&>"}
     assert build("{{ messages[0].content }}").render([hostile]) == hostile["content"]
 
 
-def test_templates_have_what_transformers_gives_them(build: Callable[[str], ChatTemplate]) -> None:
+def test_templates_have_what_transformers_gives_them(build: Callable[[str], Renderer]) -> None:
     source = (
         "{%- for message in messages %}\n"
         "    {%- if loop.index0 == 1 %}{% break %}{% endif %}\n"
@@ -145,18 +156,34 @@ def test_templates_have_what_transformers_gives_them(build: Callable[[str], Chat
     assert build(source).render([{"role": "user", "content": "é<"}, SECOND]) == '<s>{"role": "user", "content": "é<"}</s>>4'
 
 
-def test_what_is_no_template_is_the_checkpoints_fault(build: Callable[[str], ChatTemplate]) -> None:
-    with pytest.raises(CheckpointError, match="the chat template of here is no Jinja template"):
+def test_what_is_no_template_is_the_checkpoints_fault(build: Callable[[str], Renderer]) -> None:
+    with pytest.raises(CheckpointError, match="the chat template of here is not a valid Jinja template"):
         build("{% for %}")
 
 
-def test_a_tokenizer_without_begin_and_end_gives_empty_ones(folder: Path) -> None:
-    tokenizer = read_tokenizer(folder)
-    tokenizer.bos_token_id = tokenizer.eos_token_id = None
-    assert ChatTemplate("{{ bos_token }}|{{ eos_token }}", tokenizer, "here").render([FIRST]) == "|"
+def test_llama_2s_template_needs_no_begin_and_end() -> None:
+    template = ChatTemplate(LLAMA_2_TEMPLATE, "here")
+    assert template.render(build_variables([FIRST, ANSWER], {})) == "[INST] Who are you? [/INST] A llama. "
 
 
-def write_gguf(path: Path, **values: str) -> Path:
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ undefined_thing.x }}", "'undefined_thing' is undefined"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ messages | tojson(indent=[]) }}", "does not take these messages"),
+        ("{% for i in range(1000) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 10000 characters"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+    ],
+)
+def test_whatever_a_template_does_wrong_is_a_sentence(source: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        ChatTemplate(source, "here").render(build_variables([FIRST], {}), max_characters=10_000)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def write_gguf(path: Path, values: dict[str, str]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in values.items():
         writer.add_string(f"tokenizer.{key}", value)
@@ -167,35 +194,180 @@ def write_gguf(path: Path, **values: str) -> Path:
 
 
 def test_templates_are_found_wherever_checkpoints_have_them(folder: Path) -> None:
-    assert read_chat_template(folder) is None
+    assert read_chat_templates(folder) is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    assert read_chat_templates(folder) == {"default": "of a processor"}
     write_settings(folder, chat_template="one")
-    assert read_chat_template(folder) == "one"
+    assert read_chat_templates(folder) == {"default": "one"}
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "several"}]
     write_settings(folder, chat_template=named)
-    assert read_chat_template(folder) == "several"
-    assert read_chat_template(folder / "tokenizer.json") == "several", "beside a tokenizer's file"
+    assert read_chat_templates(folder) == {"tool_use": "tools", "default": "several"}
+    assert read_chat_templates(folder / "tokenizer.json") == read_chat_templates(folder), "next to a tokenizer's file"
+    write_settings(folder, chat_template={"default": "an object"})
+    assert read_chat_templates(folder) == {"default": "an object"}
     (folder / "chat_template.jinja").write_text("a file é")
-    assert read_chat_template(folder) == "a file é"
-    write_settings(folder, chat_template=named[:1])
-    (folder / "chat_template.jinja").unlink()
-    assert read_chat_template(folder) is None
-    assert read_chat_template(write_gguf(folder / "with.gguf", chat_template="from gguf")) == "from gguf"
-    assert read_chat_template(write_gguf(folder / "without.gguf", pre="x")) is None
+    assert read_chat_templates(folder) == {"default": "a file é"}
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("documents")
+    assert read_chat_templates(folder) == {"default": "a file é", "rag": "documents"}
+    assert read_chat_templates(write_gguf(folder / "with.gguf", {"chat_template": "from gguf", "chat_template.tool_use": "t"})) == {
+        "default": "from gguf",
+        "tool_use": "t",
+    }
+    assert read_chat_templates(write_gguf(folder / "without.gguf", {"pre": "x"})) is None
+
+
+def test_the_template_for_tools_is_chosen_as_in_transformers(folder: Path) -> None:
+    write_settings(folder, chat_template=[{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}])
+    templates, words = load_chat_templates(folder, read_tokenizer_settings(folder))
+    assert (templates.choose(with_tools=True), templates.choose(with_tools=False), words) == ("tools", "plain", "the checkpoint's")
+    write_settings(folder, chat_template=[{"name": "tool_use", "template": "tools"}])
+    templates, _ = load_chat_templates(folder, read_tokenizer_settings(folder))
+    with pytest.raises(RequestError, match="has the chat templates 'tool_use', but none is called 'default'"):
+        templates.choose(with_tools=False)
+
+
+@pytest.mark.parametrize("value", [1, [], {}, ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}], {"default": 1}])
+def test_what_cannot_be_a_template_is_refused(folder: Path, value: Any) -> None:
+    write_settings(folder, chat_template=value)
+    with pytest.raises(CheckpointError, match="but a text, or a list of templates with names, is needed"):
+        read_chat_templates(folder)
 
 
 def test_files_that_cannot_be_read_are_told(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read"):
-        read_chat_template(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not JSON"):
+        read_chat_templates(folder)
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
-        read_chat_template(folder)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8 text: byte 0 is 0xff"):
+        read_chat_templates(folder)
 
 
 def test_a_checkpoint_without_a_template_talks_as_llama_2(folder: Path) -> None:
-    tokenizer: Tokenizer = read_tokenizer(folder)
-    template, words = load_chat_template(folder, tokenizer)
-    assert (words, template.render([FIRST])) == ("Llama-2's", "<s>[INST] Who are you? [/INST]")
-    write_settings(folder, chat_template="{{ messages | length }}")
-    template, words = load_chat_template(folder, tokenizer)
-    assert (words, template.render([FIRST])) == ("the checkpoint's", "1")
+    templates, words = load_chat_templates(folder, read_tokenizer(folder).settings)
+    text = ChatTemplate(templates.choose(with_tools=False), "here").render(templates.build_variables([FIRST]))
+    assert (words, text) == ("Llama-2's", "<s>[INST] Who are you? [/INST]")
+
+
+# As transformers renders
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a <city> & more, naïvely",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"type": "function", "id": "call0001x", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one": [FIRST],
+    "system": [SYSTEM, FIRST],
+    "turns": [SYSTEM, FIRST, ANSWER, SECOND],
+    "names": [{**FIRST, "name": "Ann"}, {**ANSWER, "name": "llama"}, {**SECOND, "name": "Bob"}],
+    "tools": [
+        SYSTEM,
+        FIRST,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "tool_call_id": "call0001x", "content": '{"sun": true}'},
+        {"role": "assistant", "content": "Sunny.", "reasoning": "It says so."},
+        SECOND,
+    ],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "text", "text": " here"}]}],
+}
+TEMPLATES = {
+    "chatml": (
+        "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message.content is string %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama 3": (
+        "{{- bos_token }}\n{%- set date = strftime_now('%d %b %Y')[:0] %}\n"
+        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim %}\n"
+        "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\n' + date + system }}\n"
+        "{%- if tools is not none %}\n{%- for t in tools %}\n{{- t | tojson(indent=4) }}\n{{- '\n\n' }}\n{%- endfor %}\n{%- endif %}\n"
+        "{{- '<|eot_id|>' }}\n"
+        "{%- for message in messages %}\n    {%- if 'tool_calls' in message %}\n"
+        "        {%- if not message.tool_calls | length == 1 %}{{- raise_exception('only one tool call') }}{%- endif %}\n"
+        "        {%- set call = message.tool_calls[0].function %}\n"
+        '        {{- \'<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "\' + call.name + \'", "parameters": \' }}\n'
+        "        {{- call.arguments | tojson }}\n        {{- '}' + eos_token }}\n"
+        "    {%- elif message.role == 'tool' or message.role == 'ipython' %}\n"
+        "        {{- '<|start_header_id|>ipython<|end_header_id|>\n\n' + (message.content | tojson) + '<|eot_id|>' }}\n"
+        "    {%- elif message.content is string %}\n        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}\n"
+        "        {% generation %}{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
+    ),
+    "mistral": (
+        "{%- set ns = namespace(index=0, last=none) %}{{- bos_token }}"
+        "{%- for m in messages | selectattr('role', 'in', ['user', 'assistant', 'tool']) %}{%- set ns.index = ns.index + 1 %}"
+        "{%- if m.role == 'user' %}{%- if tools %}{{- '[AVAILABLE_TOOLS] [' }}{%- for tool in tools %}{%- set tool = tool.function %}"
+        "{{- '{' }}{%- for key, val in tool.items() if key != 'return' %}"
+        "{%- if val is string %}{{- '\"' + key + '\": \"' + val + '\"' }}{%- else %}{{- '\"' + key + '\": ' + val | tojson }}{%- endif %}"
+        "{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}{{- '}' }}{%- endfor %}{{- '][/AVAILABLE_TOOLS]' }}{%- endif %}"
+        "{{- '[INST] ' ~ m.content ~ '[/INST]' }}"
+        "{%- elif m.tool_calls is defined %}{{- '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}{%- set out = call.function | tojson %}"
+        "{{- out[:-1] }}{%- if call.id is defined and call.id | length != 9 %}{{- raise_exception('ids have 9 characters') }}{%- endif %}"
+        "{{- ', \"id\": \"' + call.id + '\"}' }}{%- endfor %}{{- ']' + eos_token }}"
+        "{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] {\"content\": ' ~ m.content ~ ', \"call_id\": \"' ~ m.tool_call_id ~ '\"}' }}"
+        "{%- else %}{{- ' ' ~ m.content ~ eos_token }}{%- endif %}{%- endfor %}{{- ns.index }}"
+    ),
+    "qwen": (
+        "{%- if tools %}\n    {{- '<|im_start|>system\n' }}\n    {{- '# Tools\n<tools>' }}\n    {%- for tool in tools %}\n"
+        '        {{- "\\n" }}\n        {{- tool | tojson(ensure_ascii=True, sort_keys=True, separators=(",", ":")) }}\n    {%- endfor %}\n'
+        "    {{- '</tools><|im_end|>\n' }}\n{%- endif %}\n"
+        "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}\n"
+        "{%- for message in messages[::-1] %}\n    {%- set index = (messages|length - 1) - loop.index0 %}\n"
+        '    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}\n'
+        "        {%- set ns.multi_step_tool = false %}\n        {%- set ns.last_query_index = index %}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- for message in messages %}\n    {%- if message.role == 'system' %}{%- continue %}{%- endif %}\n"
+        "    {{- '<|im_start|>' + message.role + (' name=' + message.name if message.name else '') + '\n' }}\n"
+        "    {%- if message.reasoning_content is defined %}{{- '<think>' + message.reasoning_content + '</think>' }}{%- endif %}\n"
+        "    {%- if message.content is string %}{{- message.content }}\n"
+        "    {%- else %}{%- for part in message.content or [] %}{{- part.text }}{%- endfor %}{%- endif %}\n"
+        "    {%- for call in message.tool_calls or [] %}{{- '<tool_call>' ~ (call.function | tojson) ~ '</tool_call>' }}{%- endfor %}\n"
+        "    {{- '<|im_end|>\n' }}\n{%- endfor %}\n"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}{{- ns.last_query_index }}"
+    ),
+    "every token": (
+        "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ cls_token is defined }}|{{ sep_token }}|{{ mask_token }}|"
+        "{{ image_token }}|{{ messages | length }}|{{ documents is none }}|{{ dict(a=1, b=[2]) | tojson(indent='--') }}"
+        "{% for d in documents or [] %}{{ d.title }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CONVERSATIONS))
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_texts_are_those_of_transformers(folder: Path, template: str, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    roles = {"unk_token": "<unk>", "pad_token": "</s>", "sep_token": "<sep>", "mask_token": "<mask>", "image_token": "<img>"}
+    write_settings(folder, chat_template=TEMPLATES[template], tokenizer_class="PreTrainedTokenizerFast", **roles)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    templates, _ = load_chat_templates(folder, read_tokenizer(folder).settings)
+    for tools in (None, [WEATHER]):
+        for documents in (None, [{"title": "A", "text": "B"}]):
+            for more in ({}, {"enable_thinking": False}):
+                expected = theirs.apply_chat_template(
+                    CONVERSATIONS[name], tools=tools, documents=documents, tokenize=False, add_generation_prompt=True, **more
+                )
+                variables = templates.build_variables(CONVERSATIONS[name], tools, documents, more)
+                assert ChatTemplate(templates.choose(with_tools=bool(tools)), "here").render(variables) == expected
+
+
+CASES = {
+    "20-template-generation-tag": "<|user|>Once upon a time<|a|>",
+    "21-template-other-tokens": "<s><0x01>user<unk>Once upon a time<0x01>",
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_cases_of_templates_have_the_right_text(shared_dir: Path, case: str) -> None:
+    folder = shared_dir / "cases" / case / "model"
+    templates, _ = load_chat_templates(folder, read_tokenizer(folder).settings)
+    variables = templates.build_variables([{"role": "user", "content": "Once upon a time"}])
+    assert ChatTemplate(templates.choose(with_tools=False), "here").render(variables) == CASES[case]

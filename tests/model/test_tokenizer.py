@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from model.tokenizer import LlamaTokenizer, StreamDecoder, Tokenizer, continuation, read_tokenizer
+from model.tokenizer_writing import write_tokenizer
 from parallel.errors import CheckpointError, RequestError
 
 CORPUS = [
@@ -36,7 +38,7 @@ TEXTS = [
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def train_sentencepiece() -> bytes:
+def train_sentencepiece(**options: Any) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -48,6 +50,7 @@ def train_sentencepiece() -> bytes:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return model.getvalue()
 
@@ -171,19 +174,16 @@ def test_a_json_tokenizer_equals_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "before"), [({"add_bos_token": False}, []), ({"add_bos_token": True}, [1]), ({}, [1])])
-def test_add_bos_token_of_the_settings_wins_in_every_kind_of_folder(tmp_path: Path, settings: dict[str, Any], before: list[int]) -> None:
+def test_add_bos_token_counts_for_tokenizer_model_and_not_for_tokenizer_json(
+    tmp_path: Path, settings: dict[str, Any], before: list[int]
+) -> None:
+    """As in transformers 5; a tokenizer.model without settings begins texts with bos, as Meta and MindFormers do."""
     for name, write in (("json", lambda f: write_json_folder(f, build_llama_backend(), **settings)), ("model", None)):
         folder = tmp_path / name
         folder.mkdir()
         tokenizer = read_tokenizer(write(folder) if write else write_model_folder(folder, **settings))
-        assert tokenizer.encode("ab") == [*before, *tokenizer.encode("ab", add_special_tokens=False)]
-
-
-def test_add_bos_token_is_put_where_tokenizer_json_has_no_rule(tmp_path: Path) -> None:
-    backend = build_llama_backend()
-    backend.post_processor = None  # type: ignore[assignment]
-    tokenizer = read_tokenizer(write_json_folder(tmp_path, backend, add_bos_token=True, add_eos_token=True))
-    assert tokenizer.encode("ab") == [1, *tokenizer.encode("ab", add_special_tokens=False), 2]
+        expected = [1] if name == "json" else before
+        assert tokenizer.encode("ab") == [*expected, *tokenizer.encode("ab", add_special_tokens=False)]
 
 
 def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path) -> None:
@@ -198,7 +198,9 @@ def test_special_tokens_are_found_without_settings_and_in_both_spellings(tmp_pat
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>", "pad_token": {"content": "<unk>"}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": None}))
     set_beside = read_tokenizer(tmp_path)
-    assert (set_beside.bos_token_id, set_beside.eos_token_id, set_beside.pad_token_id) == (None, 2, 0)
+    assert (set_beside.bos_token_id, set_beside.eos_token_id, set_beside.pad_token_id) == (None, 1, 0), "special_tokens_map.json wins"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "added_tokens_decoder": {}}))
+    assert (read_tokenizer(tmp_path).eos_token_id, read_tokenizer(tmp_path).settings.eos_token) == (2, "</s>"), "without the map"
 
 
 def test_tokens_added_to_a_sentencepiece_model_are_parsed_and_left_out(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_sentencepiece_bytes_that_spell_nothing_become_one_replacement_each(tmp_
         assert tokenizer.decode(ids) == processor.decode(ids)
 
 
-@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
 def test_a_gguf_sentencepiece_vocabulary_equals_the_model_it_came_from(tmp_path: Path, settings: dict[str, Any]) -> None:
     tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", describe_sentencepiece(train_sentencepiece(), **settings)))
     original = read_tokenizer(write_model_folder(tmp_path, **settings))
@@ -244,6 +246,55 @@ def test_a_gguf_vocabulary_without_space_prefix_neither_adds_nor_drops_one(tmp_p
     tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", metadata))
     for text in (t for t in TEXTS if "<" not in t and "▁" not in t):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_gguf_sentencepiece_vocabulary_follows_llama_cpp_around_special_tokens(tmp_path: Path, prefix: bool | None) -> None:
+    """llama.cpp finds control and user-defined tokens first, the longest first; the text after each, and the first, gets the space."""
+    model = train_sentencepiece(add_dummy_prefix=prefix is not False)
+    metadata = describe_sentencepiece(model, **({} if prefix is None else {"add_space_prefix": prefix}))
+    own = {"<|a|>": 4, "<|a|>>": 4, "<|end|>": 3}
+    size = len(metadata["tokens"])
+    metadata["tokens"] += list(own)
+    metadata["token_type"] += list(own.values())
+    metadata["scores"] += [-1000.0] * len(own)
+    tokenizer = read_tokenizer(write_gguf(tmp_path / "m.gguf", metadata))
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(model)
+    ids = {**{token: place for place, token in enumerate(SPECIAL)}, **{token: size + place for place, token in enumerate(own)}}
+    pattern = re.compile("(" + "|".join(map(re.escape, sorted(ids, key=len, reverse=True))) + ")")
+    for text in (*TEXTS, "fox<|a|>fox <|a|>> fox<|end|>", "<|end|><|end|> ", " <|a|> <s>x"):
+        parts = [part for part in pattern.split(text) if part]
+        expected = [token for part in parts for token in ([ids[part]] if part in ids else processor.encode(part))]
+        assert tokenizer.encode(text) == [1, *expected], text
+    assert tokenizer.decode([ids["<|a|>"], ids["<|end|>"], 1]) == "<|a|>", "user-defined tokens are text"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama without prefix"])
+def test_the_tokenizer_written_for_a_gguf_file_is_the_same_here_and_in_transformers(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    if kind == "gpt2":
+        metadata = describe_byte_level(train_byte_level(SPLITS["gpt-2"]()), "llama-bpe", add_eos_token=True)
+    else:
+        metadata = describe_sentencepiece(train_sentencepiece(), add_space_prefix=kind == "llama", padding_token_id=0)
+    path, folder = write_gguf(tmp_path / "m.gguf", metadata), tmp_path / "folder"
+    folder.mkdir()
+    write_tokenizer(path, folder)
+    original, copy, theirs = read_tokenizer(path), read_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = original.encode(text)
+        assert copy.encode(text) == theirs(text)["input_ids"] == ids, text
+        for skip in (True, False):
+            assert original.decode(ids, skip) == copy.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
+    assert (copy.bos_token_id, copy.eos_token_id, copy.pad_token_id) == (
+        original.bos_token_id,
+        original.eos_token_id,
+        original.pad_token_id,
+    )
+    if kind != "gpt2":
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        assert processor.encode("the fox") == original.encode("the fox", add_special_tokens=False)
 
 
 SPLITS = {
@@ -304,8 +355,8 @@ def test_a_gguf_vocabulary_that_cannot_be_read_is_refused_by_name(tmp_path: Path
     ("name", "content", "message"),
     [
         ("", b"", r"neither tokenizer\.json nor tokenizer\.model"),
-        ("tokenizer.json", b"{}", r"is no tokenizer\.json"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "holds no SentencePiece model"),
+        ("tokenizer.json", b"{}", r"is not a tokenizer\.json"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is not a whole SentencePiece model"),
         ("missing.model", b"", "does not exist"),
     ],
 )
@@ -318,7 +369,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, name: str, content: byt
 
 def test_settings_that_are_no_json_object_are_refused(tmp_path: Path) -> None:
     write_json_folder(tmp_path, build_llama_backend())
-    for content, message in (("[1]", "holds a list"), ("{", "is not JSON")):
+    for content, message in (("[1]", r"holds \[1\], but a JSON object is needed"), ("{", "is not JSON")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             read_tokenizer(tmp_path)
