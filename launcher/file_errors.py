@@ -27,11 +27,11 @@ class OutputError(OSError):
 
 
 class ReaderGoneError(OutputError):
-    """Nobody reads standard output any longer. It has no errno: click would answer EPIPE itself, with exit code 1."""
+    """The reader of standard output has exited. No errno: click handles EPIPE itself, with exit code 1."""
 
 
 def describe_os_error(error: OSError, path: Path | None = None) -> str:
-    """A sentence: path, reason and, where there is one, advice. `path`: what was being used, where the error names nothing."""
+    """A sentence: path, reason and, where there is one, advice. `path`: used where the error has no file name."""
     reason = error.strerror or str(error) or type(error).__name__
     found = error.filename if isinstance(error.filename, (str, bytes)) else path
     name = found.decode(errors="backslashreplace") if isinstance(found, bytes) else None if found is None else str(found)
@@ -41,9 +41,9 @@ def describe_os_error(error: OSError, path: Path | None = None) -> str:
 
 @contextmanager
 def as_run_failure(path: Path | None = None) -> Iterator[None]:
-    """From here on an OSError is a failure of the run: raise RunError instead. A reader of standard output that left is none.
+    """From here on an OSError is a failure of the run: raise RunError instead. ReaderGoneError passes through.
 
-    `path`: what is written in the block, for errors that name no file.
+    `path`: used where the error has no file name.
     """
     try:
         yield

@@ -50,7 +50,7 @@ def _claim(stack: ExitStack, folder: Path, *, can_move: bool) -> Path:
             stack.enter_context(hold(found))
         except PathInUseError as error:
             if not can_move or number == _MAX_FOLDERS:
-                raise ConfigError(f"--log-dir {folder} is in use by {error}; give each run a --log-dir of its own") from None
+                raise ConfigError(f"--log-dir {folder} is in use by {error}; give each run another --log-dir") from None
             if number == 1:
                 print(f"{folder} is in use by {error}; ", end="", file=sys.stderr)
             continue

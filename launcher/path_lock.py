@@ -1,6 +1,6 @@
-"""Keeps two runs from writing to the same place: a lock file beside it, which names its holder and is released when that ends.
+"""Keep two runs from writing to the same place: a lock file next to it, which names its holder and is released when that exits.
 
-flock(2) holds on one host and, on Linux, over NFS, too. Depends on no command; what is written there is the caller's business.
+flock(2) holds on one host and, on Linux, over NFS, too. Does not write to the place itself.
 """
 
 import errno
@@ -35,7 +35,7 @@ def hold(path: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            lock.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            lock.unlink(missing_ok=True)  # still held, so no other process can have acquired it
             os.close(descriptor)
         with suppress(OSError):
             for parent in made:

@@ -113,7 +113,7 @@ def hold_results(path: Path) -> Iterator[None]:
             if not needs_direct_writing(path):
                 stack.enter_context(hold(path))
         except PathInUseError as holder:
-            raise RequestError(f"--output {path} is in use by {holder}; give each run a file of its own") from None
+            raise RequestError(f"--output {path} is in use by {holder}; give each run another file") from None
         except OSError as error:
             raise RequestError(f"--output cannot be written: {describe_os_error(error, path)}") from None
         yield

@@ -2,8 +2,8 @@
 
 - A closed stream becomes /dev/null, so that no file which is opened later gets its number.
 - Characters that the encoding lacks are written as escapes.
-- A full standard output ends the command with exit code 1; one whose reader has left (`| head -1`) ends it quietly with 141, as
-  SIGPIPE ends other tools. What standard error cannot take is dropped: messages must not end a run.
+- A full standard output ends the command with exit code 1; one whose reader has exited (`| head -1`) ends it quietly with 141, as
+  SIGPIPE ends other tools. Messages that standard error cannot take are dropped: they must not end a run.
 """
 
 import io
@@ -18,7 +18,7 @@ from launcher.file_errors import OutputError, ReaderGoneError, describe_os_error
 from parallel.errors import ConfigError
 
 EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE: what a shell reports of other tools whose reader has left."""
+"""128 + SIGPIPE: the status of other tools whose reader has exited."""
 _closed: set[int] = set()
 """Streams that were closed when the program started."""
 
@@ -49,7 +49,7 @@ class _Output(io.FileIO):
 
 
 def guard_streams(command: Callable[[], None]) -> Callable[[], None]:
-    """Prepare the streams, run `command`, write what is left in them; OSErrors end in a sentence and an exit code."""
+    """Prepare the streams, run `command`, flush; an OSError becomes one sentence and an exit code."""
 
     @wraps(command)
     def guarded() -> None:
@@ -69,7 +69,7 @@ def guard_streams(command: Callable[[], None]) -> Callable[[], None]:
 
 
 def prepare_streams() -> None:
-    """Open what is closed, and make what is open able to take any text. Streams that a test has put in place stay."""
+    """Open closed streams on /dev/null and let open ones take any text. Streams replaced by a test stay."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -66,7 +66,7 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
         "num_tensors": len(source.tensors),
         "tensor_bytes": sum(info.num_bytes for info in source.tensors.values()),
         "files": [{**asdict(file), "ok": file.is_intact} for file in files],
-        "tensors": [asdict(tensor) for tensor in tensors],
+        "tensors": [{name: getattr(tensor, name) for name in tensor.__slots__} for tensor in tensors],
         "deep": deep,
         "missing": report.missing,
         "unexpected": report.unexpected,

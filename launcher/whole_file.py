@@ -1,6 +1,6 @@
-"""Text files that are there whole or not at all: a temporary file, fsync, rename. Devices, pipes and streams are written directly.
+"""Atomic writes of text files: a temporary file, fsync, rename. Devices, pipes and streams are written directly.
 
-A link is followed and stays; a file keeps its mode and owner. Knows nothing of what is written.
+A link is followed and stays; a file keeps its mode and owner.
 """
 
 import errno
@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def needs_direct_writing(path: Path) -> bool:
-    """Whether `path` is no file that a rename may replace: a device, a FIFO, or a stream such as /dev/stdout.
+    """Whether `path` must not be replaced by a rename: a device, a FIFO, or a stream such as /dev/stdout.
 
     Raises OSError for what cannot be written at all.
     """
@@ -52,12 +52,12 @@ def needs_direct_writing(path: Path) -> bool:
 
 
 def open_direct(path: Path) -> int:
-    """A descriptor that writes to a device, a FIFO or a stream. Raises OSError for a FIFO that nobody reads."""
+    """A descriptor that writes to a device, a FIFO or a stream. Raises OSError for a FIFO without a reader."""
     if (match := _OWN_STREAM.fullmatch(str(path))) is None:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
-            reason = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+            reason = "it has no reader" if error.errno == errno.ENXIO else error.strerror
             raise OSError(error.errno, reason, str(path)) from None
         os.set_blocking(descriptor, True)
         return descriptor

@@ -131,9 +131,7 @@ def test_two_runs_with_one_output_are_refused_with_the_holder(tmp_path: Path) ->
     path = tmp_path / "results.jsonl"
     with held_by_another(path) as other, pytest.raises(RequestError) as refused, hold_results(path):
         pass
-    assert str(refused.value) == (
-        f"--output {path} is in use by process {other.pid} on {os.uname().nodename}; give each run a file of its own"
-    )
+    assert str(refused.value) == (f"--output {path} is in use by process {other.pid} on {os.uname().nodename}; give each run another file")
     with hold_results(Path("/dev/null")), hold_results(Path("/dev/null")):
         pass
 
