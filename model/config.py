@@ -4,13 +4,13 @@ Knows sizes and constants; no tensors, no files but config.json, no ranks.
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.quoting import quote
+from model.rope_scaling import Scaling, build_scaling, read_rope_section
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 
@@ -39,29 +39,6 @@ _MAX_CONFIG_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """The llama3 frequency scaling (`rope_scaling` with `rope_type: llama3`)."""
-
-    factor: float
-    """Wavelengths beyond the old context are stretched by this."""
-    low_freq_factor: float
-    """Old context over this: the wavelength above which the full stretch applies."""
-    high_freq_factor: float
-    """Old context over this: the wavelength below which nothing changes."""
-    original_max_position_embeddings: int
-    """The old context, tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _require_number(f"{name} of rope_scaling", getattr(self, name), 1e6)
-        _require_whole("original_max_position_embeddings of rope_scaling", self.original_max_position_embeddings, 1, _MAX_WHOLE)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling: low_freq_factor is {self.low_freq_factor}, but it has to be below high_freq_factor, {self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
     """Sizes and constants of a Llama-family decoder, in Hugging Face's names."""
 
@@ -85,8 +62,8 @@ class LlamaConfig:
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """llama3 frequency scaling, if any."""
+    rope_scaling: Scaling | None = None
+    """Scaling of the rotary frequencies, if any."""
     tie_word_embeddings: bool = False
     """The output head is the embedding."""
     bos_token_id: int | None = 1
@@ -137,7 +114,6 @@ class LlamaConfig:
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
 """Keys of config.json that the forward pass takes for granted."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_ROPE_SCALING = tuple(one.name for one in fields(RopeScaling))
 
 
 def check_blocks(block_size: int, num_blocks: int | None) -> None:
@@ -174,7 +150,7 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
 
 
 def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
-    rope = _read_mapping(raw, "rope_scaling") | _read_mapping(raw, "rope_parameters")
+    rope, max_positions = read_rope_section(raw), _first(raw, "max_position_embeddings", default=2048)
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
     eos, pad, head_dim = raw.get("eos_token_id", 2), raw.get("pad_token_id"), raw.get("head_dim")
     if type(pad) is int and (pad == -1 or (type(raw["vocab_size"]) is int and pad >= raw["vocab_size"])):
@@ -187,10 +163,10 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         num_key_value_heads=_first(raw, "num_key_value_heads", default=heads),
         head_dim=_divide(raw["hidden_size"], heads) if head_dim is None else head_dim,
         vocab_size=raw["vocab_size"],
-        max_position_embeddings=_first(raw, "max_position_embeddings", default=2048),
+        max_position_embeddings=max_positions,
         rms_norm_eps=_first(raw, "rms_norm_eps", default=1e-6),
-        rope_theta=_first(rope, "rope_theta", default=_first(raw, "rope_theta", default=10000.0)),
-        rope_scaling=_build_rope_scaling(rope),
+        rope_theta=_first(rope, "rope_theta", default=10000.0),
+        rope_scaling=build_scaling(rope, max_positions),
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
@@ -223,13 +199,6 @@ def _first(raw: Mapping[str, Any], *keys: str, default: Any) -> Any:
     return next((raw[key] for key in keys if raw.get(key) is not None), default)
 
 
-def _read_mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = _first(raw, key, default={})
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {quote(value)}, but an object is needed")
-    return dict(value)
-
-
 def _require_whole(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise ConfigError(f"{name} is {quote(value)}, but a whole number from {least} to {most} is needed")
@@ -246,29 +215,3 @@ def _divide(hidden: Any, heads: Any) -> int:
     if hidden % heads:
         raise ConfigError(f"hidden_size {hidden} does not divide by num_attention_heads {heads}; give head_dim")
     return int(hidden // heads)
-
-
-def _build_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = _first(rope, "rope_type", "type", default="default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"rope_scaling {quote(kind)} is not supported; there are 'default' and 'llama3'")
-    missing = [name for name in _ROPE_SCALING if rope.get(name) is None]
-    if missing:
-        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, which 'llama3' needs")
-    return RopeScaling(**{name: rope[name] for name in _ROPE_SCALING})
-
-
-def scale_frequency(frequency: float, scaling: RopeScaling | None) -> float:
-    """One rotary frequency after the llama3 scaling (Llama 3.1, `apply_scaling`)."""
-    if scaling is None:
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    ratio = scaling.original_max_position_embeddings / wavelength
-    if ratio < scaling.low_freq_factor:
-        return frequency / scaling.factor
-    if ratio > scaling.high_freq_factor:
-        return frequency
-    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency

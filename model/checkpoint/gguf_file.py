@@ -17,8 +17,8 @@ from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.source import TensorInfo
-from model.config import RopeScaling, scale_frequency
 from model.quoting import quote
+from model.rope_scaling import RopeScaling, scale_frequency
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
