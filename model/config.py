@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config_keys import CAUSAL_ARCHITECTURES, CONFIG_KEYS, OTHER_MODELS
 from model.quoting import quote
 from model.rope_scaling import Scaling, build_scaling, read_rope_section
 from parallel.errors import ConfigError
@@ -111,8 +112,6 @@ class LlamaConfig:
         )
 
 
-_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-"""Keys of config.json that the forward pass takes for granted."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -135,11 +134,8 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
     Raises ConfigError for another architecture, a missing key, a value that makes no sense, or a feature that the forward
     pass does not have.
     """
-    if raw.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{source}: model_type is {quote(raw['model_type'])}, but only 'llama' is supported")
-    for key, allowed in _FIXED.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"{source}: {key} is {quote(raw[key])}, but only {allowed[0]!r} is supported")
+    _check_architecture(raw, source)
+    CONFIG_KEYS.check(raw, source)
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise ConfigError(f"{source} lacks {', '.join(missing)}")
@@ -147,6 +143,17 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
         return _build_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
+    kind, architectures = raw.get("model_type", "llama"), raw.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama":
+        what = f" ({OTHER_MODELS[kind]})" if isinstance(kind, str) and kind in OTHER_MODELS else ""
+        raise ConfigError(f"{source}: model_type is {quote(kind)}{what}, but only 'llama' is supported")
+    names = architectures if isinstance(architectures, list) else [architectures]
+    other = next((name for name in names if name not in CAUSAL_ARCHITECTURES), None)
+    if other is not None:
+        raise ConfigError(f"{source}: architectures names {quote(other)}, but only 'LlamaForCausalLM' is supported")
 
 
 def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:

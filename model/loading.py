@@ -29,9 +29,9 @@ _PART_BYTES = 8 << 20
 def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
     """Raise CheckpointError, listing ten of each kind, unless the checkpoint holds exactly what the model needs."""
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    words = report.describe()
+    words = report.describe(config)
     if words:
-        raise CheckpointError(f"{source.path} does not fit its config.json: {words}")
+        raise CheckpointError(f"{source.path} does not fit its config: {words}")
 
 
 def load_model(

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from model.quantization_keys import ARGUMENT_KEYS, COMPRESSED_KEYS, GROUP_KEYS, SUPPORTED_METHODS
 from model.quoting import quote
 from parallel.errors import ConfigError
 
@@ -129,9 +130,11 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
         return Scheme(kv_cache=own_cache)
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise ConfigError(
-            f"quantization_config: quant_method {quote(method)} is not supported; there are 'compressed-tensors', 'gptq', 'awq'"
-        )
+        raise ConfigError(f"quantization_config: quant_method {quote(method)} is not supported; supported: {SUPPORTED_METHODS}")
+    COMPRESSED_KEYS.check(quantization, "quantization_config")
+    sparsity = _read_section(quantization.get("sparsity_config"), "sparsity_config")
+    if sparsity.get("format") not in (None, "dense"):
+        raise ConfigError(f"quantization_config: sparsity_config of format {quote(sparsity['format'])} is not supported; only 'dense' is")
     groups = list(_read_section(quantization.get("config_groups"), "config_groups").values())
     if len(groups) > 1:
         raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
@@ -140,6 +143,17 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
     if linear is None and kv_cache is None:
         raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
     return Scheme(linear, _read_ignore(quantization.get("ignore")), kv_cache)
+
+
+def describe_scheme_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Lines on keys of a compressed-tensors `quantization_config` that are not read."""
+    quantization = raw.get("quantization_config") or {}
+    lines = COMPRESSED_KEYS.describe(quantization, "quantization_config")
+    for group in (quantization.get("config_groups") or {}).values():
+        lines += GROUP_KEYS.describe(group, "quantization_config: config_groups")
+        for key in ("weights", "input_activations"):
+            lines += ARGUMENT_KEYS.describe(group.get(key) or {}, f"quantization_config: {key}")
+    return lines + ARGUMENT_KEYS.describe(quantization.get("kv_cache_scheme") or {}, "quantization_config: kv_cache_scheme")
 
 
 def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
@@ -234,8 +248,7 @@ def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
         raise ConfigError(f"quantization_config: targets {quote(targets)} are not supported; only ['Linear'] is")
     if not isinstance(format, str) or format.removeprefix(SMOOTH) not in _FORMATS:
         raise ConfigError(f"quantization_config: format {quote(format)} is not supported; there are {', '.join(_FORMATS)}")
-    if group.get("output_activations"):
-        raise ConfigError("quantization_config: output_activations are not supported")
+    GROUP_KEYS.check(group, "quantization_config: a group of config_groups")
     weights = _read_section(group.get("weights"), "weights")
     activations = _read_section(group.get("input_activations"), "input_activations")
     _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
@@ -270,6 +283,7 @@ def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
 
 
 def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]) -> None:
+    ARGUMENT_KEYS.check(raw, f"quantization_config: {section}")
     allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
     for key, values in allowed.items():
         found = raw.get(key) or False if key == "dynamic" else raw.get(key)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, check_link
+from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
 from model.packing import unpack_integers
@@ -32,19 +32,7 @@ _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 class ColumnFolder(HuggingFaceFolder):
-    """A Hugging Face folder that also gives columns, and whose only safetensors file may have any name.
-
-    AutoGPTQ named it gptq_model-4bit-128g.safetensors. Raises what HuggingFaceFolder raises.
-    """
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1 or files[0].name == SINGLE_FILE or (path / INDEX_FILE).is_file():
-            super().__init__(path)
-            return
-        self.path, self.config, self._stored = path, read_config(path / "config.json"), {}
-        check_link(files[0])
-        self._add_files(files)
+    """A Hugging Face folder that also gives columns."""
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
         """Columns [first, last) of a tensor of two dimensions, all its rows."""
@@ -60,7 +48,7 @@ class ColumnPackedFolder(ABC):
     """
 
     def __init__(self, folder: ColumnFolder, linear: LinearScheme, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.path, self.files, self.checksums = folder.path, folder.files, folder.checksums
+        self.path, self.files, self.checksums, self.notes = folder.path, folder.files, folder.checksums, folder.notes
         self._folder, self._linear, self._shapes = folder, linear, shapes
         if not shapes:
             raise CheckpointError(
@@ -106,6 +94,17 @@ class ColumnPackedFolder(ABC):
             return self._read_group_index(reader, owner, start, stop)
         return torch.tensor(self._shapes[owner])[start:stop]
 
+    def check_linear(self, reader: FileReader, linear: str) -> None:
+        """Raise CheckpointError where zero points or groups of a whole linear contradict the settings."""
+        if linear not in self._shapes:
+            return
+        rows, columns = self._shapes[linear]
+        if self._linear.symmetric:
+            self._check_symmetric(reader, linear, 0, rows)
+        self._check_groups(reader, linear)
+        if self._linear.act_order:
+            self._read_group_index(reader, linear, 0, columns)
+
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
         """Where they lie, of tensors that are not packed."""
         owner = name.rpartition(".")[0]
@@ -114,6 +113,10 @@ class ColumnPackedFolder(ABC):
     def tokenizer_path(self) -> Path:
         """The folder itself."""
         return self._folder.tokenizer_path()
+
+    @abstractmethod
+    def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
+        """What to do about zero points of a symmetric checkpoint; `shifted`: the distance from `middle` that all have, if it is one."""
 
     @abstractmethod
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
@@ -183,9 +186,11 @@ class ColumnPackedFolder(ABC):
         zero_points = unpack_integers(words, self._linear.bits, stop - first * per_word)[:, start - first * per_word :]
         wrong = int(zero_points.count_nonzero())
         if wrong:
+            middle = 1 << (self._linear.bits - 1)
+            shifted = {int(zero_points[0, 0])} if bool((zero_points == zero_points[0, 0]).all()) else set()
             raise CheckpointError(
                 f"{self.path} declares symmetric weights, but {wrong} of {zero_points.numel()} zero points that {name} holds for rows "
-                f"{start} to {stop} are not {1 << (self._linear.bits - 1)}; declare it as not symmetric"
+                f"{start} to {stop} are not {middle}{self._advise_zero_points(shifted, middle)}"
             )
 
     def _check_groups(self, reader: FileReader, linear: str) -> None:
@@ -197,7 +202,7 @@ class ColumnPackedFolder(ABC):
         if wrong:
             raise CheckpointError(
                 f"{self.path} declares groups in the order of the inputs, but {wrong} of {columns} entries of {name} are others; "
-                "declare desc_act"
+                "set desc_act to true"
             )
 
     def _read_group_index(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.quantization_keys import GPTQ_KEYS
 from model.quoting import quote
 from model.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
@@ -42,11 +43,25 @@ class GptqFolder(ColumnPackedFolder):
     def __init__(self, path: Path) -> None:
         folder = ColumnFolder(path)
         settings = read_settings(folder, SETTINGS_FILE)
+        self.settings_name = "quantization_config of config.json" if folder.config.get("quantization_config") else SETTINGS_FILE
+        GPTQ_KEYS.check(settings, f"{path}: quantization_config")
         linear = _read_linear(settings)
         self._zeros_minus_one = _read_format(settings) == "gptq"
         per_word = 32 // linear.bits
         shapes = {name: (rows, words * per_word) for name, (words, rows) in quantized_linears(folder).items()}
         super().__init__(folder, linear, shapes)
+        self.notes += tuple(GPTQ_KEYS.describe(settings, f"{path}: quantization_config"))
+
+    def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
+        declared, other, distance = ("gptq", "gptq_v2", 1) if self._zeros_minus_one else ("gptq_v2", "gptq", -1)
+        if shifted == {distance}:
+            return (
+                f", but {middle + distance}, as where a file of checkpoint_format {other!r} is read as {declared!r}: set "
+                f"checkpoint_format to {other!r} in {self.settings_name}"
+            )
+        if shifted:
+            return f", but {middle + next(iter(shifted))}: quantize or copy it again"
+        return f": the weights are not symmetric; set sym to false in {self.settings_name}"
 
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
         # Both sides keep q = integer + 2^(bits - 1), the first input lowest: whole words change place.
@@ -80,7 +95,10 @@ def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
 
 
 def _read_format(settings: Mapping[str, Any]) -> str:
-    found = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format") or "gptq"
+    first, second = settings.get("checkpoint_format"), settings.get("format")
+    if first and second and first != second:
+        raise ConfigError(f"quantization_config: checkpoint_format is {quote(first)}, but format is {quote(second)}: remove the wrong one")
+    found = "marlin" if settings.get("is_marlin_format") else first or second or "gptq"
     if found not in ("gptq", "gptq_v2"):
         raise ConfigError(f"quantization_config: checkpoint_format {quote(found)} is not supported; there are 'gptq' and 'gptq_v2'")
     return str(found)

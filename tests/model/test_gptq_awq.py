@@ -389,7 +389,7 @@ def test_shuffled_groups_that_are_not_declared_are_an_error(tmp_path: Path) -> N
     tensors, settings, _ = gptq(4, 32, sym=True)
     tensors[f"{GATE}.g_idx"][[0, 63]] = tensors[f"{GATE}.g_idx"][[63, 0]]
     write(tmp_path, tensors, settings)
-    with pytest.raises(CheckpointError, match=r"2 of 64 entries of .*g_idx are others; declare desc_act"):
+    with pytest.raises(CheckpointError, match=r"2 of 64 entries of .*g_idx are others; set desc_act to true"):
         read(GptqFolder(tmp_path), f"{GATE}.weight_packed")
 
 

@@ -242,7 +242,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"bos_token_id": -1}, "bos_token_id is -1, but a whole number from 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', but true or false is needed"),
         ({"torch_dtype": {"a": 1}}, r"dtype \{'a': 1\} is unknown; there are float32"),
-        ({"hidden_act": {}}, r"hidden_act is \{\}, but only 'silu' is supported"),
+        ({"hidden_act": {}}, r"hidden_act is \{\}, but only 'silu' or 'swish' is supported"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], but only 'llama'"),
     ],
 )
