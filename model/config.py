@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config_keys import CAUSAL_ARCHITECTURES, CONFIG_KEYS, OTHER_MODELS
+from model.file_kind import describe_file
 from model.quoting import quote
 from model.rope_scaling import Scaling, build_scaling, read_rope_section
 from parallel.errors import ConfigError
@@ -196,7 +197,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        words = describe_file(path)
+        raise ConfigError(f"{path} {words}" if words else f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, but a JSON object is needed")
     return raw

@@ -10,7 +10,8 @@ from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import describe_rotary
 from model.config import LlamaConfig
 from model.config_keys import CONFIG_KEYS
-from model.scheme import describe_scheme_keys
+from model.scheme import Scheme, describe_scheme_keys
+from model.weights import plan_weights
 
 _SETTINGS = "config.json"
 
@@ -26,6 +27,12 @@ def name_settings(source: CheckpointSource) -> Path:
     """Where the settings of a checkpoint lie, for messages: its config.json, or the checkpoint itself."""
     file = source.path / _SETTINGS
     return file if file.is_file() else source.path
+
+
+def list_dropped(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> list[str]:
+    """Names of stored tensors that the model does not use; all of them are compared with what is used instead."""
+    specs = plan_weights(config, scheme)
+    return [name for name in source.tensors if name not in specs]
 
 
 def list_notes(source: CheckpointSource, config: LlamaConfig) -> list[str]:
