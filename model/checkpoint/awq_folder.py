@@ -52,7 +52,7 @@ class AwqFolder(ColumnPackedFolder):
         AWQ_KEYS.check(settings, f"{path}: quantization_config")
         linear = _read_linear(settings)
         shapes = {name: (words * _ROWS_A_WORD, inputs) for name, (inputs, words) in quantized_linears(folder).items()}
-        super().__init__(folder, linear, shapes)
+        super().__init__(folder, dict.fromkeys(shapes, linear), shapes)
         self.notes += tuple(AWQ_KEYS.describe(settings, f"{path}: quantization_config"))
 
     def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
@@ -70,7 +70,7 @@ class AwqFolder(ColumnPackedFolder):
         skip = start - first * _ROWS_A_WORD
         return out[skip : skip + stop - start].contiguous()
 
-    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
+    def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
         out = torch.zeros_like(words)
         for nibble, row in enumerate(_ORDER):
             out |= ((words >> (4 * nibble)) & 15) << (4 * row)

@@ -93,7 +93,7 @@ def write_mindspore(
 
 
 def _check_scheme(scheme: Scheme) -> None:
-    if scheme.linear not in (None, *_RTN):
+    if scheme.others or scheme.linear not in (None, *_RTN):
         raise CheckpointError(
             f"{scheme.name} has no form in a .ckpt file; float weights and rtn-a16w8 have one: convert to a Hugging Face folder, "
             "or quantize with -a rtn-a16w8"
