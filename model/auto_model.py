@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.stored_facts import check_facts
 from model.config import DEFAULT_BLOCK_SIZE, build_config
 from model.generation import Engine, generate
 from model.llama import LlamaForCausalLM
-from model.loading import load_model
+from model.loading import check_checkpoint, load_model
 from model.request import Request, plan_blocks
 from model.sampling import SamplingParams
 from model.scheme import read_scheme
@@ -38,9 +39,12 @@ class AutoModel:
         """Load a checkpoint of any readable format. `dtype`: float32, bfloat16 or float16; None takes the checkpoint's."""
         source = open_checkpoint(Path(path))
         config = build_config(source.config, str(path))
+        scheme = read_scheme(source.config)
+        check_checkpoint(source, config, scheme)
+        check_facts(source, config, scheme)
         model = LlamaForCausalLM(
             config,
-            read_scheme(source.config),
+            scheme,
             IdentityCollectives(),
             dtype=dtype or config.dtype,
             device=torch.device(device),

@@ -68,6 +68,10 @@ class LlamaConfig:
     """Scaling of the rotary frequencies, if any."""
     tie_word_embeddings: bool = False
     """The output head is the embedding."""
+    attention_bias: bool = False
+    """The four linears of attention add a bias."""
+    mlp_bias: bool = False
+    """The three linears of the feed-forward add a bias."""
     bos_token_id: int | None = 1
     """Id put before a prompt."""
     eos_token_ids: tuple[int, ...] = (2,)
@@ -88,8 +92,9 @@ class LlamaConfig:
             )
         _require_number("rms_norm_eps", self.rms_norm_eps, 1)
         _require_number("rope_theta", self.rope_theta, 1e15)
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {quote(self.tie_word_embeddings)}, but true or false is needed")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {quote(getattr(self, name))}, but true or false is needed")
         ids = [
             ("bos_token_id", self.bos_token_id),
             *(("eos_token_id", one) for one in self.eos_token_ids),
@@ -176,6 +181,8 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         rope_theta=_first(rope, "rope_theta", default=10000.0),
         rope_scaling=build_scaling(rope, max_positions),
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
+        attention_bias=_first(raw, "attention_bias", default=False),
+        mlp_bias=_first(raw, "mlp_bias", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
         pad_token_id=pad,

@@ -7,6 +7,7 @@ CONFIG_KEYS = KeyTable(
     read=frozenset(
         {
             "architectures",
+            "attention_bias",
             "bos_token_id",
             "dtype",
             "eos_token_id",
@@ -15,6 +16,7 @@ CONFIG_KEYS = KeyTable(
             "intermediate_size",
             "kv_cache_quantization",
             "max_position_embeddings",
+            "mlp_bias",
             "model_type",
             "num_attention_heads",
             "num_hidden_layers",
@@ -34,8 +36,6 @@ CONFIG_KEYS = KeyTable(
     ),
     fixed={
         "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
         "is_encoder_decoder": (False,),
         "add_cross_attention": (False,),
         "quantization": (),

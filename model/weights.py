@@ -52,7 +52,7 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_poi
 
 
 _UNEXPECTED_PARTS = {
-    ".bias": "biases are not supported",
+    ".bias": "biases are supported only where attention_bias or mlp_bias is true",
     ".experts.": "mixtures of experts are not supported",
     "score.": "a classification head is not supported",
     ".q_norm.": "norms of queries and keys are not supported",
@@ -127,6 +127,11 @@ def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     return sizes[rows], sizes[columns]
 
 
+def has_bias(config: LlamaConfig, name: str) -> bool:
+    """Whether a linear of a decoder layer, by its name in the layer or its full name, adds a bias."""
+    return ("self_attn." in name and config.attention_bias) or ("mlp." in name and config.mlp_bias)
+
+
 def linear_names(config: LlamaConfig) -> Iterator[str]:
     """Full names, without `.weight`, of all linears of the decoder layers."""
     for layer in range(config.num_hidden_layers):
@@ -159,6 +164,8 @@ def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
         specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
         for name, (_, _, split) in _LINEARS.items():
             specs.update(_linear_specs(f"{prefix}.{name}", linear_shape(config, name), getattr(layout, split), layout, scheme))
+            if has_bias(config, name):
+                specs[f"{prefix}.{name}.bias"] = WeightSpec(linear_shape(config, name)[:1], FLOAT_DTYPES, getattr(layout, split))
         if scheme.kv_cache in ("channel", "tensor"):
             shape, kind = ((_sizes(config)["key_value"],), "key_value") if scheme.kv_cache == "channel" else ((1,), "whole")
             cache = WeightSpec(shape, FLOAT_DTYPES, getattr(layout, kind))

@@ -23,7 +23,7 @@ from model.config import build_config, read_config
 from model.packing import unpack_integers
 from model.quoting import quote
 from model.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
-from model.weights import FLOAT_DTYPES, linear_names
+from model.weights import FLOAT_DTYPES, has_bias, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -60,7 +60,7 @@ class ColumnPackedFolder(ABC):
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")
-            if owner not in shapes or part not in _STORED:
+            if owner not in shapes or part not in _STORED or (part == "bias" and has_bias(model, owner)):
                 self.tensors[name] = info
             elif part == "qweight":
                 self._check_stored(owner)
@@ -167,14 +167,14 @@ class ColumnPackedFolder(ABC):
         try:
             for linear in self._shapes:
                 name = f"{linear}.bias"
-                if name not in self._folder.tensors:
+                if name not in self._folder.tensors or name in self.tensors:
                     continue
                 rows = self._shapes[linear][0]
                 wrong = int(self._folder.read_rows(reader, name, 0, rows).count_nonzero())
                 if wrong:
                     raise CheckpointError(
-                        f"{self.path}: {wrong} of {rows} values of {name} are not 0, but linears with a bias are not supported; "
-                        "use a checkpoint without biases"
+                        f"{self.path}: {wrong} of {rows} values of {name} are not 0, but attention_bias and mlp_bias of config.json "
+                        "declare none: give the config.json of this checkpoint"
                     )
         finally:
             reader.close()

@@ -65,6 +65,8 @@ def write_mindspore(
     missing or that it would have to leave out.
     """
     _check_scheme(scheme)
+    if config.attention_bias or config.mlp_bias:
+        raise CheckpointError(f"{source.path} has biases, which have no form in a .ckpt file here: convert to a Hugging Face folder")
     check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:

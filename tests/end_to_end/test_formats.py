@@ -19,6 +19,7 @@ CASES = {
     "03-rope-yarn": [*PLAIN, 401, 396, 267, 337, 410, 408, 419, 292, 411, 322],
     "04-shards-no-index": PLAIN[:11],
     "06-prefix-nomodel": PLAIN[:11],
+    "07-attention-bias": [*PLAIN, 401, 396, 267, 337, 410, 408, 419, 292, 411, 322],
     "10-gptq-dynamic-bits": [255, 354, 299, 58, 318, 23, 480, 150, 72, 183],
     "15-ct-two-groups": [310, 149, 79, 163, 92, 180, 233, 284, 158, 318],
     "18-gguf-rope-scale-linear": LINEAR,

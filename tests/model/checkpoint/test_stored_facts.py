@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM as TransformersLlama
 
 from model.auto_model import AutoModel
+from model.batch import Span
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.stored_facts import check_facts, find_contradictions
 from model.config import build_config
+from model.llama import LlamaForCausalLM
 from model.loading import check_checkpoint
 from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.tokenizer import read_tokenizer
@@ -76,6 +78,30 @@ def test_one_bit_of_the_head_unties_it(tmp_path_factory: pytest.TempPathFactory,
     tensors[HEAD].view(torch.int16).view(-1)[place] ^= (1 << bit) - (1 << 16 if bit == 15 else 0)
     folder = write_folder(tmp_path_factory.getbasetemp() / "one-bit", tensors, TIED)
     assert build_config(open_checkpoint(folder).config).tie_word_embeddings is False
+
+
+@pytest.mark.parametrize(("attention", "mlp"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_biases_give_the_logits_of_transformers_on_any_number_of_ranks(
+    run_ranks: Callable[..., list[torch.Tensor]], tmp_path: Path, attention: bool, mlp: bool, world_size: int
+) -> None:
+    raw = LLAMA | {"num_key_value_heads": 2, "attention_bias": attention, "mlp_bias": mlp, "max_position_embeddings": 64}
+    torch.manual_seed(9)
+    tensors = {name: torch.randn(spec.shape).half() / 8 for name, spec in plan_weights(build_config(raw), Scheme()).items()}
+    assert sum(name.endswith(".bias") for name in tensors) == 4 * attention + 3 * mlp
+    folder = write_folder(tmp_path / "m", tensors, raw)
+    found = run_ranks(folder, world_size, compute_logits)[0]
+    model = TransformersLlama.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor(PROMPT)).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, run_ranks(folder, 1, compute_logits)[0])
+
+
+def compute_logits(model: LlamaForCausalLM) -> torch.Tensor:
+    """float32 [T, vocabulary] of the prompt."""
+    logits = model.logits_local(model([Span(model.build_cache(16), PROMPT[0])]))
+    return model.collectives.gather_columns(logits, model.shares.vocab)
 
 
 def strip(name: str) -> str:
@@ -251,7 +277,7 @@ def test_rotary_frequencies_are_compared_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", "biases are not supported; 1 unexpected"),
+        ("model.layers.0.self_attn.q_proj.bias", "biases are supported only where attention_bias or mlp_bias is true; 1 unexpected"),
         ("model.layers.1.self_attn.q_proj.weight", "num_hidden_layers is 1, but there are tensors of layer 1; 1 unexpected"),
         ("model.layers.0.mlp.experts.0.w1.weight", "mixtures of experts are not supported; 1 unexpected"),
         ("score.weight", "a classification head is not supported; 1 unexpected"),
