@@ -67,7 +67,7 @@ def reshard(
 @app.command(epilog="Examples: tandem verify output/model-rtn-8  |  tandem verify output/model --deep --json")
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint of any readable format.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Look for NaN and infinite values, too.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also find NaN and infinite values, and check all scales and zero points.")] = False,
     config: ConfigOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,

@@ -271,7 +271,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         # A run that failed can have left work behind that the interpreter would wait for on its way out.
-        os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else 1)
+        os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         sys.exit(130)
     except typer.Exit as error:

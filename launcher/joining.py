@@ -213,7 +213,7 @@ def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exceptio
             traceback_tail=account.traceback_tail,
             restarts_used=restarts,
         )
-        return _give(verdict, log_dir, rank)
+        return _give(verdict, log_dir, rank, is_input=account.is_input)
     assert isinstance(error, PeerError)
     peer = error.peer
     number: str | None = None
@@ -238,9 +238,9 @@ def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exceptio
     return _give(verdict, log_dir, rank)
 
 
-def _give(verdict: Verdict, log_dir: Path, rank: int) -> Exception:
+def _give(verdict: Verdict, log_dir: Path, rank: int, *, is_input: bool = False) -> Exception:
     if verdict.claim(log_dir):
-        return RanksFailedError(verdict)
+        return RanksFailedError(verdict, is_input=is_input)
     return RunError(f"rank {rank} ended since another rank failed first: see {log_dir / VERDICT_FILE}")
 
 

@@ -68,7 +68,7 @@ class QuantizationSettings:
         """Raise ConfigError, naming both, when a checkpoint stores other integers than these settings ask for."""
         wanted = None if self.weight_dtype is None else self.combination.removesuffix("C8")
         linear = scheme.linear
-        found = None if linear is None else f"A{8 if linear.activation else 16}W{linear.bits}"
+        found = None if linear is None else "mixed integers" if scheme.others else f"A{8 if linear.activation else 16}W{linear.bits}"
         if wanted == found:
             return
         if found is None:

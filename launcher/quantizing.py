@@ -36,6 +36,8 @@ def quantize(options: QuantizeOptions) -> None:
         raise CheckpointError(
             f"{source.path} is quantized already ({run.opened.scheme.name}); quantize the float checkpoint that it was made from"
         )
+    if config.attention_bias or config.mlp_bias:
+        raise CheckpointError(f"{source.path} has biases, and quantizing such a model is not supported: run it as it is")
     recipe = plan_recipe(options, recipe_words, run.settings.quantization)
     recipe.build_scheme(config)  # raises for what cannot be quantized so
     target = options.output or Path("output") / f"{options.approach}_ckpt"

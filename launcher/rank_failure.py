@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.whole_file import write_whole
-from parallel.errors import PeerError, TandemError
+from parallel.errors import CheckpointError, ConfigError, PeerError, TandemError
 
 _TAIL_LINES = 12
 
@@ -27,6 +27,8 @@ class RankFailure:
     """Whether it ended only since another rank had."""
     peer: int | None
     """The rank that it waited for, where it knows."""
+    is_input: bool = False
+    """The checkpoint or a setting cannot be used: another attempt would end the same way."""
 
     @classmethod
     def of(cls, error: BaseException) -> "RankFailure":
@@ -40,6 +42,7 @@ class RankFailure:
             traceback_tail="\n".join(lines[-_TAIL_LINES:]),
             is_echo=is_echo,
             peer=error.peer if isinstance(error, PeerError) else None,
+            is_input=isinstance(error, CheckpointError | ConfigError),
         )
 
     def write(self, path: Path) -> None:

@@ -60,6 +60,11 @@ class FirstFailure:
         return self.stuck or said or (f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}")
 
     @property
+    def is_input(self) -> bool:
+        """Whether the checkpoint or a setting was at fault, so that a restart cannot help."""
+        return self.account is not None and self.account.is_input
+
+    @property
     def is_echo(self) -> bool:
         """Whether it ended only since a rank elsewhere had."""
         return self.account is not None and self.account.is_echo

@@ -31,7 +31,9 @@ from launcher.spawning import spawn_ranks
 from launcher.tasks import Task
 from launcher.verdict import RanksFailedError
 from model.checkpoint.formats import OpenOptions, open_checkpoint
+from model.checkpoint.notes import list_notes, name_settings
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_facts import check_facts
 from model.checkpoint.verification import require_intact
 from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
 from model.end_of_text import decide_end_of_text
@@ -119,6 +121,8 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
+    for note in list_notes(opened.source, opened.config):
+        print(f"note: {note}", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
 
@@ -150,11 +154,12 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     path = find_checkpoint(options.checkpoint, settings)
     opening = plan_opening(options, settings)
     source = open_checkpoint(path, opening)
-    config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
+    config, scheme = build_config(source.config, str(name_settings(source))), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
     if quantized and settings.quantization is not None:
         settings.quantization.check_scheme(scheme, str(path), settings.source)
     check_checkpoint(source, config, scheme)
+    check_facts(source, config, scheme)
     if options.verify:
         require_intact(source, ByteProgress("verifying"))
     return OpenedModel(source, config, scheme, opening)

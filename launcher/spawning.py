@@ -95,7 +95,9 @@ def spawn_ranks(
                 watch.end_all()
                 receiver.finish()
                 verdict, is_echo = judge(error, watch, nodes, rendezvous, log_dir, memory)
-                raise RanksFailedError(agree(verdict, is_echo, rendezvous)) from None
+                failure = watch.look_again()
+                is_input = failure is not None and failure.is_input
+                raise RanksFailedError(agree(verdict, is_echo, rendezvous), is_input=is_input) from None
             finally:
                 watch.end_all()
                 receiver.finish()
@@ -159,8 +161,10 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._watch.look_again()  # before the agent takes the exit codes, and ends the others
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.is_failed() and not self._observer.may_restart():
-            self._remaining_restarts = 0
+        if result.is_failed():
+            failure = self._watch.look_again()
+            if not self._observer.may_restart() or (failure is not None and failure.is_input):
+                self._remaining_restarts = 0
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:

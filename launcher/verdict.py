@@ -85,9 +85,11 @@ class Verdict:
 class RanksFailedError(TandemError):
     """The ranks failed and the restarts are used up."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict, *, is_input: bool = False) -> None:
         super().__init__(verdict.describe())
         self.verdict = verdict
+        self.exit_code = 2 if is_input else 1
+        """2 where a rank found that the checkpoint or a setting cannot be used."""
 
 
 def shorten_stack(stack: str | None) -> str | None:

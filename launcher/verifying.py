@@ -15,15 +15,19 @@ from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
+from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_facts import find_contradictions
 from model.checkpoint.verification import check_files, check_tensors, describe_damage, list_not_numbers
 from model.config import LlamaConfig, build_config
+from model.quoting import quote_name
 from model.scheme import read_scheme
 from model.tokenizer_writing import TOKENIZER_FILES
 from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError, InputError
 
 _MAX_THREADS = 4
+_SHOWN = 10
 
 
 def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
@@ -54,13 +58,14 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
 def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
     config, scheme = build_config(source.config), read_scheme(source.config)
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    words = report.describe()
+    words = report.describe(config)
     problems = [f"{source.path} does not fit its config: {words}"] if words else []
     files = check_files(source, ByteProgress("hashing files"))
     problems += [describe_damage(file) for file in files if not file.is_intact]
     threads = min(_MAX_THREADS, count_cores())
     tensors = check_tensors(source, threads, deep=deep, on_progress=ByteProgress("hashing tensors"))
     problems += list_not_numbers(tensors)
+    problems += find_contradictions(source, config, scheme, deep=deep) if not words else []
     return {
         "quantization": scheme.name,
         "num_tensors": len(source.tensors),
@@ -71,6 +76,8 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
         "missing": report.missing,
         "unexpected": report.unexpected,
         "mismatched": report.mismatched,
+        "dropped": sorted(set(list_dropped(source, config, scheme)) - set(report.unexpected)),
+        "notes": list_notes(source, config),
         "problems": problems,
     }
 
@@ -96,6 +103,12 @@ def _print(result: dict[str, Any]) -> None:
         for file in result["files"]:
             against = f"as {file['recorded_in']} says" if file["recorded_in"] else "nothing is recorded of it"
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")
+    for note in result.get("notes", ()):
+        print(f"note: {note}")
+    if result.get("dropped"):
+        names = result["dropped"]
+        more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        print(f"note: {len(names)} stored tensors are not used: {', '.join(map(quote_name, names[:_SHOWN]))}{more}")
     for problem in result["problems"]:
         print(f"problem: {problem}")
     for warning in result["warnings"]:

@@ -15,11 +15,12 @@ import torch
 
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_facts import check_facts
 from model.config import DEFAULT_BLOCK_SIZE, build_config
 from model.end_of_text import decide_end_of_text
 from model.generation import Engine, generate
 from model.llama import LlamaForCausalLM
-from model.loading import load_model
+from model.loading import check_checkpoint, load_model
 from model.request import Request, plan_blocks
 from model.sampling import SamplingParams
 from model.scheme import read_scheme
@@ -47,9 +48,12 @@ class AutoModel:
         for warning in end.warnings:
             warnings.warn(warning, stacklevel=2)
         config = replace(config, eos_token_ids=end.ids)
+        scheme = read_scheme(source.config)
+        check_checkpoint(source, config, scheme)
+        check_facts(source, config, scheme)
         model = LlamaForCausalLM(
             config,
-            read_scheme(source.config),
+            scheme,
             IdentityCollectives(),
             dtype=dtype or config.dtype,
             device=torch.device(device),

@@ -4,13 +4,15 @@ Knows sizes and constants; no tensors, no files but config.json, no ranks.
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config_keys import CAUSAL_ARCHITECTURES, CONFIG_KEYS, OTHER_MODELS
+from model.file_kind import describe_file
 from model.quoting import quote
+from model.rope_scaling import Scaling, build_scaling, read_rope_section
 from parallel.errors import ConfigError
 from parallel.layout import Layout, plan_layout
 from parallel.regular_file import read_text
@@ -40,29 +42,6 @@ _MAX_CONFIG_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """The llama3 frequency scaling (`rope_scaling` with `rope_type: llama3`)."""
-
-    factor: float
-    """Wavelengths beyond the old context are stretched by this."""
-    low_freq_factor: float
-    """Old context over this: the wavelength above which the full stretch applies."""
-    high_freq_factor: float
-    """Old context over this: the wavelength below which nothing changes."""
-    original_max_position_embeddings: int
-    """The old context, tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _require_number(f"{name} of rope_scaling", getattr(self, name), 1e6)
-        _require_whole("original_max_position_embeddings of rope_scaling", self.original_max_position_embeddings, 1, _MAX_WHOLE)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling: low_freq_factor is {self.low_freq_factor}, but it has to be below high_freq_factor, {self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
     """Sizes and constants of a Llama-family decoder, in Hugging Face's names."""
 
@@ -86,10 +65,14 @@ class LlamaConfig:
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """llama3 frequency scaling, if any."""
+    rope_scaling: Scaling | None = None
+    """Scaling of the rotary frequencies, if any."""
     tie_word_embeddings: bool = False
     """The output head is the embedding."""
+    attention_bias: bool = False
+    """The four linears of attention add a bias."""
+    mlp_bias: bool = False
+    """The three linears of the feed-forward add a bias."""
     bos_token_id: int | None = 1
     """Id put before a prompt."""
     eos_token_ids: tuple[int, ...] = (2,)
@@ -110,8 +93,9 @@ class LlamaConfig:
             )
         _require_number("rms_norm_eps", self.rms_norm_eps, 1)
         _require_number("rope_theta", self.rope_theta, 1e15)
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {quote(self.tie_word_embeddings)}, but true or false is needed")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {quote(getattr(self, name))}, but true or false is needed")
         ids = [
             ("bos_token_id", self.bos_token_id),
             *(("eos_token_id", one) for one in self.eos_token_ids),
@@ -135,10 +119,7 @@ class LlamaConfig:
         )
 
 
-_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-"""Keys of config.json that the forward pass takes for granted."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_ROPE_SCALING = tuple(one.name for one in fields(RopeScaling))
 
 
 def check_blocks(block_size: int, num_blocks: int | None) -> None:
@@ -160,11 +141,8 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
     Raises ConfigError for another architecture, a missing key, a value that makes no sense, or a feature that the forward
     pass does not have.
     """
-    if raw.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{source}: model_type is {quote(raw['model_type'])}, but only 'llama' is supported")
-    for key, allowed in _FIXED.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"{source}: {key} is {quote(raw[key])}, but only {allowed[0]!r} is supported")
+    _check_architecture(raw, source)
+    CONFIG_KEYS.check(raw, source)
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise ConfigError(f"{source} lacks {', '.join(missing)}")
@@ -174,8 +152,19 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
         raise ConfigError(f"{source}: {error}") from None
 
 
+def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
+    kind, architectures = raw.get("model_type", "llama"), raw.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama":
+        what = f" ({OTHER_MODELS[kind]})" if isinstance(kind, str) and kind in OTHER_MODELS else ""
+        raise ConfigError(f"{source}: model_type is {quote(kind)}{what}, but only 'llama' is supported")
+    names = architectures if isinstance(architectures, list) else [architectures]
+    other = next((name for name in names if name not in CAUSAL_ARCHITECTURES), None)
+    if other is not None:
+        raise ConfigError(f"{source}: architectures names {quote(other)}, but only 'LlamaForCausalLM' is supported")
+
+
 def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
-    rope = _read_mapping(raw, "rope_scaling") | _read_mapping(raw, "rope_parameters")
+    rope, max_positions = read_rope_section(raw), _first(raw, "max_position_embeddings", default=2048)
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
     eos, pad, head_dim = raw.get("eos_token_id", 2), raw.get("pad_token_id"), raw.get("head_dim")
     if type(pad) is int and (pad == -1 or (type(raw["vocab_size"]) is int and pad >= raw["vocab_size"])):
@@ -188,11 +177,13 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         num_key_value_heads=_first(raw, "num_key_value_heads", default=heads),
         head_dim=_divide(raw["hidden_size"], heads) if head_dim is None else head_dim,
         vocab_size=raw["vocab_size"],
-        max_position_embeddings=_first(raw, "max_position_embeddings", default=2048),
+        max_position_embeddings=max_positions,
         rms_norm_eps=_first(raw, "rms_norm_eps", default=1e-6),
-        rope_theta=_first(rope, "rope_theta", default=_first(raw, "rope_theta", default=10000.0)),
-        rope_scaling=_build_rope_scaling(rope),
+        rope_theta=_first(rope, "rope_theta", default=10000.0),
+        rope_scaling=build_scaling(rope, max_positions),
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
+        attention_bias=_first(raw, "attention_bias", default=False),
+        mlp_bias=_first(raw, "mlp_bias", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
         pad_token_id=pad,
@@ -209,7 +200,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        words = describe_file(path)
+        raise ConfigError(f"{path} {words}" if words else f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, but a JSON object is needed")
     return raw
@@ -217,13 +209,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _first(raw: Mapping[str, Any], *keys: str, default: Any) -> Any:
     return next((raw[key] for key in keys if raw.get(key) is not None), default)
-
-
-def _read_mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = _first(raw, key, default={})
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {quote(value)}, but an object is needed")
-    return dict(value)
 
 
 def _require_whole(name: str, value: Any, least: int, most: int) -> None:
@@ -242,29 +227,3 @@ def _divide(hidden: Any, heads: Any) -> int:
     if hidden % heads:
         raise ConfigError(f"hidden_size {hidden} does not divide by num_attention_heads {heads}; give head_dim")
     return int(hidden // heads)
-
-
-def _build_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = _first(rope, "rope_type", "type", default="default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"rope_scaling {quote(kind)} is not supported; there are 'default' and 'llama3'")
-    missing = [name for name in _ROPE_SCALING if rope.get(name) is None]
-    if missing:
-        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, which 'llama3' needs")
-    return RopeScaling(**{name: rope[name] for name in _ROPE_SCALING})
-
-
-def scale_frequency(frequency: float, scaling: RopeScaling | None) -> float:
-    """One rotary frequency after the llama3 scaling (Llama 3.1, `apply_scaling`)."""
-    if scaling is None:
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    ratio = scaling.original_max_position_embeddings / wavelength
-    if ratio < scaling.low_freq_factor:
-        return frequency / scaling.factor
-    if ratio > scaling.high_freq_factor:
-        return frequency
-    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency

@@ -116,6 +116,25 @@ class ColumnParallelLinear(nn.Module):
         return out if self._index is None else out[:, self._index]
 
 
+class BiasedLinear(nn.Module):
+    """The linears of one product, with a bias that is added to their rows. Empty until both are assigned."""
+
+    def __init__(self, linear: nn.Module, rows: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = linear
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False)
+
+    def assign_bias(self, bias: torch.Tensor, device: torch.device) -> None:
+        """Take the bias [rows]."""
+        assert bias.shape == self.bias.shape, (bias.shape, self.bias.shape)
+        self.bias = nn.Parameter(bias.to(device, self.bias.dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in_features] to [T, rows]."""
+        product: torch.Tensor = self.linear(x)
+        return product + self.bias
+
+
 class VocabParallelEmbedding(nn.Module):
     """The vocabulary rows of this rank; the same tiled rows serve as a tied output head."""
 

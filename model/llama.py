@@ -17,12 +17,12 @@ from model.batch import Batch, Span
 from model.cache import KeyValueCache, KeyValueStore
 from model.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.fused_layers import FusedLayers
-from model.linear import RowBlock, VocabParallelEmbedding
+from model.linear import BiasedLinear, RowBlock, VocabParallelEmbedding
 from model.native import find_kernels
 from model.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.rotary import Rotary
 from model.scheme import Scheme
-from model.weights import FUSED
+from model.weights import FUSED, has_bias
 from parallel.collectives import Collectives
 from parallel.layout import plan_heads
 
@@ -88,7 +88,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
 
         def linear(in_features: int, fused: str, blocks: Sequence[RowBlock]) -> nn.Module:
-            return build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in FUSED[fused]], dtype, device)
+            names = FUSED[fused]
+            product = build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, device)
+            return BiasedLinear(product, sum(block.num_rows for block in blocks), dtype) if has_bias(config, names[0]) else product
 
         self.shares, self.head_dim = shares, config.head_dim
         key_value = shares.block("key_value", "head")

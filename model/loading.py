@@ -13,7 +13,7 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.config import LlamaConfig
-from model.linear import ColumnParallelLinear
+from model.linear import BiasedLinear, ColumnParallelLinear
 from model.llama import DecoderLayer, LlamaForCausalLM
 from model.native import find_kernels
 from model.packing import unpack_integers
@@ -29,9 +29,9 @@ _PART_BYTES = 8 << 20
 def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
     """Raise CheckpointError, listing ten of each kind, unless the checkpoint holds exactly what the model needs."""
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    words = report.describe()
+    words = report.describe(config)
     if words:
-        raise CheckpointError(f"{source.path} does not fit its config.json: {words}")
+        raise CheckpointError(f"{source.path} does not fit its config: {words}")
 
 
 def load_model(
@@ -117,7 +117,10 @@ class ModelLoader:
 
     def _fill(self, module: nn.Module, names: Sequence[str]) -> None:
         device = self._model.device
-        if isinstance(module, SeparateLinears):
+        if isinstance(module, BiasedLinear):
+            module.assign_bias(torch.cat([self.read(f"{name}.bias") for name in names]), device)
+            self._fill(module.linear, names)
+        elif isinstance(module, SeparateLinears):
             for linear, name in zip(module.linears, names, strict=True):
                 self._fill(linear, [name])
         elif isinstance(module, QuantizedColumnParallelLinear):

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.quantization_keys import ARGUMENT_KEYS, COMPRESSED_KEYS, GROUP_KEYS, SUPPORTED_METHODS
 from model.quoting import quote
 from parallel.errors import ConfigError
 
@@ -36,6 +37,7 @@ _FORMATS = {"pack-quantized": True, "int-quantized": False}
 """Format: whether integers are packed into words."""
 _ACT_ORDER = {"group": True, "dynamic": True, "weight": False, "static": False}
 """What compressed-tensors calls them, and whether columns of a group then lie anywhere."""
+_ALL_LINEARS = ("Linear",)
 _MAX_GROUP = (1 << 31) - 1
 _MAX_PATTERN, _MAX_REPEATS = 200, 4
 """A pattern of more could take hours to compare with one name."""
@@ -91,6 +93,15 @@ class LinearScheme:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears that are stored in their own way."""
+
+    targets: tuple[str, ...]
+    """Full names, `re:` and a pattern for the start of one, or the class `Linear`."""
+    linear: LinearScheme
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """What a checkpoint stores as integers, and whether its key-value cache is int8."""
 
@@ -100,6 +111,10 @@ class Scheme:
     """Linears that stay float: full names, or `re:` and a pattern for the start of one."""
     kv_cache: str | None = None
     """None: floats; int8 with stored scales "channel" or "tensor", or "token": scales of each token, made on the way."""
+    targets: tuple[str, ...] = _ALL_LINEARS
+    """What `linear` stands for, as LinearGroup says it."""
+    others: tuple[LinearGroup, ...] = ()
+    """Linears that are stored in another way than `linear` says."""
     _names: frozenset[str] = field(init=False, repr=False, compare=False)
     """The full names of `ignore`: a large model may have a hundred thousand."""
     _patterns: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -112,14 +127,24 @@ class Scheme:
     @property
     def name(self) -> str:
         """In the stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
-        words = [self.linear.name] if self.linear else []
+        words = ["+".join(dict.fromkeys((self.linear.name, *(group.linear.name for group in self.others))))] if self.linear else []
         return "-".join([*words, *(["c8"] if self.kv_cache else [])]) or "none"
 
     def find_linear(self, name: str) -> LinearScheme | None:
         """How the linear of this full name (without `.weight`) is stored; None: float."""
         if self.linear is None or name in self._names or any(re.match(pattern, name) for pattern in self._patterns):
             return None
-        return self.linear
+        if not self.others and self.targets == _ALL_LINEARS:
+            return self.linear
+        # As compressed-tensors matches: names, then patterns, each in the order of the alphabet, then classes; of equal targets the last.
+        found = {target: group.linear for group in self.groups for target in group.targets}
+        targets = sorted(found, key=lambda target: (target in _ALL_LINEARS, target.startswith("re:"), target))
+        return next((found[target] for target in targets if target in _ALL_LINEARS or _names(target, name)), None)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """All groups of linears, `linear` first; none where all are float."""
+        return () if self.linear is None else (LinearGroup(self.targets, self.linear), *self.others)
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear of this full name is stored as integers."""
@@ -137,17 +162,30 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
         return Scheme(kv_cache=own_cache)
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise ConfigError(
-            f"quantization_config: quant_method {quote(method)} is not supported; there are 'compressed-tensors', 'gptq', 'awq'"
-        )
-    groups = list(_read_section(quantization.get("config_groups"), "config_groups").values())
-    if len(groups) > 1:
-        raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
-    linear = _read_linear(_read_section(groups[0], "the group of config_groups"), quantization.get("format")) if groups else None
+        raise ConfigError(f"quantization_config: quant_method {quote(method)} is not supported; supported: {SUPPORTED_METHODS}")
+    COMPRESSED_KEYS.check(quantization, "quantization_config")
+    sparsity = _read_section(quantization.get("sparsity_config"), "sparsity_config")
+    if sparsity.get("format") not in (None, "dense"):
+        raise ConfigError(f"quantization_config: sparsity_config of format {quote(sparsity['format'])} is not supported; only 'dense' is")
+    found = _read_section(quantization.get("config_groups"), "config_groups").values()
+    groups = [_read_group(_read_section(group, "the group of config_groups"), quantization.get("format")) for group in found]
+    linear = groups[0].linear if groups else None
     kv_cache = own_cache or _read_kv_cache(_read_section(quantization.get("kv_cache_scheme"), "kv_cache_scheme"))
     if linear is None and kv_cache is None:
         raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
-    return Scheme(linear, _read_ignore(quantization.get("ignore")), kv_cache)
+    ignore = _read_names(quantization.get("ignore"), "ignore")
+    return Scheme(linear, ignore, kv_cache, groups[0].targets if groups else _ALL_LINEARS, tuple(groups[1:]))
+
+
+def describe_scheme_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Lines on keys of a compressed-tensors `quantization_config` that are not read."""
+    quantization = raw.get("quantization_config") or {}
+    lines = COMPRESSED_KEYS.describe(quantization, "quantization_config")
+    for group in (quantization.get("config_groups") or {}).values():
+        lines += GROUP_KEYS.describe(group, "quantization_config: config_groups")
+        for key in ("weights", "input_activations"):
+            lines += ARGUMENT_KEYS.describe(group.get(key) or {}, f"quantization_config: {key}")
+    return lines + ARGUMENT_KEYS.describe(quantization.get("kv_cache_scheme") or {}, "quantization_config: kv_cache_scheme")
 
 
 def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
@@ -167,8 +205,8 @@ def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
 
 def write_scheme(scheme: Scheme) -> dict[str, Any]:
     """The `quantization_config` for config.json, as transformers and vLLM read it."""
-    linear = scheme.linear
-    format = "dense" if linear is None else f"{SMOOTH if linear.smooth else ''}{'pack' if linear.packed else 'int'}-quantized"
+    formats = list(dict.fromkeys(_name_format(group.linear) for group in scheme.groups))
+    format = "dense" if not formats else formats[0] if len(formats) == 1 else "mixed-precision"
     out: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": format,
@@ -177,7 +215,7 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
         "ignore": list(scheme.ignore),
         "kv_cache_scheme": None,
     }
-    if linear is not None:
+    for number, (targets, linear) in enumerate((group.targets, group.linear) for group in scheme.groups):
         weights = _write_args(linear.bits, linear.symmetric, "channel" if linear.group_size is None else "group", dynamic=False)
         weights.update(group_size=linear.group_size, observer="minmax")
         if linear.act_order:
@@ -185,11 +223,24 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
         activations = None
         if linear.activation:
             activations = _write_args(8, linear.activation_symmetric, linear.activation, dynamic=linear.activation == "token")
-        group = {"targets": ["Linear"], "format": format, "weights": weights, "input_activations": activations, "output_activations": None}
-        out["config_groups"] = {"group_0": group}
+        out["config_groups"][f"group_{number}"] = {
+            "targets": list(targets),
+            "format": _name_format(linear),
+            "weights": weights,
+            "input_activations": activations,
+            "output_activations": None,
+        }
     if scheme.kv_cache is not None:
         out["kv_cache_scheme"] = _write_args(8, True, scheme.kv_cache, dynamic=scheme.kv_cache == "token")
     return out
+
+
+def _name_format(linear: LinearScheme) -> str:
+    return f"{SMOOTH if linear.smooth else ''}{'pack' if linear.packed else 'int'}-quantized"
+
+
+def _names(entry: str, name: str) -> bool:
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
 
 
 def _read_section(value: Any, name: str) -> Mapping[str, Any]:
@@ -208,38 +259,45 @@ def read_flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
     return default if value is None else value
 
 
-def _read_ignore(value: Any) -> tuple[str, ...]:
+def _read_group(group: Mapping[str, Any], default_format: Any) -> LinearGroup:
+    targets = _read_names(group.get("targets"), "targets")
+    if not targets or any("." not in target and target not in _ALL_LINEARS for target in targets):
+        raise ConfigError(
+            f"quantization_config: targets {quote(group.get('targets'))} are not supported; 'Linear', full names and 're:' patterns are"
+        )
+    return LinearGroup(targets, _read_linear(group, default_format))
+
+
+def _read_names(value: Any, key: str) -> tuple[str, ...]:
     entries = [] if value is None else value
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise ConfigError(f"quantization_config: ignore is {quote(value)}, but a list of names is needed")
+        raise ConfigError(f"quantization_config: {key} is {quote(value)}, but a list of names is needed")
     for entry in entries:
         if entry.startswith("re:"):
-            _check_pattern(entry)
+            check_pattern(entry, key)
     return tuple(entries)
 
 
-def _check_pattern(entry: str) -> None:
+def check_pattern(entry: str, key: str) -> None:
+    """Raise ConfigError for a regular expression, behind a prefix of three characters, that is none or could run for hours."""
     plain = re.sub(r"\\.", "", entry[3:])
     repeats = sum(plain.count(sign) for sign in "*+{")
     if len(entry) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
         raise ConfigError(
-            f"quantization_config: the pattern {quote(entry)} in ignore is not supported; up to {_MAX_PATTERN} characters and "
+            f"quantization_config: the pattern {quote(entry)} in {key} is not supported; up to {_MAX_PATTERN} characters and "
             f"{_MAX_REPEATS} of * and +, none behind a group, are"
         )
     try:
         re.compile(entry[3:])
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"quantization_config: {quote(entry)} in ignore is no pattern: {error}") from None
+        raise ConfigError(f"quantization_config: {quote(entry)} in {key} is no pattern: {error}") from None
 
 
 def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
-    targets, format = group.get("targets"), group.get("format") or default_format or ""
-    if targets != ["Linear"]:
-        raise ConfigError(f"quantization_config: targets {quote(targets)} are not supported; only ['Linear'] is")
+    format = group.get("format") or default_format or ""
     if not isinstance(format, str) or format.removeprefix(SMOOTH) not in _FORMATS:
         raise ConfigError(f"quantization_config: format {quote(format)} is not supported; there are {', '.join(_FORMATS)}")
-    if group.get("output_activations"):
-        raise ConfigError("quantization_config: output_activations are not supported")
+    GROUP_KEYS.check(group, "quantization_config: a group of config_groups")
     weights = _read_section(group.get("weights"), "weights")
     activations = _read_section(group.get("input_activations"), "input_activations")
     _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
@@ -274,6 +332,7 @@ def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
 
 
 def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]) -> None:
+    ARGUMENT_KEYS.check(raw, f"quantization_config: {section}")
     allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
     for key, values in allowed.items():
         found = raw.get(key) or False if key == "dynamic" else raw.get(key)

@@ -3,6 +3,7 @@
 Knows names and sizes; reads nothing.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,6 +51,21 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_poi
 """Old exports carry rotary frequencies, and zeros for what a symmetric scheme says is zero."""
 
 
+_UNEXPECTED_PARTS = {
+    ".bias": "biases are supported only where attention_bias or mlp_bias is true",
+    ".experts.": "mixtures of experts are not supported",
+    "score.": "a classification head is not supported",
+    ".q_norm.": "norms of queries and keys are not supported",
+    "vision": "vision models are not supported",
+    "weight_scale_inv": "FP8 weights are not supported",
+    ".SCB": "bitsandbytes weights are not supported",
+    ".quant_state.": "bitsandbytes weights are not supported",
+    ".biases": "MLX quantized weights are not supported",
+}
+"""What a part of an unexpected name says of the model."""
+_LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """What a checkpoint has to hold under one name."""
@@ -82,9 +98,9 @@ class TensorReport:
     mismatched: list[str] = field(default_factory=list)
     """Present with another shape or type, in words."""
 
-    def describe(self) -> str:
-        """One line a kind, ten names each; empty when nothing differs."""
-        parts = []
+    def describe(self, config: LlamaConfig | None = None) -> str:
+        """One line a kind, ten names each, after what they have in common; empty when nothing differs."""
+        parts = self._explain(config) if config else []
         for kind in ("missing", "unexpected", "mismatched"):
             names = getattr(self, kind)
             if names:
@@ -93,12 +109,27 @@ class TensorReport:
                 parts.append(f"{len(names)} {kind}: {', '.join(shown)}{more}")
         return "; ".join(parts)
 
+    def _explain(self, config: LlamaConfig) -> list[str]:
+        """What unexpected and missing names usually mean."""
+        parts = [words for part, words in _UNEXPECTED_PARTS.items() if any(part in name for name in self.unexpected)]
+        layers = {int(match[1]) for name in self.unexpected if (match := _LAYER.match(name))}
+        if layers and max(layers) >= config.num_hidden_layers:
+            parts.append(f"num_hidden_layers is {config.num_hidden_layers}, but there are tensors of layer {max(layers)}")
+        if self.missing == ["lm_head.weight"] and not config.tie_word_embeddings:
+            parts.append("there is no output head, and tie_word_embeddings is not true")
+        return parts
+
 
 def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     """Full [rows, columns] of a linear of a decoder layer, by its name in the layer."""
     rows, columns, _ = _LINEARS[name]
     sizes = _sizes(config)
     return sizes[rows], sizes[columns]
+
+
+def has_bias(config: LlamaConfig, name: str) -> bool:
+    """Whether a linear of a decoder layer, by its name in the layer or its full name, adds a bias."""
+    return ("self_attn." in name and config.attention_bias) or ("mlp." in name and config.mlp_bias)
 
 
 def linear_names(config: LlamaConfig) -> Iterator[str]:
@@ -133,6 +164,8 @@ def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | No
         specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
         for name, (_, _, split) in _LINEARS.items():
             specs.update(_linear_specs(f"{prefix}.{name}", linear_shape(config, name), getattr(layout, split), layout, scheme))
+            if has_bias(config, name):
+                specs[f"{prefix}.{name}.bias"] = WeightSpec(linear_shape(config, name)[:1], FLOAT_DTYPES, getattr(layout, split))
         if scheme.kv_cache in ("channel", "tensor"):
             shape, kind = ((_sizes(config)["key_value"],), "key_value") if scheme.kv_cache == "channel" else ((1,), "whole")
             cache = WeightSpec(shape, FLOAT_DTYPES, getattr(layout, kind))
@@ -153,7 +186,7 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, Tens
             if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
                 report.unexpected.append(name)
         elif info.shape != spec.shape:
-            report.mismatched.append(f"{name} has shape {list(info.shape)}, config.json needs {list(spec.shape)}")
+            report.mismatched.append(f"{name} has shape {list(info.shape)}, the config needs {list(spec.shape)}")
         elif info.dtype_name not in spec.dtypes:
             report.mismatched.append(f"{name} is {info.dtype_name}, but {' or '.join(spec.dtypes)} is needed")
     return report

@@ -20,6 +20,7 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.quantization_keys import AWQ_KEYS
 from model.quoting import quote
 from model.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
@@ -47,9 +48,15 @@ class AwqFolder(ColumnPackedFolder):
 
     def __init__(self, path: Path) -> None:
         folder = ColumnFolder(path)
-        linear = _read_linear(read_settings(folder, SETTINGS_FILE))
+        settings = read_settings(folder, SETTINGS_FILE)
+        AWQ_KEYS.check(settings, f"{path}: quantization_config")
+        linear = _read_linear(settings)
         shapes = {name: (words * _ROWS_A_WORD, inputs) for name, (inputs, words) in quantized_linears(folder).items()}
-        super().__init__(folder, linear, shapes)
+        super().__init__(folder, dict.fromkeys(shapes, linear), shapes)
+        self.notes += tuple(AWQ_KEYS.describe(settings, f"{path}: quantization_config"))
+
+    def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
+        return ": the weights are not symmetric; set zero_point to true"
 
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
         first = start // _ROWS_A_WORD
@@ -63,7 +70,7 @@ class AwqFolder(ColumnPackedFolder):
         skip = start - first * _ROWS_A_WORD
         return out[skip : skip + stop - start].contiguous()
 
-    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
+    def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
         out = torch.zeros_like(words)
         for nibble, row in enumerate(_ORDER):
             out |= ((words >> (4 * nibble)) & 15) << (4 * row)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, check_link
+from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.source import TensorInfo
 from model.config import build_config, read_config
 from model.packing import unpack_integers
 from model.quoting import quote
-from model.scheme import LinearScheme, Scheme, declare_scheme
-from model.weights import FLOAT_DTYPES, linear_names
+from model.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
+from model.weights import FLOAT_DTYPES, has_bias, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -32,19 +32,7 @@ _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 class ColumnFolder(HuggingFaceFolder):
-    """A Hugging Face folder that also gives columns, and whose only safetensors file may have any name.
-
-    AutoGPTQ named it gptq_model-4bit-128g.safetensors. Raises what HuggingFaceFolder raises.
-    """
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1 or files[0].name == SINGLE_FILE or (path / INDEX_FILE).is_file():
-            super().__init__(path)
-            return
-        self.path, self.config, self._stored = path, read_config(path / "config.json"), {}
-        check_link(files[0])
-        self._add_files(files)
+    """A Hugging Face folder that also gives columns."""
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
         """Columns [first, last) of a tensor of two dimensions, all its rows."""
@@ -55,24 +43,24 @@ class ColumnFolder(HuggingFaceFolder):
 class ColumnPackedFolder(ABC):
     """A checkpoint of one of these formats, opened by its headers; its biases are read and have to be zero.
 
-    `shapes` holds [output rows, inputs] of every quantized linear by its full name. Raises CheckpointError for tensors
-    that are missing, of another shape or type, and for biases that are not zero.
+    `linears` and `shapes` hold scheme and [output rows, inputs] of every quantized linear by its full name.
+    Raises CheckpointError for tensors that are missing, of another shape or type, and for biases that are not zero.
     """
 
-    def __init__(self, folder: ColumnFolder, linear: LinearScheme, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.path, self.files, self.checksums = folder.path, folder.files, folder.checksums
-        self._folder, self._linear, self._shapes = folder, linear, shapes
+    def __init__(self, folder: ColumnFolder, linears: Mapping[str, LinearScheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.path, self.files, self.checksums, self.notes = folder.path, folder.files, folder.checksums, folder.notes
+        self._folder, self._linears, self._shapes = folder, linears, shapes
         if not shapes:
             raise CheckpointError(
-                f"{self.path} declares weights of {linear.bits} bits, but 0 of its tensors are a qweight; give the quantized checkpoint"
+                f"{self.path} declares quantized weights, but 0 of its tensors are a qweight; give the quantized checkpoint"
             )
         model = build_config(folder.config)
         ignore = tuple(name for name in (*linear_names(model), "lm_head") if name not in shapes)
-        self.config: dict[str, Any] = declare_scheme(folder.config, Scheme(linear, ignore))
+        self.config: dict[str, Any] = declare_scheme(folder.config, _build_scheme(linears, ignore))
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")
-            if owner not in shapes or part not in _STORED:
+            if owner not in shapes or part not in _STORED or (part == "bias" and has_bias(model, owner)):
                 self.tensors[name] = info
             elif part == "qweight":
                 self._check_stored(owner)
@@ -94,17 +82,30 @@ class ColumnPackedFolder(ABC):
         if start == stop:
             return torch.empty((0, *self.tensors[name].shape[1:]), dtype=self.tensors[name].dtype)
         if part == "weight_packed":
-            if self._linear.symmetric:
+            if self._linears[owner].symmetric:
                 self._check_symmetric(reader, owner, start, stop)
             self._check_groups(reader, owner)
             return self._read_weight(reader, owner, start, stop)
         if part == "weight_scale":
             return self._folder.read_columns(reader, f"{owner}.scales", start, stop).T.contiguous()
         if part == "weight_zero_point":
-            return self._order_zero_points(self._folder.read_columns(reader, f"{owner}.qzeros", start, stop)).T.contiguous()
+            return self._order_zero_points(
+                self._folder.read_columns(reader, f"{owner}.qzeros", start, stop), self._linears[owner].bits
+            ).T.contiguous()
         if part == "weight_g_idx":
             return self._read_group_index(reader, owner, start, stop)
         return torch.tensor(self._shapes[owner])[start:stop]
+
+    def check_linear(self, reader: FileReader, linear: str) -> None:
+        """Raise CheckpointError where zero points or groups of a whole linear contradict the settings."""
+        if linear not in self._shapes:
+            return
+        rows, columns = self._shapes[linear]
+        if self._linears[linear].symmetric:
+            self._check_symmetric(reader, linear, 0, rows)
+        self._check_groups(reader, linear)
+        if self._linears[linear].act_order:
+            self._read_group_index(reader, linear, 0, columns)
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
         """Where they lie, of tensors that are not packed."""
@@ -116,35 +117,39 @@ class ColumnPackedFolder(ABC):
         return self._folder.tokenizer_path()
 
     @abstractmethod
+    def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
+        """What to do about zero points of a symmetric checkpoint; `shifted`: the distance from `middle` that all have, if it is one."""
+
+    @abstractmethod
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
         """Output rows [start, stop) packed along the inputs: int32 [stop - start, ceil(inputs * bits / 32)]."""
 
     @abstractmethod
-    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
-        """Words of qzeros, any columns of it, with the zero point itself of the first output row in the lowest bits."""
+    def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
+        """Words of qzeros of so many bits, any columns of it, with the zero point itself of the first output row in the lowest bits."""
 
     def _canonical_tensors(self, linear: str) -> dict[str, TensorInfo]:
-        (rows, columns), per_word, groups = self._shapes[linear], 32 // self._linear.bits, self._num_groups(linear)
+        (rows, columns), per_word, groups = self._shapes[linear], 32 // self._linears[linear].bits, self._num_groups(linear)
         out = {
             f"{linear}.weight_packed": TensorInfo((rows, -(-columns // per_word)), torch.int32),
             f"{linear}.weight_scale": TensorInfo((rows, groups), self._folder.tensors[f"{linear}.scales"].dtype),
             f"{linear}.weight_shape": TensorInfo((2,), torch.int64),
         }
-        if not self._linear.symmetric:
+        if not self._linears[linear].symmetric:
             out[f"{linear}.weight_zero_point"] = TensorInfo((-(-rows // per_word), groups), torch.int32)
-        if self._linear.act_order:
+        if self._linears[linear].act_order:
             out[f"{linear}.weight_g_idx"] = TensorInfo((columns,), torch.int32)
         return out
 
     def _num_groups(self, linear: str) -> int:
-        return self._linear.num_groups(self._shapes[linear][1])
+        return self._linears[linear].num_groups(self._shapes[linear][1])
 
     def _check_stored(self, linear: str) -> None:
         (rows, columns), groups, integers = self._shapes[linear], self._num_groups(linear), ("int32",)
         needed: dict[str, tuple[tuple[int, ...], tuple[str, ...], bool]] = {
             "scales": ((groups, rows), FLOAT_DTYPES, True),
-            "qzeros": ((groups, -(-rows * self._linear.bits // 32)), integers, not self._linear.symmetric),
-            "g_idx": ((columns,), integers, self._linear.act_order),
+            "qzeros": ((groups, -(-rows * self._linears[linear].bits // 32)), integers, not self._linears[linear].symmetric),
+            "g_idx": ((columns,), integers, self._linears[linear].act_order),
             "bias": ((rows,), FLOAT_DTYPES, False),
         }
         for part, (shape, dtypes, required) in needed.items():
@@ -154,7 +159,7 @@ class ColumnPackedFolder(ABC):
             if info is not None and (info.shape != shape or info.dtype_name not in dtypes):
                 raise CheckpointError(
                     f"{self.path}: {linear}.{part} is {_describe(info)}, but {dtypes[-1]} {list(shape)} belongs to this "
-                    f"qweight and group_size {self._linear.group_size or -1}; compare group_size with the checkpoint"
+                    f"qweight and group_size {self._linears[linear].group_size or -1}; compare group_size with the checkpoint"
                 )
 
     def _check_biases(self) -> None:
@@ -162,42 +167,44 @@ class ColumnPackedFolder(ABC):
         try:
             for linear in self._shapes:
                 name = f"{linear}.bias"
-                if name not in self._folder.tensors:
+                if name not in self._folder.tensors or name in self.tensors:
                     continue
                 rows = self._shapes[linear][0]
                 wrong = int(self._folder.read_rows(reader, name, 0, rows).count_nonzero())
                 if wrong:
                     raise CheckpointError(
-                        f"{self.path}: {wrong} of {rows} values of {name} are not 0, but linears with a bias are not supported; "
-                        "use a checkpoint without biases"
+                        f"{self.path}: {wrong} of {rows} values of {name} are not 0, but attention_bias and mlp_bias of config.json "
+                        "declare none: give the config.json of this checkpoint"
                     )
         finally:
             reader.close()
 
     def _check_symmetric(self, reader: FileReader, linear: str, start: int, stop: int) -> None:
-        name, per_word = f"{linear}.qzeros", 32 // self._linear.bits
+        name, per_word = f"{linear}.qzeros", 32 // self._linears[linear].bits
         if name not in self._folder.tensors:
             return
         first = start // per_word
-        words = self._order_zero_points(self._folder.read_columns(reader, name, first, -(-stop // per_word)))
-        zero_points = unpack_integers(words, self._linear.bits, stop - first * per_word)[:, start - first * per_word :]
+        words = self._order_zero_points(self._folder.read_columns(reader, name, first, -(-stop // per_word)), 32 // per_word)
+        zero_points = unpack_integers(words, self._linears[linear].bits, stop - first * per_word)[:, start - first * per_word :]
         wrong = int(zero_points.count_nonzero())
         if wrong:
+            middle = 1 << (self._linears[linear].bits - 1)
+            shifted = {int(zero_points[0, 0])} if bool((zero_points == zero_points[0, 0]).all()) else set()
             raise CheckpointError(
                 f"{self.path} declares symmetric weights, but {wrong} of {zero_points.numel()} zero points that {name} holds for rows "
-                f"{start} to {stop} are not {1 << (self._linear.bits - 1)}; declare it as not symmetric"
+                f"{start} to {stop} are not {middle}{self._advise_zero_points(shifted, middle)}"
             )
 
     def _check_groups(self, reader: FileReader, linear: str) -> None:
         name, columns = f"{linear}.g_idx", self._shapes[linear][1]
-        if name not in self._folder.tensors or self._linear.act_order:
+        if name not in self._folder.tensors or self._linears[linear].act_order:
             return
         found = self._folder.read_rows(reader, name, 0, columns)
-        wrong = int((found != torch.arange(columns, dtype=torch.int32) // (self._linear.group_size or columns)).count_nonzero())
+        wrong = int((found != torch.arange(columns, dtype=torch.int32) // (self._linears[linear].group_size or columns)).count_nonzero())
         if wrong:
             raise CheckpointError(
                 f"{self.path} declares groups in the order of the inputs, but {wrong} of {columns} entries of {name} are others; "
-                "declare desc_act"
+                "set desc_act to true"
             )
 
     def _read_group_index(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
@@ -207,6 +214,15 @@ class ColumnPackedFolder(ABC):
         if len(wrong):
             raise CheckpointError(f"{self.path}: {linear}.g_idx names group {int(wrong[0])}, but there are {groups}; copy it again")
         return found
+
+
+def _build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
+    """The most frequent scheme for all linears, and a group for those of each other one."""
+    names: dict[LinearScheme, list[str]] = {}
+    for name, linear in linears.items():
+        names.setdefault(linear, []).append(name)
+    first, *others = sorted(names, key=lambda linear: -len(names[linear]))
+    return Scheme(first, ignore, others=tuple(LinearGroup(tuple(names[linear]), linear) for linear in others))
 
 
 def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:

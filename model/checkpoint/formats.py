@@ -9,12 +9,14 @@ from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import declares_method
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
+from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_folder import is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
+from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
+from model.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
 
@@ -55,7 +57,9 @@ class Format:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+    if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
+        return True
+    return (path / "config.json").is_file() and bool(list_shards(path))
 
 
 def _is_compressed_tensors(path: Path) -> bool:
@@ -74,7 +78,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
     "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
-    "hf": Format("Hugging Face folder (model.safetensors or its index)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
+    "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
@@ -96,10 +100,14 @@ def find_format(path: Path) -> str:
     for key, format in FORMATS.items():
         if format.matches(path):
             return key
+    is_part = path.is_file() and any(format.matches(path.parent) for format in FORMATS.values())
+    words = name_path(path) if not is_part or describe_file(path) else None
+    if words:
+        raise CheckpointError(words)
     for key, format in FORMATS.items():
         if path.name.endswith(format.suffix):
             return key
-    if path.is_file() and any(format.matches(path.parent) for format in FORMATS.values()):
+    if is_part:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder {path.parent}")
     known = "; ".join(format.name for format in FORMATS.values())
     raise CheckpointError(f"{path} is no checkpoint that can be read. Readable: {known}")

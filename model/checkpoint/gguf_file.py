@@ -18,8 +18,8 @@ from model.checkpoint.gguf_end_tokens import find_end_ids
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.source import TensorInfo
-from model.config import RopeScaling, scale_frequency
 from model.quoting import quote
+from model.rope_scaling import RopeScaling, scale_frequency
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -67,6 +67,13 @@ _LAYER_NAMES = {
     "ffn_down.weight": "mlp.down_proj.weight",
 }
 _ROPE_FREQUENCIES = "rope_freqs.weight"
+_SAME_SIZES = {
+    "llama.attention.value_length": "head_dim",
+    "llama.rope.dimension_count": "head_dim",
+    "llama.vocab_size": "vocab_size",
+}
+_SIZE_WORDS = {"head_dim": "heads have the width", "vocab_size": "the rows of token_embd.weight are"}
+"""Keys that repeat a size, by the key of config.json."""
 
 
 class GgufFile:
@@ -80,6 +87,7 @@ class GgufFile:
         metadata = GgufMetadata(header.metadata, path)
         self._has_vocabulary = "tokenizer.ggml.tokens" in metadata
         self._check_architecture(metadata)
+        self.notes = metadata.check_keys()
         self._check_tensors(header)
         self._stored = self._name_tensors(header)
         rope = self._stored.pop(_ROPE_FREQUENCIES, None)
@@ -117,14 +125,15 @@ class GgufFile:
         return self.path if self._has_vocabulary else None
 
     def _check_architecture(self, metadata: GgufMetadata) -> None:
+        parts = metadata.read("split.count", 1)
+        if parts > 1:
+            raise CheckpointError(f"{self.path} is one of {parts} parts: join them with `llama-gguf-split --merge` first")
         architecture = metadata.read("general.architecture")
         if architecture != "llama":
             raise CheckpointError(f"{self.path} holds architecture {quote(architecture)}, but only 'llama' is supported")
-        experts, parts = metadata.read("llama.expert_count", 0), metadata.read("split.count", 1)
+        experts = metadata.read("llama.expert_count", 0)
         if experts:
             raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
-        if parts > 1:
-            raise CheckpointError(f"{self.path} is one of {parts} parts: join them with `llama-gguf-split --merge` first")
 
     def _check_tensors(self, header: GgufHeader) -> None:
         """Types can be read, and tensors lie one after another with no more between them than the alignment needs."""
@@ -133,7 +142,10 @@ class GgufFile:
             if encoding is None:
                 known = ", ".join(e.name for e in _ENCODINGS.values())
                 kind = _name_type(tensor.type_number)
-                raise CheckpointError(f"{_build_name(name)} has type {kind}, but only {known} can be read: quantize to one")
+                raise CheckpointError(
+                    f"{self.path}: {name} has type {kind}, but only {known} are supported: take such a file, or convert this one with "
+                    "`llama-quantize --allow-requantize FILE OUT Q8_0`"
+                )
             if encoding.quantized and len(tensor.shape) < 2:
                 raise CheckpointError(f"{self.path}: {name} is a vector of type {encoding.name}, but vectors are floats: convert it again")
             if tensor.shape[-1] % encoding.block_elements:
@@ -158,6 +170,9 @@ class GgufFile:
             if target in out:
                 raise CheckpointError(f"{self.path} holds {target} twice, once as {name}: convert it again")
             out[target] = tensor
+        bias = next((name for name in header.tensors if name.endswith(".bias")), None)
+        if bias is not None:
+            raise CheckpointError(f"{self.path} holds {bias}, but biases are not supported: only Llama models without biases are")
         return out
 
     def _check_heads(self) -> None:
@@ -190,10 +205,36 @@ class GgufFile:
             "pad_token_id": metadata.read_token("padding"),
             "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
         }
-        scaling = metadata.read("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            config["rope_scaling"] = {"rope_type": scaling, "factor": metadata.read("llama.rope.scaling.factor", None)}
+        self._compare_sizes(metadata, config)
+        scaling = self._read_rope_scaling(metadata)
+        if scaling is not None:
+            config["rope_scaling"] = scaling
         return config
+
+    def _compare_sizes(self, metadata: GgufMetadata, config: dict[str, Any]) -> None:
+        """Sizes that the metadata names a second time. Raises CheckpointError for another value."""
+        for key, name in _SAME_SIZES.items():
+            found = metadata.read(key, config[name])
+            if found != config[name]:
+                raise CheckpointError(
+                    f"{self.path}: {key} is {found}, but {_SIZE_WORDS[name]} {config[name]}: only files where both are equal are supported"
+                )
+
+    def _read_rope_scaling(self, metadata: GgufMetadata) -> dict[str, Any] | None:
+        """`rope_scaling` for config.json, from today's keys or from `scale_linear` of older files."""
+        # llama.cpp takes "linear" where no type is named.
+        kind, factor = metadata.read("llama.rope.scaling.type", "linear"), metadata.read("llama.rope.scaling.factor", None)
+        old = metadata.read("llama.rope.scale_linear", factor)
+        if factor not in (None, old):
+            raise CheckpointError(f"{self.path}: llama.rope.scale_linear is {old}, but llama.rope.scaling.factor is {factor}")
+        factor = 1.0 if old is None else old
+        if kind == "none" and factor != 1.0:
+            raise CheckpointError(f"{self.path}: llama.rope.scaling.type is 'none', but the factor is {factor}: convert it again")
+        if kind == "none" or (kind == "linear" and factor == 1.0):
+            return None
+        scaling = {"rope_type": kind, "factor": factor}
+        original = metadata.read("llama.rope.scaling.original_context_length", None)
+        return scaling if original is None or kind == "linear" else scaling | {"original_max_position_embeddings": original}
 
     def _add_rope_scaling(self, stored: StoredTensor) -> None:
         """llama.cpp keeps the llama3 scaling only as divisors of the frequencies: find the constants that give them."""
@@ -208,6 +249,8 @@ class GgufFile:
         reader.close()
         if torch.all(divisors == 1):
             return
+        if "rope_scaling" in self.config:
+            raise CheckpointError(f"{self.path} holds both {_ROPE_FREQUENCIES} and a rope scaling: use the Hugging Face checkpoint")
         if not bool(torch.all((divisors > 0) & divisors.isfinite())):
             raise CheckpointError(f"{self.path}: {_ROPE_FREQUENCIES} holds what is no divisor: copy it again")
         # Every Llama 3.1 to 3.3 has these; only the factor differs, and the longest wavelength shows it.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.key_table import KeyTable
 from model.quoting import quote
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 
 _MAX_WHOLE, _MAX_FLOAT32 = (1 << 31) - 1, 3.4e38
 NO_TOKEN = (1 << 32) - 1
@@ -51,7 +52,12 @@ _KINDS: Mapping[str, _Kind] = {
     "llama.attention.layer_norm_rms_epsilon": _NUMBER,
     "llama.rope.freq_base": _NUMBER,
     "llama.rope.scaling.type": _TEXT,
+    "llama.attention.value_length": _SIZE,
+    "llama.rope.dimension_count": _SIZE,
+    "llama.rope.scale_linear": _NUMBER,
     "llama.rope.scaling.factor": _NUMBER,
+    "llama.rope.scaling.original_context_length": _SIZE,
+    "llama.vocab_size": _SIZE,
     "tokenizer.ggml.tokens": _LIST,
     "tokenizer.ggml.bos_token_id": _TOKEN,
     "tokenizer.ggml.eos_token_id": _TOKEN,
@@ -65,11 +71,70 @@ _KINDS: Mapping[str, _Kind] = {
 }
 
 
+GGUF_KEYS = KeyTable(
+    name="GGUF",
+    read=frozenset(_KINDS),
+    fixed={
+        "general.type": ("model",),
+        "llama.attention.causal": (True,),
+        "llama.attention.clamp_kqv": (0,),
+        "llama.attention.key_length_mla": (0,),
+        "llama.attention.max_alibi_bias": (0,),
+        "llama.attention.scale": (0,),
+        "llama.attention.sliding_window": (0,),
+        "llama.attention.temperature_length": (0,),
+        "llama.attention.temperature_scale": (0,),
+        "llama.attention.value_length_mla": (0,),
+        "llama.attn_logit_softcapping": (0,),
+        "llama.embedding_scale": (0, 1),
+        "llama.expert_feed_forward_length": (0,),
+        "llama.expert_shared_count": (0,),
+        "llama.expert_used_count": (0,),
+        "llama.final_logit_softcapping": (0,),
+        "llama.interleave_moe_layer_step": (0,),
+        "llama.leading_dense_block_count": (0,),
+        "llama.logit_scale": (0, 1),
+        "llama.pooling_type": (0,),
+        "llama.residual_scale": (0, 1),
+        "llama.rope.scaling.attn_factor": (1,),
+        "llama.rope.scaling.yarn_attn_factor": (1,),
+        "llama.rope.scaling.yarn_beta_fast": (32,),
+        "llama.rope.scaling.yarn_beta_slow": (1,),
+        "llama.rope.scaling.yarn_ext_factor": (1, -1),
+        "llama.rope.scaling.yarn_log_multiplier": (0,),
+        "llama.rope.freq_base_swa": (),
+        "llama.swin_norm": (False,),
+        "llama.tensor_data_layout": ("Meta AI original pth",),
+        "llama.use_parallel_residual": (False,),
+    },
+    harmless=frozenset(
+        {
+            "llama.attention.layer_norm_epsilon",
+            "llama.rope.scaling.finetuned",
+            "quantize.imatrix.chunks_count",
+            "quantize.imatrix.dataset",
+            "quantize.imatrix.entries_count",
+            "quantize.imatrix.file",
+        }
+    ),
+    harmless_prefixes=("general.", "quantize.", "split.", "tokenizer.", "training."),
+)
+"""Keys of an architecture-llama file; the tokenizer's are read by model/gguf_vocabulary.py. Unknown keys are reported."""
+
+
 class GgufMetadata:
     """The values of one file. Raises CheckpointError, which names the key, for one that is missing or cannot be what it is for."""
 
     def __init__(self, values: dict[str, Any], path: Path) -> None:
         self._values, self._path = values, path
+
+    def check_keys(self) -> tuple[str, ...]:
+        """Lines on keys that are not read. Raises CheckpointError for a value that changes the arithmetic and is not supported."""
+        try:
+            GGUF_KEYS.check(self._values, str(self._path))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        return tuple(GGUF_KEYS.describe(self._values, str(self._path)))
 
     def __contains__(self, key: str) -> bool:
         return key in self._values

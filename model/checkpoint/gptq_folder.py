@@ -5,7 +5,8 @@ stands. `qzeros` holds each zero point minus 1 (modulo 2^bits), or the zero poin
 Knows GPTQ's settings and words; `model/checkpoint/column_packed.py` knows the tensors.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.quantization_keys import GPTQ_KEYS
 from model.quoting import quote
-from model.scheme import LinearScheme, read_flag
+from model.scheme import LinearScheme, check_pattern, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 
 SETTINGS_FILE = "quantize_config.json"
+_DYNAMIC_KEYS = ("bits", "group_size", "sym", "desc_act")
 
 
 def is_gptq(path: Path) -> bool:
@@ -42,33 +45,68 @@ class GptqFolder(ColumnPackedFolder):
     def __init__(self, path: Path) -> None:
         folder = ColumnFolder(path)
         settings = read_settings(folder, SETTINGS_FILE)
-        linear = _read_linear(settings)
+        self.settings_name = "quantization_config of config.json" if folder.config.get("quantization_config") else SETTINGS_FILE
+        GPTQ_KEYS.check(settings, f"{path}: quantization_config")
+        find_linear = _read_linears(settings)
         self._zeros_minus_one = _read_format(settings) == "gptq"
-        per_word = 32 // linear.bits
-        shapes = {name: (rows, words * per_word) for name, (words, rows) in quantized_linears(folder).items()}
-        super().__init__(folder, linear, shapes)
+        stored = quantized_linears(folder)
+        linears = {name: find_linear(name) for name in stored}
+        shapes = {name: (rows, words * 32 // linears[name].bits) for name, (words, rows) in stored.items()}
+        super().__init__(folder, linears, shapes)
+        self.notes += tuple(GPTQ_KEYS.describe(settings, f"{path}: quantization_config"))
+
+    def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
+        declared, other, distance = ("gptq", "gptq_v2", 1) if self._zeros_minus_one else ("gptq_v2", "gptq", -1)
+        if shifted == {distance}:
+            return (
+                f", but {middle + distance}, as where a file of checkpoint_format {other!r} is read as {declared!r}: set "
+                f"checkpoint_format to {other!r} in {self.settings_name}"
+            )
+        if shifted:
+            return f", but {middle + next(iter(shifted))}: quantize or copy it again"
+        return f": the weights are not symmetric; set sym to false in {self.settings_name}"
 
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
         # Both sides keep q = integer + 2^(bits - 1), the first input lowest: whole words change place.
         return self._folder.read_columns(reader, f"{linear}.qweight", start, stop).T.contiguous()
 
-    def _order_zero_points(self, words: torch.Tensor) -> torch.Tensor:
+    def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
         if not self._zeros_minus_one:
             return words
         stored = words.contiguous().view(torch.uint8)
-        if self._linear.bits == 8:
+        if bits == 8:
             return (stored + 1).view(torch.int32)
         # Adding 16 to the byte is adding 1 to its upper half, and leaves the lower one.
         return (((stored + 1) & 0x0F) | ((stored + 0x10) & 0xF0)).view(torch.int32)
 
 
-def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
+def _read_linears(settings: Mapping[str, Any]) -> Callable[[str], LinearScheme]:
+    """How the linear of a name is stored. `dynamic` gives linears settings of their own: of its patterns, the first that matches counts.
+
+    A pattern behind "-:" names linears that are not quantized, which their tensors show.
+    """
     dynamic = settings.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise ConfigError(f"quantization_config: dynamic is {quote(dynamic)}, but an object is needed")
-    changed = [pattern for pattern in dynamic if not pattern.startswith("-")]
-    if changed:
-        raise ConfigError(f"quantization_config: dynamic gives {len(changed)} kinds of linears their own settings, but only 1 is supported")
+    found: list[tuple[str, LinearScheme]] = []
+    linear = _read_linear(settings)
+    for pattern, changes in dynamic.items():
+        marked = pattern if pattern.startswith(("+:", "-:")) else f"+:{pattern}"
+        check_pattern(f" {marked}", "dynamic")
+        if marked.startswith("-:"):
+            found.append((marked[2:], linear))
+            continue
+        if not isinstance(changes, dict):
+            raise ConfigError(f"quantization_config: dynamic gives {quote(pattern)} {quote(changes)}, but an object is needed")
+        GPTQ_KEYS.check(changes, f"quantization_config: dynamic {quote(pattern)}")
+        unknown = next((key for key in changes if key not in _DYNAMIC_KEYS and key not in GPTQ_KEYS.harmless), None)
+        if unknown is not None:
+            raise ConfigError(f"quantization_config: dynamic changes {quote(unknown)} for {quote(pattern)}, which is not supported")
+        found.append((marked[2:], _read_linear({**settings, **changes})))
+    return lambda name: next((one for pattern, one in found if re.match(pattern, name)), linear)
+
+
+def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
     group_size = read_group_size(settings, ("group_size",))
     return LinearScheme(
         bits=read_bits(settings, ("bits",), (4, 8)),
@@ -80,7 +118,10 @@ def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
 
 
 def _read_format(settings: Mapping[str, Any]) -> str:
-    found = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format") or "gptq"
+    first, second = settings.get("checkpoint_format"), settings.get("format")
+    if first and second and first != second:
+        raise ConfigError(f"quantization_config: checkpoint_format is {quote(first)}, but format is {quote(second)}: remove the wrong one")
+    found = "marlin" if settings.get("is_marlin_format") else first or second or "gptq"
     if found not in ("gptq", "gptq_v2"):
         raise ConfigError(f"quantization_config: checkpoint_format {quote(found)} is not supported; there are 'gptq' and 'gptq_v2'")
     return str(found)

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
+from model.checkpoint.name_prefix import find_names
+from model.checkpoint.recognition import check_method
 from model.checkpoint.safetensors_file import StoredTensor, read_header
+from model.checkpoint.source import PIECE_BYTES
 from model.config import read_config
 from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
@@ -19,6 +22,7 @@ from parallel.regular_file import MAX_INDEX_BYTES, read_text
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PART = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<of>-of-)(?P<count>\d{5})\.safetensors")
 _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -28,19 +32,21 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path / "config.json")
+        check_method(path, self.config)
+        self.files = _weight_files(path)
+        self.checksums = read_sha256sums(path, self.files)
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
-        self._add_files(_weight_files(path))
-        if not (path / SINGLE_FILE).is_file():
-            _check_index(path, {name: file.name for name, (file, _) in self._stored.items()})
-
-    def _add_files(self, files: list[Path]) -> None:
-        self.files, self.checksums = files, read_sha256sums(self.path, files)
-        for file in files:
+        for file in self.files:
             for name, stored in read_header(file).items():
                 if name in self._stored:
-                    raise CheckpointError(f"{name} is in both {self._stored[name][0]} and {file}: copy the checkpoint again")
+                    raise CheckpointError(f"{name} is in both {self._stored[name][0]} and {file}: remove the file that is not needed")
                 self._stored[name] = (file, stored)
+        if (path / INDEX_FILE).is_file() and not (path / SINGLE_FILE).is_file():
+            _check_index(path, {name: file.name for name, (file, _) in self._stored.items()})
+        names = find_names(self._stored, path)
+        self._stored = {names[name]: stored for name, stored in self._stored.items()}
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
+        self.notes = self._untie_head()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
@@ -55,6 +61,17 @@ class HuggingFaceFolder:
         """The folder itself."""
         return self.path
 
+    def _untie_head(self) -> tuple[str, ...]:
+        """As transformers does, use a stored head that differs from the embedding although the config ties them."""
+        head, embedding = (self._stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if self.config.get("tie_word_embeddings") is not True or not head or not embedding or _have_same_bytes(head, embedding):
+            return ()
+        self.config["tie_word_embeddings"] = False
+        return (
+            f"{self.path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: not tied, as in "
+            "transformers",
+        )
+
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
@@ -66,10 +83,44 @@ def _weight_files(path: Path) -> list[Path]:
             more = f", and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files: {', '.join(missing[:10])}{more}; copy them")
     else:
-        raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        files = list_shards(path)
+        if not files:
+            raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor other *.safetensors files")
+        _check_parts(path, files)
     for file in files:
         check_link(file)
     return files
+
+
+def list_shards(path: Path) -> list[Path]:
+    """The safetensors files of a folder, without those of adapters."""
+    return sorted(file for file in path.glob("*.safetensors") if file.is_file() and not file.name.startswith("adapter_"))
+
+
+def _check_parts(path: Path, files: list[Path]) -> None:
+    """Every part that a name such as model-00001-of-00002 counts is there: no index says so."""
+    names = {file.name for file in files}
+    for file in files:
+        part = _PART.fullmatch(file.name)
+        for number in range(1, int(part["count"]) + 1) if part else ():
+            name = f"{part['stem']}{number:0{len(part['number'])}d}{part['of']}{part['count']}.safetensors"  # type: ignore[index]
+            if name not in names:
+                raise CheckpointError(f"{path} holds {len(files)} safetensors files without an index, but {name} is missing: copy it")
+
+
+def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTensor]) -> bool:
+    if one[1].info != other[1].info:
+        return False
+    reader, size = FileReader(), one[1].info.num_bytes
+    try:
+        for start in range(0, size, PIECE_BYTES):
+            length = min(PIECE_BYTES, size - start)
+            first, second = (reader.read_span(file, stored.offset_bytes + start, length) for file, stored in (one, other))
+            if not torch.equal(first, second):
+                return False
+    finally:
+        reader.close()
+    return True
 
 
 def check_link(file: Path) -> None:

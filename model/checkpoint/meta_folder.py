@@ -68,9 +68,13 @@ class MetaFolder:
             raise CheckpointError(f"{path} is no folder: give the one that holds {_PARAMS}")
         self.path = path
         self._params = read_meta_params(path / _PARAMS)
+        self.notes = self._params.notes
         self.files = _find_files(path)
-        self.checksums = _read_checksums(path / _CHECKLIST, self.files)
-        headers = [read_torch_header(file, _IGNORED_SUFFIX) for file in self.files]
+        read = [read_torch_header(file, _IGNORED_SUFFIX) for file in self.files]
+        headers = [header for header, _ in read]
+        # A line of checklist.chk covers all bytes of its file.
+        directories = {file: checksum for file, (_, checksum) in zip(self.files, read, strict=True)}
+        self.checksums = directories | _read_checksums(path / _CHECKLIST, self.files)
         _check_ranks(self.files, headers)
         if all(header.get(_HEAD) == header.get(_EMBEDDING) for header in headers):
             # The same bytes under both names.

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.source import TensorInfo
-from model.config import RopeScaling, read_config
+from model.config import read_config
+from model.key_table import KeyTable
 from model.quoting import quote
+from model.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")
@@ -22,6 +24,26 @@ _TOKEN_IDS = {128256: (128000, 128001)}
 """Begin and end of a text by the size of the vocabulary: Llama 3."""
 _SMALLEST_WITH_FACTOR_8 = 4096
 """params.json does not say the factor of the rope scaling: Llama 3.2's models are narrower than this, and have 32."""
+
+
+META_KEYS = KeyTable(
+    name="params.json",
+    read=frozenset({*_SIZES, *_CONSTANTS, "use_scaled_rope"}),
+    fixed={
+        "lora_args": (),
+        "moe_args": (),
+        "quantization_args": (),
+        "rope_high_freq_factor": (),
+        "rope_scaling_factor": (),
+        "vision_args": (),
+        "vision_chunk_size": (),
+        "vision_num_cross_attention_layers": (),
+        "use_qk_norm": (False,),
+        "nope_layer_interval": (),
+    },
+    harmless=frozenset({"ffn_dim_multiplier", "max_batch_size", "max_seq_len", "multiple_of", "vocab_size"}),
+)
+"""Keys of params.json; the sizes of vocabulary and feed-forward are seen from the tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +64,8 @@ class MetaParams:
     """Base of the rotary frequencies."""
     is_rope_scaled: bool
     """The frequencies are scaled as in Llama 3.1."""
+    notes: tuple[str, ...] = ()
+    """Lines on keys that are not read."""
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +109,7 @@ class MetaParams:
 def read_meta_params(file: Path) -> MetaParams:
     """Raises ConfigError when the file is missing, is no JSON, or lacks a number that makes sense."""
     raw = {"rope_theta": 10000.0} | read_config(file)
+    META_KEYS.check(raw, str(file))
     if raw.get("n_kv_heads") is None:
         raw["n_kv_heads"] = raw.get("n_heads")
     for key in _SIZES + _CONSTANTS:
@@ -102,4 +127,5 @@ def read_meta_params(file: Path) -> MetaParams:
         norm_eps=float(raw["norm_eps"]),
         rope_theta=float(raw["rope_theta"]),
         is_rope_scaled=raw.get("use_scaled_rope") is True,
+        notes=tuple(META_KEYS.describe(raw, str(file))),
     )

@@ -65,6 +65,8 @@ def write_mindspore(
     missing or that it would have to leave out.
     """
     _check_scheme(scheme)
+    if config.attention_bias or config.mlp_bias:
+        raise CheckpointError(f"{source.path} has biases, which have no form in a .ckpt file here: convert to a Hugging Face folder")
     check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:
@@ -93,7 +95,7 @@ def write_mindspore(
 
 
 def _check_scheme(scheme: Scheme) -> None:
-    if scheme.linear not in (None, *_RTN):
+    if scheme.others or scheme.linear not in (None, *_RTN):
         raise CheckpointError(
             f"{scheme.name} has no form in a .ckpt file; float weights and rtn-a16w8 have one: convert to a Hugging Face folder, "
             "or quantize with -a rtn-a16w8"

@@ -53,7 +53,7 @@ class RandomSource:
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor; `reader` reads nothing."""
-        info, linear = self.tensors[name], self._scheme.linear
+        info, linear = self.tensors[name], self._scheme.find_linear(name.rpartition(".")[0])
         shape = (stop - start, *info.shape[1:])
         constant = next((value for end, value in _CONSTANTS.items() if name.endswith(end)), None)
         if name.endswith("weight_scale") and linear is not None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import TensorInfo
+from model.file_kind import describe_file
 from model.quoting import is_plain, quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
@@ -37,6 +38,21 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_OTHER_DTYPES = {
+    "F8_E4M3": "FP8",
+    "F8_E5M2": "FP8",
+    "F8_E8M0": "a scale of MXFP4 or MXFP8",
+    "F8_E4M3FNUZ": "FP8",
+    "F8_E5M2FNUZ": "FP8",
+    "F6_E2M3": "FP6",
+    "F6_E3M2": "FP6",
+    "F4": "FP4",
+    "C64": "complex",
+    "U16": "unsigned",
+    "U32": "unsigned",
+    "U64": "unsigned",
+}
+"""Types of the format that no supported checkpoint has."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, (1 << 63) - 1
 
@@ -67,6 +83,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(_MAX_HEADER_BYTES, size - 8):
+                if size and (words := describe_file(path)):
+                    raise CheckpointError(f"{path} {words}")
                 raise CheckpointError(
                     f"{path} is no whole safetensors file: it has {size} bytes, its header alone needs {length + 8}, "
                     f"and {_MAX_HEADER_BYTES} are the most that one may have: copy it again"
@@ -116,7 +134,12 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int
             raise ValueError
         info, (begin, end) = TensorInfo(tuple(shape), _DTYPES[dtype]), offsets
     except (KeyError, TypeError, ValueError):
-        known = "" if not isinstance(entry, dict) or entry.get("dtype") in _NAMES.values() else f"; types are {', '.join(_DTYPES)}"
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind in _OTHER_DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} has type {kind} ({_OTHER_DTYPES[kind]}), which is not supported; types are {', '.join(_DTYPES)}"
+            ) from None
+        known = "" if not isinstance(entry, dict) or kind in _NAMES.values() else f"; types are {', '.join(_DTYPES)}"
         raise CheckpointError(f"{path}: the header entry of {name} cannot be read: {quote(entry)}{known}") from None
     if end - begin != info.num_bytes:
         raise CheckpointError(

@@ -51,6 +51,8 @@ class Checksum:
     """Where it stands, for messages."""
     length_bytes: int | None = None
     """It covers so many bytes from the start; None: the whole file."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """First byte and length of the parts that it covers, in order: the CRC of the CRCs of each; empty: one run of bytes."""
 
 
 class CheckpointSource(Protocol):

@@ -8,6 +8,7 @@ import io
 import pickletools
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
 
-from model.checkpoint.source import TensorInfo
+from model.checkpoint.source import Checksum, TensorInfo
 from parallel.errors import CheckpointError
 from parallel.regular_file import open_descriptor
 
@@ -40,14 +41,14 @@ class StoredTensor:
     """Where it begins in the file."""
 
 
-def read_torch_header(path: Path, ignored_suffix: str) -> dict[str, StoredTensor]:
-    """The tensors of a file that torch.save wrote of a dictionary, but those of names that end with `ignored_suffix`.
+def read_torch_header(path: Path, ignored_suffix: str) -> tuple[dict[str, StoredTensor], Checksum]:
+    """The tensors of a file that torch.save wrote of a dictionary, but those of names that end with `ignored_suffix`; its checksum.
 
     Raises CheckpointError when it is damaged, holds anything else, or wants to run code.
     """
     try:
         with _BoundedFile(open_descriptor(path)) as file:
-            records = _read_directory(path, file)
+            records, checksum = _read_directory(path, file)
             file.seek(0)
             values = torch.load(file, map_location="meta", weights_only=True)
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -55,7 +56,7 @@ def read_torch_header(path: Path, ignored_suffix: str) -> dict[str, StoredTensor
                 f"{path} holds a {type(values).__name__}, but a dictionary of tensors by name is needed: save one with torch.save"
             )
         kept = {name: value for name, value in values.items() if not name.endswith(ignored_suffix)}
-        return {name: _find_tensor(path, name, value, records) for name, value in kept.items()}
+        return {name: _find_tensor(path, name, value, records) for name, value in kept.items()}, checksum
     except CheckpointError:
         raise
     except OSError as error:
@@ -83,8 +84,8 @@ def _check_length(size: int) -> None:
         raise BadZipFile(f"{size} bytes are said to belong together, but {_MAX_BYTES} are the most that is no tensor")
 
 
-def _read_directory(path: Path, file: _BoundedFile) -> dict[int, int]:
-    """Bytes of each record, by the place where they begin, once all of them and the pickle are known to be harmless."""
+def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Checksum]:
+    """Bytes of each record, by the place where they begin, once all of them and the pickle are known to be harmless; their CRCs."""
     size = path.stat().st_size
     if file.read(len(_START)) != _START:
         raise CheckpointError(
@@ -113,7 +114,8 @@ def _read_directory(path: Path, file: _BoundedFile) -> dict[int, int]:
     # torch would swap the bytes of storages that are not there, and crash.
     if order != b"little":
         raise CheckpointError(f"{path} is of byte order {order!r}, but only b'little' is read: save it again on a little-endian machine")
-    return records
+    crcs = b"".join(entry.CRC.to_bytes(4, "little") for entry in entries)
+    return records, Checksum("crc32", f"{zlib.crc32(crcs):08x}", "its zip directory", spans=tuple(records.items()))
 
 
 def _find_record(path: Path, file: io.FileIO, entry: ZipInfo, end: int) -> int:

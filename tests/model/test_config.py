@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from model.config import RopeScaling, build_config
+from model.config import build_config
+from model.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
 SIZES = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}

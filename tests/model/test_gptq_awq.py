@@ -245,6 +245,22 @@ def test_linears_that_are_float_are_ignored_by_name(tmp_path: Path) -> None:
     assert torch.equal(read(folder, f"{GATE}.weight", 7, 30), tensors[f"{GATE}.weight"][7:30])
 
 
+def test_dynamic_settings_go_to_the_first_pattern_that_matches(tmp_path: Path) -> None:
+    tensors, settings, truth = gptq(4, 32, sym=True)
+    others, _, wide = gptq(8, -1, sym=True)
+    eight = [name for name in LINEARS if name.endswith("down_proj") or name.startswith("model.layers.1.self_attn")]
+    tensors |= {name: tensor for name, tensor in others.items() if name.rpartition(".")[0] in eight}
+    changes = {"bits": 8, "group_size": -1, "mse": 2.0}
+    settings["dynamic"] = {"+:.*down_proj": changes, r"model\.layers\.1\.self_attn": changes, "+:.*": {}, r"+:.*\.0\..*": {"bits": 8}}
+    write(tmp_path, tensors, settings)
+    folder = GptqFolder(tmp_path)
+    scheme = read_scheme(folder.config)
+    assert compare_tensors(plan_weights(build_config(folder.config), scheme), folder.tensors, tied=False).describe() == ""
+    assert scheme.name == "a16w4-g32+rtn-a16w8"
+    for name in LINEARS:
+        assert torch.equal(dequantize(folder, scheme, name), (wide if name in eight else truth)[name]), name
+
+
 def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
     tensors, settings, _ = gptq(4, 64, sym=True)
     del tensors["lm_head.weight"]
@@ -306,7 +322,12 @@ def test_a_folder_is_told_by_what_it_declares(tmp_path: Path) -> None:
         ({"group_size": "all"}, "group_size is 'all'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported; there are 'gptq' and 'gptq_v2'"),
         ({"is_marlin_format": True}, "checkpoint_format 'marlin' is not supported"),
-        ({"dynamic": {"+:.*down_proj": {"bits": 8}, "-:.*up_proj": {}}}, "dynamic gives 1 kinds of linears their own settings"),
+        ({"dynamic": {"+:.*down_proj": {"bits": 3}, "-:.*up_proj": {}}}, "weights of 3 bits are not supported"),
+        ({"dynamic": {"+:.*down_proj": 8}}, r"dynamic gives '\+:\.\*down_proj' 8, but an object is needed"),
+        ({"dynamic": {"+:.*down_proj": {"new": 8}}}, r"dynamic changes 'new' for '\+:\.\*down_proj', which is not supported"),
+        ({"dynamic": {"+:(": {"bits": 8}}}, "in dynamic is no pattern"),
+        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format is 'gptq', but format is 'gptq_v2': remove the wrong one"),
+        ({"rotation": "hadamard"}, "rotation is 'hadamard', but only null is supported"),
     ],
 )
 def test_gptq_settings_that_are_not_supported_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -389,7 +410,7 @@ def test_shuffled_groups_that_are_not_declared_are_an_error(tmp_path: Path) -> N
     tensors, settings, _ = gptq(4, 32, sym=True)
     tensors[f"{GATE}.g_idx"][[0, 63]] = tensors[f"{GATE}.g_idx"][[63, 0]]
     write(tmp_path, tensors, settings)
-    with pytest.raises(CheckpointError, match=r"2 of 64 entries of .*g_idx are others; declare desc_act"):
+    with pytest.raises(CheckpointError, match=r"2 of 64 entries of .*g_idx are others; set desc_act to true"):
         read(GptqFolder(tmp_path), f"{GATE}.weight_packed")
 
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_targets
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.packing import pack_integers, unpack_integers
-from model.scheme import LinearScheme, Scheme, read_scheme, write_scheme
+from model.scheme import LinearGroup, LinearScheme, Scheme, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SCHEMES = [
@@ -61,12 +64,31 @@ def test_ignore_takes_full_names_and_patterns() -> None:
     assert [scheme.is_quantized(name) for name in names] == [False, False, True, True]
 
 
+TARGETS = ("Linear", "re:.*self_attn.*", "re:.*down_proj$", "re:model.layers.0.*", "model.layers.1.mlp.down_proj", "lm_head.x")
+LINEARS = (LinearScheme(), LinearScheme(bits=4, group_size=32), LinearScheme(bits=4, group_size=16, symmetric=False))
+GROUPS = st.lists(
+    st.builds(LinearGroup, st.lists(st.sampled_from(TARGETS), min_size=1, max_size=3, unique=True).map(tuple), st.sampled_from(LINEARS)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(groups=GROUPS, layer=st.integers(0, 2), part=st.sampled_from(("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj")))
+def test_groups_are_matched_as_compressed_tensors_matches_them(groups: list[LinearGroup], layer: int, part: str) -> None:
+    scheme = Scheme(groups[0].linear, (), None, groups[0].targets, tuple(groups[1:]))
+    name, by_target = f"model.layers.{layer}.{part}", {target: group.linear for group in groups for target in group.targets}
+    matched = match_targets(name, torch.nn.Linear(1, 1), by_target)
+    assert scheme.find_linear(name) == (by_target[matched[0]] if matched else None)
+    assert read_scheme({"quantization_config": write_scheme(scheme)}) == scheme
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
         ({"config_groups": {}}, "neither config_groups nor kv_cache_scheme"),
-        ({"config_groups": {"a": {}, "b": {}}}, "has 2 config_groups, but only 1 is supported"),
+        ({"config_groups": {"a": {}, "b": {}}}, "targets None are not supported"),
         ({"format": "marlin-24"}, "format 'marlin-24' is not supported; there are pack-quantized, int-quantized"),
         ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "type of kv_cache_scheme is 'float', but only 'int'"),
     ],

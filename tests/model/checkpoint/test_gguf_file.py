@@ -14,7 +14,8 @@ from gguf.quants import dequantize, quantize
 
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_header import read_gguf_header
-from model.config import RopeScaling, build_config, scale_frequency
+from model.config import build_config
+from model.rope_scaling import LinearScaling, RopeScaling, YarnScaling, scale_frequency
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 
@@ -167,13 +168,13 @@ def test_stored_rope_factors_of_another_scaling_are_refused(tmp_path: Path) -> N
 
 
 def test_another_rope_scaling_is_passed_on_for_the_config_to_refuse(tmp_path: Path) -> None:
-    source = GgufFile(write_gguf(tmp_path / "m.gguf", make_weights(), llama__rope__scaling__type="yarn"))
-    with pytest.raises(ConfigError, match="yarn"):
+    source = GgufFile(write_gguf(tmp_path / "m.gguf", make_weights(), llama__rope__scaling__type="longrope"))
+    with pytest.raises(ConfigError, match="longrope"):
         build_config(source.config)
 
 
 def test_a_type_that_cannot_be_read_is_named_with_those_that_can(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has type Q5_0, but only F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight has type Q5_0, but only F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
         GgufFile(write_gguf(tmp_path / "m.gguf", make_weights(), Kind.Q5_0))
 
 
@@ -232,3 +233,66 @@ def test_the_header_equals_what_ggufs_own_reader_sees(tmp_path: Path) -> None:
         assert stored.type_number == tensor.tensor_type
     assert len(header.tensors) == len(reference.tensors)
     assert math.prod(header.tensors["token_embd.weight"].shape) == VOCAB * HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"llama.rope.scale_linear": 2.0}, LinearScaling(factor=2.0)),
+        ({"llama.rope.scaling.factor": 2.0}, LinearScaling(factor=2.0)),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, LinearScaling(factor=4.0)),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 4.0},
+            LinearScaling(factor=4.0),
+        ),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.type": "none"}, None),
+        ({"llama.rope.scale_linear": 1.0}, None),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 32},
+            YarnScaling(factor=4.0, original_max_position_embeddings=32, attention_factor=0.1 * math.log(4) + 1),
+        ),
+    ],
+)
+def test_rope_keys_are_read_as_llama_cpp_reads_them(tmp_path: Path, changes: dict[str, Any], expected: object) -> None:
+    source = GgufFile(write_gguf(tmp_path / "m.gguf", make_weights(), **changes))
+    assert build_config(source.config).rope_scaling == expected
+    assert source.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0},
+            r"scale_linear is 2\.0, but llama\.rope\.scaling\.factor is 4\.0",
+        ),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, r"type is 'none', but the factor is 4\.0"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, r"attn_factor is 2\.0, but only 1 is supported"),
+        ({"llama.logit_scale": 4.0}, r"llama\.logit_scale is 4\.0, but only 0 or 1 is supported"),
+        ({"llama.residual_scale": 0.5}, r"llama\.residual_scale is 0\.5"),
+        ({"llama.embedding_scale": 12.0}, r"llama\.embedding_scale is 12\.0"),
+        ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale is 0\.5"),
+        ({"llama.attention.sliding_window": 64}, r"llama\.attention\.sliding_window is 64, but only 0 is supported"),
+        ({"llama.expert_used_count": 2}, r"llama\.expert_used_count is 2"),
+        ({"llama.tensor_data_layout": "other"}, r"tensor_data_layout is 'other', but only 'Meta AI original pth' is supported"),
+        ({"llama.attention.value_length": 16}, r"value_length is 16, but heads have the width 32"),
+        ({"llama.rope.dimension_count": 16}, r"dimension_count is 16, but heads have the width 32"),
+        ({"llama.vocab_size": 41}, r"vocab_size is 41, but the rows of token_embd\.weight are 40"),
+        ({"general.type": "adapter"}, r"general\.type is 'adapter', but only 'model' is supported"),
+        ({"split.count": 3, "general.architecture": None}, "is one of 3 parts: join them"),
+    ],
+)
+def test_a_key_that_changes_the_arithmetic_is_read_or_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", make_weights(), **changes)
+    with pytest.raises(CheckpointError, match=rf"m\.gguf.*{words}"):
+        build_config(GgufFile(path).config, str(path))
+
+
+def test_unknown_keys_are_told_and_biases_are_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", make_weights(), **{"llama.new_thing": 3, "acme.note": "x", "general.name": "n"})
+    assert [note.rsplit(": ", 1)[1] for note in GgufFile(path).notes] == ["llama.new_thing, acme.note"]
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(HEADS * HEAD_DIM, dtype=np.float32)}
+    with pytest.raises(CheckpointError, match=r"q.*\.bias, but biases are not supported"):
+        GgufFile(write_gguf(tmp_path / "b.gguf", make_weights() | bias))

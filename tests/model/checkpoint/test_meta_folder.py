@@ -25,6 +25,7 @@ from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.meta_params import read_meta_params
 from model.checkpoint.source import Checksum, TensorInfo
 from model.checkpoint.torch_header import StoredTensor, read_torch_header
+from model.checkpoint.verification import require_intact
 from model.config import build_config
 from model.llama import LlamaForCausalLM
 from parallel.errors import CheckpointError, ConfigError
@@ -281,7 +282,7 @@ def test_offsets_are_where_the_bytes_lie_even_of_tensors_that_share_a_storage(tm
     whole = torch.randn(9, 7)
     tensors = {"whole": whole, "odd": torch.randn(13).half(), "rows": whole[3:6], "last": whole[8], "a.rope.freqs": torch.ones(2)}
     torch.save(tensors | {"bf": torch.randn(3, 5).bfloat16()}, tmp_path / "x.pth")
-    header, data = read_torch_header(tmp_path / "x.pth", "rope.freqs"), (tmp_path / "x.pth").read_bytes()
+    header, data = read_torch_header(tmp_path / "x.pth", "rope.freqs")[0], (tmp_path / "x.pth").read_bytes()
     assert list(header) == ["whole", "odd", "rows", "last", "bf"]
     for name, stored in header.items():
         raw = data[stored.offset_bytes : stored.offset_bytes + stored.info.num_bytes]
@@ -296,7 +297,7 @@ def test_tensors_beyond_four_gigabytes_are_found_and_none_is_read_at_opening(tmp
     tensors = {"a": torch.empty(3, 5), "b": holes.view(-1, 512), "c": torch.empty(7, 3)}
     with torch.serialization.skip_data():
         torch.save(tensors, path)
-    header = read_torch_header(path, "rope.freqs")
+    header = read_torch_header(path, "rope.freqs")[0]
     assert path.stat().st_size > large > 1000 * path.stat().st_blocks * 512
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for name, key in zip(tensors, "012", strict=True):
@@ -350,7 +351,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[str, StoredTensor]]:
     path = tmp_path_factory.mktemp("small") / "x.pth"
     torch.save({f"t{i}": torch.randn(i + 1, 5) for i in range(5)}, path)
-    return path, path.read_bytes(), read_torch_header(path, "rope.freqs")
+    return path, path.read_bytes(), read_torch_header(path, "rope.freqs")[0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -365,7 +366,7 @@ def test_a_flipped_bit_is_refused_or_changes_no_place(
     flipped[first + int(place * (len(data) - first))] ^= 1 << bit
     path.write_bytes(flipped)
     try:
-        assert read_torch_header(path, "rope.freqs") == header
+        assert read_torch_header(path, "rope.freqs")[0] == header
     except CheckpointError as error:
         assert str(path) in str(error)
 
@@ -403,7 +404,7 @@ def test_a_changed_byte_of_the_pickle_gives_tensors_within_the_file_or_is_refuse
     # With the right checksum, so that the damage is not noticed at once.
     path.write_bytes(data.replace(held, changed).replace(struct.pack("<I", zlib.crc32(held)), struct.pack("<I", zlib.crc32(changed))))
     try:
-        for stored in read_torch_header(path, "rope.freqs").values():
+        for stored in read_torch_header(path, "rope.freqs")[0].values():
             assert 0 < stored.offset_bytes <= stored.offset_bytes + stored.info.num_bytes <= len(data)
     except CheckpointError as error:
         assert str(path) in str(error)
@@ -602,7 +603,7 @@ def test_more_layers_than_the_files_hold_are_refused(tmp_path: Path) -> None:
 
 def test_checklist_chk_gives_the_checksums_of_the_files_it_lists(tmp_path: Path) -> None:
     write_meta(tmp_path, files=2)
-    assert MetaFolder(tmp_path).checksums == {}
+    assert {one.recorded_in for one in MetaFolder(tmp_path).checksums.values()} == {"its zip directory"}
     sums = [hashlib.md5((tmp_path / f"consolidated.0{rank}.pth").read_bytes()).hexdigest() for rank in range(2)]
     lines = [f"{sums[0]}  consolidated.00.pth", "0" * 32 + "  params.json", "not a checksum", f"{sums[1].upper()} *./consolidated.01.pth\r"]
     (tmp_path / "checklist.chk").write_text("\n".join(lines))
@@ -610,7 +611,50 @@ def test_checklist_chk_gives_the_checksums_of_the_files_it_lists(tmp_path: Path)
         tmp_path / f"consolidated.0{rank}.pth": Checksum("md5", sums[rank], "checklist.chk") for rank in range(2)
     }
     (tmp_path / "checklist.chk").write_bytes(bytes(range(256)))
-    assert MetaFolder(tmp_path).checksums == {}
+    assert {one.recorded_in for one in MetaFolder(tmp_path).checksums.values()} == {"its zip directory"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_found_or_changes_no_tensor(meta_folder: Path, place: float, bit: int) -> None:
+    file, expected = meta_folder / "consolidated.00.pth", read_all(MetaFolder(meta_folder))
+    data = file.read_bytes()
+    flipped = bytearray(data)
+    flipped[int(place * len(data))] ^= 1 << bit
+    try:
+        file.write_bytes(flipped)
+        source = MetaFolder(meta_folder)
+        require_intact(source)
+        found = read_all(source)
+    except CheckpointError:
+        return
+    finally:
+        file.write_bytes(data)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_damaged_tensor_names_the_file_and_both_checksums(meta_folder: Path) -> None:
+    file, source = meta_folder / "consolidated.00.pth", MetaFolder(meta_folder)
+    begin, length = max(source.checksums[file].spans, key=lambda span: span[1])
+    data = file.read_bytes()
+    for place in (begin, begin + length // 2, begin + length - 1):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"00\.pth is damaged: its checksum is \w{8}, but its zip directory says \w{8}"):
+            require_intact(MetaFolder(meta_folder))
+    file.write_bytes(data)
+    require_intact(MetaFolder(meta_folder))
+
+
+@pytest.mark.parametrize("key", ["quantization_args", "lora_args", "vision_chunk_size"])
+def test_params_of_what_is_not_supported_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"params\.json: {key} is 3, but only null is supported"):
+        MetaFolder(write_meta(tmp_path, **{key: 3}))
+
+
+@pytest.fixture(scope="module")
+def meta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is damaged and mended again."""
+    return write_meta(tmp_path_factory.mktemp("meta"))
 
 
 def test_the_tokenizer_lies_in_the_folder_or_the_one_above(tmp_path: Path) -> None:

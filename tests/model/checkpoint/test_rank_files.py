@@ -195,7 +195,7 @@ def broken(tmp_path: Path, tiny_llama: Callable[[str], Path]) -> Callable[..., P
         ({K_PROJ: None}, f"1 missing: {K_PROJ}"),
         ({NORM: None, K_PROJ: None}, f"2 missing: {K_PROJ}, {NORM}"),
         ({"model.extra": torch.zeros(2)}, r"1 unexpected: model\.extra"),
-        ({K_PROJ: torch.zeros(47, 144)}, rf"1 mismatched: {K_PROJ} has shape \[47, 144\], config\.json needs \[48, 144\]"),
+        ({K_PROJ: torch.zeros(47, 144)}, rf"1 mismatched: {K_PROJ} has shape \[47, 144\], the config needs \[48, 144\]"),
         ({NORM: torch.zeros(144, dtype=torch.int32)}, f"1 mismatched: {NORM} is int32, but float32 or bfloat16 or float16 is needed"),
         ({K_PROJ: None, "model.extra": torch.zeros(2)}, r"1 missing: .*; 1 unexpected: model\.extra"),
     ],
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused_by_name(
     broken: Callable[..., Path], changes: dict[str, torch.Tensor | None], words: str
 ) -> None:
     source = open_checkpoint(broken(**changes))
-    with pytest.raises(CheckpointError, match=rf"broken does not fit its config\.json: {words}"):
+    with pytest.raises(CheckpointError, match=rf"broken does not fit its config: {words}"):
         check_checkpoint(source, build_config(source.config), Scheme())
 
 
@@ -222,6 +222,9 @@ def test_rotary_frequencies_of_old_exports_are_passed_over(broken: Callable[...,
 def test_a_path_that_is_no_checkpoint_is_refused_with_what_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none does not exist"):
         open_checkpoint(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="is an empty folder"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(
         CheckpointError, match=r"is no checkpoint that can be read\. Readable: rank files .*; Hugging Face folder .*; GGUF file"
     ):

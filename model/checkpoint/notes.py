@@ -1,0 +1,45 @@
+"""What a user is told of an opened checkpoint that is no error: keys that are not read, facts that are ignored as elsewhere.
+
+Depends on sources and the tables of keys.
+"""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_facts import describe_rotary
+from model.config import LlamaConfig
+from model.config_keys import CONFIG_KEYS
+from model.scheme import Scheme, describe_scheme_keys
+from model.weights import plan_weights
+
+_SETTINGS = "config.json"
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A source that has lines of its own to tell."""
+
+    notes: tuple[str, ...]
+
+
+def name_settings(source: CheckpointSource) -> Path:
+    """Where the settings of a checkpoint lie, for messages: its config.json, or the checkpoint itself."""
+    file = source.path / _SETTINGS
+    return file if file.is_file() else source.path
+
+
+def list_dropped(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> list[str]:
+    """Names of stored tensors that the model does not use; all of them are compared with what is used instead."""
+    specs = plan_weights(config, scheme)
+    return [name for name in source.tensors if name not in specs]
+
+
+def list_notes(source: CheckpointSource, config: LlamaConfig) -> list[str]:
+    """One line for each kind of thing that is not used."""
+    notes = list(source.notes) if isinstance(source, HasNotes) else []
+    file = name_settings(source)
+    if file.name == _SETTINGS:
+        notes += CONFIG_KEYS.describe(source.config, str(file))
+        notes += [f"{file}: {line}" for line in describe_scheme_keys(source.config)]
+    return notes + describe_rotary(source, config)

@@ -1,0 +1,173 @@
+"""Names what a path is that cannot be read as a checkpoint: other formats, other quantizations, adapters, parts of downloads.
+
+Depends on names, first bytes and config.json; tensors are not read. Every sentence says what the path is, then what to do.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.file_kind import describe_file
+from model.quantization_keys import OTHER_METHODS, SUPPORTED_METHODS
+from model.quoting import quote, quote_name
+from parallel.errors import CheckpointError
+
+_SPLIT_GGUF = re.compile(r".+-\d{5}-of-(\d{5})\.gguf")
+_SAVE_AGAIN = "load it with transformers and save it again with save_pretrained(folder), which writes safetensors"
+_FILES = {
+    ".bin": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
+    ".pt": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
+    ".pth": "is a file of torch.save: only Meta's consolidated.NN.pth next to params.json are read; give their folder",
+    ".ckpt": "is a file of torch.save, as PyTorch Lightning writes, not of MindSpore: export the model with save_pretrained()",
+    ".onnx": "is an ONNX model, which is not supported: give the original Hugging Face folder or a GGUF file",
+    ".npz": "is a NumPy archive, which is not supported: give the original Hugging Face folder or a GGUF file",
+    ".h5": f"is a TensorFlow checkpoint, which is not supported: {_SAVE_AGAIN}",
+    ".msgpack": f"is a Flax checkpoint, which is not supported: {_SAVE_AGAIN}",
+    ".safetensors": "is a safetensors file without a config.json next to it: give a folder that holds both",
+    ".zip": "is a zip archive: unpack it first",
+}
+"""What a file is by the end of its name, where its content does not say otherwise."""
+_ZIPPED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip")
+_FOLDER_PARTS = (
+    ("pytorch_model*.bin", f"holds pytorch_model.bin, which is not read because its pickle can run code: {_SAVE_AGAIN}"),
+    ("qmodel.pt", "holds HQQ weights (qmodel.pt), which are not supported: give the original checkpoint"),
+    ("tf_model*.h5", f"holds a TensorFlow checkpoint, which is not supported: {_SAVE_AGAIN}"),
+    ("flax_model*.msgpack", f"holds a Flax checkpoint, which is not supported: {_SAVE_AGAIN}"),
+    ("*.onnx", "holds an ONNX model, which is not supported: give the original Hugging Face folder or a GGUF file"),
+    ("weights*.npz", "holds MLX weights (weights.npz), which are not supported: give the original Hugging Face folder"),
+    ("*.pt", f"holds files of torch.save (.pt), which are not read because their pickles can run code: {_SAVE_AGAIN}"),
+)
+_DRAFT_WORDS = {"eagle": "an EAGLE", "medusa": "a Medusa", "speculator": "a speculator"}
+_ALGORITHM_KEYS = ("quant_algo", "quantization_algo")
+
+
+def name_path(path: Path) -> str | None:
+    """One sentence on a path of no readable format; None where nothing is recognized."""
+    try:
+        return _name_folder(path) if path.is_dir() else _name_file(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+
+
+def check_method(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a folder of safetensors files that is a head, an adapter or of a quantization that is not supported."""
+    words = _name_head(config) or _name_method(path, config)
+    if words:
+        raise CheckpointError(f"{path} {words}")
+
+
+def _name_file(path: Path) -> str | None:
+    found, suffix = describe_file(path), path.suffix.lower()
+    part = _SPLIT_GGUF.fullmatch(path.name)
+    if found == "is a zip file" or (found is not None and "pickle" in found):
+        return f"{path} {_FILES[suffix] if suffix in _ZIPPED else found + ', not a checkpoint'}"
+    if found is not None:
+        return f"{path} {found}"
+    if part:
+        return f"{path} is no whole part of a split GGUF file of {int(part[1])} parts: download it again"
+    return f"{path} {_FILES[suffix]}" if suffix in _FILES and suffix != ".ckpt" else None
+
+
+def _name_folder(path: Path) -> str | None:
+    names = {file.name for file in path.iterdir()}
+    if not names:
+        return f"{path} is an empty folder"
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    if len(ggufs) > 1:
+        return f"{path} {_name_ggufs(ggufs)}"
+    if "adapter_config.json" in names:
+        return f"{path} {_name_adapter(path)}"
+    for pattern, words in _FOLDER_PARTS:
+        if any(path.glob(pattern)):
+            return f"{path} {words}"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{path} holds safetensors files, but no config.json: copy the whole checkpoint"
+    inner = _find_inner(path)
+    if inner:
+        more = f", one of {len(inner)} such folders" if len(inner) > 1 else ""
+        return f"{path} holds no checkpoint itself: give {inner[0]}{more}"
+    if "config.json" in names:
+        return f"{path} holds config.json, but no weights (*.safetensors): copy or download them"
+    if "params.json" in names:
+        return f"{path} holds params.json, but no consolidated.NN.pth: copy or download them"
+    return None
+
+
+def _name_ggufs(names: list[str]) -> str:
+    part = _SPLIT_GGUF.fullmatch(names[0])
+    if part:
+        return f"holds {len(names)} of the {int(part[1])} parts of a split GGUF file: join them with `llama-gguf-split --merge` first"
+    return f"holds {len(names)} GGUF files: give one of them, such as {quote_name(names[0])}"
+
+
+def _name_adapter(path: Path) -> str:
+    base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    of = f" for {quote_name(base)}" if isinstance(base, str) and base else ""
+    return f"is a LoRA adapter{of}, not a model: merge it with PEFT's merge_and_unload(), save the result and give that folder"
+
+
+def _find_inner(path: Path) -> list[Path]:
+    """Folders below that look like checkpoints: the snapshots of a hub cache, or the folders next to each other in a download."""
+    places = path / "snapshots" if (path / "snapshots").is_dir() else path
+    marks = ("config.json", "layout.json", "params.json")
+    return sorted(one for one in places.iterdir() if one.is_dir() and any((one / mark).is_file() for mark in marks))
+
+
+def _name_head(config: Mapping[str, Any]) -> str | None:
+    architectures = config.get("architectures")
+    names = [*architectures, config.get("model_type")] if isinstance(architectures, list) else [config.get("model_type")]
+    for name in names:
+        for word, what in _DRAFT_WORDS.items():
+            if isinstance(name, str) and word in name.lower():
+                return f"is {what} draft head ({quote(name)}), not a model: give the model that it was trained for"
+    if "medusa_num_heads" in config:
+        return "is a Medusa draft head (medusa_num_heads), not a model: give the model that it was trained for"
+    if "draft_vocab_size" in config:
+        return "is an EAGLE draft head (draft_vocab_size), not a model: give the model that it was trained for"
+    return None
+
+
+def _name_method(path: Path, config: Mapping[str, Any]) -> str | None:
+    settings = config.get("quantization_config")
+    settings = settings if isinstance(settings, Mapping) else {}
+    method = settings.get("quant_method")
+    method = method.lower() if isinstance(method, str) else None
+    tail = f"which are not supported; supported: {SUPPORTED_METHODS}"
+    if "quantization" in config and method is None:
+        return f"holds MLX quantized weights (quantization in config.json), {tail}, or a folder without quantization"
+    if method in OTHER_METHODS:
+        kind = settings.get("quant_algo") or settings.get("quant_type") or settings.get("weights") or settings.get("fmt")
+        more = f" ({kind})" if isinstance(kind, str) and len(kind) < 20 and kind.isprintable() else ""
+        return f"holds {OTHER_METHODS[method]}{more} weights (quant_method {quote(method)}), {tail}"
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return f"holds bitsandbytes weights, {tail}"
+    if method == "compressed-tensors":
+        return _name_float_type(settings, tail)
+    if method is None and (path / "hf_quant_config.json").is_file():
+        found = _read_json(path / "hf_quant_config.json").get("quantization")
+        algorithm = next((found[key] for key in _ALGORITHM_KEYS if found.get(key)), None) if isinstance(found, dict) else None
+        return f"holds ModelOpt {quote_name(str(algorithm)) if algorithm else ''} weights (hf_quant_config.json), {tail}".replace("  ", " ")
+    return None
+
+
+def _name_float_type(settings: Mapping[str, Any], tail: str) -> str | None:
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        format = group.get("format") or settings.get("format") if isinstance(group, Mapping) else None
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("type") == "float":
+            kind = f"FP{weights.get('num_bits')}" if type(weights.get("num_bits")) is int else "float"
+            return f"holds {kind} weights (compressed-tensors format {quote(format)}), {tail}"
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 1 << 20:
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
