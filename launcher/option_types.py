@@ -26,6 +26,15 @@ KeyFileOption = Annotated[
     Path | None,
     typer.Option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, or as many in hexadecimal digits."),
 ]
+FusedOrderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fused-order",
+        metavar="auto|1.3|1.4",
+        help="Row order of MindFormers' fused weights (qkv_concat: True): 1.3 up to MindFormers 1.3, 1.4 for later ones. "
+        "Default: the YAML's tandem.fused_order, else auto, which reads it off the weights.",
+    ),
+]
 CheckOption = Annotated[
     bool,
     typer.Option("--verify/--no-verify", help="Hold SRC's files against their recorded checksums first; what has none is taken as it is."),

@@ -28,7 +28,7 @@ from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
 from launcher.tasks import Task
 from launcher.verdict import RanksFailedError
-from model.checkpoint.formats import OpenOptions, open_checkpoint
+from model.checkpoint.formats import OpenOptions, list_notes, open_checkpoint, settle_options
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
 from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
@@ -106,7 +106,8 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     """How the checkpoint is to be opened."""
     key_file = str(options.key_file.absolute()) if options.key_file else None
-    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
+    fused_order = first_said(options.fused_order, settings.tandem.fused_order)
+    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values(), fused_order=fused_order)
 
 
 def find_checkpoint(option: Path | None, settings: Settings) -> Path:
@@ -125,6 +126,8 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     path = find_checkpoint(options.checkpoint, settings)
     opening = plan_opening(options, settings)
     source = open_checkpoint(path, opening)
+    for note in list_notes(source):
+        print(note, file=sys.stderr)
     config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
     if quantized and settings.quantization is not None:
@@ -132,7 +135,7 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     check_checkpoint(source, config, scheme)
     if options.verify:
         require_intact(source, ByteProgress("verifying"))
-    return OpenedModel(source, config, scheme, opening)
+    return OpenedModel(source, config, scheme, settle_options(source, opening))
 
 
 def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:

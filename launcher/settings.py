@@ -103,6 +103,8 @@ class TandemSettings:
     """Longest continuation, tokens."""
     log_dir: str | None = None
     """Folder of the log files."""
+    fused_order: str | None = None
+    """Row order of fused weights: auto, 1.3 or 1.4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +221,9 @@ def open_settings(path: Path | None) -> Settings:
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}
-    own = _find(raw, "tandem") or {}
+    own = dict(_find(raw, "tandem") or {})
+    if not is_null(own.get("fused_order")):
+        own["fused_order"] = str(own["fused_order"])
     return Settings(
         source=source,
         model_values=_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}),

@@ -176,6 +176,8 @@ SCHEMA: Schema = {
         "timeout_seconds": _POSITIVE,
         "max_new_tokens": _COUNT,
         "log_dir": _TEXT,
+        # YAML takes 1.3 without quotes for a number.
+        "fused_order": Value(types=(str, float), choices=("auto", "1.3", "1.4", 1.3, 1.4)),
     },
     **_ignore(
         "output_dir run_mode use_parallel parallel context trainer runner_config runner_wrapper optimizer lr_schedule metric callbacks"

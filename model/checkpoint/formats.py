@@ -1,12 +1,13 @@
 """The table of checkpoint formats, and how one is told from another by what is in its files. One format, one file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import declares_method
+from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
@@ -28,10 +29,14 @@ class OpenOptions:
     """Path of the key of an encrypted checkpoint."""
     values: Mapping[str, Any] | None = None
     """Values of a config.json, for formats that have none."""
+    fused_order: str | None = None
+    """Row order of MindFormers' fused weights: a word of ORDERS, or AUTO; None: AUTO."""
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
             raise CheckpointError(f"the format {self.format!r} is unknown; there are {', '.join(FORMATS)}")
+        if self.fused_order not in (None, AUTO, *ORDERS):
+            raise CheckpointError(f"--fused-order is {self.fused_order!r}, but has to be one of {', '.join((AUTO, *ORDERS))}")
 
     @property
     def key_path(self) -> Path | None:
@@ -77,9 +82,9 @@ FORMATS: Mapping[str, Format] = {
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
-        "MindSpore file or folder (.ckpt)",
+        "MindSpore file or folder (.ckpt, MindFormers' safetensors)",
         is_mindspore,
-        lambda path, options: MindSporeFile(path, options.values, options.key_path),
+        lambda path, options: MindSporeFile(path, options.values, options.key_path, options.fused_order),
         ".ckpt",
     ),
 }
@@ -112,3 +117,14 @@ def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoin
     if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
         path = inside[0]
     return FORMATS[options.format or find_format(path)].open(path, options)
+
+
+def list_notes(source: CheckpointSource) -> list[str]:
+    """What the user should know of how an opened checkpoint is read, a line each."""
+    return source.notes if isinstance(source, MindSporeFile) else []
+
+
+def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:
+    """`options` with what was found on opening, so that ranks need not find it again."""
+    found = source.fused_order if isinstance(source, MindSporeFile) else None
+    return replace(options, fused_order=found) if found else options
