@@ -85,7 +85,11 @@ def verify(
     from launcher.options import CheckpointOptions
     from launcher.verifying import verify as run
 
-    run(CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file, fused_order=fused_order), deep=deep, as_json=as_json)
+    run(
+        CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file, fused_order=fused_order),
+        deep=deep,
+        as_json=as_json,
+    )
 
 
 @app.command(

@@ -4,8 +4,8 @@
     1.3    all q, all k, all v                             all gate, all up
     1.4    of each KV head: its q heads, its k, its v      gate 0, up 0, gate 1, up 1, ...
 
-Trained gate rows and up rows differ in their norms. Labels of the right order therefore explain a part of the variance of the (log) row norms,
-and labels of the wrong order explain none of it. Depends on norms of sampled rows only; does not know files.
+Trained gate rows and up rows differ in their norms. Labels of the right order therefore explain a part of the variance of the (log) row
+norms, and labels of the wrong order explain none of it. Depends on norms of sampled rows only; does not know files.
 """
 
 from collections.abc import Sequence
@@ -48,17 +48,11 @@ class OrderEvidence:
     num_tensors: int
     """Fused tensors that were sampled."""
 
-    @property
-    def order_index(self) -> int:
-        """Place of `order` in ORDERS, or of the likelier one."""
-        return ORDERS.index(self.order) if self.order else int(self.explained[1] > self.explained[0])
-
     def describe(self) -> str:
         """The numbers, in words."""
         shares = [f"{100 * share:.3g} %" for share in self.explained]
-        return (
-            f"order 1.3 explains {shares[0]} and order 1.4 explains {shares[1]} of the variance of row norms in {self.num_tensors} fused tensors"
-        )
+        explain = f"order 1.3 explains {shares[0]} and order 1.4 explains {shares[1]} of the variance of row norms"
+        return f"{explain} in {self.num_tensors} fused tensors"
 
 
 def weigh_orders(tensors: Sequence[RowNorms]) -> OrderEvidence:
@@ -79,7 +73,7 @@ def weigh_orders(tensors: Sequence[RowNorms]) -> OrderEvidence:
             half, near_middle = _measure_step(logs, tensor)
             halves += abs(half)
             middle += near_middle if half > 0 else -near_middle
-        count, freedom = count + 1, freedom + len(labels[0].unique()) - 1
+        count, freedom = count + 1, freedom + (1 if tensor.heads is None else 2)
     if count == 0:
         return OrderEvidence(None, (0.0, 0.0), 0)
     best = int(scores[1] > scores[0])
@@ -108,7 +102,8 @@ def _explain(logs: torch.Tensor, labels: torch.Tensor) -> float:
     total = float((logs * logs).sum())
     if total == 0.0:
         return 0.0
-    return sum(float((labels == label).sum() * logs[labels == label].mean() ** 2) for label in labels.unique().tolist()) / total
+    groups = [logs[labels == label] for label in set(labels.tolist())]
+    return sum(len(group) * float(group.mean()) ** 2 for group in groups) / total
 
 
 def _measure_step(logs: torch.Tensor, tensor: RowNorms) -> tuple[float, float]:

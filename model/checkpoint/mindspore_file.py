@@ -17,7 +17,17 @@ from model.checkpoint.fused_order import AUTO, ORDERS, OrderEvidence, weigh_orde
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_folder import find_files
 from model.checkpoint.mindspore_layout import arrange_ranks
-from model.checkpoint.mindspore_names import CACHE_ZEROS, FORMS, FUSED_NAMES, LEFTOVERS, LINEAR_NAMES, PLAIN_NAMES, ROLES, ROW_PARALLEL, split_name
+from model.checkpoint.mindspore_names import (
+    CACHE_ZEROS,
+    FORMS,
+    FUSED_NAMES,
+    LEFTOVERS,
+    LINEAR_NAMES,
+    PLAIN_NAMES,
+    ROLES,
+    ROW_PARALLEL,
+    split_name,
+)
 from model.checkpoint.mindspore_order import sample_fused
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header

@@ -111,7 +111,9 @@ def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
     sizes = {len(stage) for stage in stages}
     if len(sizes) > 1:
         found = ", ".join(str(len(stage)) for stage in stages)
-        raise CheckpointError(f"{path}: its pipeline stages have {found} ranks, but all have the same number: copy the folders of all ranks")
+        raise CheckpointError(
+            f"{path}: its pipeline stages have {found} ranks, but all have the same number: copy the folders of all ranks"
+        )
     return stages
 
 
@@ -157,9 +159,7 @@ def _check_slices(ranks: Sequence[_Rank]) -> None:
                 )
 
 
-def _check_replica(
-    ranks: Sequence[_Rank], others: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
-) -> None:
+def _check_replica(ranks: Sequence[_Rank], others: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> None:
     for name in sorted(ranks[0].names):
         _check_alike(name, [rank.parts[name] for rank in ranks], [rank.parts[name] for rank in others], encrypted, reader)
 
