@@ -31,7 +31,7 @@ from launcher.verdict import RanksFailedError
 from model.checkpoint.formats import OpenOptions, list_notes, open_checkpoint, settle_options
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
-from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
+from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
 from model.tokenizer import Tokenizer, read_tokenizer
@@ -77,7 +77,8 @@ class Run:
         """The tokenizer of the YAML, else the checkpoint's."""
         if self.settings.vocab_file:
             return read_tokenizer(Path(self.settings.vocab_file))
-        return read_tokenizer(self.opened.source.tokenizer_path() or self.opened.source.path)
+        pretrained = self.settings.pretrained_model_dir
+        return read_tokenizer(self.opened.source.tokenizer_path() or (Path(pretrained) if pretrained else self.opened.source.path))
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
@@ -107,7 +108,10 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     """How the checkpoint is to be opened."""
     key_file = str(options.key_file.absolute()) if options.key_file else None
     fused_order = first_said(options.fused_order, settings.tandem.fused_order)
-    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values(), fused_order=fused_order)
+    values = settings.build_model_values()
+    if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
+        values = read_config(folder / "config.json")
+    return OpenOptions(format=options.format, key_file=key_file, values=values, fused_order=fused_order)
 
 
 def find_checkpoint(option: Path | None, settings: Settings) -> Path:
@@ -131,7 +135,7 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     config, scheme = build_config(source.config, str(source.path / "config.json")), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
     if quantized and settings.quantization is not None:
-        settings.quantization.check_scheme(scheme, str(path), settings.source)
+        settings.quantization.check_scheme(scheme, config, str(path), settings.source)
     check_checkpoint(source, config, scheme)
     if options.verify:
         require_intact(source, ByteProgress("verifying"))
@@ -152,7 +156,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         # Ids that the YAML names go over the checkpoint's, as in MindFormers.
-        eos_token_ids=(said_ids["eos_token_id"],) if "eos_token_id" in said_ids else config.eos_token_ids,
+        eos_token_ids=_list_ids(said_ids["eos_token_id"]) if "eos_token_id" in said_ids else config.eos_token_ids,
         pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
         device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
@@ -259,6 +263,10 @@ def _choose_device(word: str) -> str:
     if word != "cpu" and (available is None or available.type != word):
         raise ConfigError(f"device {word} is not here: PyTorch sees {available.type if available else 'cpu'} only; use --device auto")
     return word
+
+
+def _list_ids(ids: int | list[int]) -> tuple[int, ...]:
+    return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

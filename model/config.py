@@ -190,7 +190,7 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         max_position_embeddings=_first(raw, "max_position_embeddings", default=2048),
         rms_norm_eps=_first(raw, "rms_norm_eps", default=1e-6),
         rope_theta=_first(rope, "rope_theta", default=_first(raw, "rope_theta", default=10000.0)),
-        rope_scaling=_build_rope_scaling(rope),
+        rope_scaling=build_rope_scaling(rope),
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
@@ -248,7 +248,8 @@ def _divide(hidden: Any, heads: Any) -> int:
     return int(hidden // heads)
 
 
-def _build_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def build_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling that the keys of a config.json's rope section declare; None for none. Raises ConfigError for others than llama3."""
     kind = _first(rope, "rope_type", "type", default="default")
     if kind == "default":
         return None
