@@ -12,7 +12,8 @@ from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening
 from launcher.settings import open_settings
-from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
+from model.checkpoint.formats import FORMATS, find_format, lacks_config, list_notes, open_checkpoint
+from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import check_files, check_tensors, describe_damage, list_not_numbers
 from model.config import build_config
@@ -29,10 +30,15 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
     path = find_checkpoint(options.checkpoint, settings)
     result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": []}
     try:
-        source = open_checkpoint(path, plan_opening(options, settings))
-        result["format"] = options.format or find_format(source.path)
-        settings.compare_model_config(build_config(source.config, str(path)), str(path))
-        result |= _check(source, deep=deep)
+        opening = plan_opening(options, settings)
+        if opening.values is None and lacks_config(path, opening):
+            container = MindSporeContainer(path, opening.key_path)
+            result |= {"format": "mindspore", "config": None, **_check_container(container, deep=deep)}
+        else:
+            source = open_checkpoint(path, opening)
+            result["format"] = options.format or find_format(source.path)
+            settings.compare_model_config(build_config(source.config, str(path)), str(path))
+            result |= _check(source, deep=deep)
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
@@ -51,21 +57,42 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
     words = report.describe()
     problems = [f"{source.path} does not fit its config: {words}"] if words else []
+    found = _check_content(source, problems, deep=deep)
+    return {
+        "quantization": scheme.name,
+        **found,
+        "notes": list_notes(source),
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "mismatched": report.mismatched,
+    }
+
+
+def _check_container(container: MindSporeContainer, *, deep: bool) -> dict[str, Any]:
+    """What can be checked of a MindSpore checkpoint without its config."""
+    problems = container.list_problems()
+    notes = ["shapes were not compared with a model's, for there is no config: give the MindFormers YAML with -c to do so"]
+    evidence = container.examine_order()
+    if evidence is not None:
+        found = (
+            f"in MindFormers {evidence.order}'s row order" if evidence.order else "in a row order that cannot be told: see --fused-order"
+        )
+        notes.append(f"the fused weights are {found} ({evidence.describe()})")
+    return {**_check_content(container, problems, deep=deep), "fused_order": evidence.order if evidence else None, "notes": notes}
+
+
+def _check_content(source: CheckpointSource, problems: list[str], *, deep: bool) -> dict[str, Any]:
     files = check_files(source, ByteProgress("hashing files"))
     problems += [describe_damage(file) for file in files if not file.is_intact]
     threads = min(_MAX_THREADS, count_cores())
     tensors = check_tensors(source, threads, deep=deep, on_progress=ByteProgress("hashing tensors"))
     problems += list_not_numbers(tensors)
     return {
-        "quantization": scheme.name,
         "num_tensors": len(source.tensors),
         "tensor_bytes": sum(info.num_bytes for info in source.tensors.values()),
         "files": [{**asdict(file), "ok": file.is_intact} for file in files],
         "tensors": [asdict(tensor) for tensor in tensors],
         "deep": deep,
-        "missing": report.missing,
-        "unexpected": report.unexpected,
-        "mismatched": report.mismatched,
         "problems": problems,
     }
 
@@ -74,10 +101,13 @@ def _print(result: dict[str, Any]) -> None:
     if "format" in result:
         print(f"{result['checkpoint']}: {FORMATS[result['format']].name}")
     if "files" in result:
-        print(f"{result['num_tensors']} tensors, {result['tensor_bytes'] / 1e6:.1f} MB, quantization {result['quantization']}")
+        quantization = f", quantization {result['quantization']}" if "quantization" in result else ""
+        print(f"{result['num_tensors']} tensors, {result['tensor_bytes'] / 1e6:.1f} MB{quantization}")
         for file in result["files"]:
             against = f"as {file['recorded_in']} says" if file["recorded_in"] else "nothing is recorded of it"
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")
+    for note in result.get("notes", []):
+        print(f"note: {note}")
     for problem in result["problems"]:
         print(f"problem: {problem}")
     print("ok" if result["ok"] else "not ok")

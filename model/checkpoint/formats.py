@@ -12,7 +12,7 @@ from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.meta_folder import MetaFolder, is_meta
-from model.checkpoint.mindspore_file import MindSporeFile
+from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.source import CheckpointSource
@@ -128,3 +128,10 @@ def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOption
     """`options` with what was found on opening, so that ranks need not find it again."""
     found = source.fused_order if isinstance(source, MindSporeFile) else None
     return replace(options, fused_order=found) if found else options
+
+
+def lacks_config(path: Path, options: OpenOptions) -> bool:
+    """Whether this is a MindSpore checkpoint with no config.json beside it. Raises what `find_format` raises."""
+    if (options.format or find_format(path)) != "mindspore":
+        return False
+    return not any((folder / "config.json").is_file() for folder in list_config_folders(path))

@@ -69,7 +69,7 @@ class MindSporeFile:
         self.path = path
         ranks = find_files(path)
         self.files = [file for files in ranks for file in files]
-        self._folders = [path, self.files[0].parent] if path.is_dir() else [path.parent]
+        self._folders = list_config_folders(path)
         self.config = dict(config) if config is not None else self._read_config()
         self._stored: dict[str, _Tensor] = {}
         self._constants: dict[str, torch.Tensor] = {}
@@ -369,6 +369,11 @@ class MindSporeFile:
         first = next((name for name in ("model.embed_tokens.weight", *names) if name in self.tensors), None)
         if first is not None:
             self.config["torch_dtype"] = str(self.tensors[first].dtype).removeprefix("torch.")
+
+
+def list_config_folders(path: Path) -> list[Path]:
+    """Where config.json and the tokenizer may lie. Raises CheckpointError for a folder without files."""
+    return list(dict.fromkeys([path, find_files(path)[0][0].parent])) if path.is_dir() else [path.parent]
 
 
 def _list_linears(forms: Mapping[str, LinearScheme | None]) -> list[str]:
