@@ -19,7 +19,8 @@ FormatOption = Annotated[
     str | None,
     typer.Option(
         "--from",
-        help="Format of the checkpoint: ranks, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: told from its content.",
+        help="Format of the checkpoint: ranks, modelslim, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. "
+        "Default: told from its content.",
     ),
 ]
 KeyFileOption = Annotated[

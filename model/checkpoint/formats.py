@@ -7,6 +7,7 @@ from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import declares_method
+from model.checkpoint.described_folder import DescribedFolder, is_described
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
@@ -75,6 +76,9 @@ def _is_gguf(path: Path) -> bool:
 
 FORMATS: Mapping[str, Format] = {
     "ranks": Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, _: RankFiles(path)),
+    "modelslim": Format(
+        "Golden Stick 1.4 or ModelSlim folder (quantization description)", is_described, lambda path, _: DescribedFolder(path)
+    ),
     "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
     "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
