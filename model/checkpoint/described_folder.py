@@ -242,12 +242,12 @@ def _find_files(path: Path) -> list[Path]:
         files = [path / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {missing[0]} first: copy them")
+            raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {quote_name(missing[0])} first: copy them")
         headers = {file.name: read_header(file) for file in files}
         wrong = [name for name, file in names.items() if name not in headers[file]]
         if wrong:
             raise CheckpointError(
-                f"{indexes[0]} lists {quote_name(wrong[0])}, which is not in {names[wrong[0]]}: copy the checkpoint again"
+                f"{indexes[0]} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
             )
     for file in files:
         check_link(file)

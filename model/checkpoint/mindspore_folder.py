@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from model.checkpoint.safetensors_file import read_header
-from model.quoting import quote
+from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
 NAME_MAP = "param_name_map.json"
@@ -116,15 +116,16 @@ def _read_name_map(path: Path) -> list[Path]:
     files = [path / name for name in sorted(set(names.values()))]
     missing = [one.name for one in files if not one.is_file()]
     if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} of the {len(files)} files that {NAME_MAP} names, {missing[0]} first: copy them")
+        first = quote_name(missing[0])
+        raise CheckpointError(f"{path} lacks {len(missing)} of the {len(files)} files that {NAME_MAP} names, {first} first: copy them")
     if not files:
         raise CheckpointError(f"{file} names no tensor: copy it again")
     headers = {one.name: read_header(one) for one in files}
     wrong = [name for name, found in names.items() if name not in headers[found]]
     if wrong:
         raise CheckpointError(
-            f"{file} lists {len(wrong)} of {len(names)} tensors that are not in the files it names, {quote(wrong[0])} in "
-            f"{names[wrong[0]]} first: copy the checkpoint again"
+            f"{file} lists {len(wrong)} of {len(names)} tensors that are not in the files it names, {quote_name(wrong[0])} in "
+            f"{quote_name(names[wrong[0]])} first: copy the checkpoint again"
         )
     return files
 

@@ -84,7 +84,7 @@ def write_ckpt(path: Path, tensors: Mapping[str, torch.Tensor], *, crc: bool = F
         content = tensor_bytes(tensor)
         for start in range(0, len(content), slice_bytes):
             out += entry(tag, tensor.shape, TYPE_NAMES[tensor.dtype], content[start : start + slice_bytes])
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out + (b"crc_num" + zlib.crc32(out).to_bytes(10, "big") if crc else b""))
     return path
 
