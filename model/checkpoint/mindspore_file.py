@@ -228,7 +228,9 @@ class MindSporeFile:
         prefix, linear = split_name(name)
         kinds = frozenset(roles) - {"bias"}
         if kinds not in FORMS:
-            raise CheckpointError(f"{self.path} holds {', '.join(sorted(roles.values()))}, which is no form that Golden Stick 0.6 writes")
+            raise CheckpointError(
+                f"{self.path} holds {', '.join(sorted(roles.values()))}, which is no form of Golden Stick's that can be read"
+            )
         form = FORMS[kinds]
         if "bias" in roles and (form is None or form.activation is None):
             self._add(roles["bias"], roles["bias"], None)
@@ -354,6 +356,10 @@ class MindSporeFile:
             raise CheckpointError(
                 f"{self.path} stores {names[0]} as {quantized[0].name} and {names[1]} as {quantized[1].name}, but one form for all "
                 "quantized linears is supported"
+            )
+        if quantized and quantized[0].activation == "token":
+            self._notes.append(
+                f"{self.path} holds scales without zero points: Golden Stick 1.0, activations rounded to int8 for each token (A8W8 dynamic)"
             )
         has_cache = any(name.endswith((".k_scale", ".v_scale")) for name in self._stored)
         ignore = tuple(name for name in _list_linears(forms) if forms.get(name) is None) if quantized else ()

@@ -387,7 +387,7 @@ def test_fused_tensors_need_heads(tmp_path: Path, config: dict[str, Any], error:
     [
         ({"attention.wo._weight_quantizer.zp_neg": torch.ones(64).half()}, r"64 of 64 zero points .* are not 0"),
         ({"attention.wo._handler.weight": torch.rand(64, 64)}, "is Float32, but only Int8 can be read"),
-        ({"attention.wo._weight_quantizer.scale": None}, "which is no form that Golden Stick 0.6 writes"),
+        ({"attention.wo._weight_quantizer.scale": None}, "which is no form of Golden Stick's that can be read"),
         ({"attention.wo._layer.weight": torch.zeros(64, 64, dtype=torch.int8)}, "one linear has one weight"),
         (
             {"attention.infer_attention.paged_attention_mgr.key_t_zp": torch.eye(32)[0], "x": torch.rand(2)},
