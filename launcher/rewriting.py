@@ -47,7 +47,7 @@ def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite
 
 def _open(options: CheckpointOptions, target: Path, *, overwrite: bool) -> OpenedModel:
     # What is damaged would be written again as if it were whole, with new checksums.
-    opened = open_model(options, open_settings(options.config), quantized=False)
+    opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
     check_target(target, overwrite=overwrite)
     return opened
 

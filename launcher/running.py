@@ -77,8 +77,15 @@ class Run:
         """The tokenizer of the YAML, else the checkpoint's."""
         if self.settings.vocab_file:
             return read_tokenizer(Path(self.settings.vocab_file))
-        pretrained = self.settings.pretrained_model_dir
-        return read_tokenizer(self.opened.source.tokenizer_path() or (Path(pretrained) if pretrained else self.opened.source.path))
+        source = self.opened.source
+        if found := source.tokenizer_path() or self.settings.pretrained_model_dir:
+            return read_tokenizer(Path(found))
+        if source.path.suffix == ".ckpt":
+            raise ConfigError(
+                f"no tokenizer: neither tokenizer.model nor tokenizer.json is next to {source.path}; put one there, or name it as "
+                "processor.tokenizer.vocab_file in the YAML"
+            )
+        return read_tokenizer(source.path)
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
@@ -92,7 +99,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     if options.num_nodes or options.local_workers:
         # Who says what each node starts has had srun or mpirun start one such command a node: it is no rank.
         environment = environment.as_program()
-    settings = open_settings(options.config)
+    settings = open_settings(options.config, options.checkpoint)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)

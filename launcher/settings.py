@@ -222,9 +222,27 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def open_settings(path: Path | None) -> Settings:
-    """Those of the YAML file of a command line, or what holds without one."""
+def open_settings(path: Path | None, checkpoint: Path | None = None) -> Settings:
+    """Those of the YAML file of a command line, of the only one next to a MindSpore checkpoint, or what holds without one.
+
+    Raises ConfigError as `read_settings` does, and for several files next to a checkpoint.
+    """
+    if path is None and checkpoint is not None:
+        path = _find_yaml(checkpoint)
     return read_settings(path) if path else _build_settings({}, "no config")
+
+
+def _find_yaml(checkpoint: Path) -> Path | None:
+    """The YAML in the folder of a checkpoint that has no config.json: MindFormers' models are folders of the two."""
+    folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    if not any(next(folder.glob(pattern), None) for pattern in ("*.ckpt", "rank_*", "*.safetensors")):
+        return None
+    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern))
+    if len(found) > 1:
+        raise ConfigError(f"{folder} holds {len(found)} YAML files, {found[0].name} and {found[1].name} among them: give one with -c")
+    return found[0] if found else None
 
 
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:

@@ -26,7 +26,7 @@ _MAX_THREADS = 4
 
 def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
-    settings = open_settings(options.config)
+    settings = open_settings(options.config, options.checkpoint)
     path = find_checkpoint(options.checkpoint, settings)
     result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": []}
     try:

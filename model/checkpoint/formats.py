@@ -14,7 +14,7 @@ from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
-from model.checkpoint.mindspore_folder import is_mindspore
+from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.source import CheckpointSource
 from parallel.errors import CheckpointError
@@ -60,7 +60,7 @@ class Format:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+    return ((path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()) and not holds_own_names(path)
 
 
 def _is_compressed_tensors(path: Path) -> bool:

@@ -30,6 +30,11 @@ def is_mindspore(path: Path) -> bool:
             return _MARKS.match(file.read(16)) is not None
     if (path / NAME_MAP).is_file() or _list_files(path, ".ckpt") or _find_rank_folders(path):
         return True
+    return holds_own_names(path)
+
+
+def holds_own_names(path: Path) -> bool:
+    """Whether a folder holds safetensors under MindFormers' names, whatever they are called."""
     found = _list_files(path, ".safetensors")
     return bool(found) and _has_own_names(found[0])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.settings import Settings, TandemSettings, read_settings
+from launcher.settings import Settings, TandemSettings, open_settings, read_settings
 from model.config import RopeScaling
 from parallel.errors import ConfigError
 
@@ -260,3 +260,18 @@ def test_llama3_stretching_is_read_and_compared(tmp_path: Path) -> None:
     for other, words in ((None, "none"), (replace(scaling, factor=32.0), "llama3 factor 32, low_freq_factor 1")):
         with pytest.raises(ConfigError, match=rf"extend_method \(rope_scaling\) is llama3 factor 8, .* against {words}"):
             settings.compare_model_config(replace(config, rope_scaling=other), "here")
+
+
+def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").touch()
+    assert open_settings(None, tmp_path).source == "no config"
+    (tmp_path / "a.yaml").write_text("seed: 3")
+    for checkpoint in (tmp_path, tmp_path / "x.ckpt"):
+        assert (open_settings(None, checkpoint).seed, open_settings(None, checkpoint).source) == (3, str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yml").write_text("seed: 4")
+    assert open_settings(tmp_path / "b.yml", tmp_path).seed == 4
+    with pytest.raises(ConfigError, match=r"holds 2 YAML files, a\.yaml and b\.yml among them: give one with -c"):
+        open_settings(None, tmp_path)
+    # A config.json is enough, and other files are none of MindFormers'.
+    (tmp_path / "config.json").write_text("{}")
+    assert open_settings(None, tmp_path).source == open_settings(None, tmp_path / "model.gguf").source == "no config"

@@ -105,6 +105,10 @@ def write_single_safetensors(folder: Path, tensors: Tensors) -> None:
     save_file(dict(tensors), folder / "llama.safetensors", metadata={"format": "ms"})
 
 
+def write_safetensors_as_hugging_face_calls_them(folder: Path, tensors: Tensors) -> None:
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "ms"})
+
+
 def write_rank_safetensors(folder: Path, tensors: Tensors) -> None:
     for rank, part in enumerate(cut(tensors, 2)):
         write_rank(folder, rank, part, "llama_rank_{rank}-1_1.safetensors")
@@ -126,6 +130,7 @@ LAYOUTS = (
     write_parts,
     write_named_safetensors,
     write_single_safetensors,
+    write_safetensors_as_hugging_face_calls_them,
     write_rank_safetensors,
     write_counters,
 )
