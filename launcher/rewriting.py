@@ -33,6 +33,7 @@ def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None
         convert_checkpoint(opened.source, target, dtype, progress)
     else:
         write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
+        print("note: linears are written separately (qkv_concat: False), so that no row order of fused weights applies", file=sys.stderr)
     tell_written(target, started)
 
 

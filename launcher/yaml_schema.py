@@ -154,6 +154,7 @@ _MODEL_CONFIG: Schema = {
     "scaling_factor": Value(types=(float, dict)),
     "qkv_has_bias": _NO_BIAS,
     "add_qkv_bias": _NO_BIAS,
+    "attn_proj_has_bias": _NO_BIAS,
     "moe_config": _DENSE,
     "pet_config": Ignored(warning="adapters are not supported, so the base model runs alone"),
     **_ignore(
@@ -163,6 +164,7 @@ _MODEL_CONFIG: Schema = {
         " offset init_method_std parallel_config checkpoint_name_or_path quant parallel_decoding_params"
         " return_extra_loss llm_backend boost_model_name initializer_range num_block pretrain_seqlen compute_in_2d use_past_shard auto_map"
         " layernorm_compute_dtype softmax_compute_dtype params_dtype mlp_concat infer_seq_length emb_dropout_prob"
+        " residual_dtype input_sliced_sig rmsnorm_compute_2d chunk_prefill calculate_per_token_loss return_hidden_states rl_config"
     ),
 }
 
@@ -226,7 +228,7 @@ SCHEMA: Schema = {
         " autotune_per_step profile profile_start_step profile_stop_step profile_rank_ids profile_pipeline profile_level"
         " profile_communication profile_memory init_start_profile layer_scale layer_decay lr_scale lr_scale_factor remote_save_url"
         " print_separate_loss infer_precision_sync train_precision_sync postprocess_use_numpy exclude_cann_cpu"
-        " remove_redundancy use_legacy use_legacy_format trust_remote_code generation"
+        " monitor_config remove_redundancy use_legacy use_legacy_format trust_remote_code generation"
     ),
 }
 """Every known key of the file, nested as the file is."""

@@ -15,7 +15,7 @@ from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
 from model.checkpoint.mindspore_rows import RowRuns, build_block, decode_dequant_scale
 from parallel.file_slices import FileReader
 
-SAMPLE_BYTES = 64 << 20
+SAMPLE_BYTES = 32 << 20
 """Bytes that are read at most for one kind of fused weight."""
 _MAX_LAYERS, _MAX_RANKS, _MAX_ROWS, _MIN_ROWS = 8, 8, 4096, 256
 _SUFFIXES: Mapping[str, tuple[str, ...]] = {
