@@ -14,6 +14,7 @@ from launcher.option_types import (
     DeviceOption,
     DtypeOption,
     FormatOption,
+    FusedOrderOption,
     KeyFileOption,
     LogDirOption,
     RestartsOption,
@@ -34,6 +35,7 @@ def bench(
     checkpoint: CheckpointOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     model_config: Annotated[Path | None, typer.Option("--model-config", help="A Hugging Face config.json, for --random-weights.")] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Make weights up in the shape of --model-config or --config, without any file.")
@@ -100,6 +102,7 @@ def bench(
             checkpoint=checkpoint,
             format=format,
             key_file=key_file,
+            fused_order=fused_order,
             model_config=model_config,
             random_weights=random_weights,
             quantization=quantization,

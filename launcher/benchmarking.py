@@ -187,7 +187,12 @@ def read_start_seconds() -> float:
 def _check_words(options: BenchOptions) -> None:
     """Raise ConfigError for options that contradict each other."""
     if options.random_weights:
-        for flag, value in (("--checkpoint", options.checkpoint), ("--from", options.format), ("--key-file", options.key_file)):
+        for flag, value in (
+            ("--checkpoint", options.checkpoint),
+            ("--from", options.format),
+            ("--key-file", options.key_file),
+            ("--fused-order", options.fused_order),
+        ):
             if value is not None:
                 raise ConfigError(f"{flag} is given beside --random-weights, which reads no checkpoint; leave one of them out")
         if options.speculate:

@@ -12,6 +12,7 @@ from launcher.option_types import (
     ConfigOption,
     DtypeOption,
     FormatOption,
+    FusedOrderOption,
     KeyFileOption,
     OverwriteOption,
     ThreadsOption,
@@ -34,6 +35,7 @@ def convert(
     config: ConfigOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     verify: CheckOption = True,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -41,7 +43,7 @@ def convert(
     from launcher.options import CheckpointOptions
     from launcher.rewriting import convert as run
 
-    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
+    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, fused_order=fused_order, verify=verify)
     run(options, target, to, dtype, overwrite=overwrite)
 
 
@@ -53,6 +55,7 @@ def reshard(
     config: ConfigOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     verify: CheckOption = True,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -60,7 +63,7 @@ def reshard(
     from launcher.options import CheckpointOptions
     from launcher.rewriting import reshard as run
 
-    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, verify=verify)
+    options = CheckpointOptions(config=config, checkpoint=source, format=format, key_file=key_file, fused_order=fused_order, verify=verify)
     run(options, target, workers, overwrite=overwrite)
 
 
@@ -71,6 +74,7 @@ def verify(
     config: ConfigOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
@@ -81,7 +85,11 @@ def verify(
     from launcher.options import CheckpointOptions
     from launcher.verifying import verify as run
 
-    run(CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file), deep=deep, as_json=as_json)
+    run(
+        CheckpointOptions(config=config, checkpoint=checkpoint, format=format, key_file=key_file, fused_order=fused_order),
+        deep=deep,
+        as_json=as_json,
+    )
 
 
 @app.command(
@@ -112,6 +120,7 @@ def plan(
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw which rank owns what into this file.")] = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Tell what a run would need, from config and headers alone: who owns what, bytes, memory, speed, valid numbers of ranks."""
@@ -134,6 +143,7 @@ def plan(
             svg=svg,
             format=format,
             key_file=key_file,
+            fused_order=fused_order,
             as_json=as_json,
         )
     )

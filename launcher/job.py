@@ -72,6 +72,7 @@ class Job:
     def digest(self) -> str:
         """Equal for ranks that mean the same; where each finds the checkpoint is its own affair, and what to do is rank 0's to say."""
         said = json.loads(self.to_json())
+        said["fused_order"] = self.opening.fused_order
         for name in ("checkpoint", "opening", "timeout_seconds", "threads_per_rank", "bind_cores", "task"):
             del said[name]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

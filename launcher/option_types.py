@@ -19,12 +19,22 @@ FormatOption = Annotated[
     str | None,
     typer.Option(
         "--from",
-        help="Format of the checkpoint: ranks, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: told from its content.",
+        help="Format of the checkpoint: ranks, modelslim, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. "
+        "Default: told from its content.",
     ),
 ]
 KeyFileOption = Annotated[
     Path | None,
     typer.Option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, or as many in hexadecimal digits."),
+]
+FusedOrderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fused-order",
+        metavar="auto|1.3|1.4",
+        help="Row order of MindFormers' fused weights (qkv_concat: True): 1.3 up to MindFormers 1.3, 1.4 for later ones. "
+        "Default: the YAML's tandem.fused_order, else auto, which reads it off the weights.",
+    ),
 ]
 CheckOption = Annotated[
     bool,

@@ -12,6 +12,7 @@ class CheckpointOptions:
     checkpoint: Path | None = None
     format: str | None = None
     key_file: Path | None = None
+    fused_order: str | None = None
     verify: bool = False
     """Hold the files against their recorded checksums first."""
 

@@ -53,7 +53,7 @@ def plan(options: PlanOptions) -> None:
     """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
     check_output_file("--svg", options.svg)
     require_stdout("leave it open")
-    settings = open_settings(options.config)
+    settings = open_settings(options.config, None if options.model_config else options.checkpoint)
     world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
     config, scheme, stored = _read_model(options, settings)
     dtype = options.dtype or settings.tandem.dtype or settings.compute_dtype or config.dtype

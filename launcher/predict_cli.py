@@ -16,6 +16,7 @@ from launcher.option_types import (
     DeviceOption,
     DtypeOption,
     FormatOption,
+    FusedOrderOption,
     KeyFileOption,
     LocalWorkersOption,
     LogDirOption,
@@ -41,6 +42,7 @@ def predict(
     checkpoint: CheckpointOption = None,
     format: FormatOption = None,
     key_file: KeyFileOption = None,
+    fused_order: FusedOrderOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hold the files against their recorded checksums before starting.")] = False,
     workers: WorkersOption = None,
     prompt: Annotated[
@@ -121,6 +123,7 @@ def predict(
             checkpoint=checkpoint,
             format=format,
             key_file=key_file,
+            fused_order=fused_order,
             verify=verify,
             workers=workers,
             prompts=tuple(prompt or ()),

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.yaml_schema import is_null
+from model.config import LlamaConfig
 from model.scheme import Scheme
+from model.weights import find_not_converted, linear_names
 from parallel.errors import ConfigError
 
 _DTYPES = (None, "int8")
@@ -64,12 +66,13 @@ class QuantizationSettings:
                 f" but it does {' or '.join(combinations)} with outliers_suppression {_join(outliers)}"
             )
 
-    def check_scheme(self, scheme: Scheme, checkpoint: str, source: str) -> None:
-        """Raise ConfigError, naming both, when a checkpoint stores other integers than these settings ask for."""
+    def check_scheme(self, scheme: Scheme, config: LlamaConfig, checkpoint: str, source: str) -> None:
+        """Raise ConfigError, naming both, when a checkpoint stores other integers than these settings ask for, or of other linears."""
         wanted = None if self.weight_dtype is None else self.combination.removesuffix("C8")
         linear = scheme.linear
         found = None if linear is None else "mixed integers" if scheme.others else f"A{8 if linear.activation else 16}W{linear.bits}"
         if wanted == found:
+            self._check_not_converted(scheme, config, checkpoint)
             return
         if found is None:
             raise ConfigError(
@@ -80,6 +83,19 @@ class QuantizationSettings:
             f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
             "take the YAML of this checkpoint, or remove quantization_config from it"
         )
+
+    def _check_not_converted(self, scheme: Scheme, config: LlamaConfig, checkpoint: str) -> None:
+        if not self.modules_to_not_convert or scheme.linear is None:
+            return
+        wanted = set(find_not_converted(config, self.modules_to_not_convert))
+        names = [*linear_names(config), *([] if config.tie_word_embeddings else ["lm_head"])]
+        wrong = [name for name in names if scheme.is_quantized(name) == (name in wanted)]
+        if wrong:
+            stored = "int8 weights" if scheme.is_quantized(wrong[0]) else "float weights"
+            raise ConfigError(
+                f"{_SECTION}.modules_to_not_convert is {list(self.modules_to_not_convert)}, but {checkpoint} holds {stored} of {wrong[0]}"
+                f" ({len(wrong)} of {len(names)} linears differ); take the YAML of this checkpoint, or remove the key from it"
+            )
 
     @property
     def approach(self) -> str:
@@ -101,6 +117,8 @@ def build_quantization(raw: Mapping[str, Any] | None) -> QuantizationSettings | 
     if raw is None:
         return None
     said = {key: value for key, value in raw.items() if not is_null(value)}
+    if "algorithm_args" in said:
+        said["algorithm_args"] = {key: value for key, value in said["algorithm_args"].items() if not is_null(value)}
     if "quant_method" not in said:
         raise ConfigError(f"{_SECTION} lacks quant_method; {_join(tuple(_RULES))} is needed")
     return QuantizationSettings(**{**said, "modules_to_not_convert": tuple(said.get("modules_to_not_convert", ()))})

@@ -30,20 +30,21 @@ def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None
         raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
     is_file = to == "mindspore" and target.suffix == SUFFIX
     with claim_target("DST", target, overwrite=overwrite, is_file=is_file):
-        opened = open_model(options, open_settings(options.config), quantized=False)
+        opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
         started, progress = time.perf_counter(), ByteProgress("converting")
         with as_run_failure(target):
             if to == "hf":
                 convert_checkpoint(opened.source, target, dtype, progress)
             else:
                 write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
+                print("note: linears are written separately (qkv_concat: False), so that no fused row order applies", file=sys.stderr)
             tell_written(target, started)
 
 
 def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite: bool) -> None:
     """Write rank files. Raises InputError before anything is written."""
     with claim_target("DST", target, overwrite=overwrite):
-        opened = open_model(options, open_settings(options.config), quantized=False)
+        opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
         opened.config.layout().check(workers)
         started = time.perf_counter()
         with as_run_failure(target):

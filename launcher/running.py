@@ -30,12 +30,12 @@ from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
 from launcher.tasks import Task
 from launcher.verdict import RanksFailedError
-from model.checkpoint.formats import OpenOptions, open_checkpoint
+from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.notes import list_notes, name_settings
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import check_facts
 from model.checkpoint.verification import require_intact
-from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks
+from model.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.end_of_text import decide_end_of_text
 from model.loading import check_checkpoint
 from model.scheme import Scheme, read_scheme
@@ -79,14 +79,23 @@ class Run:
         return min(longest, self.settings.seq_length or longest)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the YAML, else the checkpoint's. Raises CheckpointError when its ids are not those of the model."""
-        return read_tokenizer_of(self.tokenizer_path, self.opened.config)
+        """The tokenizer of the YAML, else the checkpoint's.
+
+        Raises ConfigError when none is next to a `.ckpt`, CheckpointError when its ids are not those of the model.
+        """
+        path = self.tokenizer_path
+        if path == self.opened.source.path and path.suffix == ".ckpt":
+            raise ConfigError(
+                f"no tokenizer: neither tokenizer.model nor tokenizer.json is next to {path}; put one there, or name it as "
+                "processor.tokenizer.vocab_file in the YAML"
+            )
+        return read_tokenizer_of(path, self.opened.config)
 
     @property
     def tokenizer_path(self) -> Path:
         """The folder or file of the tokenizer."""
-        source = self.opened.source
-        return Path(self.settings.vocab_file or source.tokenizer_path() or source.path)
+        source, settings = self.opened.source, self.settings
+        return Path(settings.vocab_file or source.tokenizer_path() or settings.pretrained_model_dir or source.path)
 
 
 def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
@@ -112,7 +121,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     if options.num_nodes or options.local_workers:
         # Who says what each node starts has had srun or mpirun start one such command a node: it is no rank.
         environment = environment.as_program()
-    settings = open_settings(options.config)
+    settings = open_settings(options.config, options.checkpoint)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
@@ -121,8 +130,6 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
-    for note in list_notes(opened.source, opened.config):
-        print(f"note: {note}", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
 
@@ -135,7 +142,11 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
             open_regular(options.key_file).close()
         except OSError as error:
             raise ConfigError(f"--key-file cannot be read: {describe_os_error(error)}") from None
-    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
+    fused_order = first_said(options.fused_order, settings.tandem.fused_order)
+    values = settings.build_model_values()
+    if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
+        values = read_config(folder / "config.json")
+    return OpenOptions(format=options.format, key_file=key_file, values=values, fused_order=fused_order)
 
 
 def find_checkpoint(option: Path | None, settings: Settings) -> Path:
@@ -156,13 +167,15 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     source = open_checkpoint(path, opening)
     config, scheme = build_config(source.config, str(name_settings(source))), read_scheme(source.config)
     settings.compare_model_config(config, str(path))
+    for note in list_notes(source, config):
+        print(note if note.startswith("warning: ") else f"note: {note}", file=sys.stderr)
     if quantized and settings.quantization is not None:
-        settings.quantization.check_scheme(scheme, str(path), settings.source)
+        settings.quantization.check_scheme(scheme, config, str(path), settings.source)
     check_checkpoint(source, config, scheme)
     check_facts(source, config, scheme)
     if options.verify:
         require_intact(source, ByteProgress("verifying"))
-    return OpenedModel(source, config, scheme, opening)
+    return OpenedModel(source, config, scheme, settle_options(source, opening))
 
 
 def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Job:

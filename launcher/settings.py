@@ -14,6 +14,7 @@ import yaml
 from launcher.quantization_settings import QuantizationSettings, build_quantization
 from launcher.yaml_schema import check_keys, is_null, list_warnings
 from model.config import LlamaConfig, build_config
+from model.rope_scaling import RopeScaling, Scaling, build_scaling
 from model.scheme import Scheme
 from parallel.errors import ConfigError
 from parallel.regular_file import MAX_YAML_BYTES, read_text
@@ -33,6 +34,9 @@ _HUGGING_FACE_NAMES = {
     "pad_token_id": "pad_token_id",
 }
 """Key of model_config: key of config.json."""
+
+_ROPE_SCALING = "rope_scaling"
+_STRETCH_KEYS = tuple(entry.name for entry in fields(RopeScaling))
 
 _NOT_COMPARED = {"bos_token_id", "eos_token_id", "pad_token_id"}
 """A YAML may well end or pad a sequence in another way than the checkpoint does."""
@@ -104,6 +108,8 @@ class TandemSettings:
     """Longest continuation, tokens."""
     log_dir: str | None = None
     """Folder of the log files."""
+    fused_order: str | None = None
+    """Row order of fused weights: auto, 1.3 or 1.4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,8 @@ class Settings:
     """Ranks."""
     load_checkpoint: str | None
     """Path of the checkpoint."""
+    pretrained_model_dir: str | None
+    """A Hugging Face folder: the tokenizer and the model's config, and the weights where load_checkpoint names none."""
     compute_dtype: str | None
     """Type to compute in."""
     block_size: int | None
@@ -148,7 +156,7 @@ class Settings:
     """What the user should know about the ignored keys."""
 
     def __post_init__(self) -> None:
-        unknown = self.model_values.keys() - set(_HUGGING_FACE_NAMES.values())
+        unknown = self.model_values.keys() - {*_HUGGING_FACE_NAMES.values(), _ROPE_SCALING}
         assert not unknown, f"names that config.json does not have: {unknown}"
 
     def build_model_config(self) -> LlamaConfig:
@@ -179,7 +187,7 @@ class Settings:
 
     def compare_model_config(self, config: LlamaConfig, checkpoint: str) -> None:
         """Raise ConfigError when the file and the checkpoint's config disagree, naming every such key and both values."""
-        names = self.model_values.keys() - _NOT_COMPARED
+        names = self.model_values.keys() - {*_NOT_COMPARED, _ROPE_SCALING}
         said = {key: self.model_values[name] for key, name in _HUGGING_FACE_NAMES.items() if name in names}
         if self.ffn_dim_multiplier is not None and "intermediate_size" not in said:
             said["intermediate_size"] = self._derive_intermediate_size(said.get("hidden_size", config.hidden_size))
@@ -188,6 +196,10 @@ class Settings:
             for key, value in said.items()
             if not _equal(value, found := getattr(config, _HUGGING_FACE_NAMES[key]))
         ]
+        if (stretch := self.model_values.get(_ROPE_SCALING)) and (wanted := build_scaling(stretch, None)) != config.rope_scaling:
+            disagreements.append(
+                f"extend_method (rope_scaling) is {_describe_scaling(wanted)} against {_describe_scaling(config.rope_scaling)}"
+            )
         if disagreements:
             raise ConfigError(
                 f"{self.source} and {checkpoint} disagree: {', '.join(disagreements)};"
@@ -212,30 +224,54 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def open_settings(path: Path | None) -> Settings:
-    """Those of the YAML file of a command line, or what holds without one."""
+def open_settings(path: Path | None, checkpoint: Path | None = None) -> Settings:
+    """Those of the YAML file of a command line, of the only one next to a MindSpore checkpoint, or what holds without one.
+
+    Raises ConfigError as `read_settings` does, and for several files next to a checkpoint.
+    """
+    if path is None and checkpoint is not None:
+        path = _find_yaml(checkpoint)
     return read_settings(path) if path else _build_settings({}, "no config")
+
+
+def _find_yaml(checkpoint: Path) -> Path | None:
+    """The YAML in the folder of a checkpoint that has no config.json: MindFormers' models are folders of the two."""
+    folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    if not any(next(folder.glob(pattern), None) for pattern in ("*.ckpt", "rank_*", "*.safetensors")):
+        return None
+    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern))
+    if len(found) > 1:
+        raise ConfigError(f"{folder} holds {len(found)} YAML files, {found[0].name} and {found[1].name} among them: give one with -c")
+    return found[0] if found else None
 
 
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}
-    own = _find(raw, "tandem") or {}
+    own = dict(_find(raw, "tandem") or {})
+    if not is_null(own.get("fused_order")):
+        own["fused_order"] = str(own["fused_order"])
     return Settings(
         source=source,
-        model_values=_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}),
+        model_values={**_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}), **_read_rope_scaling(model)},
         multiple_of=_find(model, "multiple_of"),
         ffn_dim_multiplier=_find(model, "ffn_dim_multiplier"),
-        max_position_embedding=_find(model, "max_position_embedding"),
+        max_position_embedding=_find(model, "max_position_embedding") or _find(model, "max_position_embeddings"),
         seq_length=_find(model, "seq_length"),
         model_parallel=_find(raw, "parallel_config", "model_parallel"),
-        load_checkpoint=_find(raw, "load_checkpoint") or None,
+        load_checkpoint=_find(raw, "load_checkpoint") or _find(raw, "pretrained_model_dir") or None,
+        pretrained_model_dir=_find(raw, "pretrained_model_dir") or None,
         compute_dtype=_find(model, "compute_dtype"),
         block_size=_find(model, "block_size"),
         num_blocks=_find(model, "num_blocks"),
         seed=_find(raw, "seed"),
         sampling=SamplingSettings(
-            **_said({**model, "temperature": own.get("temperature")}, {**_same_names(SamplingSettings), "max_length": "max_decode_length"})
+            **_said(
+                {**model, **({} if is_null(own.get("temperature")) else {"temperature": own["temperature"]})},
+                {**_same_names(SamplingSettings), "max_length": "max_decode_length"},
+            )
         ),
         quantization=build_quantization(_find(model, "quantization_config")),
         vocab_file=_find(raw, "processor", "tokenizer", "vocab_file") or None,
@@ -243,6 +279,31 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         ignored=tuple(ignored),
         warnings=tuple(list_warnings(raw)),
     )
+
+
+def _read_rope_scaling(model: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` of a config.json for extend_method LLAMA3; nothing without one. Raises ConfigError for factors that are missing."""
+    if _find(model, "extend_method") is None:
+        return {}
+    factors = _find(model, "scaling_factor")
+    if not isinstance(factors, Mapping):
+        raise ConfigError(
+            f"model.model_config.scaling_factor is {factors!r}, but extend_method LLAMA3 needs a mapping of {', '.join(_STRETCH_KEYS)}"
+        )
+    if unknown := [key for key in factors if key not in _STRETCH_KEYS]:
+        raise ConfigError(f"model.model_config.scaling_factor.{unknown[0]} is not a known key; there are {', '.join(_STRETCH_KEYS)}")
+    scaling = {_ROPE_SCALING: {"rope_type": "llama3", **{key: value for key, value in factors.items() if not is_null(value)}}}
+    try:
+        build_scaling(scaling[_ROPE_SCALING], None)
+    except ConfigError as error:
+        raise ConfigError(f"model.model_config.scaling_factor: {error}") from None
+    return scaling
+
+
+def _describe_scaling(scaling: Scaling | None) -> str:
+    if not isinstance(scaling, RopeScaling):
+        return "none" if scaling is None else str(scaling)
+    return f"llama3 {', '.join(f'{key} {getattr(scaling, key):g}' for key in _STRETCH_KEYS)}"
 
 
 class _Loader(yaml.SafeLoader):

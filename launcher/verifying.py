@@ -14,7 +14,8 @@ from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
-from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
+from model.checkpoint.formats import FORMATS, find_format, lacks_config, open_checkpoint
+from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import find_contradictions
@@ -32,16 +33,21 @@ _SHOWN = 10
 
 def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
-    settings = open_settings(options.config)
+    settings = open_settings(options.config, options.checkpoint)
     path = find_checkpoint(options.checkpoint, settings)
     result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": [], "warnings": []}
     try:
-        source = open_checkpoint(path, plan_opening(options, settings))
-        result["format"] = options.format or find_format(source.path)
-        config = build_config(source.config, str(path))
-        settings.compare_model_config(config, str(path))
-        result |= _check(source, deep=deep)
-        result["warnings"] += _check_tokenizer(settings.vocab_file or source.tokenizer_path(), config, result["problems"])
+        opening = plan_opening(options, settings)
+        if opening.values is None and lacks_config(path, opening):
+            container = MindSporeContainer(path, opening.key_path)
+            result |= {"format": "mindspore", "config": None, **_check_container(container, deep=deep)}
+        else:
+            source = open_checkpoint(path, opening)
+            result["format"] = options.format or find_format(source.path)
+            config = build_config(source.config, str(path))
+            settings.compare_model_config(config, str(path))
+            result |= _check(source, deep=deep)
+            result["warnings"] += _check_tokenizer(settings.vocab_file or source.tokenizer_path(), config, result["problems"])
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
@@ -60,24 +66,44 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
     words = report.describe(config)
     problems = [f"{source.path} does not fit its config: {words}"] if words else []
+    found = _check_content(source, problems, deep=deep)
+    problems += find_contradictions(source, config, scheme, deep=deep) if not words else []
+    return {
+        "quantization": scheme.name,
+        **found,
+        "dropped": sorted(set(list_dropped(source, config, scheme)) - set(report.unexpected)),
+        "notes": list_notes(source, config),
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "mismatched": report.mismatched,
+    }
+
+
+def _check_container(container: MindSporeContainer, *, deep: bool) -> dict[str, Any]:
+    """What can be checked of a MindSpore checkpoint without its config."""
+    problems = container.list_problems()
+    notes = ["shapes were not compared with a model's, for there is no config: give the MindFormers YAML with -c to do so"]
+    evidence = container.examine_order()
+    if evidence is not None:
+        found = (
+            f"in MindFormers {evidence.order}'s row order" if evidence.order else "in a row order that cannot be told: see --fused-order"
+        )
+        notes.append(f"the fused weights are {found} ({evidence.describe()})")
+    return {**_check_content(container, problems, deep=deep), "fused_order": evidence.order if evidence else None, "notes": notes}
+
+
+def _check_content(source: CheckpointSource, problems: list[str], *, deep: bool) -> dict[str, Any]:
     files = check_files(source, ByteProgress("hashing files"))
     problems += [describe_damage(file) for file in files if not file.is_intact]
     threads = min(_MAX_THREADS, count_cores())
     tensors = check_tensors(source, threads, deep=deep, on_progress=ByteProgress("hashing tensors"))
     problems += list_not_numbers(tensors)
-    problems += find_contradictions(source, config, scheme, deep=deep) if not words else []
     return {
-        "quantization": scheme.name,
         "num_tensors": len(source.tensors),
         "tensor_bytes": sum(info.num_bytes for info in source.tensors.values()),
         "files": [{**asdict(file), "ok": file.is_intact} for file in files],
         "tensors": [{name: getattr(tensor, name) for name in tensor.__slots__} for tensor in tensors],
         "deep": deep,
-        "missing": report.missing,
-        "unexpected": report.unexpected,
-        "mismatched": report.mismatched,
-        "dropped": sorted(set(list_dropped(source, config, scheme)) - set(report.unexpected)),
-        "notes": list_notes(source, config),
         "problems": problems,
     }
 
@@ -99,7 +125,8 @@ def _print(result: dict[str, Any]) -> None:
     if "format" in result:
         print(f"{result['checkpoint']}: {FORMATS[result['format']].name}")
     if "files" in result:
-        print(f"{result['num_tensors']} tensors, {result['tensor_bytes'] / 1e6:.1f} MB, quantization {result['quantization']}")
+        quantization = f", quantization {result['quantization']}" if "quantization" in result else ""
+        print(f"{result['num_tensors']} tensors, {result['tensor_bytes'] / 1e6:.1f} MB{quantization}")
         for file in result["files"]:
             against = f"as {file['recorded_in']} says" if file["recorded_in"] else "nothing is recorded of it"
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")

@@ -5,7 +5,7 @@ Knows names, types and ranges; not what the values do (`launcher/settings.py`), 
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,12 +31,18 @@ class Value:
     """Type of every item, where the value is a list."""
     hint: str = ""
     """What to do about a value that is not accepted."""
+    check: Callable[[Any], bool] | None = None
+    """A further condition."""
+    needed: str = ""
+    """What is accepted, in words, where types and bounds do not tell."""
 
     def __post_init__(self) -> None:
         assert self.types, "a key without types would accept nothing"
 
     def accepts(self, value: Any) -> bool:
         """Whether the run can use this value."""
+        if self.check is not None and not self.check(value):
+            return False
         if not any(_has_type(value, kind) for kind in self.types):
             return False
         if self.choices is not None:
@@ -53,6 +59,8 @@ class Value:
 
     def describe(self) -> str:
         """What is accepted, in words."""
+        if self.needed:
+            return self.needed
         if self.choices is not None:
             return " or ".join(repr(choice) for choice in (*self.choices, None))
         words = " or ".join(_TYPE_WORDS[kind] for kind in self.types)
@@ -69,6 +77,8 @@ class Ignored:
     """What its user should know; empty when there is nothing to lose."""
     harmless: tuple[Any, ...] = (None, False, 0, "", "None", {}, [])
     """Values that need no warning."""
+    only: Value | None = None
+    """What may stand there, where other values would ask for something that is not done here."""
 
 
 Schema: TypeAlias = "Mapping[str, Value | Ignored | Schema]"
@@ -87,6 +97,17 @@ _NATURAL = Value(types=(int,), at_least=0)
 _POSITIVE = Value(types=(float,), above=0)
 _DTYPE = Value(types=(str,), choices=tuple(DTYPES))
 
+_NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the projections are not supported")
+_DENSE = Ignored(
+    only=Value(
+        types=(dict,),
+        check=lambda value: isinstance(value, Mapping) and not _count_experts(value),
+        needed="a dense model (expert_num 1)",
+        hint="mixtures of experts are not supported",
+    )
+)
+"""MindFormers' own default of moe_config describes a dense model."""
+
 _QUANTIZATION_CONFIG: Schema = {
     "quant_method": _TEXT,
     "weight_dtype": _TEXT,
@@ -94,7 +115,10 @@ _QUANTIZATION_CONFIG: Schema = {
     "kvcache_dtype": _TEXT,
     "outliers_suppression": _TEXT,
     "modules_to_not_convert": Value(types=(list,), items=str),
-    "algorithm_args": Value(types=(dict,)),
+    "algorithm_args": {
+        "alpha": Value(types=(float,), at_least=0, at_most=1),
+        "smooth_alpha": Value(types=(float,), at_least=0, at_most=1),
+    },
 }
 
 _MODEL_CONFIG: Schema = {
@@ -106,6 +130,7 @@ _MODEL_CONFIG: Schema = {
     "n_kv_heads": _COUNT,
     "vocab_size": _COUNT,
     "max_position_embedding": _COUNT,
+    "max_position_embeddings": _COUNT,
     "intermediate_size": _COUNT,
     "multiple_of": _COUNT,
     "ffn_dim_multiplier": _POSITIVE,
@@ -123,23 +148,37 @@ _MODEL_CONFIG: Schema = {
     "top_k": _NATURAL,
     "top_p": Value(types=(float,), above=0, at_most=1),
     "repetition_penalty": _POSITIVE,
+    "temperature": _POSITIVE,
     "quantization_config": _QUANTIZATION_CONFIG,
-    "extend_method": Value(types=(str,), choices=(), hint="stretching of the rotary positions is not supported"),
-    "qkv_has_bias": Value(types=(bool,), choices=(False,), hint="biases of the projections are not supported"),
+    "extend_method": Value(types=(str,), choices=("LLAMA3",), hint="other ways of stretching the rotary positions are not supported"),
+    "scaling_factor": Value(types=(float, dict)),
+    "qkv_has_bias": _NO_BIAS,
+    "add_qkv_bias": _NO_BIAS,
+    "attn_proj_has_bias": _NO_BIAS,
+    "moe_config": _DENSE,
     "pet_config": Ignored(warning="adapters are not supported, so the base model runs alone"),
-    "moe_config": Ignored(warning="experts are not supported, so the dense model runs"),
     **_ignore(
         "batch_size ignore_token_id layernorm_compute_type softmax_compute_type rotary_dtype param_init_type embedding_init_type"
-        " router_dense_type qkv_concat use_past scaling_factor is_dynamic use_rope_slice use_flash_attention use_attn_mask_compression"
+        " router_dense_type qkv_concat use_past is_dynamic use_rope_slice use_flash_attention use_attn_mask_compression"
         " use_ring_attention use_eod_attn_mask_compression fused_rms_norm parallel_optimizer fine_grain_interleave pp_interleave_num"
         " offset init_method_std parallel_config checkpoint_name_or_path quant parallel_decoding_params"
-        " return_extra_loss llm_backend boost_model_name"
+        " return_extra_loss llm_backend boost_model_name initializer_range num_block pretrain_seqlen compute_in_2d use_past_shard auto_map"
+        " layernorm_compute_dtype softmax_compute_dtype params_dtype mlp_concat infer_seq_length emb_dropout_prob"
+        " residual_dtype input_sliced_sig rmsnorm_compute_2d chunk_prefill calculate_per_token_loss return_hidden_states rl_config"
     ),
 }
 
 SCHEMA: Schema = {
     "seed": _NATURAL,
     "load_checkpoint": _TEXT,
+    "pretrained_model_dir": _TEXT,
+    "run_mode": Ignored(
+        only=Value(types=(str,), choices=("predict",), hint="the command says what is done, and none of them trains: set it to predict")
+    ),
+    "only_save_strategy": Ignored(
+        only=Value(types=(bool,), choices=(False,), hint="MindFormers would write strategy files and exit: set it to False to predict")
+    ),
+    "moe_config": _DENSE,
     "base_config": Value(types=(str, list, dict), choices=(), hint="files are not included; write its keys into this one"),
     "parallel_config": {
         "model_parallel": _COUNT,
@@ -159,6 +198,7 @@ SCHEMA: Schema = {
             **_ignore(
                 "type unk_token bos_token eos_token pad_token add_bos_token add_eos_token tokenizer_file model_max_length max_length"
                 " padding padding_side truncation_side chat_template legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
+                " auto_register additional_special_tokens merges_file"
             ),
         },
         **_ignore("type return_tensors image_processor audio_processor"),
@@ -176,16 +216,19 @@ SCHEMA: Schema = {
         "timeout_seconds": _POSITIVE,
         "max_new_tokens": _COUNT,
         "log_dir": _TEXT,
+        # YAML takes 1.3 without quotes for a number.
+        "fused_order": Value(types=(str, float), choices=("auto", "1.3", "1.4", 1.3, 1.4)),
     },
     **_ignore(
-        "output_dir run_mode use_parallel parallel context trainer runner_config runner_wrapper optimizer lr_schedule metric callbacks"
+        "output_dir use_parallel parallel context trainer runner_config runner_wrapper optimizer lr_schedule metric callbacks"
         " eval_callbacks train_dataset train_dataset_task eval_dataset eval_dataset_task do_eval eval_step_interval eval_epoch_interval"
-        " recompute_config swap_config moe_config micro_batch_interleave_num resume_training resume_by_meta ignore_data_skip"
-        " data_skip_steps src_strategy_path_or_dir auto_trans_ckpt only_save_strategy transform_process_num transform_by_rank"
+        " recompute_config swap_config micro_batch_interleave_num resume_training resume_by_meta ignore_data_skip"
+        " data_skip_steps src_strategy_path_or_dir auto_trans_ckpt transform_process_num transform_by_rank"
         " npu_num_per_node load_ckpt_format load_ckpt_async save_file input_data predict_batch_size adapter_id auto_tune filepath_prefix"
         " autotune_per_step profile profile_start_step profile_stop_step profile_rank_ids profile_pipeline profile_level"
         " profile_communication profile_memory init_start_profile layer_scale layer_decay lr_scale lr_scale_factor remote_save_url"
         " print_separate_loss infer_precision_sync train_precision_sync postprocess_use_numpy exclude_cann_cpu"
+        " monitor_config remove_redundancy use_legacy use_legacy_format trust_remote_code generation"
     ),
 }
 """Every known key of the file, nested as the file is."""
@@ -203,10 +246,11 @@ def check_keys(raw: Mapping[str, Any]) -> list[str]:
     """
     ignored = []
     for path, node, value in _walk(raw, SCHEMA, ""):
+        allowed = node.only if isinstance(node, Ignored) else node
         if isinstance(node, Ignored):
             ignored.append(path)
-        elif not is_null(value) and not node.accepts(value):
-            raise ConfigError(_explain(path, node, value))
+        if allowed is not None and not is_null(value) and not allowed.accepts(value):
+            raise ConfigError(_explain(path, allowed, value))
     return ignored
 
 
@@ -236,14 +280,23 @@ def _walk(raw: Any, schema: Schema, prefix: str) -> Iterator[tuple[str, Value | 
 
 
 def _suggest(key: str, schema: Schema, prefix: str) -> str:
-    everywhere = {path.rpartition(".")[2]: path for path in _list_paths(SCHEMA, "")}
+    """A hint only for what is likely meant: the same key of another section, or a typo of one in this section."""
+    elsewhere = [path for path in _list_paths(SCHEMA, "") if path.rpartition(".")[2] == key]
     near_here = difflib.get_close_matches(key, schema, n=1)
-    near_anywhere = difflib.get_close_matches(key, everywhere, n=1)
-    if near_here and key not in everywhere:
+    if len(elsewhere) == 1:
+        return f"did you mean {elsewhere[0]}?"
+    if near_here:
         return f"did you mean {prefix}{near_here[0]}?"
-    if near_anywhere:
-        return f"did you mean {everywhere[near_anywhere[0]]}?"
     return "no known key is near it: remove it, or see configs/ for examples"
+
+
+def _count_experts(moe: Mapping[str, Any]) -> bool:
+    """Whether a moe_config asks for experts: any count of them but 1, which is the dense model."""
+    return any(
+        value not in (None, "None", False, 0, 1)
+        for key, value in moe.items()
+        if key in ("expert_num", "num_experts", "num_local_experts", "n_routed_experts", "routed_expert_num", "shared_expert_num")
+    )
 
 
 def _list_paths(schema: Schema, prefix: str) -> Iterator[str]:

@@ -46,6 +46,11 @@ MINDFORMERS_NAMES: Mapping[str, str] = {
     "mlp.down_proj": "feed_forward.w2",
 }
 """Linears of a layer, by MindFormers' names for them."""
+_MINDFORMERS_FUSED: Mapping[str, str] = {
+    **dict.fromkeys(FUSED["qkv_proj"], "attention.w_qkv"),
+    **dict.fromkeys(FUSED["gate_up_proj"], "feed_forward.w_gate_hidden"),
+}
+"""Those that it fuses with qkv_concat True."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
 """Old exports carry rotary frequencies, and zeros for what a symmetric scheme says is zero."""
@@ -147,7 +152,7 @@ def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, 
     found = []
     for name in (*linear_names(config), "lm_head"):
         layer, short = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
-        names = (name, f"{layer}.{MINDFORMERS_NAMES[short]}" if short in MINDFORMERS_NAMES else name)
+        names = (name, *(f"{layer}.{theirs}" for theirs in (MINDFORMERS_NAMES.get(short), _MINDFORMERS_FUSED.get(short)) if theirs))
         if any(word in one for word in words for one in names) or (name == "lm_head" and config.tie_word_embeddings):
             found.append(name)
     return tuple(found)

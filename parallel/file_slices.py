@@ -5,7 +5,7 @@ Knows files, offsets and tensors; no weight names, no formats. A format says whe
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,17 @@ class FileReader:
     def read_span(self, path: Path, offset_bytes: int, length_bytes: int) -> torch.Tensor:
         """`length_bytes` bytes of a file as a uint8 tensor."""
         return self.read_rows([StoredRows(path, offset_bytes, 0, length_bytes, (), torch.uint8)], 0, length_bytes)
+
+    def read_spans(self, out: torch.Tensor, spans: Iterable[tuple[Path, int, int]]) -> None:
+        """Fill `out`, uint8, with (file, offset, length) spans one after another; only their bytes are read.
+
+        Raises CheckpointError when a file is short.
+        """
+        view, done = _bytes_of(out), 0
+        for path, offset, length in spans:
+            self._fill(view[done : done + length], path, offset)
+            done += length
+        self.read_bytes += done
 
     def close(self) -> None:
         """End the threads and close the files; the count stays."""

@@ -1,18 +1,20 @@
 """The table of checkpoint formats, and how one is told from another by what is in its files. One format, one file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import declares_method
+from model.checkpoint.described_folder import DescribedFolder, is_described
+from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
 from model.checkpoint.meta_folder import MetaFolder, is_meta
-from model.checkpoint.mindspore_file import MindSporeFile
-from model.checkpoint.mindspore_folder import is_mindspore
+from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
+from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
@@ -31,10 +33,14 @@ class OpenOptions:
     """Path of the key of an encrypted checkpoint."""
     values: Mapping[str, Any] | None = None
     """Values of a config.json, for formats that have none."""
+    fused_order: str | None = None
+    """Row order of MindFormers' fused weights: a word of ORDERS, or AUTO; None: AUTO."""
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
             raise CheckpointError(f"the format {self.format!r} is unknown; there are {', '.join(FORMATS)}")
+        if self.fused_order not in (None, AUTO, *ORDERS):
+            raise CheckpointError(f"--fused-order is {self.fused_order!r}, but has to be one of {', '.join((AUTO, *ORDERS))}")
 
     @property
     def key_path(self) -> Path | None:
@@ -57,6 +63,8 @@ class Format:
 
 
 def _is_hugging_face(path: Path) -> bool:
+    if holds_own_names(path):
+        return False
     if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return True
     return (path / "config.json").is_file() and bool(list_shards(path))
@@ -75,6 +83,9 @@ def _is_gguf(path: Path) -> bool:
 
 FORMATS: Mapping[str, Format] = {
     "ranks": Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, _: RankFiles(path)),
+    "modelslim": Format(
+        "Golden Stick 1.4 or ModelSlim folder (quantization description)", is_described, lambda path, _: DescribedFolder(path)
+    ),
     "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
     "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
@@ -82,9 +93,9 @@ FORMATS: Mapping[str, Format] = {
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
-        "MindSpore file or folder (.ckpt)",
+        "MindSpore file or folder (.ckpt, MindFormers' safetensors)",
         is_mindspore,
-        lambda path, options: MindSporeFile(path, options.values, options.key_path),
+        lambda path, options: MindSporeFile(path, options.values, options.key_path, options.fused_order),
         ".ckpt",
     ),
 }
@@ -123,3 +134,16 @@ def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoin
     if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
         path = inside[0]
     return FORMATS[options.format or find_format(path)].open(path, options)
+
+
+def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:
+    """`options` with what was found on opening, so that ranks need not find it again."""
+    found = source.fused_order if isinstance(source, MindSporeFile) else None
+    return replace(options, fused_order=found) if found else options
+
+
+def lacks_config(path: Path, options: OpenOptions) -> bool:
+    """Whether this is a MindSpore checkpoint with no config.json beside it. Raises what `find_format` raises."""
+    if (options.format or find_format(path)) != "mindspore":
+        return False
+    return not any((folder / "config.json").is_file() for folder in list_config_folders(path))

@@ -13,17 +13,32 @@ from typing import Any
 
 import torch
 
+from model.checkpoint.fused_order import AUTO, ORDERS, OrderEvidence, weigh_orders
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_folder import find_files
-from model.checkpoint.mindspore_header import read_mindspore_header
-from model.checkpoint.mindspore_names import CACHE_ZEROS, FORMS, LEFTOVERS, LINEAR_NAMES, PLAIN_NAMES, ROLES, ROW_PARALLEL, split_name
-from model.checkpoint.mindspore_rows import RowBlock, build_block, decode_dequant_scale, make_column
+from model.checkpoint.mindspore_layout import arrange_ranks
+from model.checkpoint.mindspore_names import (
+    CACHE_ZEROS,
+    FORMS,
+    FUSED_NAMES,
+    LEFTOVERS,
+    LINEAR_NAMES,
+    PLAIN_NAMES,
+    ROLES,
+    ROW_PARALLEL,
+    split_name,
+)
+from model.checkpoint.mindspore_order import sample_fused
+from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
+from model.checkpoint.mindspore_safetensors import read_any_header
 from model.checkpoint.source import TensorInfo
 from model.config import read_config
 from model.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
 from model.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
+
+_QKV, _GATE_HIDDEN = FUSED_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +52,39 @@ class _Tensor:
 
 
 class MindSporeFile:
-    """A `.ckpt` file, a folder of one, or a folder of `rank_0`, `rank_1`, … with one each, as a CheckpointSource."""
+    """A checkpoint of MindSpore: a file, a folder of one or of several parts, or folders of ranks, as a CheckpointSource.
 
-    def __init__(self, path: Path, config: Mapping[str, Any] | None = None, key_file: Path | None = None) -> None:
+    `fused_order` is the row order of its fused weights, a word of ORDERS; None where it has none or both orders are the same.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any] | None = None, key_file: Path | None = None, fused_order: str | None = None
+    ) -> None:
         """`config` holds the values of a config.json, where the checkpoint has none beside it; `key_file` the key of encrypted files.
 
-        Raises CheckpointError for files that are missing, damaged, encrypted with another key or quantized in a way that cannot be read;
+        `fused_order`: a word of ORDERS; None or AUTO: found by the norms of some rows. Raises CheckpointError for files that are missing,
+        damaged, encrypted with another key or quantized in a way that cannot be read, and for fused weights whose order cannot be told;
         ConfigError when the config is missing or lacks what the tensors need.
         """
         self.path = path
-        self.files = find_files(path)
-        self._folders = [path, self.files[0].parent] if path.is_dir() else [path.parent]
+        ranks = find_files(path)
+        self.files = [file for files in ranks for file in files]
+        self._folders = list_config_folders(path)
         self.config = dict(config) if config is not None else self._read_config()
         self._stored: dict[str, _Tensor] = {}
         self._constants: dict[str, torch.Tensor] = {}
+        self._notes: list[str] = []
         self._reader = FileReader()
         try:
-            headers = {file: read_mindspore_header(file, self._reader, key_file) for file in self.files}
-            self._headers = [header.tensors for header in headers.values()]
+            headers = {file: read_any_header(file, self._reader, key_file) for file in self.files}
             self._encrypted: dict[Path, EncryptedFile] = {file: one.encrypted for file, one in headers.items() if one.encrypted}
             self.checksums = {file: header.checksum for file, header in headers.items() if header.checksum}
-            self._check_ranks()
+            tensors = {file: header.tensors for file, header in headers.items()}
+            arranged = arrange_ranks(path, ranks, tensors, self.config, self._encrypted, self._reader)
+            self._parts, self._num_slices = arranged.parts, arranged.num_slices
+            self._given_order = None if fused_order == AUTO else fused_order
+            self._evidence: OrderEvidence | None = None
+            self.fused_order = self._decide_order()
             self._add_scheme(self._add_tensors())
         finally:
             self._reader.close()
@@ -67,7 +94,37 @@ class MindSporeFile:
             sample = self.read_rows(self._reader, name, 0, 0)
             self.tensors[name] = TensorInfo((tensor.blocks[0].shape[0], *sample.shape[1:]), sample.dtype)
         self._add_dtype()
-        self._headers.clear()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the checkpoint is read. With a given order, samples rows to compare it with them."""
+        notes = list(self._notes)
+        if self.fused_order is None:
+            return notes
+        other = ORDERS[1 - ORDERS.index(self.fused_order)]
+        if self._given_order is None and self._evidence is not None:
+            return [
+                f"{self.path}: the fused weights are in the row order of MindFormers {self.fused_order}, detected: "
+                f"{self._evidence.describe()}; --fused-order {other} overrides it",
+                *notes,
+            ]
+        evidence = self.examine_order()
+        if evidence is not None and evidence.order == other:
+            notes.insert(
+                0,
+                f"warning: {self.path} is read in the row order of MindFormers {self.fused_order}, as set, but its weights speak for "
+                f"{other}: {evidence.describe()}; check --fused-order if the text is garbage",
+            )
+        return notes
+
+    def examine_order(self) -> OrderEvidence | None:
+        """What the rows of the fused weights say of their order; None where there are none."""
+        if self._evidence is None and self.fused_order is not None:
+            try:
+                self._evidence = self._weigh_order()
+            finally:
+                self._reader.close()
+        return self._evidence
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
@@ -97,27 +154,50 @@ class MindSporeFile:
             raise ConfigError(f"{self.path} holds fused tensors or several ranks' parts: the config has to give {key}, but it is {value!r}")
         return value
 
-    def _check_ranks(self) -> None:
-        """Every rank holds the same tensors, of the same type and number of dimensions."""
-        first = self._headers[0]
-        for file, header in zip(self.files[1:], self._headers[1:], strict=True):
-            differing = sorted(first.keys() ^ header.keys())
-            if differing:
-                raise CheckpointError(
-                    f"{file} and {self.files[0]} differ in {len(differing)} names, {differing[0]} first: give the files of one run"
-                )
-            for name, stored in header.items():
-                one = first[name]
-                if (stored.tensor_type, len(stored.dims), stored.dims[1:]) != (one.tensor_type, len(one.dims), one.dims[1:]):
-                    raise CheckpointError(
-                        f"{name} is {one.tensor_type} {list(one.dims)} in {self.files[0]}, but {stored.tensor_type} "
-                        f"{list(stored.dims)} in {file}: give the files of one run"
-                    )
+    def _decide_order(self) -> str | None:
+        """The row order of the fused weights. Raises CheckpointError where rows do not tell and none is given."""
+        fused = [name for name in FUSED_NAMES if any(f".{name}." in one for one in self._parts)]
+        if not fused or (fused == [_QKV] and self._head_shares()[1] == 1):
+            return None
+        if self._given_order is not None:
+            return self._given_order
+        self._evidence = evidence = self._weigh_order()
+        if evidence.order is None:
+            raise CheckpointError(
+                f"{self.path} holds fused weights (qkv_concat: True) whose row order cannot be told: {evidence.describe()}; give "
+                "--fused-order 1.3 for files of MindFormers up to 1.3, 1.4 for later ones"
+            )
+        return evidence.order
+
+    def _weigh_order(self) -> OrderEvidence:
+        """By w_gate_hidden; w_qkv, which tells less clearly, may only object, and decides where it is alone."""
+        main = weigh_orders(sample_fused(self._parts, _GATE_HIDDEN, None, self._encrypted, self._reader))
+        cross = OrderEvidence(None, (0.0, 0.0), 0)
+        if any(f".{_QKV}." in name for name in self._parts):
+            cross = weigh_orders(sample_fused(self._parts, _QKV, self._head_shares(), self._encrypted, self._reader))
+        if main.num_tensors == 0:
+            return cross
+        if main.order is not None and cross.order not in (None, main.order):
+            raise CheckpointError(
+                f"{self.path} holds fused weights that contradict each other: w_gate_hidden is in MindFormers {main.order}'s row order "
+                f"({main.describe()}), w_qkv in {cross.order}'s ({cross.describe()}); give --fused-order 1.3 or 1.4"
+            )
+        return main
+
+    def _head_shares(self) -> tuple[int, int]:
+        """Query heads and KV heads of each slice."""
+        slices, heads = self._num_slices, self._require("num_attention_heads")
+        kv_heads = self._require("num_key_value_heads") if self.config.get("num_key_value_heads") else heads
+        if heads % slices or kv_heads % slices:
+            raise CheckpointError(f"{self.path} has {slices} ranks, but {heads} heads and {kv_heads} key-value heads do not divide by it")
+        if heads % kv_heads:
+            raise CheckpointError(f"{self.path}: {heads} heads do not divide into {kv_heads} key-value heads: check the config")
+        return heads // slices, kv_heads // slices
 
     def _add_tensors(self) -> dict[str, LinearScheme | None]:
         """Enter all tensors; give how each linear, by its Hugging Face name, is stored."""
         linears: dict[str, dict[str, str]] = {}
-        for name, stored in self._headers[0].items():
+        for name, ((_, stored), *_) in self._parts.items():
             # No weight is a scalar or a text: counters and notes of a training run.
             if not stored.dims or LEFTOVERS.fullmatch(name):
                 continue
@@ -140,21 +220,23 @@ class MindSporeFile:
         """The axis along which ranks hold parts of a tensor that is no part of a layer's linear; None: each holds the whole."""
         if rest.endswith("_t_scale"):
             return 0
-        if len(self.files) == 1 or not rest.startswith(("tok_embeddings", "lm_head")):
+        if self._num_slices == 1 or not rest.startswith(("tok_embeddings", "lm_head")):
             return None
-        return 0 if sum(header[name].dims[0] for header in self._headers) == self._require("vocab_size") else None
+        return 0 if sum(stored.dims[0] for _, stored in self._parts[name]) == self._require("vocab_size") else None
 
     def _add_linear(self, name: str, roles: dict[str, str]) -> list[tuple[str, LinearScheme | None]]:
         prefix, linear = split_name(name)
         kinds = frozenset(roles) - {"bias"}
         if kinds not in FORMS:
-            raise CheckpointError(f"{self.path} holds {', '.join(sorted(roles.values()))}, which is no form that Golden Stick 0.6 writes")
+            raise CheckpointError(
+                f"{self.path} holds {', '.join(sorted(roles.values()))}, which is no form of Golden Stick's that can be read"
+            )
         form = FORMS[kinds]
         if "bias" in roles and (form is None or form.activation is None):
             self._add(roles["bias"], roles["bias"], None)
         weight = roles["float" if form is None else "weight"]
-        if form is not None and self._headers[0][weight].tensor_type != "Int8":
-            raise CheckpointError(f"{weight} is {self._headers[0][weight].tensor_type}, but only Int8 can be read: quantize to int8")
+        if form is not None and self._parts[weight][0][1].tensor_type != "Int8":
+            raise CheckpointError(f"{weight} is {self._parts[weight][0][1].tensor_type}, but only Int8 can be read: quantize to int8")
         row_parallel = linear in ROW_PARALLEL
         rows_axis = None if row_parallel else (self._plain_axis(linear, weight) if linear == "lm_head" else 0)
         given = []
@@ -166,7 +248,7 @@ class MindSporeFile:
                     self._check_zero(roles["weight_zero"])
                 self._add(f"{full}.weight_scale", roles["weight_scale"], rows_axis, part, make_column)
             elif form is not None:
-                if len(dims := self._headers[0][roles["dequant_scale"]].dims) != 1:
+                if len(dims := self._parts[roles["dequant_scale"]][0][1].dims) != 1:
                     raise CheckpointError(f"{roles['dequant_scale']} has the shape {list(dims)}, but one scale for each row is needed")
                 self._add(f"{full}.weight_scale", roles["dequant_scale"], rows_axis, part, decode_dequant_scale)
                 self._add(f"{full}.smooth_scale", roles["input_scale"], 0 if row_parallel else None)
@@ -175,54 +257,55 @@ class MindSporeFile:
             given.append((full, form))
         return given
 
-    def _fused_parts(self, linear: str, name: str) -> list[tuple[str, list[tuple[int, int]] | None]]:
-        """Hugging Face names of a linear, and the rows of each in every rank's file; None: all rows.
+    def _fused_parts(self, linear: str, name: str) -> list[tuple[str, list[RowRuns] | None]]:
+        """Hugging Face names of a linear, and the rows of each in every slice; None: all rows.
 
-        A rank's file fuses the rank's own parts: MindFormers fuses after slicing.
+        A slice fuses its own parts: MindFormers fuses after slicing.
         """
         if linear == "lm_head":
             return [("lm_head", None)]
         names = LINEAR_NAMES[linear]
         if len(names) == 1:
             return [(names[0], None)]
-        ranks, shares = len(self.files), [1, 1]
         if len(names) == 3:
-            heads = self._require("num_attention_heads")
-            kv_heads = self._require("num_key_value_heads") if self.config.get("num_key_value_heads") else heads
-            if heads % ranks or kv_heads % ranks:
-                raise CheckpointError(
-                    f"{self.path} has {ranks} ranks, but {heads} heads and {kv_heads} key-value heads do not divide by it"
-                )
-            shares = [heads // ranks, kv_heads // ranks, kv_heads // ranks]
-        bounds: list[list[tuple[int, int]]] = [[] for _ in names]
-        for header in self._headers:
-            (rows, *_), first = header[name].dims, 0
+            heads, kv_heads = self._head_shares()
+            shares = [heads, kv_heads, kv_heads]
+        else:
+            kv_heads, shares = 0, [1, 1]
+        runs: list[list[RowRuns]] = [[] for _ in names]
+        for _, stored in self._parts[name]:
+            rows, first = stored.dims[0], 0
             if rows % sum(shares):
                 raise CheckpointError(f"{name} has {rows} rows, which do not divide into {sum(shares)} heads or halves: check the config")
-            for share, found in zip(shares, bounds, strict=True):
-                found.append((first, first + rows // sum(shares) * share))
-                first = found[-1][1]
-        return list(zip(names, bounds, strict=True))
+            # Order 1.4 repeats the parts for every KV head, and for every row of the feed-forward.
+            count = 1 if self.fused_order != ORDERS[1] else max(1, kv_heads or rows // 2)
+            unit = rows // sum(shares)
+            for share, found in zip(shares, runs, strict=True):
+                take = unit * share // count
+                found.append(RowRuns(first, take, rows // count, count))
+                first += take
+        return list(zip(names, runs, strict=True))
 
     def _add(
         self,
         target: str,
         name: str,
         axis: int | None,
-        rows: Sequence[tuple[int, int]] | None = None,
+        rows: Sequence[RowRuns] | None = None,
         convert: Callable[[torch.Tensor], torch.Tensor] = lambda data: data,
     ) -> None:
         if target in self._stored:
             raise CheckpointError(f"{self.path} holds {target} twice, the second time as {name}: save it again")
         self._stored[target] = _Tensor(self._build_blocks(name, axis, rows), convert)
 
-    def _build_blocks(self, name: str, axis: int | None, rows: Sequence[tuple[int, int]] | None = None) -> tuple[RowBlock, ...]:
+    def _build_blocks(self, name: str, axis: int | None, rows: Sequence[RowRuns] | None = None) -> tuple[RowBlock, ...]:
         """The tensor whose parts the ranks hold along `axis` (None: each holds the whole), of each only `rows`."""
-        pieces = [(file, header[name]) for file, header in zip(self.files, self._headers, strict=True)]
-        rows = rows or [(0, stored.dims[0]) for _, stored in pieces]
-        blocks = [build_block([(*piece, *part)], self._encrypted) for piece, part in zip(pieces, rows, strict=True)]
+        parts = self._parts[name]
+        rows = rows or [RowRuns(0, stored.dims[0]) for _, stored in parts]
+        pieces = [(file, stored, runs) for (file, stored), runs in zip(parts, rows, strict=True)]
         if axis == 0:
-            return (build_block([(*piece, *part) for piece, part in zip(pieces, rows, strict=True)], self._encrypted),)
+            return (build_block(pieces, self._encrypted),)
+        blocks = [build_block([piece], self._encrypted) for piece in pieces]
         if axis == 1 and all(len(block.shape) > 1 and block.shape[0] == blocks[0].shape[0] for block in blocks):
             return tuple(blocks)
         self._check_equal(name, blocks)
@@ -257,7 +340,7 @@ class MindSporeFile:
         zero_points = self._read_vector(name)
         if zero_points.dtype != torch.int8:
             # Later releases then store the reciprocal of the scale.
-            raise CheckpointError(f"{name} is {self._headers[0][name].tensor_type}, but Golden Stick 0.6 writes Int8: quantize with it")
+            raise CheckpointError(f"{name} is {self._parts[name][0][1].tensor_type}, but Golden Stick 0.6 writes Int8: quantize with it")
         low, high = min(zero_points.tolist(), default=0), max(zero_points.tolist(), default=0)
         if low != high:
             raise CheckpointError(f"{name} holds zero points from {low} to {high}, but only one for all channels can be read")
@@ -274,6 +357,10 @@ class MindSporeFile:
                 f"{self.path} stores {names[0]} as {quantized[0].name} and {names[1]} as {quantized[1].name}, but one form for all "
                 "quantized linears is supported"
             )
+        if quantized and quantized[0].activation == "token":
+            self._notes.append(
+                f"{self.path} holds scales without zero points: Golden Stick 1.0, activations rounded to int8 for each token (A8W8 dynamic)"
+            )
         has_cache = any(name.endswith((".k_scale", ".v_scale")) for name in self._stored)
         ignore = tuple(name for name in _list_linears(forms) if forms.get(name) is None) if quantized else ()
         # A config.json beside the file may be that of the checkpoint which it was made from; only scales of tokens are not stored.
@@ -288,6 +375,11 @@ class MindSporeFile:
         first = next((name for name in ("model.embed_tokens.weight", *names) if name in self.tensors), None)
         if first is not None:
             self.config["torch_dtype"] = str(self.tensors[first].dtype).removeprefix("torch.")
+
+
+def list_config_folders(path: Path) -> list[Path]:
+    """Where config.json and the tokenizer may lie. Raises CheckpointError for a folder without files."""
+    return list(dict.fromkeys([path, find_files(path)[0][0].parent])) if path.is_dir() else [path.parent]
 
 
 def _list_linears(forms: Mapping[str, LinearScheme | None]) -> list[str]:

@@ -1,47 +1,158 @@
-"""Where the `.ckpt` files of a MindSpore checkpoint lie: one file, a folder, or folders rank_0, rank_1, …
+"""Where the files of a MindSpore checkpoint lie: one file, a folder, or folders rank_0, rank_1, …; `.ckpt` or MindFormers' safetensors.
 
-Knows names and first bytes only.
+Depends on names of files, on first bytes, and on the names in safetensors headers; does not read tensors.
 """
 
+import json
 import re
 from pathlib import Path
 
+from model.checkpoint.safetensors_file import read_header
+from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
+NAME_MAP = "param_name_map.json"
+"""In a folder of MindFormers' safetensors: the file of each tensor."""
 _MARKS = re.compile(rb"[\xd8-\xda]\x5e\x3a\x7f|\x0a[\x80-\xff]{0,9}[\x00-\x7f]\x0a", re.DOTALL)
 """An encrypted file's first word, or a message (field 1 and its length) that begins with a tag (field 1)."""
+_STEP = re.compile(r"(?P<prefix>.*?)(?:_rank_(?P<rank>\d+))?(?:_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)")
+"""What training calls a checkpoint: PREFIX_rank_R-EPOCH_STEP."""
+_OWN_NAMES = re.compile(r"model\.(tok_embeddings|norm_out|layers\.\d+\.(attention|attention_norm|feed_forward|ffn_norm))\.")
+_SUFFIXES = (".ckpt", ".safetensors")
 
 
 def is_mindspore(path: Path) -> bool:
-    """Whether `path` is a file that begins as MindSpore's do, or a folder that holds a .ckpt file or a folder rank_0."""
+    """Whether `path` is a file or folder of MindSpore's: `.ckpt` files, rank folders, or safetensors under MindFormers' names."""
     if path.is_file():
+        if path.suffix == ".safetensors":
+            return _has_own_names(path)
         with path.open("rb") as file:
             return _MARKS.match(file.read(16)) is not None
-    return bool(_list_checkpoints(path)) or (path / "rank_0").is_dir()
+    if (path / NAME_MAP).is_file() or _list_files(path, ".ckpt") or _find_rank_folders(path):
+        return True
+    return holds_own_names(path)
 
 
-def find_files(path: Path) -> list[Path]:
-    """The `.ckpt` files of all ranks, in rank order. Raises CheckpointError for none, several, or a rank that is missing."""
+def holds_own_names(path: Path) -> bool:
+    """Whether a folder holds safetensors under MindFormers' names, whatever they are called."""
+    found = _list_files(path, ".safetensors")
+    return bool(found) and _has_own_names(found[0])
+
+
+def find_files(path: Path) -> list[list[Path]]:
+    """The files of each rank, in rank order; of several training steps the newest.
+
+    Raises CheckpointError for none, for a rank that is missing, and for ranks at different steps.
+    """
     if not path.is_dir():
-        return [path]
-    if _list_checkpoints(path):
-        return [_find_single(path)]
-    folders = {int(match[1]): one for one in path.iterdir() if one.is_dir() and (match := re.fullmatch(r"rank_(\d+)", one.name))}
+        return [[path]]
+    if (path / NAME_MAP).is_file():
+        return [_read_name_map(path)]
+    if any(_list_files(path, suffix) for suffix in _SUFFIXES):
+        return [_choose_files(path)]
+    folders = _find_rank_folders(path)
     if not folders:
         raise CheckpointError(f"{path} holds neither a .ckpt file nor folders rank_0, rank_1, …")
     missing = [rank for rank in range(max(folders) + 1) if rank not in folders]
     if missing:
         raise CheckpointError(f"{path} holds rank_{max(folders)}, but no rank_{missing[0]}: copy the folders of all ranks")
-    return [_find_single(folders[rank]) for rank in sorted(folders)]
+    ranks = [_choose_files(folders[rank]) for rank in sorted(folders)]
+    steps = {_read_step(file): file for files in ranks for file in files}
+    if len(steps) > 1:
+        (first, one), (second, other) = list(steps.items())[:2]
+        raise CheckpointError(
+            f"the newest files of the ranks are of different steps: {one} is {_name_step(first)}, {other} is {_name_step(second)}; "
+            "copy the same step of all ranks"
+        )
+    return ranks
 
 
-def _find_single(folder: Path) -> Path:
-    found = _list_checkpoints(folder)
-    if len(found) != 1:
-        raise CheckpointError(f"{folder} holds {len(found)} .ckpt files, but 1 is needed: give the file itself")
-    return found[0]
+def check_single(files: list[Path], names: list[set[str]]) -> None:
+    """Raise CheckpointError when files of one rank hold the same tensor: they are then not parts of one model."""
+    for number, (file, mine) in enumerate(zip(files, names, strict=True)):
+        for other, theirs in zip(files[:number], names, strict=False):
+            if both := mine & theirs:
+                raise CheckpointError(
+                    f"{file.parent} holds {len(files)} files, and {other.name} and {file.name} both hold {min(both)}: "
+                    "give the file itself, or leave one checkpoint in the folder"
+                )
 
 
-def _list_checkpoints(folder: Path) -> list[Path]:
-    # MindFormers lays a file that says how the ranks were cut, of another format, beside the folders.
-    return sorted(file for file in folder.glob("*.ckpt") if file.is_file() and "strategy" not in file.name)
+def _choose_files(folder: Path) -> list[Path]:
+    """The files that make up one rank's part: those of the newest step, else all."""
+    found = next((files for suffix in _SUFFIXES if (files := _list_files(folder, suffix))), [])
+    if not found:
+        raise CheckpointError(f"{folder} holds no .ckpt and no .safetensors file: copy this rank's file")
+    steps = [(match, file) for file in found if (match := _STEP.fullmatch(file.stem))]
+    if len(found) == 1 or not steps:
+        return found
+    prefixes = {(match["prefix"], match["rank"]) for match, _ in steps}
+    if len(steps) < len(found) or len(prefixes) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(found)} files of more than one name, {found[0].name} and {found[-1].name} among them: "
+            "which one is meant cannot be told; leave one checkpoint in the folder"
+        )
+    newest = max((int(match["epoch"]), int(match["step"])) for match, _ in steps)
+    chosen = [file for match, file in steps if (int(match["epoch"]), int(match["step"])) == newest]
+    if len(chosen) > 1:
+        raise CheckpointError(f"{folder} holds {len(chosen)} files of step {_name_step(newest)}, {chosen[0].name} first: leave one of them")
+    return chosen
+
+
+def _read_step(file: Path) -> tuple[int, int] | None:
+    match = _STEP.fullmatch(file.stem)
+    return (int(match["epoch"]), int(match["step"])) if match else None
+
+
+def _name_step(step: tuple[int, int] | None) -> str:
+    return f"epoch {step[0]} step {step[1]}" if step else "of no step"
+
+
+def _read_name_map(path: Path) -> list[Path]:
+    file = path / NAME_MAP
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))
+        names = {str(name): str(found) for name, found in named.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file} does not hold the file of each tensor as a JSON object: copy it again") from None
+    outside = next((name for name in names.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", name)), None)
+    if outside is not None:
+        raise CheckpointError(f"{file} names {quote(outside)}, which is no safetensors file of its folder")
+    files = [path / name for name in sorted(set(names.values()))]
+    missing = [one.name for one in files if not one.is_file()]
+    if missing:
+        first = quote_name(missing[0])
+        raise CheckpointError(f"{path} lacks {len(missing)} of the {len(files)} files that {NAME_MAP} names, {first} first: copy them")
+    if not files:
+        raise CheckpointError(f"{file} names no tensor: copy it again")
+    headers = {one.name: read_header(one) for one in files}
+    wrong = [name for name, found in names.items() if name not in headers[found]]
+    if wrong:
+        raise CheckpointError(
+            f"{file} lists {len(wrong)} of {len(names)} tensors that are not in the files it names, {quote_name(wrong[0])} in "
+            f"{quote_name(names[wrong[0]])} first: copy the checkpoint again"
+        )
+    return files
+
+
+def _find_rank_folders(path: Path) -> dict[int, Path]:
+    if not path.is_dir():
+        return {}
+    return {int(match[1]): one for one in path.iterdir() if one.is_dir() and (match := re.fullmatch(r"rank_(\d+)", one.name))}
+
+
+def _list_files(folder: Path, suffix: str) -> list[Path]:
+    """Files of weights. Strategy files say how ranks were cut; hyper_param.safetensors is the optimizer's."""
+    if not folder.is_dir():
+        return []
+    left_out = ("hyper_param.safetensors",)
+    return sorted(
+        file for file in folder.glob(f"*{suffix}") if file.is_file() and "strategy" not in file.name and file.name not in left_out
+    )
+
+
+def _has_own_names(file: Path) -> bool:
+    try:
+        return any(_OWN_NAMES.match(name) for name in read_header(file))
+    except CheckpointError:
+        return False

@@ -23,6 +23,8 @@ LINEAR_NAMES: Mapping[str, tuple[str, ...]] = {ours: (theirs,) for theirs, ours 
     "feed_forward.w_gate_hidden": ("mlp.gate_proj", "mlp.up_proj"),
 }
 """Linears of a layer, and what each holds: with qkv_concat True, several under each other."""
+FUSED_NAMES = ("attention.w_qkv", "feed_forward.w_gate_hidden")
+"""Those of several, whose row order is told in `fused_order.py`."""
 ROW_PARALLEL = ("attention.wo", "feed_forward.w2")
 """MindFormers cuts their columns, and the rows of all other linears."""
 RTN_NAMES: Mapping[str, str] = {
@@ -44,12 +46,19 @@ ROLES: Mapping[str, str] = {rest: role for role, rest in RTN_NAMES.items()} | {
     "input_zp": "input_zero",
     "_layer.matmul.dequant_scale": "dequant_scale",
     "_layer.bias": "bias",
+    # Golden Stick 1.0
+    "_layer.matmul.weight_scale": "weight_scale",
+    "_layer.matmul.weight_zp": "weight_zero",
+    "smooth_scale": "smooth_scale",
+    "_layer.matmul.smooth_scale": "smooth_scale",
+    "_input_quantizer.smooth_scale": "smooth_scale",
 }
 """What follows a linear's name, for RTN and SmoothQuant (first) and for PTQ, and what it is."""
 FORMS: Mapping[frozenset[str], LinearScheme | None] = {
     frozenset({"float"}): None,
     frozenset({"weight", "weight_scale", "weight_zero"}): LinearScheme(packed=False),
-    frozenset({"weight", "weight_scale"}): LinearScheme(packed=False),
+    # Golden Stick 1.0: activations are rounded for each token, and no zero points are stored.
+    frozenset({"weight", "weight_scale"}): LinearScheme(packed=False, activation="token"),
     frozenset({"weight", "input_scale", "input_zero", "dequant_scale"}): LinearScheme(
         packed=False, activation="tensor", activation_symmetric=False, smooth=True
     ),

@@ -1,9 +1,9 @@
-"""Rows of a MindSpore checkpoint's tensors, whose slices lie in one file or in the files of several ranks, encrypted or not.
+"""Rows of a MindSpore checkpoint's tensors: runs of rows, whose slices lie in one file or in the files of several ranks, encrypted or not.
 
-Knows slices, bytes and how scales are encoded; no names.
+Depends on slices, bytes and the encoding of scales; does not know names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,13 +15,67 @@ from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
+_SHORT_BYTES = 64
+"""Shorter runs are read with what lies between them: a system call each would cost more than the bytes."""
+_COVER_BYTES = 8 << 20
+"""At most this much is read that way at a time, unless one run is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRuns:
+    """Rows of a stored tensor: `count` runs of `take` rows, each `period` rows after the one before."""
+
+    first: int
+    """Row where the first run begins."""
+    take: int
+    """Rows of a run."""
+    period: int = 1
+    """Rows from the start of a run to the start of the next."""
+    count: int = 1
+    """Runs."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all runs."""
+        return self.take * self.count
+
+    @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return self.first + (self.count - 1) * self.period + self.take
+
+
+@dataclass(frozen=True, slots=True)
+class RowPiece:
+    """Rows of one file's tensor, and where they stand in the tensor that is read."""
+
+    start: int
+    """First byte, counted in the tensor that is read."""
+    parts: Sequence[StoredRows]
+    """Bytes of the stored tensor, counted in it: a slice may end inside a row."""
+    runs: RowRuns
+    row_bytes: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last byte, counted in the tensor that is read."""
+        return self.start + self.runs.num_rows * self.row_bytes
+
+    def list_runs(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """(first byte in the stored tensor, length) of bytes [low, high) of this piece, in order."""
+        length, period, first = self.runs.take * self.row_bytes, self.runs.period * self.row_bytes, self.runs.first * self.row_bytes
+        while low < high:
+            run, inside = divmod(low, length)
+            size = min(length - inside, high - low)
+            yield first + run * period + inside, size
+            low += size
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Whole rows of a tensor, or of some columns of it, as they are stored."""
+    """Rows of a tensor, or of some of its columns, as they are stored."""
 
-    parts: list[StoredRows]
-    """Bytes, for a slice of a file may end inside a row."""
+    pieces: Sequence[RowPiece]
     shape: tuple[int, ...]
     dtype: torch.dtype
     encrypted: Mapping[Path, EncryptedFile]
@@ -30,14 +84,45 @@ class RowBlock:
     def read(self, reader: FileReader, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop)."""
         row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
-        return self._read_bytes(reader, start * row_bytes, stop * row_bytes).view(self.dtype).view(stop - start, *self.shape[1:])
+        first, last = start * row_bytes, stop * row_bytes
+        out = torch.empty(last - first, dtype=torch.uint8)
+        for piece in self.pieces:
+            low, high = max(first, piece.start), min(last, piece.stop)
+            if low < high:
+                self._read_piece(reader, piece, low - piece.start, high - piece.start, out[low - first : high - first])
+        return out.view(self.dtype).view(stop - start, *self.shape[1:])
 
-    def _read_bytes(self, reader: FileReader, start: int, stop: int) -> torch.Tensor:
+    def _read_piece(self, reader: FileReader, piece: RowPiece, low: int, high: int, out: torch.Tensor) -> None:
+        runs = list(piece.list_runs(low, high))
+        if len(runs) == 1:
+            self._read_stored(reader, piece.parts, runs[0][0], out)
+        elif piece.runs.take * piece.row_bytes >= _SHORT_BYTES and not self.encrypted:
+            reader.read_spans(out, _locate(piece.parts, runs))
+        else:
+            self._read_covered(reader, piece.parts, runs, out)
+
+    def _read_covered(self, reader: FileReader, parts: Sequence[StoredRows], runs: list[tuple[int, int]], out: torch.Tensor) -> None:
+        """Runs with what lies between them, some at a time."""
+        at, done = 0, 0
+        while at < len(runs):
+            begin, end = runs[at][0], at + 1
+            while end < len(runs) and runs[end][0] + runs[end][1] - begin <= _COVER_BYTES:
+                end += 1
+            cover = torch.empty(runs[end - 1][0] + runs[end - 1][1] - begin, dtype=torch.uint8)
+            self._read_stored(reader, parts, begin, cover)
+            source, target = cover.numpy(), out.numpy()
+            for first, length in runs[at:end]:
+                target[done : done + length] = source[first - begin : first - begin + length]
+                done += length
+            at = end
+
+    def _read_stored(self, reader: FileReader, parts: Sequence[StoredRows], start: int, out: torch.Tensor) -> None:
+        """Bytes of the stored tensor from `start` on."""
         if not self.encrypted:
-            return reader.read_rows(self.parts, start, stop)
-        out = torch.empty(stop - start, dtype=torch.uint8)
-        for part in self.parts:
-            low, high = max(start, part.start), min(stop, part.stop)
+            reader.read_into(out, parts, start)
+            return
+        for part in parts:
+            low, high = max(start, part.start), min(start + len(out), part.stop)
             if low >= high:
                 continue
             target, offset = out[low - start : high - start], part.offset_bytes + low - part.start
@@ -45,27 +130,40 @@ class RowBlock:
                 self.encrypted[part.path].read_into(reader, offset, target)
             else:
                 target.copy_(reader.read_span(part.path, offset, high - low))
-        return out
 
 
-def build_block(pieces: Iterable[tuple[Path, StoredTensor, int, int]], encrypted: Mapping[Path, EncryptedFile]) -> RowBlock:
-    """Rows [first, stop) of each piece under each other. Raises CheckpointError for rows that a piece does not have."""
-    parts: list[StoredRows] = []
+def build_block(pieces: Iterable[tuple[Path, StoredTensor, RowRuns]], encrypted: Mapping[Path, EncryptedFile]) -> RowBlock:
+    """The rows of each piece under each other. Raises CheckpointError for rows that a piece does not have."""
+    found: list[RowPiece] = []
     at, rows = 0, 0
-    for file, stored, first, stop in pieces:
+    for file, stored, runs in pieces:
         shape, dtype = stored.dims, ELEMENT_TYPES[stored.tensor_type]
-        if stop > shape[0]:
-            raise CheckpointError(f"{file} holds {shape[0]} rows of a tensor beside another one of {stop}: copy or save it again")
+        if runs.stop > shape[0]:
+            raise CheckpointError(f"{file} holds {shape[0]} rows of a tensor beside another one of {runs.stop}: copy or save it again")
         row_bytes, passed = prod(shape[1:]) * dtype.itemsize, 0
-        begin, end = first * row_bytes, stop * row_bytes
+        parts = []
         for offset, length in stored.slices:
-            low, high = max(begin, passed), min(end, passed + length)
-            if low < high:
-                parts.append(StoredRows(file, offset + low - passed, at, at + high - low, (), torch.uint8))
-                at += high - low
+            parts.append(StoredRows(file, offset, passed, passed + length, (), torch.uint8))
             passed += length
-        rows += stop - first
-    return RowBlock(parts or [StoredRows(file, 0, 0, 0, (), torch.uint8)], (rows, *shape[1:]), dtype, encrypted)
+        if runs.num_rows * row_bytes:
+            found.append(RowPiece(at, parts, runs, row_bytes))
+        at += runs.num_rows * row_bytes
+        rows += runs.num_rows
+    return RowBlock(found, (rows, *shape[1:]), dtype, encrypted)
+
+
+def _locate(parts: Sequence[StoredRows], runs: Iterable[tuple[int, int]]) -> Iterator[tuple[Path, int, int]]:
+    """(file, offset, length) of runs of bytes of a stored tensor, in order."""
+    number = 0
+    for first, length in runs:
+        stop = first + length
+        while first < stop:
+            while parts[number].stop <= first:
+                number += 1
+            part = parts[number]
+            end = min(stop, part.stop)
+            yield part.path, part.offset_bytes + first - part.start, end - first
+            first = end
 
 
 def make_column(scale: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Writes a checkpoint as a MindSpore `.ckpt` file under MindFormers' names: float, or rounded to int8 as Golden Stick 0.6 stores it.
 
+Linears are written separately (qkv_concat: False): the row order of fused weights, which MindFormers changed in 1.4, then does not apply.
+
 Knows names, schemes and the bytes of the format (see `mindspore_header.py`); a piece of a tensor is in memory at a time, never the whole.
 """
 

@@ -1,11 +1,14 @@
 """The quantization_config section: which words there are, and which of them go together."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from launcher.quantization_settings import QuantizationSettings, build_quantization
 from launcher.yaml_schema import check_keys
+from model.config import build_config
+from model.scheme import LinearScheme, Scheme
 from parallel.errors import ConfigError
 
 
@@ -92,3 +95,29 @@ def test_quantization_without_a_method_is_refused() -> None:
 def test_modules_to_skip_must_be_words() -> None:
     with pytest.raises(ConfigError, match=r"modules_to_not_convert is \[3\] \(list\), but a list \(every item: text\) is needed"):
         read_quantization(quant_method="rtn", weight_dtype=INT8, modules_to_not_convert=[3])
+
+
+def test_linears_that_stay_float_are_compared_with_the_checkpoint() -> None:
+    config = build_config({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40})
+    linear = LinearScheme(packed=False)
+    downs = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(2))
+
+    def check(words: tuple[str, ...], *ignore: str, tied: bool = False) -> None:
+        settings = QuantizationSettings(quant_method="rtn", weight_dtype="int8", modules_to_not_convert=words)
+        settings.check_scheme(Scheme(linear, ignore), replace(config, tie_word_embeddings=tied), "x.ckpt", "x.yaml")
+
+    check((), "lm_head")
+    check(("lm_head",), "lm_head")
+    check(("lm_head", "w2"), "lm_head", *downs)
+    check(("lm_head", "feed_forward"), "lm_head", "re:.*mlp")
+    check(("w_gate_hidden", "lm_head"), "lm_head", "re:.*(gate|up)_proj")
+    check(("w2",), *downs, tied=True)
+    with pytest.raises(
+        ConfigError,
+        match=r"modules_to_not_convert is \['lm_head', 'w2'\], but x\.ckpt holds int8 weights of .*layers\.0\.mlp\.down_proj \(2 of 15",
+    ):
+        check(("lm_head", "w2"), "lm_head")
+    with pytest.raises(ConfigError, match=r"is \['lm_head'\], but x\.ckpt holds float weights of .*down_proj \(2 of 15 linears differ\)"):
+        check(("lm_head",), "lm_head", *downs)
+    with pytest.raises(ConfigError, match=r"is \['w2'\], but x\.ckpt holds float weights of lm_head \(1 of 15"):
+        check(("w2",), "lm_head", *downs)

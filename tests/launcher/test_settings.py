@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.settings import Settings, TandemSettings, read_settings
+from launcher.settings import Settings, TandemSettings, open_settings, read_settings
+from model.config import RopeScaling
 from parallel.errors import ConfigError
 
 ORIGINALS = (
@@ -223,3 +224,54 @@ def test_constant_rounded_to_float32_is_the_same_constant(tmp_path: Path) -> Non
     read_model(tmp_path, rms_norm_eps=1e-5).compare_model_config(config, "ckpt")
     with pytest.raises(ConfigError, match=r"rms_norm_eps is 1e-06 against 9\.99"):
         read_model(tmp_path, rms_norm_eps=1e-6).compare_model_config(config, "ckpt")
+
+
+def test_settings_that_newer_files_of_mindformers_have(tmp_path: Path) -> None:
+    text = (
+        "moe_config: {expert_num: 1, capacity_factor: 1.05}\nuse_legacy: False\npretrained_model_dir: hf\nonly_save_strategy: False\n"
+        "tandem: {fused_order: 1.4}\n"
+        "model: {model_config: {temperature: 0.6, eos_token_id: [2, 7], max_position_embeddings: 77, moe_config: None}}\n"
+    )
+    settings = read_text(tmp_path, text)
+    assert settings.load_checkpoint == settings.pretrained_model_dir == "hf"
+    assert settings.tandem.fused_order == "1.4"
+    assert (settings.sampling.temperature, settings.max_position_embedding) == (0.6, 77)
+    assert settings.model_values == {"eos_token_id": [2, 7]}
+    assert read_text(tmp_path, text.replace("1.4}", "'1.3', temperature: 0.9}")).sampling.temperature == 0.9
+    assert read_text(tmp_path, text + "load_checkpoint: other\n").load_checkpoint == "other"
+    assert read_text(tmp_path, "tandem: {fused_order: auto}").tandem.fused_order == "auto"
+
+
+def test_a_default_of_algorithm_args_is_no_value(tmp_path: Path) -> None:
+    section = "model: {model_config: {quantization_config: {quant_method: rtn, weight_dtype: int8, algorithm_args: {alpha: None}}}}"
+    quantization = read_text(tmp_path, section).quantization
+    assert quantization is not None
+    assert quantization.algorithm_args == {}
+
+
+def test_llama3_stretching_is_read_and_compared(tmp_path: Path) -> None:
+    factors = "{factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 8192}"
+    text = f"model: {{model_config: {{hidden_size: 64, num_heads: 4, extend_method: LLAMA3, scaling_factor: {factors}}}}}"
+    settings = read_text(tmp_path, text)
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = settings.build_model_config()
+    assert config.rope_scaling == scaling
+    settings.compare_model_config(config, "here")
+    for other, words in ((None, "none"), (replace(scaling, factor=32.0), "llama3 factor 32, low_freq_factor 1")):
+        with pytest.raises(ConfigError, match=rf"extend_method \(rope_scaling\) is llama3 factor 8, .* against {words}"):
+            settings.compare_model_config(replace(config, rope_scaling=other), "here")
+
+
+def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").touch()
+    assert open_settings(None, tmp_path).source == "no config"
+    (tmp_path / "a.yaml").write_text("seed: 3")
+    for checkpoint in (tmp_path, tmp_path / "x.ckpt"):
+        assert (open_settings(None, checkpoint).seed, open_settings(None, checkpoint).source) == (3, str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yml").write_text("seed: 4")
+    assert open_settings(tmp_path / "b.yml", tmp_path).seed == 4
+    with pytest.raises(ConfigError, match=r"holds 2 YAML files, a\.yaml and b\.yml among them: give one with -c"):
+        open_settings(None, tmp_path)
+    # A config.json is enough, and other files are none of MindFormers'.
+    (tmp_path / "config.json").write_text("{}")
+    assert open_settings(None, tmp_path).source == open_settings(None, tmp_path / "model.gguf").source == "no config"

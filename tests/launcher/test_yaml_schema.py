@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launcher.settings import Settings, read_settings
-from launcher.yaml_schema import SCHEMA, Ignored, Schema, check_keys
+from launcher.yaml_schema import SCHEMA, Ignored, Schema, Value, check_keys
 from parallel.errors import ConfigError
 
 
@@ -40,7 +40,6 @@ def refuse(tmp_path: Path, text: str) -> str:
         ("processor: {tokenizer: {vocabfile: x}}", "processor.tokenizer.vocabfile", "processor.tokenizer.vocab_file"),
         ("tandem: {threads: 2}", "tandem.threads", "tandem.threads_per_rank"),
         ("model_parallel: 2", "model_parallel", "parallel_config.model_parallel"),
-        ("hidden_sizes: 2", "hidden_sizes", "model.model_config.hidden_size"),
     ],
 )
 def test_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, path: str, nearest: str) -> None:
@@ -50,6 +49,9 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, path: str, 
 def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> None:
     assert "tandem.qqqqqq is not a known key; no known key is near it" in refuse(tmp_path, "tandem: {qqqqqq: 1}")
     assert "17 is not a known key" in refuse(tmp_path, "17: x")
+    # Nothing of another section is guessed.
+    assert "hidden_sizes is not a known key; no known key is near it" in refuse(tmp_path, "hidden_sizes: 2")
+    assert "trust_remote is not a known key; did you mean trust_remote_code?" in refuse(tmp_path, "trust_remote: True")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,46 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ("model: {model_config: {compute_dtype: int8}}", "compute_dtype is 'int8' (str), but 'float32' or 'bfloat16' or 'float16' or None"),
         ("model: {model_config: {rms_norm_eps: 1e-5}}", "write a number with a point, as in 1.0e-5"),
         ("model: {model_config: {type: GPT2Config}}", "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or None is needed"),
-        ("model: {model_config: {extend_method: NTK}}", "stretching of the rotary positions is not supported"),
+        ("model: {model_config: {extend_method: NTK}}", "extend_method is 'NTK' (str), but 'LLAMA3' or None is needed"),
+        ("model: {model_config: {extend_method: PI}}", "other ways of stretching the rotary positions are not supported"),
+        (
+            "model: {model_config: {extend_method: LLAMA3}}",
+            "scaling_factor is None, but extend_method LLAMA3 needs a mapping of factor, low_",
+        ),
+        ("model: {model_config: {extend_method: LLAMA3, scaling_factor: 8.0}}", "scaling_factor is 8.0, but extend_method LLAMA3 needs"),
+        ("model: {model_config: {extend_method: LLAMA3, scaling_factor: {factor: 8}}}", "scaling_factor: rope_scaling lacks low_freq_fac"),
+        ("model: {model_config: {extend_method: LLAMA3, scaling_factor: {fact: 8}}}", "scaling_factor.fact is not a known key"),
+        ("run_mode: finetune", "run_mode is 'finetune' (str), but 'predict' or None is needed"),
+        ("run_mode: train", "run_mode is 'train' (str), but 'predict'"),
+        ("run_mode: eval", "run_mode is 'eval' (str), but 'predict'"),
+        (
+            "only_save_strategy: True",
+            "only_save_strategy is True (bool), but False or None is needed; MindFormers would write strategy files",
+        ),
+        (
+            "moe_config: {expert_num: 8}",
+            "moe_config is {'expert_num': 8} (dict), but a dense model (expert_num 1) is needed; mixtures of exp",
+        ),
+        ("moe_config: {expert_num: 1, shared_expert_num: 2}", "but a dense model (expert_num 1) is needed"),
+        ("model: {model_config: {moe_config: {expert_num: 8}}}", "model.model_config.moe_config is {'expert_num': 8}"),
+        ("model: {model_config: {moe_config: 8}}", "model.model_config.moe_config is 8 (int), but a dense model"),
+        ("model: {model_config: {add_qkv_bias: True}}", "biases of the projections are not supported"),
+        ("tandem: {fused_order: 1.5}", "tandem.fused_order is 1.5 (float), but 'auto' or '1.3' or '1.4'"),
+        *(
+            (f"model: {{model_config: {{quantization_config: {{quant_method: ptq, algorithm_args: {args}}}}}}}", words)
+            for args, words in [
+                ("[1]", "algorithm_args is [1], but a mapping is needed"),
+                ("x", "algorithm_args is 'x', but a mapping is needed"),
+                ("{alpha: x}", "algorithm_args.alpha is 'x' (str), but a number of at least 0 and of at most 1 is needed"),
+                ("{alpha: [0.5]}", "algorithm_args.alpha is [0.5] (list), but a number"),
+                ("{alpha: 1.5}", "algorithm_args.alpha is 1.5 (float), but a number of at least 0 and of at most 1 is needed"),
+                ("{alpha: True}", "algorithm_args.alpha is True (bool), but a number"),
+                (
+                    "{alfa: 0.5}",
+                    "algorithm_args.alfa is not a known key; did you mean model.model_config.quantization_config.algorithm_args.alpha?",
+                ),
+            ]
+        ),
         ("model: {model_config: {qkv_has_bias: True}}", "biases of the projections are not supported"),
         ("base_config: other.yaml", "write its keys into this one"),
         ("tandem: {collectives: mpi}", "collectives is 'mpi' (str), but 'auto' or 'shm' or 'gloo' or 'nccl' or None is needed"),
@@ -125,9 +166,9 @@ def test_every_ignored_key_is_accepted_with_any_content() -> None:
     def fill(schema: Schema) -> dict[str, Any]:
         filled: dict[str, Any] = {}
         for key, node in schema.items():
-            if isinstance(node, Ignored):
+            if isinstance(node, Ignored) and node.only is None:
                 filled[key] = {"anything": [1]}
-            elif not hasattr(node, "types"):
+            elif not isinstance(node, (Ignored, Value)):
                 filled[key] = fill(node)
         return filled
 

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,193 +11,33 @@ import torch
 import transformers
 
 from model.checkpoint.mindspore_file import MindSporeFile
-from model.checkpoint.mindspore_header import ELEMENT_TYPES, TYPE_NAMES, StoredTensor, read_mindspore_header
+from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor, read_mindspore_header
 from model.checkpoint.source import Checksum
 from model.config import build_config
 from model.scheme import LinearScheme, Scheme, read_scheme
 from model.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
-
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
-"""Of the samples in golden_stick."""
-LINEARS = {
-    "attention.wq": (64, 64),
-    "attention.wk": (32, 64),
-    "attention.wv": (32, 64),
-    "attention.wo": (64, 64),
-    "feed_forward.w1": (176, 64),
-    "feed_forward.w2": (64, 176),
-    "feed_forward.w3": (176, 64),
-}
-HF_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-FUSED = {
-    "attention.w_qkv": ("attention.wq", "attention.wk", "attention.wv"),
-    "feed_forward.w_gate_hidden": ("feed_forward.w1", "feed_forward.w3"),
-}
-A8W8 = LinearScheme(packed=False, activation="tensor", activation_symmetric=False, smooth=True)
-
-
-# ---- a writer of the format
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def entry(tag: str, dims: Sequence[int], tensor_type: str, content: bytes, *, packed: bool = False) -> bytes:
-    sizes = field(1, b"".join(map(varint, dims))) if packed else b"".join(b"\x08" + varint(size) for size in dims)
-    return field(1, field(1, tag.encode()) + field(2, sizes + field(2, tensor_type.encode()) + field(3, content)))
-
-
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def write_ckpt(path: Path, tensors: Mapping[str, torch.Tensor], *, crc: bool = False, slice_bytes: int = 1 << 29) -> Path:
-    out = b""
-    for tag, tensor in tensors.items():
-        content = tensor_bytes(tensor)
-        for start in range(0, len(content), slice_bytes):
-            out += entry(tag, tensor.shape, TYPE_NAMES[tensor.dtype], content[start : start + slice_bytes])
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(out + (b"crc_num" + zlib.crc32(out).to_bytes(10, "big") if crc else b""))
-    return path
-
-
-# ---- checkpoints
-
-
-def make_plain(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """All that is no linear of a layer, and the head."""
-    torch.manual_seed(5)
-    tensors = {"model.tok_embeddings.embedding_weight": torch.randn(96, 64).to(dtype), "model.norm_out.weight": torch.rand(64)}
-    for layer in range(2):
-        tensors |= {f"model.layers.{layer}.{name}.weight": torch.rand(64) for name in ("attention_norm", "ffn_norm")}
-    return tensors | {"lm_head.weight": torch.randn(96, 64).to(dtype)}
-
-
-def make_float(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    linears = {f"model.layers.{n}.{name}.weight": torch.randn(shape).to(dtype) for n in range(2) for name, shape in LINEARS.items()}
-    return make_plain(dtype) | linears
-
-
-def make_rtn() -> dict[str, torch.Tensor]:
-    tensors = make_plain(torch.float16)
-    for name, (rows, columns) in ((f"model.layers.{n}.{name}", shape) for n in range(2) for name, shape in LINEARS.items()):
-        tensors[f"{name}._handler.weight"] = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
-        tensors[f"{name}._weight_quantizer.scale"] = torch.rand(rows).half()
-        tensors[f"{name}._weight_quantizer.zp_neg"] = torch.zeros(rows).half()
-    return tensors
-
-
-def encode_dequant(scale: torch.Tensor) -> torch.Tensor:
-    """float32 bits in the low half of int64."""
-    return scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-
-
-def make_a8w8(*, ptq: bool) -> dict[str, torch.Tensor]:
-    """SmoothQuant's names (w2 stays float) or PTQ's, with the leftovers that real files carry."""
-    tensors = make_plain()
-    for name, (rows, columns) in ((f"model.layers.{n}.{name}", shape) for n in range(2) for name, shape in LINEARS.items()):
-        if not ptq and name.endswith("w2"):
-            tensors[f"{name}.weight"] = torch.randn(rows, columns)
-            continue
-        weight, scale = torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows) * 0.01
-        smooth, zero = torch.rand(columns).half() + 0.5, torch.full((columns,), 7, dtype=torch.int8)
-        bias = -(7 * weight.sum(1, dtype=torch.int64)).float() * scale
-        if ptq:
-            tensors |= {f"{name}.input_scale": smooth, f"{name}.input_zp": zero, f"{name}._layer.weight": weight}
-            tensors |= {f"{name}._layer.bias": bias, f"{name}._layer.matmul.dequant_scale": encode_dequant(scale)}
-            tensors |= {f"{name}._layer.matmul.input_scale": smooth, f"{name}._layer.matmul.input_zp": zero}
-        else:
-            tensors |= {f"{name}._input_quantizer.t_scale": smooth, f"{name}._input_quantizer.t_zp": zero}
-            tensors |= {f"{name}._handler.weight": weight, f"{name}._handler.bias": bias}
-            tensors[f"{name}._output_quantizer.scale"] = encode_dequant(scale)
-            tensors[f"{name}._weight_observer_cell.act_observer.float_min"] = torch.zeros(columns)
-            tensors[f"{name}._weight_observer_cell._input_quantizer.t_zp"] = zero
-    return tensors
-
-
-def add_cache(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    for layer in range(2):
-        prefix = f"model.layers.{layer}.attention.infer_attention.paged_attention_mgr"
-        for name in ("key", "value"):
-            tensors[f"{prefix}.{name}_t_scale"] = torch.rand(32).half()
-            tensors[f"{prefix}.{name}_t_zp"] = torch.zeros(32).half()
-            tensors[f"{prefix}._{name}_input_quantizer.t_scale"] = torch.rand(32).half()
-        tensors[f"{prefix}.key_value_t_scale"] = torch.zeros(2, 32, dtype=torch.int64)
-        tensors[f"{prefix}.key_value_t_zp"] = torch.zeros(2, 32, dtype=torch.int32)
-    return tensors
-
-
-def fuse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """qkv_concat True: rows under each other; what belongs to the columns is common to the parts."""
-    out = dict(tensors)
-    for layer in range(2):
-        for fused, parts in FUSED.items():
-            first = f"model.layers.{layer}.{parts[0]}."
-            for rest in [name.removeprefix(first) for name in tensors if name.startswith(first)]:
-                found = [out.pop(f"model.layers.{layer}.{part}.{rest}") for part in parts]
-                by_column = rest.startswith(("_input_quantizer", "input_", "_layer.matmul.input_", "_weight_observer"))
-                out[f"model.layers.{layer}.{fused}.{rest}"] = found[0] if by_column else torch.cat(found)
-    return out
-
-
-def cut(tensors: Mapping[str, torch.Tensor], ranks: int, *, vocabulary: bool = True) -> list[dict[str, torch.Tensor]]:
-    """What MindFormers stores for each of `ranks`."""
-    out: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
-    for name, tensor in tensors.items():
-        by_column = any(word in name for word in ("input_quantizer", "input_scale", "input_zp")) and "paged" not in name
-        axis: int | None
-        if ".attention.wo." in name or ".feed_forward.w2." in name:
-            axis = 0 if by_column else 1 if name.endswith(".weight") else None
-        elif "tok_embeddings" in name or name.startswith("lm_head"):
-            axis = 0 if vocabulary else None
-        else:
-            axis = None if "norm" in name or by_column else tensor.dim() - 1 if "key_value_t" in name else 0
-        for rank, part in enumerate([tensor] * ranks if axis is None else tensor.chunk(ranks, axis)):
-            out[rank][name] = part.contiguous()
-    return out
-
-
-def read_all(source: MindSporeFile, name: str) -> torch.Tensor:
-    reader = FileReader()
-    info = source.tensors[name]
-    rows = source.read_rows(reader, name, 0, info.shape[0])
-    low, high = info.shape[0] // 3, info.shape[0] - info.shape[0] // 4
-    part = source.read_rows(reader, name, low, high)
-    reader.close()
-    assert (tuple(rows.shape), rows.dtype) == (info.shape, info.dtype)
-    assert torch.equal(part, rows[low:high])
-    return rows
+from tests.model.mindspore_files import (
+    A8W8,
+    CONFIG,
+    FUSED,
+    HF_NAMES,
+    add_cache,
+    check_complete,
+    check_same,
+    cut,
+    entry,
+    field,
+    fuse,
+    make_a8w8,
+    make_float,
+    make_rtn,
+    read_all,
+    varint,
+    write_ckpt,
+    write_ranks,
+)
 
 
 def read_tags(file: Path) -> dict[str, StoredTensor]:
@@ -207,18 +46,6 @@ def read_tags(file: Path) -> dict[str, StoredTensor]:
         return dict(read_mindspore_header(file, reader).tensors)
     finally:
         reader.close()
-
-
-def check_complete(source: MindSporeFile) -> None:
-    config = build_config(source.config)
-    report = compare_tensors(plan_weights(config, read_scheme(source.config)), source.tensors, tied=config.tie_word_embeddings)
-    assert report.describe() == ""
-
-
-def check_same(source: MindSporeFile, expected: MindSporeFile) -> None:
-    assert source.tensors == expected.tensors
-    assert source.config == expected.config
-    assert all(torch.equal(read_all(source, name), read_all(expected, name)) for name in expected.tensors)
 
 
 def linear_pairs() -> list[tuple[str, str]]:
@@ -446,7 +273,7 @@ def test_flipped_bytes_are_an_error_or_other_values(tmp_path: Path, kind: str) -
         data[at] ^= 1 << int(generator.integers(8))
         file.write_bytes(data)
         try:
-            source = MindSporeFile(file, CONFIG)
+            source = MindSporeFile(file, CONFIG, fused_order="1.3")
             for name in source.tensors:
                 read_all(source, name)
         except CheckpointError:
@@ -537,7 +364,7 @@ def test_fused_tensors_are_given_separately(tmp_path: Path, kind: str) -> None:
                     if (name := f"model.layers.{layer}.{part}.{rest}") in tensors:
                         tensors[name] = tensors[f"model.layers.{layer}.{parts[0]}.{rest}"]
     expected = MindSporeFile(write_ckpt(tmp_path / "separate.ckpt", tensors), CONFIG)
-    source = MindSporeFile(write_ckpt(tmp_path / "fused.ckpt", fused), CONFIG)
+    source = MindSporeFile(write_ckpt(tmp_path / "fused.ckpt", fused), CONFIG, fused_order="1.3")
     check_complete(source)
     check_same(source, expected)
 
@@ -552,7 +379,7 @@ def test_fused_tensors_are_given_separately(tmp_path: Path, kind: str) -> None:
 def test_fused_tensors_need_heads(tmp_path: Path, config: dict[str, Any], error: type[Exception], message: str) -> None:
     file = write_ckpt(tmp_path / "x.ckpt", fuse(make_float()))
     with pytest.raises(error, match=message):
-        MindSporeFile(file, config)
+        MindSporeFile(file, config, fused_order="1.3")
 
 
 @pytest.mark.parametrize(
@@ -560,7 +387,7 @@ def test_fused_tensors_need_heads(tmp_path: Path, config: dict[str, Any], error:
     [
         ({"attention.wo._weight_quantizer.zp_neg": torch.ones(64).half()}, r"64 of 64 zero points .* are not 0"),
         ({"attention.wo._handler.weight": torch.rand(64, 64)}, "is Float32, but only Int8 can be read"),
-        ({"attention.wo._weight_quantizer.scale": None}, "which is no form that Golden Stick 0.6 writes"),
+        ({"attention.wo._weight_quantizer.scale": None}, "which is no form of Golden Stick's that can be read"),
         ({"attention.wo._layer.weight": torch.zeros(64, 64, dtype=torch.int8)}, "one linear has one weight"),
         (
             {"attention.infer_attention.paged_attention_mgr.key_t_zp": torch.eye(32)[0], "x": torch.rand(2)},
@@ -602,16 +429,6 @@ def test_two_forms_in_one_file(tmp_path: Path) -> None:
 # ---- folders of ranks
 
 
-def write_ranks(folder: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
-    folder.mkdir()
-    for rank, tensors in enumerate(parts):
-        write_ckpt(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", tensors, crc=rank == 1, slice_bytes=1000)
-    (folder / "strategy_mp2.ckpt").write_bytes(b"of another format")
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    (folder / "tokenizer.json").touch()
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["float", "rtn", "smooth_quant", "ptq"])
 @pytest.mark.parametrize("vocabulary", [False, True])
 def test_rank_folders_are_joined(tmp_path: Path, kind: str, vocabulary: bool) -> None:
@@ -627,7 +444,8 @@ def test_rank_folders_are_joined(tmp_path: Path, kind: str, vocabulary: bool) ->
 def test_rank_folders_fused_after_slicing(tmp_path: Path) -> None:
     tensors = make_rtn()
     expected = MindSporeFile(write_ckpt(tmp_path / "whole.ckpt", tensors), CONFIG)
-    check_same(MindSporeFile(write_ranks(tmp_path / "ranks", [fuse(part) for part in cut(tensors, 2)])), expected)
+    ranks = write_ranks(tmp_path / "ranks", [fuse(part) for part in cut(tensors, 2)])
+    check_same(MindSporeFile(ranks, fused_order="1.3"), expected)
 
 
 def test_one_rank_folder(tmp_path: Path) -> None:
@@ -657,7 +475,10 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     check(rf"{scale} is Float16 \[64\] in .*, but Float32 \[64\]", {scale: torch.rand(64)})
     check(r"norm_out.weight has the shapes \[64\] and \[32\] in 2 files", {"model.norm_out.weight": torch.rand(32)})
     (folder / "rank_1" / "checkpoint_1.ckpt").rename(folder / "rank_0" / "again.ckpt")
-    with pytest.raises(CheckpointError, match=r"rank_0 holds 2 \.ckpt files, but 1 is needed"):
+    with pytest.raises(CheckpointError, match=r"rank_1 holds no \.ckpt and no \.safetensors file"):
+        MindSporeFile(folder)
+    write_ckpt(folder / "rank_1" / "checkpoint_1.ckpt", second)
+    with pytest.raises(CheckpointError, match=r"again\.ckpt and checkpoint_0\.ckpt both hold lm_head"):
         MindSporeFile(folder)
     (folder / "rank_0").rename(folder / "rank_2")
     with pytest.raises(CheckpointError, match="holds rank_2, but no rank_0"):

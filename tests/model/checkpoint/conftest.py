@@ -20,9 +20,10 @@ from model.checkpoint.source import CheckpointSource
 from model.config import build_config
 from model.loading import check_checkpoint
 from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
-from model.weights import plan_weights
+from model.weights import MINDFORMERS_NAMES, plan_weights
 from parallel.errors import InputError
 from parallel.file_slices import FileReader
+from tests.model.mindspore_files import write_ckpt
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -164,6 +165,59 @@ def make_meta(folder: Path) -> Path:
     return folder
 
 
+def make_modelslim(folder: Path) -> Path:
+    tensors = make_tensors(Scheme())
+    for name in [name for name in tensors if "proj" in name]:
+        rows = tensors[name].shape[0]
+        tensors[name] = torch.randint(-128, 128, tensors[name].shape, dtype=torch.int8)
+        tensors |= {f"{name}_scale": torch.rand(rows, 1), f"{name}_offset": torch.zeros(rows, 1)}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "quant_model_weight_w8a16.safetensors")
+    described = {name: "W8A16" if "proj" in name else "FLOAT" for name in tensors}
+    (folder / "quant_model_description_w8a16.json").write_text(json.dumps({"model_quant_type": "W8A16"} | described))
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def rename_to_mindformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float tensors under MindFormers' names."""
+    words = {f".{theirs}.": f".{ours}." for theirs, ours in MINDFORMERS_NAMES.items()}
+    words |= {"model.embed_tokens.weight": "model.tok_embeddings.embedding_weight", "model.norm.": "model.norm_out."}
+    words |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    out = {}
+    for name, tensor in tensors.items():
+        for old, new in words.items():
+            name = name.replace(old, new)
+        out[name] = tensor
+    return out
+
+
+def make_named(folder: Path) -> Path:
+    """MindFormers' safetensors in two files, with the file that says which holds what."""
+    tensors = rename_to_mindformers(make_tensors(Scheme()))
+    places = {name: f"part-{1 + (number % 2)}.safetensors" for number, name in enumerate(tensors)}
+    folder.mkdir(parents=True)
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name, place in places.items() if place == file}, folder / file, metadata={"format": "ms"})
+    (folder / "param_name_map.json").write_text(json.dumps(places))
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def make_fused(folder: Path) -> Path:
+    """One file of fused tensors in the row order of MindFormers 1.4; up rows are three times as long as gate rows."""
+    tensors = rename_to_mindformers(make_tensors(Scheme()))
+    parts = {"w_qkv": ("wq", "wk", "wv"), "w_gate_hidden": ("w1", "w3")}
+    for fused, names in parts.items():
+        found = [next(name for name in tensors if f".{one}." in name) for one in names]
+        rows = [tensors.pop(name) for name in found]
+        target = found[0].replace(names[0], fused)
+        tensors[target] = torch.stack([rows[0], rows[1] * 3], dim=1).flatten(0, 1) if len(rows) == 2 else torch.cat(rows)
+    write_ckpt(folder / "m.ckpt", {name: tensor.contiguous() for name, tensor in tensors.items()}, crc=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder / "m.ckpt"
+
+
 @dataclass(frozen=True)
 class Format:
     """How a checkpoint of one format is made, and which of its files are damaged, by patterns of their names."""
@@ -185,6 +239,9 @@ FORMATS = {
     "gguf": Format(make_gguf, "*.gguf"),
     "mindspore": Format(make_mindspore, "*.ckpt", "*.json", quotes=False),
     "mindspore-encrypted": Format(make_encrypted, "*.ckpt", "*.json", quotes=False),
+    "mindspore-fused": Format(make_fused, "*.ckpt", "*.json", quotes=False),
+    "mindformers-safetensors": Format(make_named, quotes=False),
+    "modelslim": Format(make_modelslim),
     "ranks": Format(make_ranks, "ranks/*.safetensors", "ranks/*.json", quotes=False),
     "meta": Format(make_meta, "*.pth", quotes=False),
 }

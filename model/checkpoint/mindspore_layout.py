@@ -1,0 +1,189 @@
+"""Which ranks of a MindSpore checkpoint hold which part of it: model-parallel slices, data-parallel replicas, pipeline stages, split files.
+
+MindFormers numbers ranks by stage, then replica, then slice. Depends on names, shapes and a few bytes of each tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.mindspore_encryption import EncryptedFile
+from model.checkpoint.mindspore_folder import check_single
+from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
+from model.checkpoint.mindspore_names import LEFTOVERS
+from model.checkpoint.mindspore_names import ROW_PARALLEL as _ROW_PARALLEL
+from model.checkpoint.mindspore_rows import RowRuns, build_block
+from parallel.errors import CheckpointError
+from parallel.file_slices import FileReader
+
+_COMPARED_BYTES = 4096
+"""Of each end of a tensor that two ranks should hold alike."""
+
+_SIZES = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
+
+Header = Mapping[str, StoredTensor]
+Part = tuple[Path, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """The parts that make up the model."""
+
+    parts: Mapping[str, Sequence[Part]]
+    """By name, the slices of each tensor in rank order; the whole tensor `num_slices` times where it is not split."""
+    num_slices: int
+    """Ranks that share each tensor: `model_parallel` of the run that wrote the checkpoint."""
+
+
+class _Rank:
+    """What one rank holds, in one file or several."""
+
+    def __init__(self, number: int, files: Sequence[Path], headers: Sequence[Header]) -> None:
+        check_single(list(files), [_weights_of(header) for header in headers])
+        self.number = number
+        self.parts: dict[str, Part] = {}
+        for file, header in zip(files, headers, strict=True):
+            for name, stored in header.items():
+                self.parts.setdefault(name, (file, stored))
+        self.names = {name for header in headers for name in _weights_of(header)}
+        self.file = files[0]
+
+
+def arrange_ranks(
+    path: Path,
+    files: Sequence[Sequence[Path]],
+    headers: Mapping[Path, Header],
+    config: Mapping[str, Any],
+    encrypted: Mapping[Path, EncryptedFile],
+    reader: FileReader,
+) -> Arrangement:
+    """Tell slices, replicas and stages apart. `files`: those of each rank.
+
+    Raises CheckpointError for ranks that do not belong to one model, and where slices are missing.
+    """
+    ranks = [_Rank(number, one, [headers[file] for file in one]) for number, one in enumerate(files)]
+    stages = _split_stages(path, ranks)
+    parts: dict[str, Sequence[Part]] = {}
+    num_slices = 0
+    for stage in stages:
+        slices = _find_num_slices(path, stage, config)
+        if num_slices and slices != num_slices:
+            raise CheckpointError(
+                f"{path}: rank_{stage[0].number} holds 1/{slices} of each tensor, but the stage before it 1/{num_slices}: "
+                "give the folders of one run"
+            )
+        num_slices = slices
+        for first in range(0, len(stage), slices):
+            _check_slices(stage[first : first + slices])
+            if first:
+                _check_replica(stage[:slices], stage[first : first + slices], encrypted, reader)
+        for name in stage[0].parts:
+            found = [rank.parts[name] for rank in stage[:slices] if name in rank.parts]
+            if name in parts and name in stage[0].names:
+                _check_alike(name, parts[name], found, encrypted, reader)
+            parts.setdefault(name, found)
+    return Arrangement(parts, num_slices)
+
+
+def _weights_of(header: Header) -> set[str]:
+    """Names of what a model needs; any rank may carry counters and optimizer states of its own."""
+    return {name for name, stored in header.items() if stored.dims and not LEFTOVERS.fullmatch(name)}
+
+
+def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
+    """Runs of ranks that hold the same names."""
+    stages = [[ranks[0]]]
+    for rank in ranks[1:]:
+        if rank.names == stages[-1][0].names:
+            stages[-1].append(rank)
+            continue
+        before = stages[-1][0]
+        shared = {name for name in rank.names & before.names if ".layers." in name}
+        if shared:
+            differing = sorted(rank.names ^ before.names)
+            raise CheckpointError(
+                f"{rank.file} and {before.file} differ in {len(differing)} names, {differing[0]} first: give the files of one run"
+            )
+        stages.append([rank])
+    sizes = {len(stage) for stage in stages}
+    if len(sizes) > 1:
+        found = ", ".join(str(len(stage)) for stage in stages)
+        raise CheckpointError(
+            f"{path}: its pipeline stages have {found} ranks, but all have the same number: copy the folders of all ranks"
+        )
+    return stages
+
+
+def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, Any]) -> int:
+    """How many ranks of a stage share each tensor, by the shapes of what is always split; as many as there are where no shape tells."""
+    found = [_compare_shape(name, stored, config, linear) for linear in _ROW_PARALLEL for name, (_, stored) in stage[0].parts.items()]
+    slices = next((one for one in found if one is not None), None)
+    if slices is None:
+        return len(stage)
+    if len(stage) % slices:
+        holder = stage[0].file if len(stage) == 1 else path
+        have = "is one of them" if len(stage) == 1 else f"holds {len(stage)} ranks"
+        raise CheckpointError(
+            f"{holder} {have}, but each tensor was cut into {slices} slices: give the folder that holds the rank_N folders of all {slices}"
+        )
+    return slices
+
+
+def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], linear: str) -> int | None:
+    """Into how many slices this tensor was cut by its columns; None where its shape does not tell."""
+    if f".{linear}." not in name or not name.endswith("weight") or len(stored.dims) != 2:
+        return None
+    (rows, part), (hidden, heads, head_dim, width) = stored.dims, (config.get(key) for key in _SIZES)
+    if type(hidden) is int and hidden != rows:
+        return None  # the config is that of another model, which is for others to say
+    if linear == "feed_forward.w2":
+        full = width
+    else:
+        full = heads * head_dim if type(heads) is type(head_dim) is int else rows
+    return full // part if type(full) is int and part and full >= part and full % part == 0 else None
+
+
+def _check_slices(ranks: Sequence[_Rank]) -> None:
+    """Every rank holds the same tensors, of the same type and number of dimensions."""
+    first = ranks[0]
+    for rank in ranks[1:]:
+        for name in sorted(first.names):
+            (one_file, one), (file, stored) = first.parts[name], rank.parts[name]
+            if (stored.tensor_type, len(stored.dims), stored.dims[1:]) != (one.tensor_type, len(one.dims), one.dims[1:]):
+                raise CheckpointError(
+                    f"{name} is {one.tensor_type} {list(one.dims)} in {one_file}, but {stored.tensor_type} "
+                    f"{list(stored.dims)} in {file}: give the files of one run"
+                )
+
+
+def _check_replica(ranks: Sequence[_Rank], others: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> None:
+    for name in sorted(ranks[0].names):
+        _check_alike(name, [rank.parts[name] for rank in ranks], [rank.parts[name] for rank in others], encrypted, reader)
+
+
+def _check_alike(
+    name: str, parts: Sequence[Part], others: Sequence[Part], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
+) -> None:
+    """Two replicas hold the same: shapes, and the bytes at both ends of each tensor."""
+    for (file, one), (other_file, other) in zip(parts, others, strict=True):
+        if (one.tensor_type, one.dims) != (other.tensor_type, other.dims):
+            raise CheckpointError(
+                f"{name} is {one.tensor_type} {list(one.dims)} in {file}, but {other.tensor_type} {list(other.dims)} in {other_file}, "
+                "which should hold the same: give the files of one run"
+            )
+        if not torch.equal(_read_ends(file, one, encrypted, reader), _read_ends(other_file, other, encrypted, reader)):
+            raise CheckpointError(
+                f"{name} differs in {file} and {other_file}, which hold the same slice of the model: give the files of one run, "
+                "or the folder of one data-parallel replica"
+            )
+
+
+def _read_ends(file: Path, stored: StoredTensor, encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> torch.Tensor:
+    row_bytes = max(1, ELEMENT_TYPES[stored.tensor_type].itemsize * stored.dims[1] if len(stored.dims) > 1 else stored.dims[0])
+    rows, some = stored.dims[0], max(1, _COMPARED_BYTES // row_bytes)
+    runs = [RowRuns(0, rows)] if rows <= 2 * some else [RowRuns(0, some), RowRuns(rows - some, some)]
+    block = build_block([(file, stored, one) for one in runs], encrypted)
+    return block.read(reader, 0, block.shape[0]).reshape(-1).view(torch.uint8)
