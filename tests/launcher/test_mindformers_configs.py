@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.settings import read_settings
-from model.config import RopeScaling
+from model.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
 LLAMA_2 = {"7b": (4096, 32, 32, 11008), "13b": (5120, 40, 40, 13824), "70b": (8192, 80, 8, 28672)}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from launcher.settings import Settings, TandemSettings, open_settings, read_settings
-from model.config import RopeScaling
+from model.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
 ORIGINALS = (
