@@ -47,6 +47,8 @@ class PlayedEngine:
         self.asked.append((self.speculates, request.prompt_ids))
         self.has_unfinished = True
 
+    failures: tuple[()] = ()
+
     def step(self) -> list[TokenEvent]:
         self.has_unfinished = False
         self.times.decode_tokens, self.times.decode_seconds = 6, next(self.seconds[self.speculates])
