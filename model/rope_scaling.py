@@ -131,7 +131,7 @@ def build_scaling(section: Mapping[str, Any], max_positions: Any) -> Scaling | N
         raise ConfigError(f"rope_scaling {quote(kind)} is not supported; supported: {known}")
     values = {key: value for key, value in section.items() if value is not None and key not in _ALWAYS_READ}
     unknown = sorted(values.keys() - READ_KEYS[kind] - {"original_max_position_embeddings"})
-    if unknown and kind != "default":
+    if unknown:
         raise ConfigError(f"rope_scaling {quote(kind)} has the unknown key {quote(unknown[0])}: remove it if it changes nothing")
     if kind == "default":
         return None

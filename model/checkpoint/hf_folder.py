@@ -5,6 +5,7 @@ Knows the folder's files; not what its tensors are for.
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from model.checkpoint.recognition import check_method
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.checkpoint.source import PIECE_BYTES
 from model.config import read_config
+from model.file_kind import describe_file
 from model.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
@@ -138,6 +140,9 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path / INDEX_FILE} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with suppress(OSError):
+            if words := describe_file(path / INDEX_FILE):
+                raise CheckpointError(f"{path / INDEX_FILE} {words}") from None
         raise CheckpointError(f"{path / INDEX_FILE} has no readable weight_map") from None
     outside = next((file for file in files.values() if not _FILE_NAME.fullmatch(file)), None)
     if outside is not None:

@@ -54,6 +54,8 @@ def name_path(path: Path) -> str | None:
 def check_method(path: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a folder of safetensors files that is a head, an adapter or of a quantization that is not supported."""
     words = _name_head(config) or _name_method(path, config)
+    if (path / "adapter_config.json").is_file() and any(path.glob("adapter_model.*")):
+        words = "holds a LoRA adapter next to a model: merge it with merge_and_unload(), or remove adapter_config.json to leave it out"
     if words:
         raise CheckpointError(f"{path} {words}")
 

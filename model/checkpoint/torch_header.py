@@ -17,6 +17,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 import torch
 
 from model.checkpoint.source import Checksum, TensorInfo
+from model.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import open_descriptor
 
@@ -88,6 +89,8 @@ def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Che
     """Bytes of each record, by the place where they begin, once all of them and the pickle are known to be harmless; their CRCs."""
     size = path.stat().st_size
     if file.read(len(_START)) != _START:
+        if size and (words := describe_file(path)) and "pickle" not in words:
+            raise CheckpointError(f"{path} {words}")
         raise CheckpointError(
             f"{path} of {size} bytes is no zip file, as torch.save has written since 1.6: save it again with a current torch"
         )

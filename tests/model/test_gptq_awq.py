@@ -389,7 +389,7 @@ def test_tensors_that_cannot_be_used_are_found_at_opening(
 
 def test_a_folder_without_quantized_linears_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, llama_tensors(), awq(32)[1])
-    with pytest.raises(CheckpointError, match="declares weights of 4 bits, but 0 of its tensors are a qweight"):
+    with pytest.raises(CheckpointError, match="declares quantized weights, but 0 of its tensors are a qweight"):
         AwqFolder(tmp_path)
 
 

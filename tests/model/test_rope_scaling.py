@@ -71,6 +71,8 @@ def test_frequencies_and_factors_are_those_of_transformers(section: dict[str, An
             "of rope_type 'linear', but .* 'default'",
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "offset": 3}}, "'linear' has the unknown key 'offset'"),
+        ({"rope_scaling": {"factor": 3.0}}, "'default' has the unknown key 'factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'default' has the unknown key 'full_attention'"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported; supported: 'default', 'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling lacks factor, which 'yarn' needs"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of rope_scaling is 0, but a number above 0"),

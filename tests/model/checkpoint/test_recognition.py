@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 32,
 }
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
 
 def write_folder(folder: Path, changes: dict[str, Any], **files: bytes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,23 @@ def test_what_the_config_tells_is_named(tmp_path: Path, changes: dict[str, Any],
     refuse(write_folder(tmp_path / "m", changes), words)
 
 
+def test_an_adapter_next_to_a_model_is_not_left_out_silently(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", {}, adapter_config__json=b"{}", adapter_model__safetensors=b"")
+    refuse(folder, "holds a LoRA adapter next to a model: merge it")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.safetensors.index.json"])
+def test_a_pointer_in_place_of_any_part_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m", {})
+    if name.endswith(".pth"):
+        (folder / "config.json").unlink()
+        (folder / "params.json").write_text('{"dim": 32, "n_layers": 1, "n_heads": 2, "norm_eps": 1e-5}')
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(LFS)
+    with pytest.raises(InputError, match=f"{name} is a Git LFS pointer, not the file itself"):
+        open_checkpoint(folder)
+
+
 def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
     quantization = json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}).encode()
     refuse(write_folder(tmp_path / "m", {}, hf_quant_config__json=quantization), r"holds ModelOpt NVFP4 weights \(hf_quant_config\.json\)")
@@ -136,7 +155,6 @@ def test_a_folder_is_named_by_its_files(tmp_path: Path, names: tuple[str, ...], 
     refuse(folder, words)
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 CONTENTS = [
     (LFS, "is a Git LFS pointer, not the file itself"),
     (b"<!DOCTYPE html><html><title>404</title>", "is a web page, not the file"),
