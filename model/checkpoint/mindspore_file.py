@@ -112,8 +112,8 @@ class MindSporeFile:
         if evidence is not None and evidence.order == other:
             notes.insert(
                 0,
-                f"warning: {self.path} is read in the row order of MindFormers {self.fused_order}, as set, but its weights speak for "
-                f"{other}: {evidence.describe()}; check --fused-order if the text is garbage",
+                f"warning: {self.path} is read in the row order of MindFormers {self.fused_order}, as set, but its weights indicate "
+                f"{other}: {evidence.describe()}; check --fused-order",
             )
         return notes
 
