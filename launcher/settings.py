@@ -9,15 +9,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.quantization_settings import QuantizationSettings, build_quantization
+from launcher.rope_settings import ROPE_SCALING, describe_scaling, read_rope_scaling
+from launcher.yaml_file import find_yaml, read_mapping
 from launcher.yaml_schema import check_keys, is_null, list_warnings
 from model.config import LlamaConfig, build_config
-from model.rope_scaling import RopeScaling, Scaling, build_scaling
+from model.rope_scaling import build_scaling
 from model.scheme import Scheme
 from parallel.errors import ConfigError
-from parallel.regular_file import MAX_YAML_BYTES, read_text
 
 _HUGGING_FACE_NAMES = {
     "hidden_size": "hidden_size",
@@ -34,9 +33,6 @@ _HUGGING_FACE_NAMES = {
     "pad_token_id": "pad_token_id",
 }
 """Key of model_config: key of config.json."""
-
-_ROPE_SCALING = "rope_scaling"
-_STRETCH_KEYS = tuple(entry.name for entry in fields(RopeScaling))
 
 _NOT_COMPARED = {"bos_token_id", "eos_token_id", "pad_token_id"}
 """A YAML may well end or pad a sequence in another way than the checkpoint does."""
@@ -156,7 +152,7 @@ class Settings:
     """What the user should know about the ignored keys."""
 
     def __post_init__(self) -> None:
-        unknown = self.model_values.keys() - {*_HUGGING_FACE_NAMES.values(), _ROPE_SCALING}
+        unknown = self.model_values.keys() - {*_HUGGING_FACE_NAMES.values(), ROPE_SCALING}
         assert not unknown, f"names that config.json does not have: {unknown}"
 
     def build_model_config(self) -> LlamaConfig:
@@ -187,7 +183,7 @@ class Settings:
 
     def compare_model_config(self, config: LlamaConfig, checkpoint: str) -> None:
         """Raise ConfigError when the file and the checkpoint's config disagree, naming every such key and both values."""
-        names = self.model_values.keys() - {*_NOT_COMPARED, _ROPE_SCALING}
+        names = self.model_values.keys() - {*_NOT_COMPARED, ROPE_SCALING}
         said = {key: self.model_values[name] for key, name in _HUGGING_FACE_NAMES.items() if name in names}
         if self.ffn_dim_multiplier is not None and "intermediate_size" not in said:
             said["intermediate_size"] = self._derive_intermediate_size(said.get("hidden_size", config.hidden_size))
@@ -196,9 +192,9 @@ class Settings:
             for key, value in said.items()
             if not _equal(value, found := getattr(config, _HUGGING_FACE_NAMES[key]))
         ]
-        if (stretch := self.model_values.get(_ROPE_SCALING)) and (wanted := build_scaling(stretch, None)) != config.rope_scaling:
+        if (stretch := self.model_values.get(ROPE_SCALING)) and (wanted := build_scaling(stretch, None)) != config.rope_scaling:
             disagreements.append(
-                f"extend_method (rope_scaling) is {_describe_scaling(wanted)} against {_describe_scaling(config.rope_scaling)}"
+                f"extend_method (rope_scaling) is {describe_scaling(wanted)} against {describe_scaling(config.rope_scaling)}"
             )
         if disagreements:
             raise ConfigError(
@@ -217,7 +213,7 @@ class Settings:
 
 def read_settings(path: Path) -> Settings:
     """The settings of a YAML file. Raises ConfigError, which names the file, for anything that cannot be used."""
-    raw = _read_mapping(path)
+    raw = read_mapping(path)
     try:
         return _build_settings(raw, str(path))
     except ConfigError as error:
@@ -230,21 +226,8 @@ def open_settings(path: Path | None, checkpoint: Path | None = None) -> Settings
     Raises ConfigError as `read_settings` does, and for several files next to a checkpoint.
     """
     if path is None and checkpoint is not None:
-        path = _find_yaml(checkpoint)
+        path = find_yaml(checkpoint)
     return read_settings(path) if path else _build_settings({}, "no config")
-
-
-def _find_yaml(checkpoint: Path) -> Path | None:
-    """The YAML in the folder of a checkpoint that has no config.json: MindFormers' models are folders of the two."""
-    folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return None
-    if not any(next(folder.glob(pattern), None) for pattern in ("*.ckpt", "rank_*", "*.safetensors")):
-        return None
-    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern))
-    if len(found) > 1:
-        raise ConfigError(f"{folder} holds {len(found)} YAML files, {found[0].name} and {found[1].name} among them: give one with -c")
-    return found[0] if found else None
 
 
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
@@ -255,7 +238,7 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         own["fused_order"] = str(own["fused_order"])
     return Settings(
         source=source,
-        model_values={**_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}), **_read_rope_scaling(model)},
+        model_values={**_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}), **read_rope_scaling(model)},
         multiple_of=_find(model, "multiple_of"),
         ffn_dim_multiplier=_find(model, "ffn_dim_multiplier"),
         max_position_embedding=_find(model, "max_position_embedding") or _find(model, "max_position_embeddings"),
@@ -279,60 +262,6 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         ignored=tuple(ignored),
         warnings=tuple(list_warnings(raw)),
     )
-
-
-def _read_rope_scaling(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` of a config.json for extend_method LLAMA3; nothing without one. Raises ConfigError for factors that are missing."""
-    if _find(model, "extend_method") is None:
-        return {}
-    factors = _find(model, "scaling_factor")
-    if not isinstance(factors, Mapping):
-        raise ConfigError(
-            f"model.model_config.scaling_factor is {factors!r}, but extend_method LLAMA3 needs a mapping of {', '.join(_STRETCH_KEYS)}"
-        )
-    if unknown := [key for key in factors if key not in _STRETCH_KEYS]:
-        raise ConfigError(f"model.model_config.scaling_factor.{unknown[0]} is not a known key; there are {', '.join(_STRETCH_KEYS)}")
-    scaling = {_ROPE_SCALING: {"rope_type": "llama3", **{key: value for key, value in factors.items() if not is_null(value)}}}
-    try:
-        build_scaling(scaling[_ROPE_SCALING], None)
-    except ConfigError as error:
-        raise ConfigError(f"model.model_config.scaling_factor: {error}") from None
-    return scaling
-
-
-def _describe_scaling(scaling: Scaling | None) -> str:
-    if not isinstance(scaling, RopeScaling):
-        return "none" if scaling is None else str(scaling)
-    return f"llama3 {', '.join(f'{key} {getattr(scaling, key):g}' for key in _STRETCH_KEYS)}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two, PyYAML silently takes the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return node
-
-
-def _read_mapping(path: Path) -> Mapping[str, Any]:
-    try:
-        raw = yaml.load(read_text(path, MAX_YAML_BYTES, encoding="utf-8-sig"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a MindFormers YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
-        raise ConfigError(f"{path} is empty; start from one of the files in configs/")
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, but a mapping of keys is needed")
-    return raw
 
 
 def _find(raw: Any, *names: str) -> Any:

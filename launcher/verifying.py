@@ -14,7 +14,7 @@ from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
-from model.checkpoint.formats import FORMATS, find_format, lacks_config, open_checkpoint
+from model.checkpoint.formats import FORMATS, OpenOptions, find_format, lacks_config, open_checkpoint, settle_options
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.source import CheckpointSource
@@ -72,6 +72,7 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
         "quantization": scheme.name,
         **found,
         "dropped": sorted(set(list_dropped(source, config, scheme)) - set(report.unexpected)),
+        "fused_order": settle_options(source, OpenOptions()).fused_order,
         "notes": list_notes(source, config),
         "missing": report.missing,
         "unexpected": report.unexpected,
@@ -130,6 +131,8 @@ def _print(result: dict[str, Any]) -> None:
         for file in result["files"]:
             against = f"as {file['recorded_in']} says" if file["recorded_in"] else "nothing is recorded of it"
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")
+    if result.get("fused_order"):
+        print(f"fused weights are read in the row order of MindFormers {result['fused_order']}")
     for note in result.get("notes", ()):
         print(f"note: {note}")
     if result.get("dropped"):

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.fused_order import AUTO, ORDERS, OrderEvidence, weigh_orders
+from model.checkpoint.fused_order import ORDERS, OrderEvidence
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_folder import find_files
 from model.checkpoint.mindspore_layout import arrange_ranks
 from model.checkpoint.mindspore_names import (
     CACHE_ZEROS,
     FORMS,
-    FUSED_NAMES,
     LEFTOVERS,
     LINEAR_NAMES,
     PLAIN_NAMES,
@@ -28,7 +27,7 @@ from model.checkpoint.mindspore_names import (
     ROW_PARALLEL,
     split_name,
 )
-from model.checkpoint.mindspore_order import sample_fused
+from model.checkpoint.mindspore_order import FusedRows
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header
 from model.checkpoint.source import TensorInfo
@@ -37,8 +36,6 @@ from model.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, rea
 from model.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
-
-_QKV, _GATE_HIDDEN = FUSED_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +79,8 @@ class MindSporeFile:
             tensors = {file: header.tensors for file, header in headers.items()}
             arranged = arrange_ranks(path, ranks, tensors, self.config, self._encrypted, self._reader)
             self._parts, self._num_slices = arranged.parts, arranged.num_slices
-            self._given_order = None if fused_order == AUTO else fused_order
-            self._evidence: OrderEvidence | None = None
-            self.fused_order = self._decide_order()
+            self._order = FusedRows(path, arranged.parts, self._head_shares, self._encrypted, fused_order)
+            self.fused_order = self._order.order
             self._add_scheme(self._add_tensors())
         finally:
             self._reader.close()
@@ -98,33 +94,11 @@ class MindSporeFile:
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the checkpoint is read. With a given order, samples rows to compare it with them."""
-        notes = list(self._notes)
-        if self.fused_order is None:
-            return notes
-        other = ORDERS[1 - ORDERS.index(self.fused_order)]
-        if self._given_order is None and self._evidence is not None:
-            return [
-                f"{self.path}: the fused weights are in the row order of MindFormers {self.fused_order}, detected: "
-                f"{self._evidence.describe()}; --fused-order {other} overrides it",
-                *notes,
-            ]
-        evidence = self.examine_order()
-        if evidence is not None and evidence.order == other:
-            notes.insert(
-                0,
-                f"warning: {self.path} is read in the row order of MindFormers {self.fused_order}, as set, but its weights speak for "
-                f"{other}: {evidence.describe()}; check --fused-order if the text is garbage",
-            )
-        return notes
+        return [*self._order.list_notes(), *self._notes]
 
     def examine_order(self) -> OrderEvidence | None:
         """What the rows of the fused weights say of their order; None where there are none."""
-        if self._evidence is None and self.fused_order is not None:
-            try:
-                self._evidence = self._weigh_order()
-            finally:
-                self._reader.close()
-        return self._evidence
+        return self._order.examine()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
@@ -153,36 +127,6 @@ class MindSporeFile:
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{self.path} holds fused tensors or several ranks' parts: the config has to give {key}, but it is {value!r}")
         return value
-
-    def _decide_order(self) -> str | None:
-        """The row order of the fused weights. Raises CheckpointError where rows do not tell and none is given."""
-        fused = [name for name in FUSED_NAMES if any(f".{name}." in one for one in self._parts)]
-        if not fused or (fused == [_QKV] and self._head_shares()[1] == 1):
-            return None
-        if self._given_order is not None:
-            return self._given_order
-        self._evidence = evidence = self._weigh_order()
-        if evidence.order is None:
-            raise CheckpointError(
-                f"{self.path} holds fused weights (qkv_concat: True) whose row order cannot be told: {evidence.describe()}; give "
-                "--fused-order 1.3 for files of MindFormers up to 1.3, 1.4 for later ones"
-            )
-        return evidence.order
-
-    def _weigh_order(self) -> OrderEvidence:
-        """By w_gate_hidden; w_qkv, which tells less clearly, may only object, and decides where it is alone."""
-        main = weigh_orders(sample_fused(self._parts, _GATE_HIDDEN, None, self._encrypted, self._reader))
-        cross = OrderEvidence(None, (0.0, 0.0), 0)
-        if any(f".{_QKV}." in name for name in self._parts):
-            cross = weigh_orders(sample_fused(self._parts, _QKV, self._head_shares(), self._encrypted, self._reader))
-        if main.num_tensors == 0:
-            return cross
-        if main.order is not None and cross.order not in (None, main.order):
-            raise CheckpointError(
-                f"{self.path} holds fused weights that contradict each other: w_gate_hidden is in MindFormers {main.order}'s row order "
-                f"({main.describe()}), w_qkv in {cross.order}'s ({cross.describe()}); give --fused-order 1.3 or 1.4"
-            )
-        return main
 
     def _head_shares(self) -> tuple[int, int]:
         """Query heads and KV heads of each slice."""

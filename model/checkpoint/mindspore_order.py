@@ -1,20 +1,24 @@
-"""Samples the fused weights of a MindSpore checkpoint for `fused_order.py`: a few rows of a few layers, at most SAMPLE_BYTES.
+"""The row order of the fused weights of a MindSpore checkpoint, given or found by sampling them for `fused_order.py`.
 
-Depends on the names of fused weights and their scales, and on where ranks' parts lie.
+A few rows of a few layers are read, at most SAMPLE_BYTES of each kind. Depends on the names of fused weights and their scales, and on where
+ranks' parts lie.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from model.checkpoint.fused_order import RowNorms
+from model.checkpoint.fused_order import AUTO, ORDERS, OrderEvidence, RowNorms, weigh_orders
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
+from model.checkpoint.mindspore_names import FUSED_NAMES
 from model.checkpoint.mindspore_rows import RowRuns, build_block, decode_dequant_scale
+from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
+_QKV, _GATE_HIDDEN = FUSED_NAMES
 SAMPLE_BYTES = 32 << 20
 """Bytes that are read at most for one kind of fused weight."""
 _MAX_LAYERS, _MAX_RANKS, _MAX_ROWS, _MIN_ROWS = 8, 8, 4096, 256
@@ -27,6 +31,85 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 Parts = Mapping[str, Sequence[tuple[Path, StoredTensor]]]
 """By its name in the files, the parts of each tensor in rank order."""
+
+
+class FusedRows:
+    """The fused weights of one checkpoint, whose order is decided."""
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Parts,
+        find_heads: Callable[[], tuple[int, int]],
+        encrypted: Mapping[Path, EncryptedFile],
+        given: str | None,
+    ) -> None:
+        """`find_heads` gives the query heads and KV heads of a part; `given` is a word of ORDERS, or AUTO or None to find out.
+
+        Raises CheckpointError where rows do not tell and none is given, and what `find_heads` raises.
+        """
+        self._path, self._parts, self._find_heads, self._encrypted = path, parts, find_heads, encrypted
+        self._evidence: OrderEvidence | None = None
+        self._is_given = given not in (None, AUTO)
+        self.order = given if self._is_given else None
+        """A word of ORDERS; None where there are no fused weights or both orders are the same."""
+        found = [name for name in FUSED_NAMES if any(f".{name}." in one for one in parts)]
+        if not found or (found == [_QKV] and find_heads()[1] == 1):
+            self.order = None
+        elif not self._is_given:
+            self.order = self._find_order()
+
+    def list_notes(self) -> list[str]:
+        """Which order was detected, or a warning when the given one contradicts the weights."""
+        if self.order is None:
+            return []
+        other = ORDERS[1 - ORDERS.index(self.order)]
+        evidence = self.examine()
+        assert evidence is not None
+        if not self._is_given:
+            return [
+                f"{self._path}: the fused weights are in the row order of MindFormers {self.order}, detected: {evidence.describe()}; "
+                f"--fused-order {other} overrides it"
+            ]
+        if evidence.order == other:
+            return [
+                f"warning: {self._path} is read in the row order of MindFormers {self.order}, as set, but its weights indicate {other}: "
+                f"{evidence.describe()}; check --fused-order"
+            ]
+        return []
+
+    def examine(self) -> OrderEvidence | None:
+        """What the rows say of the order; None where there is none."""
+        if self._evidence is None and self.order is not None:
+            self._evidence = self._weigh()[0]
+        return self._evidence
+
+    def _find_order(self) -> str:
+        """The order that w_gate_hidden indicates. w_qkv, which tells less clearly, may only object, and decides where it is alone."""
+        self._evidence, cross = self._weigh()
+        order = self._evidence.order
+        if order is None:
+            raise CheckpointError(
+                f"{self._path} holds fused weights (qkv_concat: True) whose row order cannot be told: {self._evidence.describe()}; give "
+                "--fused-order 1.3 for files of MindFormers up to 1.3, 1.4 for later ones"
+            )
+        if cross.order not in (None, order):
+            raise CheckpointError(
+                f"{self._path} holds fused weights that contradict each other: w_gate_hidden is in MindFormers {order}'s row order "
+                f"({self._evidence.describe()}), w_qkv in {cross.order}'s ({cross.describe()}); give --fused-order 1.3 or 1.4"
+            )
+        return order
+
+    def _weigh(self) -> tuple[OrderEvidence, OrderEvidence]:
+        """The evidence that counts, and w_qkv's."""
+        reader = FileReader()
+        try:
+            main = weigh_orders(sample_fused(self._parts, _GATE_HIDDEN, None, self._encrypted, reader))
+            has_qkv = any(f".{_QKV}." in name for name in self._parts)
+            cross = weigh_orders(sample_fused(self._parts, _QKV, self._find_heads(), self._encrypted, reader) if has_qkv else [])
+        finally:
+            reader.close()
+        return (main if main.num_tensors else cross), cross
 
 
 def sample_fused(

@@ -32,7 +32,7 @@ def write_fused(folder: Path, source: Path, config: Path, order: str) -> Path:
         tensors[name] = tensor
     fused = fuse(tensors)
     write_ckpt(folder / "llama.ckpt", interleave(fused, 9, 3) if order == "1.4" else fused, crc=True)
-    (folder / "tiny.yaml").write_text(config.read_text())
+    (folder / "tiny.yaml").write_text(config.read_text().replace("do_sample: False", "do_sample: False\n    eos_token_id: [2]"))
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())

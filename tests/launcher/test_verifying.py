@@ -119,4 +119,5 @@ def test_the_order_of_fused_weights_is_reported(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = check(file)
     assert found["ok"] == (order is not None)
+    assert found.get("fused_order") == order
     assert order is not None or "row order cannot be told" in found["problems"][0]

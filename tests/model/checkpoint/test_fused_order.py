@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model.checkpoint.mindspore_order as mindspore_order
+import model.checkpoint.mindspore_rows as mindspore_rows
 from launcher.settings import read_settings
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.fused_order import RowNorms, weigh_orders
+from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_header import read_mindspore_header
 from model.checkpoint.mindspore_order import sample_fused
@@ -81,7 +84,7 @@ def test_both_orders_give_the_separate_tensors(tmp_path: Path, kind: str, order:
     other = "1.3" if order == "1.4" else "1.4"
     (warning,) = MindSporeFile(folder, fused_order=other).notes
     assert warning.startswith(
-        f"warning: {folder} is read in the row order of MindFormers {other}, as set, but its weights speak for {order}"
+        f"warning: {folder} is read in the row order of MindFormers {other}, as set, but its weights indicate {order}"
     )
 
 
@@ -188,9 +191,21 @@ def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     reader.close()
 
 
-@settings(max_examples=60, deadline=None)
+class Decrypted:
+    """Stands for an encrypted file whose plaintext is the file itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._content = path.read_bytes()
+
+    def read_into(self, reader: FileReader, offset_bytes: int, out: torch.Tensor) -> None:
+        out.copy_(torch.frombuffer(bytearray(self._content[offset_bytes : offset_bytes + len(out)]), dtype=torch.uint8))
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.data(),
+    is_encrypted=st.booleans(),
+    cover=st.sampled_from([1, 50, 8 << 20]),
     take=st.integers(1, 4),
     gap=st.integers(0, 5),
     count=st.integers(1, 30),
@@ -198,7 +213,15 @@ def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     slice_bytes=st.integers(7, 400),
 )
 def test_runs_of_rows_are_those_of_indexing(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, take: int, gap: int, count: int, columns: int, slice_bytes: int
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    is_encrypted: bool,
+    cover: int,
+    take: int,
+    gap: int,
+    count: int,
+    columns: int,
+    slice_bytes: int,
 ) -> None:
     first, after = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
     runs = RowRuns(first, take, take + gap, count)
@@ -206,11 +229,14 @@ def test_runs_of_rows_are_those_of_indexing(
     file = write_ckpt(tmp_path_factory.mktemp("runs") / "x.ckpt", {"x": tensor}, slice_bytes=slice_bytes)
     reader = FileReader()
     stored = read_mindspore_header(file, reader).tensors["x"]
-    block = build_block([(file, stored, runs), (file, stored, RowRuns(0, 1))], {})
+    encrypted = {file: cast(EncryptedFile, Decrypted(file))} if is_encrypted else {}
+    block = build_block([(file, stored, runs), (file, stored, RowRuns(0, 1))], encrypted)
     index = [first + run * (take + gap) + row for run in range(count) for row in range(take)] + [0]
     start = data.draw(st.integers(0, len(index)))
     stop = data.draw(st.integers(start, len(index)))
-    assert torch.equal(block.read(reader, start, stop), tensor[index[start:stop]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mindspore_rows, "_COVER_BYTES", cover)
+        assert torch.equal(block.read(reader, start, stop), tensor[index[start:stop]])
     reader.close()
     with pytest.raises(CheckpointError, match="rows of a tensor beside"):
         build_block([(file, stored, RowRuns(first + after + 1, take, take + gap, count))], {})

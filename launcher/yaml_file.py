@@ -1,0 +1,53 @@
+"""A MindFormers YAML as a file: found next to a checkpoint, read as a mapping. Does not know its keys."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.errors import ConfigError
+from parallel.regular_file import MAX_YAML_BYTES, read_text
+
+
+def find_yaml(checkpoint: Path) -> Path | None:
+    """The YAML in the folder of a checkpoint that has no config.json: MindFormers' models are folders of the two."""
+    folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    if not any(next(folder.glob(pattern), None) for pattern in ("*.ckpt", "rank_*", "*.safetensors")):
+        return None
+    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern))
+    if len(found) > 1:
+        raise ConfigError(f"{folder} holds {len(found)} YAML files, {found[0].name} and {found[1].name} among them: give one with -c")
+    return found[0] if found else None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, PyYAML silently takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """What the file holds. Raises ConfigError, which names the file, for what is not a YAML mapping."""
+    try:
+        raw = yaml.load(read_text(path, MAX_YAML_BYTES, encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a MindFormers YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raise ConfigError(f"{path} is empty; start from one of the files in configs/")
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, but a mapping of keys is needed")
+    return raw
