@@ -6,6 +6,7 @@ Templates that cannot be used disable chat with a reason; completions are served
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class ChatRenderer:
         self._process = process or TemplateProcess()
         # One thread: a template that takes long delays other conversations, and nothing else.
         self._thread = ThreadPoolExecutor(1, "chat-template")
+        if find_spec("jinja2") is None:
+            self.reason = "jinja2 is not installed; install tandem-launcher[serve]"
+            return
         try:
             self._templates, self.words = load_chat_templates(path, settings)
             for source in self._templates.sources.values():

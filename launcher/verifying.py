@@ -14,6 +14,7 @@ from launcher.cores import count_cores
 from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
+from model.chat import read_chat_templates
 from model.checkpoint.formats import FORMATS, OpenOptions, find_format, lacks_config, open_checkpoint, settle_options
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.notes import list_dropped, list_notes
@@ -117,6 +118,7 @@ def _check_tokenizer(place: str | Path | None, config: LlamaConfig, problems: li
         return ["there is no tokenizer: text needs one, so copy tokenizer.json or tokenizer.model into the folder"]
     try:
         read_tokenizer_of(path, config)
+        read_chat_templates(path)
     except InputError as error:
         problems.append(str(error))
     return []

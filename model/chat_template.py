@@ -41,13 +41,11 @@ class ChatTemplate:
                 if length > max_characters:
                     raise RequestError(f"the chat template of {self._where} writes more than {max_characters} characters")
                 parts.append(part)
-            text = "".join(parts)
-            text.encode()
         except RequestError:
             raise
         except Exception as error:  # whatever a program can do wrong
             raise RequestError(f"the chat template of {self._where} does not take these messages: {_describe(error)}") from None
-        return text
+        return "".join(parts)
 
 
 def build_variables(

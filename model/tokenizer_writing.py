@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from model.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, read_chat_templates
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.gguf_header import read_gguf_header
 from model.gguf_vocabulary import read_gguf_tokenizer, read_sentencepiece, write_sentencepiece_model
@@ -17,7 +18,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
+    "chat_template.json",
     "generation_config.json",
     "vocab.json",
     "merges.txt",
@@ -36,6 +38,10 @@ def write_tokenizer(source: Path | None, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (home / name).is_file():
             shutil.copyfile(home / name, folder / name)
+    for template in (home / TEMPLATE_FOLDER).glob("*.jinja"):
+        if template.is_file():
+            (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(template, folder / TEMPLATE_FOLDER / template.name)
 
 
 def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
@@ -52,6 +58,8 @@ def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
         "add_bos_token": said.add_bos_token,
         "add_eos_token": said.add_eos_token,
     }
-    if "tokenizer.chat_template" in metadata:
-        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    templates = read_chat_templates(path)
+    if templates is not None:
+        named = [{"name": name, "template": source} for name, source in templates.items()]
+        settings["chat_template"] = named if len(named) > 1 or "default" not in templates else templates["default"]
     write_json(folder / "tokenizer_config.json", settings)

@@ -14,6 +14,7 @@ from model.chat import LLAMA_2_TEMPLATE, load_chat_templates, read_chat_template
 from model.chat_template import ChatTemplate, build_variables
 from model.tokenizer import read_tokenizer
 from model.tokenizer_settings import read_tokenizer_settings
+from model.tokenizer_writing import write_tokenizer
 from parallel.errors import CheckpointError, RequestError
 
 LLAMA_2_CHAT = (
@@ -174,7 +175,6 @@ def test_llama_2s_template_needs_no_begin_and_end() -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages | tojson(indent=[]) }}", "does not take these messages"),
         ("{% for i in range(1000) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 10000 characters"),
-        ("{{ '\\ud800' }}", "surrogates not allowed"),
     ],
 )
 def test_whatever_a_template_does_wrong_is_a_sentence(source: str, words: str) -> None:
@@ -215,6 +215,16 @@ def test_templates_are_found_wherever_checkpoints_have_them(folder: Path) -> Non
         "tool_use": "t",
     }
     assert read_chat_templates(write_gguf(folder / "without.gguf", {"pre": "x"})) is None
+
+
+def test_templates_travel_with_the_tokenizer(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("a file")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("documents")
+    copy = folder / "copy"
+    copy.mkdir()
+    write_tokenizer(folder, copy)
+    assert read_chat_templates(copy) == read_chat_templates(folder) == {"default": "a file", "rag": "documents"}
 
 
 def test_the_template_for_tools_is_chosen_as_in_transformers(folder: Path) -> None:
