@@ -11,10 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.connecting import shared_memory_works
 from launcher.console import ByteProgress, WorkConsole
+from launcher.devices import check_collectives, choose_device
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.job import Job
 from launcher.joining import join_ranks
@@ -66,6 +65,12 @@ class Run:
     nodes: Nodes
     """What this node starts, where it starts ranks."""
     opened: OpenedModel
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks on this host, as far as is known; all, where a launcher does not say."""
+        environment = self.environment
+        return environment.local_world_size or self.world_size if environment.is_rank else self.nodes.local_workers
 
     @property
     def context_tokens(self) -> int:
@@ -152,7 +157,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         eos_token_ids=(said_ids["eos_token_id"],) if "eos_token_id" in said_ids else config.eos_token_ids,
         pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
-        device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
+        device=choose_device(
+            _one_of("device", first_said(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
+        ),
         collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
         threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
@@ -169,6 +176,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
     check_blocks(job.block_size, job.num_blocks)
+    check_collectives(job.collectives, job.device)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
@@ -247,15 +255,6 @@ def _parse_flag(name: str, word: str | None) -> bool:
 def first_said(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def _choose_device(word: str) -> str:
-    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if word == "auto":
-        return available.type if available is not None else "cpu"
-    if word != "cpu" and (available is None or available.type != word):
-        raise ConfigError(f"device {word} is not here: PyTorch sees {available.type if available else 'cpu'} only; use --device auto")
-    return word
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

@@ -179,8 +179,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
     host holds beside the weights. Warns where that is less than one context.
     """
-    num_local = run.environment.local_world_size or run.world_size if run.environment.is_rank else run.nodes.local_workers
-    opened = run.opened
+    num_local, opened = run.num_local_ranks, run.opened
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
         own_kernels=find_kernels(job.device) is not None,
