@@ -6,6 +6,7 @@ job, the log files, and makes one verdict of what they found.
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -83,7 +84,7 @@ def spawn_ranks(
                 rendezvous = NodeRendezvous(
                     nodes.node_rank, nodes.num_nodes, nodes.master_addr, nodes.master_port, job.timeout_seconds, _greet(job, nodes)
                 )
-                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, observer, on_restart)
+                agent = _Agent(job, nodes, rendezvous, watch, board, folder, log_dir, max_restarts, observer, on_restart)
                 watch.start()
                 result = agent.run()
                 if result.is_failed():
@@ -118,7 +119,6 @@ class _Agent(LocalElasticAgent):
         nodes: Nodes,
         rendezvous: NodeRendezvous,
         watch: RankWatch,
-        stop: GracefulStop,
         board: ProgressBoard,
         folder: Path,
         log_dir: Path,
@@ -130,7 +130,7 @@ class _Agent(LocalElasticAgent):
             role="rank",
             local_world_size=nodes.local_workers,
             entrypoint=sys.executable,
-            args=("-m", "launcher.rank_process", str(folder)),
+            args=("-m", "launcher.rank_process", str(folder), str(os.getpid())),
             rdzv_handler=rendezvous,
             max_restarts=max_restarts,
             monitor_interval=_MONITOR_SECONDS,
@@ -138,7 +138,6 @@ class _Agent(LocalElasticAgent):
         logs = _RankLogs(log_dir, folder)
         super().__init__(spec, logs, exit_barrier_timeout=_EXIT_BARRIER_SECONDS, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._job, self._logs, self._rendezvous_handler, self._watch, self._board = job, logs, rendezvous, watch, board
-        self._stopping = stop
         self._folder, self._observer, self._on_restart = folder, observer, on_restart
         self.first_rank = 0
         self.num_restarts = 0
@@ -154,7 +153,6 @@ class _Agent(LocalElasticAgent):
         job = replace(self._job, task=self._share_task(attempt))
         (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
         pids: dict[int, Any] = super()._start_workers(worker_group)
-        self._stopping.take_over()  # the agent has put its own handlers in place
         self._watch.follow(attempt, pids)
         return pids
 
