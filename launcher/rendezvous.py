@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from launcher.key_value_store import connect_store, open_store
+from launcher.run_identity import compare_runs
 from parallel.errors import RunError
 
 NODE_SILENCE_SECONDS = 10.0
@@ -69,7 +70,8 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet all nodes for the next attempt. Raises NodesError for one that does not come, or comes with other settings; RunOver."""
+        """Meet all nodes for the next attempt. Raises NodesError for one that does not come, DifferentRunError for one of another run;
+        RunOver."""
         self.attempt = max(self.attempt + 1, self._pulse.furthest if self._pulse else 0)
         prefix, deadline = f"attempt_{self.attempt}", time.monotonic() + self._join_seconds
         self.store.set(f"{prefix}/node_{self.node}", self._greeting)
@@ -160,13 +162,8 @@ class NodeRendezvous(RendezvousHandler):
             raise NodesError(f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s", node)
 
     def _compare(self, node: int, greeting: Mapping[str, Any]) -> None:
-        mine = json.loads(self._greeting)
-        for name, value in greeting.items():
-            if name != "local_workers" and value != mine.get(name):
-                raise NodesError(
-                    f"node {node} has {name} {value}, but node {self.node} has {mine.get(name)}: start every node with the same options",
-                    node,
-                )
+        mine, theirs = ({**given, "local_workers": None} for given in (json.loads(self._greeting), greeting))
+        compare_runs(f"node {node}", theirs, f"node {self.node}", mine)
 
     def _count_ranks(self, prefix: str) -> None:
         counts = [json.loads(self.store.get(f"{prefix}/node_{node}"))["local_workers"] for node in range(self.num_nodes)]

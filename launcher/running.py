@@ -5,9 +5,7 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ from launcher.reading_ahead import read_ahead
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
-from launcher.tasks import Task
+from launcher.tasks import Bench, Task
 from launcher.verdict import RanksFailedError
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
@@ -150,6 +149,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
+        fingerprint=read_fingerprint(run.opened.source, config, run.opened.scheme),
         kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
@@ -203,6 +203,8 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
         observer.note_failure(cause, at_seconds)
+        if not isinstance(job.task, Bench):  # which keeps nothing of an attempt that failed
+            check_unchanged(job.fingerprint, lambda: _read_again(job))
         print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {observer.redone}", file=sys.stderr)
 
     try:
@@ -210,6 +212,12 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     except RanksFailedError as error:
         error.verdict.write(log_dir)
         raise
+
+
+def _read_again(job: Job) -> Fingerprint:
+    """The fingerprint of what a restart would load."""
+    source = open_checkpoint(job.path, job.opening)
+    return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
 
 
 def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
@@ -224,13 +232,6 @@ def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] 
         console.close()
     assert run.environment.rank or console.result is not None
     return None if run.environment.rank else console.result
-
-
-def read_version() -> str:
-    """Of this program."""
-    with suppress(PackageNotFoundError):
-        return version("tandem-launcher")
-    return "not installed"
 
 
 def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:

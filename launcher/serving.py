@@ -18,7 +18,8 @@ from launcher.key_value_store import is_loopback
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, first_said, open_run, read_version, run_job
+from launcher.run_identity import read_version
+from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.tasks import Serve
 from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels

@@ -72,7 +72,7 @@ def run_spawned_rank(folder: Path) -> None:
                 assert address is not None and port is not None
                 wait_seconds = job.timeout_seconds + _SLACK_SECONDS
                 store = PrefixStore(f"tandem/ranks_{attempt}", connect_store(address, port, wait_seconds))
-                seat = meet(store, rank, world_size, address, "", wait_seconds)
+                seat = meet(store, rank, world_size, address, {}, wait_seconds)  # the nodes have compared
             emit, inbox = _connect_to_parent(folder) if rank == 0 else (_silent, _hear_nothing)
             run_rank(job, seat, store, progress, emit, inbox, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
         except StopAsked:

@@ -24,7 +24,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
-from launcher.agreement import RanksEnded, agree, judge, say_stopped
+from launcher.agreement import RanksEnded, agree, judge, refuse, say_stopped
 from launcher.control_groups import read_memory_group
 from launcher.graceful_stop import GRACE_SECONDS, GracefulStop, StoppedError
 from launcher.job import Job
@@ -35,8 +35,10 @@ from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.rank_watch import RankWatch
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.run_folder import open_run_folder
+from launcher.run_identity import DifferentRunError, describe_run
 from launcher.tasks import Task, read_task, write_task
 from launcher.verdict import RanksFailedError
+from model.checkpoint.fingerprint import CheckpointReplacedError
 from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
@@ -55,7 +57,8 @@ def spawn_ranks(
     """Run `job` on new processes of this node; give the number of restarts that it took.
 
     `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
-    StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
+    DifferentRunError where nodes were started for different runs, StoppedError on SIGINT and SIGTERM. `on_restart` may raise
+    CheckpointReplacedError, which makes it a verdict. When it returns or raises, no rank is left.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     log_dir.chmod(0o700)
@@ -94,7 +97,11 @@ def spawn_ranks(
                     number = stop.number or int(error.sigval)
                     say_stopped(rendezvous, number, nodes)
                     raise StoppedError(number) from None
-            except (RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
+            except DifferentRunError as error:
+                assert rendezvous is not None, "nodes have met"
+                refuse(error, rendezvous)
+                raise
+            except (RanksEnded, StoreError, NodesError, RunOver, DistError, CheckpointReplacedError) as error:
                 watch.end_all()
                 receiver.finish()
                 verdict, is_echo = judge(error, watch, nodes, rendezvous, log_dir, memory)
@@ -274,14 +281,5 @@ def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
-    """What every node of a run has to have alike; paths may differ, and what is to be done is the first node's to say."""
-    return {
-        "world_size": job.world_size,
-        "dtype": job.dtype,
-        "device": job.device,
-        "kv_cache": job.kv_cache,
-        "context_tokens": job.context_tokens,
-        "max_batch_size": job.max_batch_size,
-        "collectives": job.collectives,
-        "local_workers": nodes.local_workers,
-    }
+    """What this node says of itself to the others; all but its number of ranks has to be equal."""
+    return {**describe_run(job), "local_workers": nodes.local_workers}

@@ -12,6 +12,7 @@ import pytest
 from launcher import rendezvous
 from launcher.key_value_store import StoreError, connect_store, find_own_address, is_loopback, open_store
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
+from launcher.run_identity import DifferentRunError
 
 GREETING = {"world_size": 2, "local_workers": 1, "dtype": "float32"}
 
@@ -125,7 +126,7 @@ def test_a_node_that_does_not_come_is_named() -> None:
 def test_nodes_with_other_settings_are_named() -> None:
     nodes = make_nodes(2, greetings=[GREETING, {**GREETING, "dtype": "bfloat16"}])
     try:
-        with pytest.raises(NodesError, match="node 1 has dtype bfloat16, but node 0 has float32"):
+        with pytest.raises(DifferentRunError, match="node 1 has dtype bfloat16, but node 0 has float32: start all with the same options"):
             meet(nodes)
     finally:
         for node in nodes:
