@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher.control_groups import MemoryGroup, read_memory_group
 from launcher.nodes import Nodes
 from launcher.rank_watch import RankWatch
-from launcher.rendezvous import NODE_SILENCE_SECONDS, NodeRendezvous, NodesError, RunOver, host_name
+from launcher.rendezvous import NodeRendezvous, NodesError, RunOver, host_name
 from launcher.run_identity import DifferentRunError
 from launcher.verdict import Verdict, judge_failure
 from model.checkpoint.fingerprint import CheckpointReplacedError
@@ -89,7 +89,9 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
     causes = [entry for entry in said.values() if not entry["echo"]]
     if causes:
         return Verdict.from_json(min(causes, key=lambda entry: entry["at"])["verdict"])
-    for node in rendezvous.find_silent():
+    for node, words in rendezvous.find_lost().items():
+        if node in said:
+            continue
         return replace(
             mine,
             first_failed_rank=rendezvous.first_ranks[node],
@@ -97,7 +99,7 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
             pid=None,
             exit_code=None,
             signal=None,
-            exception=f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s",
+            exception=words,
             traceback_tail=None,
             log_file=None,
         )

@@ -186,9 +186,35 @@ def test_a_rank_that_is_killed_on_another_node_is_started_again(
     assert [node.running.find_processes() for node in nodes] == [[], []]
 
 
-def test_a_link_that_goes_down_ends_both_nodes(tandem: "Tandem", network: Network, checkpoints: "Checkpoints") -> None:
+def test_a_link_that_is_down_for_less_than_the_timeout_costs_no_restart(
+    tandem: "Tandem", network: Network, checkpoints: "Checkpoints", alone: "Outcome"
+) -> None:
+    nodes, line = _start(tandem, network, checkpoints, "--timeout", "60", "--max-restarts", "0")
+    network.set_link("down")
+    time.sleep(5)
+    network.set_link("up")
+    ended = [node.finish() for node in nodes]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert (nodes[0].folder / "results.jsonl").read_text() == alone.jsonl and line + ended[0][1] == alone.stdout
+    assert [node.running.find_processes() for node in nodes] == [[], []]
+
+
+def test_a_node_whose_launcher_is_killed_is_named_at_once(tandem: "Tandem", network: Network, checkpoints: "Checkpoints") -> None:
+    nodes, _ = _start(tandem, network, checkpoints, "--max-restarts", "1")
+    nodes[1].running.process.kill()
+    killed = time.monotonic()
+    code, _, stderr = nodes[0].finish()
+    assert code == 1 and time.monotonic() - killed < 15, stderr
+    assert nodes[0].verdict["first_failed_rank"] == 2 and "node 1 has gone: its launcher has ended" in stderr, stderr
+    nodes[1].running.process.communicate(timeout=SECONDS)
+    assert [node.running.find_processes() for node in nodes] == [[], []]
+
+
+def test_a_link_that_is_down_for_longer_than_the_timeout_ends_both_nodes(
+    tandem: "Tandem", network: Network, checkpoints: "Checkpoints"
+) -> None:
     """Each names the other one, of which it hears no more."""
-    nodes, _ = _start(tandem, network, checkpoints)
+    nodes, _ = _start(tandem, network, checkpoints, "--timeout", "8")
     network.set_link("down")
     try:
         down = time.monotonic()
