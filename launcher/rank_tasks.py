@@ -103,8 +103,6 @@ def serve(me: Rank, task: Serve) -> None:
         me.emit({"event": "warning", "message": "here the last bits of an answer may depend on what runs beside it"})
     if job.speculate and not engine.speculates:
         me.emit({"event": "warning", "message": NO_GUESSES})
-    for request in task.requests:
-        engine.add(request)
     me.emit(
         {
             "event": "serving",
@@ -114,7 +112,10 @@ def serve(me: Rank, task: Serve) -> None:
             "pids": me.seat.pids,
         }
     )
-    RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit).run()
+    service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
+    for request in task.requests:
+        service.add(asdict(request))
+    service.run()
 
 
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
