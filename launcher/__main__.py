@@ -1,5 +1,20 @@
-"""`python -m launcher` is `tandem`."""
+"""`python -m launcher` is `tandem`, and `main` is the console script: it can be interrupted while the commands are still imported."""
 
-from launcher.cli import main
+from launcher.interruption import interruption
 
-main()
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        interruption.catch()
+        from launcher.cli import main as run
+
+        run()
+    except BaseException:
+        if interruption.number is not None:
+            interruption.exit()
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher.control_groups import MemoryGroup, read_memory_group
 from launcher.nodes import Nodes
 from launcher.rank_watch import RankWatch
-from launcher.rendezvous import NODE_SILENCE_SECONDS, NodeRendezvous, NodesError, RunOver, host_name
+from launcher.rendezvous import NodeRendezvous, NodesError, RunOver, host_name
+from launcher.run_identity import DifferentRunError
 from launcher.verdict import Verdict, judge_failure
+from model.checkpoint.fingerprint import CheckpointReplacedError
 
 
 class RanksEnded(Exception):
@@ -47,7 +49,14 @@ def judge(
             before=before,
             now=read_memory_group(),
         )
+        if isinstance(error, CheckpointReplacedError):  # the next attempt had begun already
+            said = "; ".join(filter(None, (verdict.exception, f"not restarted: {error}")))
+            return replace(verdict, exception=said, restarts_used=max(0, restarts - 1)), False
         return verdict, failure.is_echo
+    if isinstance(error, CheckpointReplacedError):  # a rank of another node failed
+        return Verdict(
+            first_failed_rank=None, host=host_name(), exception=f"not restarted: {error}", restarts_used=max(0, restarts - 1)
+        ), False
     if isinstance(error, RanksEnded):  # the only rank of this node, and the agent was faster than the watch
         rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
         code = first.exitcode
@@ -69,14 +78,20 @@ def judge(
 
 
 def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
-    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone."""
+    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone. Raises DifferentRunError where
+    another node has refused the run."""
     if rendezvous is None or rendezvous.num_nodes == 1:
         return mine
     said = {node: json.loads(text) for node, text in rendezvous.exchange_verdicts(_write_entry(mine, is_echo)).items()}
+    for entry in said.values():
+        if entry["refusal"]:
+            raise DifferentRunError(entry["refusal"])
     causes = [entry for entry in said.values() if not entry["echo"]]
     if causes:
         return Verdict.from_json(min(causes, key=lambda entry: entry["at"])["verdict"])
-    for node in rendezvous.find_silent():
+    for node, words in rendezvous.find_lost().items():
+        if node in said:
+            continue
         return replace(
             mine,
             first_failed_rank=rendezvous.first_ranks[node],
@@ -84,7 +99,7 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
             pid=None,
             exit_code=None,
             signal=None,
-            exception=f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s",
+            exception=words,
             traceback_tail=None,
             log_file=None,
         )
@@ -99,5 +114,10 @@ def say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) ->
         rendezvous.say_verdict(_write_entry(verdict, False))
 
 
-def _write_entry(verdict: Verdict, is_echo: bool) -> str:
-    return json.dumps({"echo": is_echo, "at": time.time(), "verdict": verdict.to_json()})
+def refuse(error: DifferentRunError, rendezvous: NodeRendezvous) -> None:
+    """Have the other nodes end too, after they could compare: the nodes were started for different runs."""
+    rendezvous.exchange_verdicts(_write_entry(Verdict(first_failed_rank=None, host=host_name()), False, refusal=str(error)))
+
+
+def _write_entry(verdict: Verdict, is_echo: bool, *, refusal: str | None = None) -> str:
+    return json.dumps({"echo": is_echo, "at": time.time(), "verdict": verdict.to_json(), "refusal": refusal})

@@ -20,7 +20,8 @@ from launcher.file_errors import as_run_failure
 from launcher.options import RunOptions
 from launcher.output_paths import check_output_file
 from launcher.profile_report import build_trace, print_profile
-from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, read_version, run_to_result
+from launcher.run_identity import read_version
+from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result
 from launcher.settings import Settings
 from launcher.speculation_bench import describe_row, encode_prompts
 from launcher.streams import require_stdout

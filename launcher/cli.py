@@ -5,15 +5,15 @@ Exit codes: 0 done, 1 the run failed, 2 usage or input (nothing had started), 13
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from launcher.bench_cli import app as bench_app
 from launcher.checkpoint_cli import app as checkpoint_app
+from launcher.interruption import interruption
 from launcher.option_types import (
     BatchOption,
     CacheOption,
@@ -264,28 +264,33 @@ for group in (predict_app, serve_app, commands, bench_app, checkpoint_app):
 
 @guard_streams
 def main() -> None:
-    """Run a command and end with its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is cleaned away on the way out
+    """Run a command and exit with its exit code."""
+    interruption.catch()
     try:
-        app(_spread_words(sys.argv[1:]), standalone_mode=False)
-    except InputError as error:
+        code = app(_spread_words(sys.argv[1:]), standalone_mode=False)
+    except BaseException as error:
+        if interruption.number is None:
+            _exit_after(error)
+        interruption.exit()  # whatever the interrupted code made of it
+    if interruption.number is not None:
+        interruption.exit()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_after(error: BaseException) -> NoReturn:
+    if isinstance(error, InputError):
         print(f"tandem: {error}", file=sys.stderr)
         sys.exit(2)
-    except TandemError as error:
+    if isinstance(error, TandemError):
         print(f"tandem: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # A run that failed can have left work behind that the interpreter would wait for on its way out.
         os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if hasattr(error, "show"):  # a usage error of typer's own
-            error.show()
-            sys.exit(2)
-        raise
+    if hasattr(error, "show"):  # a usage error of typer's own
+        error.show()
+        sys.exit(2)
+    raise error
 
 
 def _spread_words(arguments: list[str]) -> list[str]:

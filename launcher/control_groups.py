@@ -1,4 +1,7 @@
-"""The control group's limit of memory, and how often the kernel has ended a process for it. Knows /sys/fs/cgroup, versions 1 and 2."""
+"""The control group's memory limit, and how often the OOM killer has ended a process in it.
+
+Reads /sys/fs/cgroup, versions 1 and 2; without a memory group, as in the root group of version 2, the counter of the whole machine.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +20,8 @@ class MemoryGroup:
     """Processes that the kernel ended in it for want of memory."""
 
 
-def read_memory_group(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> MemoryGroup:
-    """The memory control group of this process and of those that it starts; without one, no limit and no kills."""
+def read_memory_group(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup"), machine: Path = Path("/proc/vmstat")) -> MemoryGroup:
+    """The memory control group of this process and of those that it starts; without one, no limit and the machine's kills."""
     with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -30,7 +33,7 @@ def read_memory_group(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup"))
                 for folder in (root / path.lstrip("/"), root):
                     if (folder / "memory.events").exists():
                         return MemoryGroup(_read_limit(folder / "memory.max"), _read_kills(folder / "memory.events"))
-    return MemoryGroup(None, 0)
+    return MemoryGroup(None, _read_kills(machine))
 
 
 def _read_limit(path: Path) -> int | None:

@@ -160,6 +160,13 @@ class Dispatcher:
             if sequence is not None:
                 self._fail(sequence.ticket, non_finite(message))
 
+    def refuse(self, index: int, error: ServiceError) -> None:
+        """The ranks cannot run this sequence: its call ends with an error."""
+        sequence = self._running.pop(index, None)
+        if sequence is not None:
+            self._journal.cancel(index)
+            self._fail(sequence.ticket, error)
+
     async def drain(self, seconds: float) -> None:
         """Take nothing new; return when all is answered, or after so many seconds, when the rest gets an error."""
         self._drained = asyncio.Event()

@@ -15,6 +15,7 @@ WORKER_NUM = "MS_WORKER_NUM"
 """How many ranks to start, for a process that is not a rank itself."""
 
 _NONE = "none"
+_AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,12 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         variables={name: given[name] for entry in found.values() for name in entry.names},
         sources={fills: ", ".join(entry.names) for fills, entry in found.items() if entry.names},
     )
+
+
+def keep_signals_from_agent() -> None:
+    """Have PyTorch's elastic agent handle SIGQUIT only: each time it starts processes it would replace our handlers, an ignored SIGHUP's
+    too."""
+    os.environ[_AGENT_SIGNALS] = "SIGQUIT"
 
 
 def decide_world_size(workers: int | None, environment: LaunchEnvironment, settings_model_parallel: int | None) -> int:

@@ -1,5 +1,8 @@
 """What SIGTERM, SIGINT and SIGHUP do to a run: the first asks for an end, a second ends it at once.
 
+A SIGHUP that was ignored when the process started, as by nohup, stays ignored. SIGINT is handled even so: shells start background
+jobs with it ignored, and `kill -INT` is to end a server there, as it does with uvicorn and torchrun.
+
 Knows signals and a question to ask; not what answers it.
 """
 
@@ -12,6 +15,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from launcher.environment import keep_signals_from_agent
 from parallel.errors import TandemError
 
 GRACE_SECONDS = 3.0
@@ -41,8 +45,11 @@ class GracefulStop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
-        self.take_over()
+        keep_signals_from_agent()
+        for number in _SIGNALS:
+            self._before[number] = signal.getsignal(number)
+            if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
+                signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -50,11 +57,6 @@ class GracefulStop:
             self._over = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def take_over(self) -> None:
-        """Handle the signals, again where somebody else has begun to."""
-        for number in _SIGNALS:
-            signal.signal(number, self._handle)
 
     def answer(self) -> None:
         """What was asked for is done: end now."""

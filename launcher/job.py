@@ -3,14 +3,17 @@
 A plain value that travels as JSON from the parent to the ranks. Knows no text: prompts are ids already.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.tasks import Task, read_task, write_task
+from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
+
+_LOCAL_FIELDS = ("checkpoint", "opening", "fingerprint", "timeout_seconds", "threads_per_rank", "bind_cores", "task")
+"""Fields that may differ between ranks of one run; of the fingerprint the content is compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,8 @@ class Job:
     """Absolute path."""
     opening: OpenOptions
     """What was said of it: format, key, and what stands for config.json where it has none."""
+    fingerprint: Fingerprint
+    """Of the checkpoint, on this host, when the run began."""
     kv_cache: str | None
     """A kv_cache word of model/scheme.py; goes over the checkpoint's."""
     world_size: int
@@ -66,16 +71,14 @@ class Job:
         raw: dict[str, Any] = json.loads(text)
         opening = OpenOptions(**raw.pop("opening"))
         task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
-        return cls(**raw, opening=opening, eos_token_ids=eos_token_ids, task=task)
+        fingerprint = Fingerprint.from_json(raw.pop("fingerprint"))
+        return cls(**raw, opening=opening, fingerprint=fingerprint, eos_token_ids=eos_token_ids, task=task)
 
     @property
-    def digest(self) -> str:
-        """Equal for ranks that mean the same; where each finds the checkpoint is its own affair, and what to do is rank 0's to say."""
-        said = json.loads(self.to_json())
-        said["fused_order"] = self.opening.fused_order
-        for name in ("checkpoint", "opening", "timeout_seconds", "threads_per_rank", "bind_cores", "task"):
-            del said[name]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    def shared_settings(self) -> dict[str, Any]:
+        """What ranks and nodes of a run have to have alike; each finds the checkpoint where it is, and rank 0 decides the task."""
+        settings: dict[str, Any] = json.loads(self.to_json()) | {"fused_order": self.opening.fused_order}
+        return {name: value for name, value in settings.items() if name not in _LOCAL_FIELDS}
 
     @property
     def path(self) -> Path:

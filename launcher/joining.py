@@ -33,6 +33,7 @@ from launcher.rank import StopAsked
 from launcher.rank_failure import RankFailure
 from launcher.rank_service import Message
 from launcher.rank_watch import STACK_SIGNAL, read_state
+from launcher.run_identity import DifferentRunError, describe_run
 from launcher.scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.tasks import read_task, write_task
 from launcher.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
@@ -72,6 +73,9 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
         try:
             joining.run(observer)
             joining.say_bye(0)
+        except DifferentRunError:  # every rank says so itself
+            joining.say_bye(2)
+            raise
         except BaseException as error:
             # Launchers end the other ranks with SIGTERM when one has failed: that one is the cause, if it went before rank 0 stopped.
             if signals.number is not None and (not joining.find_dead() or (rank != 0 and stopping.exists())):
@@ -118,7 +122,7 @@ class _Joining:
                 threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
             if self.rank == 0:
                 self._store.set("task", json.dumps(write_task(job.task)))
-            self.seat = meet(self._store, self.rank, world_size, address, job.digest, job.timeout_seconds)
+            self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(json.loads(self._store.get("task"))))
         said: SimpleQueue[Message] = SimpleQueue()
@@ -140,8 +144,8 @@ class _Joining:
         with suppress(RuntimeError):
             store.set(bye_key(self.rank), str(code))
             if self.rank == 0 and self.environment.store_host == "rank 0":
-                keys = [bye_key(rank) for rank in range(seat.world_size if seat else 0)]
-                deadline = time.monotonic() + (_FAREWELL_SECONDS if code == 0 else _FAILED_FAREWELL_SECONDS)
+                keys = [bye_key(rank) for rank in range(self.environment.world_size or 0 if seat or code == 2 else 0)]
+                deadline = time.monotonic() + (_FAREWELL_SECONDS if code in (0, 2) else _FAILED_FAREWELL_SECONDS)
                 while time.monotonic() < deadline and not all(store.check([key]) for key in keys):
                     time.sleep(0.02)
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from parallel.errors import RunError
+from parallel.observed_time import ObservedTime
 
 _CALL_SECONDS = 30.0
 """How long one question to a store that is there may take."""
@@ -70,14 +71,17 @@ def _resolve(address: str, port: int) -> tuple[Any, ...]:
             time.sleep(1)
 
 
-def connect_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
-    """The store that another process opened there, or will within the timeout. Raises StoreError."""
-    deadline, cause = time.monotonic() + timeout_seconds, "no answer"
-    while time.monotonic() < deadline:
+def connect_store(address: str, port: int, timeout_seconds: float, *, call_seconds: float = _CALL_SECONDS) -> TCPStore:
+    """The store that another process opened there, or will within the timeout; each question to it may take `call_seconds`.
+
+    Raises StoreError.
+    """
+    clock, cause = ObservedTime(), "no answer"
+    while clock.read() < timeout_seconds:
         try:
             # Asked first in Python, which signals can interrupt; the store's own attempts cannot be.
             socket.create_connection((address, port), timeout=min(2.0, timeout_seconds)).close()
-            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_CALL_SECONDS))
+            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=call_seconds))
         except (OSError, RuntimeError) as error:
             cause = (getattr(error, "strerror", None) or str(error) or "no answer").splitlines()[0]
         time.sleep(_RETRY_SECONDS)

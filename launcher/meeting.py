@@ -6,13 +6,15 @@ Knows the store and hosts; not who started the ranks, and not what they will do.
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
 from launcher.key_value_store import find_own_address
-from parallel.errors import RunError
+from launcher.run_identity import compare_runs
 from parallel.node_collectives import plan_nodes
 from parallel.store_waiting import wait_for_ranks
 
@@ -60,16 +62,18 @@ def find_alone() -> Seat:
     return Seat(rank=0, host_names=(socket.gethostname(),), pids=(os.getpid(),))
 
 
-def meet(store: Store, rank: int, world_size: int, master_addr: str, job_digest: str, timeout_seconds: float) -> Seat:
-    """Wait for all ranks; give this one's seat. Raises PeerError for a rank that does not come, RunError for one with another job."""
+def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mapping[str, Any], timeout_seconds: float) -> Seat:
+    """Wait for all ranks; give this one's seat. `run`: what has to be equal on all of them, see `describe_run`.
+
+    Raises PeerError for a rank that does not come, DifferentRunError for one of another run.
+    """
     cores = os.sched_getaffinity(0)
-    mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "job": job_digest, "cores": sorted(cores)}
+    mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "run": run, "cores": sorted(cores)}
     store.set(f"seat/{rank}", json.dumps(mine))
     wait_for_ranks(store, "seat", range(world_size), timeout_seconds, "rendezvous")
     seats = [json.loads(store.get(f"seat/{other}")) for other in range(world_size)]
     for other, seat in enumerate(seats):
-        if seat["job"] != job_digest:
-            raise RunError(f"rank {other} was started for another job than rank {rank}: start all with the same options")
+        compare_runs(f"rank {other}", seat["run"], f"rank {rank}", run)
     nodes = plan_nodes([seat["host"] for seat in seats])
     return Seat(
         rank=rank,

@@ -54,7 +54,9 @@ WorkersOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the YAML's compute_dtype, else the checkpoint's.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or npu. Default: auto.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or npu; cuda and npu need a device for each rank. Default: auto, which is the CPU.")
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads-per-rank", help="CPU threads of each rank. Default: the cores, shared evenly.")
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from launcher.job import Job
 from launcher.meeting import Seat
 from launcher.rank_memory import give_back_memory
 from launcher.rank_service import Inbox
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_state
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.config import build_config
@@ -68,12 +70,25 @@ class Rank:
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
 
+def open_own_checkpoint(job: Job) -> CheckpointSource:
+    """The checkpoint of the job. Raises CheckpointReplacedError when its files are not those that the job was made for."""
+    opened: list[CheckpointSource] = []
+
+    def read() -> Fingerprint:
+        opened.append(open_checkpoint(job.path, job.opening))
+        return read_state(opened[0])
+
+    check_unchanged(job.fingerprint, read)
+    return opened[0]
+
+
 def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCausalLM, int]:
     """The model with this rank's part of the checkpoint, or of `source`, and the bytes that were read."""
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
-    source = source or open_checkpoint(job.path, job.opening)
+    own = source is None
+    source = source or open_own_checkpoint(job)
     config = replace(
         build_config(source.config),
         max_position_embeddings=job.context_tokens,
@@ -83,6 +98,8 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
     read_bytes = load_model(model, source, me.report("loading"))
+    if own:
+        check_unchanged(job.fingerprint, partial(read_state, source))
     if me.device.type == "cpu" and (absence := explain_absence()):
         me.emit({"event": "warning", "message": absence})
     if not _is_reproducible(me.device, model.dtype, me.threads):

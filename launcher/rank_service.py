@@ -63,10 +63,18 @@ class RankService:
             if self._collectives.rank == 0 and time.monotonic() > self._reported + _REPORT_SECONDS:
                 self._report(everyone)
 
+    def add(self, request: dict[str, Any]) -> None:
+        """Queue a request, for `read_request`. One that cannot run fails alone: what is wrong with it is the same on every rank."""
+        try:
+            self._engine.add(read_request(request))
+        except (ValueError, TypeError, KeyError, OverflowError) as error:  # a RequestError is a ValueError
+            if self._collectives.rank == 0:
+                self._emit({"event": "refused", "index": request["index"], "message": str(error)})
+
     def _heed(self, message: Message) -> None:
         kind = message["do"]
         if kind == "add":
-            self._engine.add(read_request(message["request"]))
+            self.add(message["request"])
         elif kind == "cancel":
             self._engine.cancel(message["index"])
         else:

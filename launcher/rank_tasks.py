@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.bandwidth import measure_bandwidth
-from launcher.rank import Rank, load_rank
+from launcher.rank import Rank, load_rank, open_own_checkpoint
 from launcher.rank_bench import RankBench, open_source
 from launcher.rank_memory import give_back_memory, read_peak_rss_bytes
 from launcher.rank_profile import record_spans
 from launcher.rank_service import RankService
 from launcher.tasks import Bench, Decode, Evaluate, Quantize, Serve
-from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.fingerprint import check_unchanged, read_state
 from model.config import build_config
 from model.evaluation import boolq, perplexity
 from model.generation import Engine
@@ -109,8 +109,6 @@ def serve(me: Rank, task: Serve) -> None:
         me.emit({"event": "warning", "message": "here the last bits of an answer may depend on what runs beside it"})
     if job.speculate and not engine.speculates:
         me.emit({"event": "warning", "message": NO_GUESSES})
-    for request in task.requests:
-        engine.add(request)
     me.emit(
         {
             "event": "serving",
@@ -120,7 +118,10 @@ def serve(me: Rank, task: Serve) -> None:
             "pids": me.seat.pids,
         }
     )
-    RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit).run()
+    service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
+    for request in task.requests:
+        service.add(asdict(request))
+    service.run()
 
 
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def evaluate(me: Rank, task: Evaluate) -> None:
 
 def quantize(me: Rank, task: Quantize) -> None:
     give_back_memory()
-    source = open_checkpoint(me.job.path, me.job.opening)
+    source = open_own_checkpoint(me.job)
     work = WorkFolder(Path(task.work_folder), me.job.world_size)
     resumed, before = work.count_done(), read_peak_rss_bytes()
     quantize_layers(
@@ -203,6 +204,7 @@ def quantize(me: Rank, task: Quantize) -> None:
         num_threads=me.threads,
         on_progress=me.report("progress"),
     )
+    check_unchanged(me.job.fingerprint, partial(read_state, source))
     everyone = me.gather([before, read_peak_rss_bytes()])
     me.emit(
         {

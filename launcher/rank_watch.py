@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.rank_failure import RankFailure, read_failure
+from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
 from parallel.progress import WAITING, ProgressBoard
 
@@ -86,7 +87,7 @@ class RankWatch(threading.Thread):
     def __init__(self, board: ProgressBoard, folder: Path, timeout_seconds: float) -> None:
         super().__init__(daemon=True, name="rank watch")
         self._board, self._folder, self._timeout_seconds = board, folder, timeout_seconds
-        self._lock = threading.Lock()
+        self._lock, self._clock = threading.Lock(), ObservedTime()
         self._closed = threading.Event()
         self._attempt = 0
         self._pids: dict[int, int] = {}
@@ -101,7 +102,7 @@ class RankWatch(threading.Thread):
         with self._lock:
             self._let_go()
             self._attempt, self._pids, self._failure, self._is_ending, self._unread = attempt, dict(pids), None, False, None
-            now = time.monotonic()
+            now = self._clock.read()
             self._last = {rank: (-1, now) for rank in pids}
             for rank, pid in pids.items():
                 self._descriptors[rank] = os.pidfd_open(pid)  # a child that has ended is a zombie: it can be opened
@@ -188,7 +189,7 @@ class RankWatch(threading.Thread):
 
     def _find_stuck(self) -> tuple[int, float, bool] | None:
         """A rank that holds up the others, for how many seconds it has not got on, and whether it was stopped."""
-        now = time.monotonic()
+        now = self._clock.read()
         late: dict[int, float] = {}
         standings = {rank: self._board.read(rank) for rank in self._descriptors}
         for rank, standing in standings.items():

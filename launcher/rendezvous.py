@@ -1,7 +1,8 @@
 """Where the parents of a run's nodes meet, once for every attempt: a rendezvous of PyTorch's elastic agent.
 
-Unlike the agent's own ones it keeps nodes in the order of --node-rank, listens at one address only, notices within seconds that a
-node has gone, and hands on what went wrong there. Nodes count attempts together: who fails starts the next, the others follow.
+Unlike the agent's own ones it keeps nodes in the order of --node-rank, listens at one address only, and hands on what went wrong on
+another node. That a node's launcher has ended is noticed at once, that it cannot be reached after --timeout. Nodes count attempts
+together: who fails starts the next, the others follow.
 Knows nodes and short texts; nothing of ranks' work.
 """
 
@@ -16,12 +17,17 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from launcher.key_value_store import connect_store, open_store
-from parallel.errors import RunError
+from launcher.key_value_store import connect_store, find_own_address, open_store
+from launcher.run_identity import compare_runs
+from parallel.errors import PeerError, RunError
+from parallel.observed_time import ObservedTime
+from parallel.peer_lines import PeerLines
 
-NODE_SILENCE_SECONDS = 10.0
-"""A node that has not been heard of for so long has gone."""
 _BEAT_SECONDS = 0.5
+_CALL_SECONDS = 2.0
+"""How long a sign of life may take: over a link that was interrupted, a new connection gets through before an old one does."""
+_VERDICT_SECONDS = 10.0
+"""How long nodes that end wait for what the others have to say."""
 _POLL_SECONDS = 0.05
 _NAMESPACE = "tandem"
 
@@ -42,20 +48,22 @@ class RunOver(RunError):
 class NodeRendezvous(RendezvousHandler):
     """One node's side. `port` 0 takes any free port, for a single node."""
 
-    def __init__(self, node: int, num_nodes: int, address: str, port: int, join_seconds: float, greeting: Mapping[str, Any]) -> None:
+    def __init__(self, node: int, num_nodes: int, address: str, port: int, timeout_seconds: float, greeting: Mapping[str, Any]) -> None:
+        """`timeout_seconds`: how long to wait for a node that does not come, or that is silent."""
         self.node, self.num_nodes = node, num_nodes
-        self._join_seconds, self._greeting = join_seconds, json.dumps(greeting, sort_keys=True)
+        self._timeout_seconds, self._greeting = timeout_seconds, json.dumps(greeting, sort_keys=True)
         self.attempt = -1
         self.first_ranks: list[int] = [0] * num_nodes
         """The first rank of every node, once they have met."""
         if node == 0:
             raw, port = open_store(address, port)
         else:
-            raw = connect_store(address, port, join_seconds)
+            raw = connect_store(address, port, timeout_seconds)
         self._raw = raw  # the first node's is the server, which ends with it
         self.address, self.port = address, port
         self.store: Store = PrefixStore(_NAMESPACE, raw)
-        self._pulse = _Pulse(node, num_nodes, address, port) if num_nodes > 1 else None
+        self._pulse = _Pulse(node, num_nodes, address, port, timeout_seconds) if num_nodes > 1 else None
+        self._lines: PeerLines | None = None
         if self._pulse is not None:
             self._pulse.start()
 
@@ -69,25 +77,27 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet all nodes for the next attempt. Raises NodesError for one that does not come, or comes with other settings; RunOver."""
+        """Meet all nodes for the next attempt. Raises NodesError for one that does not come, DifferentRunError for one of another run;
+        RunOver."""
         self.attempt = max(self.attempt + 1, self._pulse.furthest if self._pulse else 0)
-        prefix, deadline = f"attempt_{self.attempt}", time.monotonic() + self._join_seconds
+        prefix, clock = f"attempt_{self.attempt}", ObservedTime()
         self.store.set(f"{prefix}/node_{self.node}", self._greeting)
         if self._pulse:
             self._pulse.reached = self.attempt
         for node in range(self.num_nodes):
             while not self.store.check([f"{prefix}/node_{node}"]):
                 self._check_peers()
-                if time.monotonic() > deadline:
+                if clock.read() > self._timeout_seconds:
                     came = sum(self.store.check([f"{prefix}/node_{other}"]) for other in range(self.num_nodes))
                     raise NodesError(
-                        f"node {node} did not come within {self._join_seconds:g} s (--timeout): {came} of {self.num_nodes} nodes are at "
+                        f"node {node} did not come within {self._timeout_seconds:g} s (--timeout): {came} of {self.num_nodes} nodes are at "
                         f"{self.address}, port {self.port}; start the same command there with --node-rank {node}",
                         node,
                     )
                 time.sleep(_POLL_SECONDS)
             self._compare(node, json.loads(self.store.get(f"{prefix}/node_{node}")))
         self._count_ranks(prefix)
+        self._connect_parents()
         store = PrefixStore(prefix, self.store)
         return RendezvousInfo(store, self.node, self.num_nodes, RendezvousStoreInfo(self.address, self.port))
 
@@ -111,6 +121,8 @@ class NodeRendezvous(RendezvousHandler):
         """Stop the signs of life."""
         if self._pulse is not None:
             self._pulse.end()
+        if self._lines is not None:
+            self._lines.close()
         return True
 
     def share(self, key: str, text: str) -> None:
@@ -130,9 +142,9 @@ class NodeRendezvous(RendezvousHandler):
         if pulse is None:
             return {self.node: mine}
         pulse.verdict = mine
-        deadline = time.monotonic() + NODE_SILENCE_SECONDS + 1
+        deadline = time.monotonic() + _VERDICT_SECONDS
         while time.monotonic() < deadline:
-            silent = pulse.find_silent()
+            silent = self.find_lost()
             if all(node in pulse.verdicts or node in silent for node in range(self.num_nodes) if node != self.node):
                 break
             time.sleep(_POLL_SECONDS)
@@ -146,9 +158,15 @@ class NodeRendezvous(RendezvousHandler):
             self._pulse.verdict = mine
             time.sleep(3 * _BEAT_SECONDS)
 
-    def find_silent(self) -> list[int]:
-        """Nodes that have not been heard of for NODE_SILENCE_SECONDS."""
-        return self._pulse.find_silent() if self._pulse else []
+    def find_lost(self) -> dict[int, str]:
+        """Nodes that have gone, and how that was noticed: whose launchers have ended, or that were silent for the timeout."""
+        ended = self._lines.find_gone() if self._lines else []
+        silent = self._pulse.find_silent() if self._pulse else []
+        words = f"no sign of life for {self._timeout_seconds:g} s (--timeout)"
+        return {
+            **{node: f"node {node} has gone: {words}" for node in silent},
+            **{node: f"node {node} has gone: its launcher has ended" for node in ended},
+        }
 
     def _check_peers(self) -> None:
         pulse = self._pulse
@@ -156,17 +174,22 @@ class NodeRendezvous(RendezvousHandler):
             return
         if pulse.verdicts:
             raise RunOver("another node has ended the run")
-        for node in pulse.find_silent():
-            raise NodesError(f"node {node} has gone: no sign of life for {NODE_SILENCE_SECONDS:g} s", node)
+        for node, words in self.find_lost().items():
+            raise NodesError(words, node)
 
     def _compare(self, node: int, greeting: Mapping[str, Any]) -> None:
-        mine = json.loads(self._greeting)
-        for name, value in greeting.items():
-            if name != "local_workers" and value != mine.get(name):
-                raise NodesError(
-                    f"node {node} has {name} {value}, but node {self.node} has {mine.get(name)}: start every node with the same options",
-                    node,
-                )
+        mine, theirs = ({**given, "local_workers": None} for given in (json.loads(self._greeting), greeting))
+        compare_runs(f"node {node}", theirs, f"node {self.node}", mine)
+
+    def _connect_parents(self) -> None:
+        """Lines that end when another node's launcher does; they survive the attempts."""
+        if self.num_nodes == 1 or self._lines is not None:
+            return
+        store, address = PrefixStore("launchers", self.store), find_own_address(self.address)
+        try:
+            self._lines = PeerLines(store, self.node, range(self.num_nodes), address, self._timeout_seconds)
+        except PeerError as error:
+            raise NodesError(f"node {error.peer} cannot be reached: {error}", error.peer or 0) from None
 
     def _count_ranks(self, prefix: str) -> None:
         counts = [json.loads(self.store.get(f"{prefix}/node_{node}"))["local_workers"] for node in range(self.num_nodes)]
@@ -180,34 +203,37 @@ class NodeRendezvous(RendezvousHandler):
 class _Pulse(threading.Thread):
     """Signs of life to and from the other nodes, over a connection of its own: a call to a host that has gone can block for minutes."""
 
-    def __init__(self, node: int, num_nodes: int, address: str, port: int) -> None:
+    def __init__(self, node: int, num_nodes: int, address: str, port: int, silence_seconds: float) -> None:
         super().__init__(daemon=True, name="signs of life")
         self._node, self._others = node, [other for other in range(num_nodes) if other != node]
-        self._where = (address, port)
+        self._where, self._silence_seconds, self._clock = (address, port), silence_seconds, ObservedTime()
+        self._beats = 0
         self.reached = -1
         self.furthest = 0
         self.verdict: str | None = None
         self.verdicts: dict[int, str] = {}
-        now = time.monotonic()
-        self._answered = now
+        self._answered = 0.0
         self._counts: dict[int, bytes] = {}
         self._heard = dict.fromkeys(self._others, float("inf"))  # before its first sign a node is late, not gone
         self._ended = threading.Event()
 
     def run(self) -> None:
         """Until `end`."""
-        beats = 0
-        with suppress(RuntimeError, RunError):  # the store's host has gone: `find_silent` tells
-            store = PrefixStore(_NAMESPACE, connect_store(*self._where, NODE_SILENCE_SECONDS))
-            while not self._ended.wait(_BEAT_SECONDS):
-                beats += 1
-                store.set(f"alive/{self._node}", str(beats))
-                store.set(f"reached/{self._node}", str(self.reached))
-                if self.verdict is not None:
-                    store.set(f"verdict/{self._node}", self.verdict)
-                for other in self._others:
-                    self._ask(store, other)
-                self._answered = time.monotonic()
+        while not self._ended.is_set():
+            # Where the store's host cannot be reached `find_silent` tells, unless it soon can be again.
+            with suppress(RuntimeError, RunError):
+                self._exchange(PrefixStore(_NAMESPACE, connect_store(*self._where, _CALL_SECONDS, call_seconds=_CALL_SECONDS)))
+
+    def _exchange(self, store: Store) -> None:
+        while not self._ended.wait(_BEAT_SECONDS):
+            self._beats += 1
+            store.set(f"alive/{self._node}", str(self._beats))
+            store.set(f"reached/{self._node}", str(self.reached))
+            if self.verdict is not None:
+                store.set(f"verdict/{self._node}", self.verdict)
+            for other in self._others:
+                self._ask(store, other)
+            self._answered = self._clock.read()
 
     def end(self) -> None:
         """No more signs."""
@@ -215,16 +241,16 @@ class _Pulse(threading.Thread):
 
     def find_silent(self) -> list[int]:
         """Nodes not heard of for too long; when the store itself does not answer, its host."""
-        now = time.monotonic()
-        if self._node != 0 and now - self._answered > NODE_SILENCE_SECONDS:
+        now = self._clock.read()
+        if self._node != 0 and now - self._answered > self._silence_seconds:
             return [0]
-        return [node for node, heard in self._heard.items() if now - heard > NODE_SILENCE_SECONDS]
+        return [node for node, heard in self._heard.items() if now - heard > self._silence_seconds]
 
     def _ask(self, store: Store, other: int) -> None:
         if store.check([f"alive/{other}"]):
             count = store.get(f"alive/{other}")
             if self._counts.get(other) != count:
-                self._counts[other], self._heard[other] = count, time.monotonic()
+                self._counts[other], self._heard[other] = count, self._clock.read()
         if store.check([f"reached/{other}"]):
             self.furthest = max(self.furthest, int(store.get(f"reached/{other}")))
         if other not in self.verdicts and store.check([f"verdict/{other}"]):

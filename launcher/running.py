@@ -5,16 +5,13 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.connecting import shared_memory_works
 from launcher.console import ByteProgress, WorkConsole
+from launcher.devices import check_collectives, choose_device
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
 from launcher.file_errors import as_run_failure, describe_os_error
 from launcher.job import Job
@@ -28,8 +25,9 @@ from launcher.reading_ahead import read_ahead
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
 from launcher.spawning import spawn_ranks
-from launcher.tasks import Task
+from launcher.tasks import Bench, Task
 from launcher.verdict import RanksFailedError
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.notes import list_notes, name_settings
 from model.checkpoint.source import CheckpointSource
@@ -71,6 +69,12 @@ class Run:
     nodes: Nodes
     """What this node starts, where it starts ranks."""
     opened: OpenedModel
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks on this host, as far as is known; all, where a launcher does not say."""
+        environment = self.environment
+        return environment.local_world_size or self.world_size if environment.is_rank else self.nodes.local_workers
 
     @property
     def context_tokens(self) -> int:
@@ -195,13 +199,16 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
+        fingerprint=read_fingerprint(run.opened.source, config, run.opened.scheme),
         kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         eos_token_ids=end.ids,
         pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
-        device=_choose_device(_one_of("device", first_said(options.device, own.device, "auto"), DEVICES)),
+        device=choose_device(
+            _one_of("device", first_said(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
+        ),
         collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
         threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
@@ -218,6 +225,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
     check_blocks(job.block_size, job.num_blocks)
+    check_collectives(job.collectives, job.device)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
@@ -251,6 +259,8 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
         observer.note_failure(cause, at_seconds)
+        if not isinstance(job.task, Bench):  # which keeps nothing of an attempt that failed
+            check_unchanged(job.fingerprint, lambda: _read_again(job))
         print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {observer.redone}", file=sys.stderr)
 
     try:
@@ -261,6 +271,12 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         except OSError as fault:  # a full disk must not hide what has failed
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _read_again(job: Job) -> Fingerprint:
+    """The fingerprint of what a restart would load."""
+    source = open_checkpoint(job.path, job.opening)
+    return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
 
 
 def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
@@ -277,13 +293,6 @@ def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] 
         raise RunError(console.failure)
     assert run.environment.rank or console.result is not None
     return None if run.environment.rank else console.result
-
-
-def read_version() -> str:
-    """Of this program."""
-    with suppress(PackageNotFoundError):
-        return version("tandem-launcher")
-    return "not installed"
 
 
 def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
@@ -313,15 +322,6 @@ def _parse_flag(name: str, word: str | None) -> bool:
 def first_said(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def _choose_device(word: str) -> str:
-    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if word == "auto":
-        return available.type if available is not None else "cpu"
-    if word != "cpu" and (available is None or available.type != word):
-        raise ConfigError(f"device {word} is not here: PyTorch sees {available.type if available else 'cpu'} only; use --device auto")
-    return word
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

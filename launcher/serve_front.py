@@ -18,6 +18,7 @@ from launcher.job import Job
 from launcher.journal import MAX_FAILURES, Journal
 from launcher.observer import RunObserver, Send
 from launcher.serve_metrics import ServeMetrics
+from launcher.service_errors import ServiceError
 from launcher.tasks import Serve, Task
 from model.config import LlamaConfig
 from model.planning import RankPlan
@@ -86,6 +87,8 @@ class ServeFront(RunObserver):
         elif kind == "failures":
             failures = [(index, message) for index, message in event["failures"] if self._journal.drop(index)]
             self._on_loop(self.dispatcher.fail_sequences, failures)
+        elif kind == "refused":
+            self._on_loop(self.dispatcher.refuse, event["index"], ServiceError(400, event["message"]))
         elif kind == "report":
             self._take_report(event, now)
         elif kind == "loading":

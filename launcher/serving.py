@@ -18,7 +18,8 @@ from launcher.key_value_store import is_loopback
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, first_said, open_run, read_version, run_job
+from launcher.run_identity import read_version
+from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.tasks import Serve
 from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels
@@ -185,8 +186,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
     host holds beside the weights. Warns where that is less than one context.
     """
-    num_local = run.environment.local_world_size or run.world_size if run.environment.is_rank else run.nodes.local_workers
-    opened = run.opened
+    num_local, opened = run.num_local_ranks, run.opened
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
         own_kernels=find_kernels(job.device) is not None,

@@ -6,6 +6,7 @@ job, the log files, and makes one verdict of what they found.
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
-from launcher.agreement import RanksEnded, agree, judge, say_stopped
+from launcher.agreement import RanksEnded, agree, judge, refuse, say_stopped
 from launcher.control_groups import read_memory_group
 from launcher.graceful_stop import GRACE_SECONDS, GracefulStop, StoppedError
 from launcher.job import Job
@@ -34,8 +35,10 @@ from launcher.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.rank_watch import RankWatch
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.run_folder import open_run_folder
+from launcher.run_identity import DifferentRunError, describe_run
 from launcher.tasks import Task, read_task, write_task
 from launcher.verdict import RanksFailedError
+from model.checkpoint.fingerprint import CheckpointReplacedError
 from parallel.progress import ProgressBoard
 
 _SHUTDOWN_SECONDS = 5
@@ -54,7 +57,8 @@ def spawn_ranks(
     """Run `job` on new processes of this node; give the number of restarts that it took.
 
     `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
-    StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
+    DifferentRunError where nodes were started for different runs, StoppedError on SIGINT and SIGTERM. `on_restart` may raise
+    CheckpointReplacedError, which makes it a verdict. When it returns or raises, no rank is left.
     """
     # The agent's own words would stand between the results; what matters of them is in the verdict.
     for name in logging.root.manager.loggerDict:
@@ -81,7 +85,7 @@ def spawn_ranks(
                 rendezvous = NodeRendezvous(
                     nodes.node_rank, nodes.num_nodes, nodes.master_addr, nodes.master_port, job.timeout_seconds, _greet(job, nodes)
                 )
-                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, observer, on_restart)
+                agent = _Agent(job, nodes, rendezvous, watch, board, folder, log_dir, max_restarts, observer, on_restart)
                 watch.start()
                 result = agent.run()
                 if result.is_failed():
@@ -91,7 +95,11 @@ def spawn_ranks(
                     number = stop.number or int(error.sigval)
                     say_stopped(rendezvous, number, nodes)
                     raise StoppedError(number) from None
-            except (RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
+            except DifferentRunError as error:
+                assert rendezvous is not None, "nodes have met"
+                refuse(error, rendezvous)
+                raise
+            except (RanksEnded, StoreError, NodesError, RunOver, DistError, CheckpointReplacedError) as error:
                 watch.end_all()
                 receiver.finish()
                 verdict, is_echo = judge(error, watch, nodes, rendezvous, log_dir, memory)
@@ -118,7 +126,6 @@ class _Agent(LocalElasticAgent):
         nodes: Nodes,
         rendezvous: NodeRendezvous,
         watch: RankWatch,
-        stop: GracefulStop,
         board: ProgressBoard,
         folder: Path,
         log_dir: Path,
@@ -130,7 +137,7 @@ class _Agent(LocalElasticAgent):
             role="rank",
             local_world_size=nodes.local_workers,
             entrypoint=sys.executable,
-            args=("-m", "launcher.rank_process", str(folder)),
+            args=("-m", "launcher.rank_process", str(folder), str(os.getpid())),
             rdzv_handler=rendezvous,
             max_restarts=max_restarts,
             monitor_interval=_MONITOR_SECONDS,
@@ -138,7 +145,6 @@ class _Agent(LocalElasticAgent):
         logs = _RankLogs(log_dir, folder)
         super().__init__(spec, logs, exit_barrier_timeout=_EXIT_BARRIER_SECONDS, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._job, self._logs, self._rendezvous_handler, self._watch, self._board = job, logs, rendezvous, watch, board
-        self._stopping = stop
         self._folder, self._observer, self._on_restart = folder, observer, on_restart
         self.first_rank = 0
         self.num_restarts = 0
@@ -154,7 +160,6 @@ class _Agent(LocalElasticAgent):
         job = replace(self._job, task=self._share_task(attempt))
         (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
         pids: dict[int, Any] = super()._start_workers(worker_group)
-        self._stopping.take_over()  # the agent has put its own handlers in place
         self._watch.follow(attempt, pids)
         return pids
 
@@ -278,14 +283,5 @@ def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
-    """What every node of a run has to have alike; paths may differ, and what is to be done is the first node's to say."""
-    return {
-        "world_size": job.world_size,
-        "dtype": job.dtype,
-        "device": job.device,
-        "kv_cache": job.kv_cache,
-        "context_tokens": job.context_tokens,
-        "max_batch_size": job.max_batch_size,
-        "collectives": job.collectives,
-        "local_workers": nodes.local_workers,
-    }
+    """What this node says of itself to the others; all but its number of ranks has to be equal."""
+    return {**describe_run(job), "local_workers": nodes.local_workers}

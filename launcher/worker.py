@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import Store
 
 from launcher.connecting import connect
 from launcher.cores import bind_cores, count_cores, share_cores
+from launcher.devices import find_device
 from launcher.job import Job
 from launcher.meeting import Seat
 from launcher.rank import Emit, Rank
@@ -31,7 +32,7 @@ def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit
     else:
         threads = job.threads_per_rank or (share_cores(len(seat.local_ranks)) if seat.shares_cores else count_cores())
     torch.set_num_threads(threads)
-    device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, seat.local_rank)
+    device = find_device(job.device, seat.local_rank)
     collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
     me = Rank(job, collectives, device, threads, started, emit, inbox, progress, seat)
     run_task(me)

@@ -1,7 +1,7 @@
 """Picks the next token of every sequence, the same on every rank, from candidates that the ranks exchange.
 
-Each rank sends only its own best ones; whole logits travel when somebody samples without top-k or asks for
-log-probabilities. Order of steps and random numbers as in MindFormers: repetition penalty, temperature, top-k, top-p,
+Each rank sends only its own best ones; whole logits travel when somebody samples without top-k, or with a large one, or asks
+for log-probabilities. Order of steps and random numbers as in MindFormers: repetition penalty, temperature, top-k, top-p,
 then one draw of a numpy generator; OpenAI's bias and penalties stand behind the repetition penalty. Knows logits and ids; no text, no
 caches.
 """
@@ -20,6 +20,9 @@ from parallel.errors import RequestError
 
 LEAST_LOGPROB = -9999.0
 """vLLM's stand-in for the logarithm of 0, since JSON has no infinity."""
+_MOST_CANDIDATES = 2048
+"""Of each rank for one sequence. Whole logits are exchanged instead of more; a client may ask for any top_k, and candidates beyond 65,536
+would not fit a slot of shared memory."""
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
@@ -175,7 +178,7 @@ def _read_logprob(logprobs: Floats, token: int | np.integer[Any]) -> float:
 
 
 def _needs_all(params: SamplingParams) -> bool:
-    return params.logprobs or (params.do_sample and params.top_k == 0)
+    return params.logprobs or (params.do_sample and not 0 < params.top_k <= _MOST_CANDIDATES)
 
 
 def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:

@@ -4,17 +4,24 @@ One interface, three backs: identity (one rank), shared memory (`parallel/shared
 Knows tensors and ranks; not what they mean, and not how processes were started.
 """
 
+import ctypes
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.observed_time import ObservedTime
 from parallel.peer_lines import PeerLines
 from parallel.store_waiting import StoreBarrier, StoreBeats
+
+_LOOK = timedelta(seconds=0.5)
+_NEVER = timedelta(days=1000)
+"""For gloo's own time limits, which count the time in which this process was frozen."""
 
 
 class Collectives(Protocol):
@@ -84,7 +91,9 @@ class DistributedCollectives:
         self._ranks = list(range(world_size)) if ranks is None else list(ranks)
         me = self._ranks[rank]
         self._beats = StoreBeats(store, me)
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout, self._timeout_seconds = timedelta(seconds=timeout_seconds), timeout_seconds
+        self._options = AllgatherOptions()
+        self._options.timeout = _NEVER
         self._group: Any = None
         # All are there before they connect to each other: what waits for a late one then is a wait that can name it.
         self._lines = PeerLines(store, me, self._ranks, address, timeout_seconds)
@@ -112,7 +121,7 @@ class DistributedCollectives:
         sent, received = mine.view(torch.uint8), [part.view(torch.uint8) for part in parts]
         try:
             if self._group is not None:
-                self._group.allgather([received], [sent]).wait()
+                self._wait(self._group.allgather([received], [sent], self._options))
             else:
                 dist.all_gather(received, sent)
         except RuntimeError as error:
@@ -133,6 +142,21 @@ class DistributedCollectives:
         if self._group is None:
             dist.destroy_process_group()
         self._group = None
+
+    def _wait(self, work: Any) -> None:
+        """Return when it is done. Raises RuntimeError when it fails, or takes longer than the timeout while this process runs."""
+        clock = ObservedTime()
+        while True:
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError as error:
+                if work.is_completed():
+                    raise
+                if clock.read() > self._timeout_seconds:
+                    # gloo waits for its pending work when it is destroyed, and this work may never end: let it never be destroyed.
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+                    raise RuntimeError(f"no answer within {self._timeout_seconds:g} s") from error
 
     def _fail(self, operation: str, error: RuntimeError) -> PeerError:
         me, gone = self._ranks[self.rank], self._lines.find_gone()

@@ -6,14 +6,15 @@ that gave up waiting would never exit. Knows ranks and addresses; a host that va
 
 import socket
 import struct
-import time
 from collections.abc import Sequence
 
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.observed_time import ObservedTime
 from parallel.store_waiting import store_errors, wait_for_ranks
 
+_LOOK_SECONDS = 0.2
 _RANK = struct.Struct("!q")
 
 
@@ -45,19 +46,21 @@ class PeerLines:
         self._lines = {}
 
     def _answer(self, listener: socket.socket, callers: Sequence[int], timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
+        clock = ObservedTime()
+        listener.settimeout(_LOOK_SECONDS)
         while missing := [peer for peer in callers if peer not in self._lines]:
-            listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 line, _ = listener.accept()
             except TimeoutError:
+                if clock.read() < timeout_seconds:
+                    continue
                 raise PeerError(
                     f"rank {missing[0]} did not connect within {timeout_seconds:g} s, {len(callers) - len(missing)} of {len(callers)} "
                     "ranks did; a longer --timeout allows slower ranks",
                     "rendezvous",
                     peer=missing[0],
                 ) from None
-            line.settimeout(max(deadline - time.monotonic(), 0.001))
+            line.settimeout(max(timeout_seconds - clock.read(), 0.001))
             try:
                 (caller,) = _RANK.unpack(line.recv(_RANK.size, socket.MSG_WAITALL))
             except (OSError, struct.error):

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
 from parallel.store_waiting import wait_for_ranks
 
@@ -86,6 +87,7 @@ class SharedMemoryCollectives:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._flag_bytes = flag_bytes
         self._unwatched = (ctypes.c_int64 * 4)()
+        self._clock = ObservedTime()
         self._heard: tuple[int, dict[int, tuple[int, float]]] = (0, {})
         self._watch = _PeerWatch(store, self._peers, self._ranks)
         self.barrier()
@@ -179,7 +181,7 @@ class SharedMemoryCollectives:
 
         All are looked at, whichever is waited for: one that loads must not hide one that hangs.
         """
-        me, now = self._ranks[self.rank], time.monotonic()
+        me, now = self._ranks[self.rank], self._clock.read()
         for peer in self._peers:
             is_dead, beats = self._watch.is_dead(peer), self._flags[peer * _FLAG_WORDS + _BEATS]
             if peer not in heard or heard[peer][0] != beats:

@@ -12,6 +12,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
+from parallel.observed_time import ObservedTime
 
 _POLL_SECONDS = 0.01
 _LOOK_SECONDS = 0.1
@@ -27,24 +28,25 @@ def wait_for_ranks(
 ) -> None:
     """Return when every rank has set the key `name/RANK`. `check` is called while waiting, and may raise.
 
-    Raises PeerError, which names the first late rank, when a rank has neither come nor shown that it is at work for `timeout_seconds`:
-    each counts by itself, so that one that loads does not hide one that hangs. Raises PeerError when the store's host is gone.
+    Time in which this process did not run does not count. Raises PeerError, which names the first late rank, when a rank has neither
+    come nor shown that it is at work for `timeout_seconds`: each counts by itself, so that one that loads does not hide one that hangs.
+    Raises PeerError when the store's host is gone.
     """
     missing = list(ranks)
-    wanted, started = len(missing), time.monotonic()
-    heard = dict.fromkeys(missing, started)
+    wanted, clock = len(missing), ObservedTime()
+    heard = dict.fromkeys(missing, 0.0)
     beats: dict[int, bytes] = {}
-    next_look = started
+    next_look = 0.0
     with store_errors(operation):
         # Every poll is one message, however many ranks are missing; looking at each of them is several, and done less often.
         while missing and not store.check([f"{name}/{rank}" for rank in missing]):
             check()
-            if time.monotonic() >= next_look:
+            if clock.read() >= next_look:
                 missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]
                 for rank in missing:
                     if store.check([f"beat/{rank}"]) and (beat := store.get(f"beat/{rank}")) != beats.get(rank):
-                        beats[rank], heard[rank] = beat, time.monotonic()
-                late = [rank for rank in missing if time.monotonic() - heard[rank] > timeout_seconds]
+                        beats[rank], heard[rank] = beat, clock.read()
+                late = [rank for rank in missing if clock.read() - heard[rank] > timeout_seconds]
                 if late:
                     raise PeerError(
                         f"rank {late[0]} did not reach {operation} within {timeout_seconds:g} s, {wanted - len(missing)} of {wanted} "
@@ -52,7 +54,7 @@ def wait_for_ranks(
                         operation,
                         peer=late[0],
                     )
-                next_look = time.monotonic() + _LOOK_SECONDS
+                next_look = clock.read() + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
 
 

@@ -37,15 +37,14 @@ def write_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill; at the end it takes the name `path`. On an error nothing is left of it."""
     path = Path(os.path.realpath(path))  # a link to the folder stays
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -53,7 +52,10 @@ def write_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         sync(path.parent)
     except BaseException:
+        if old.exists() and not path.exists():  # interrupted between the two renames
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         raise
 
 

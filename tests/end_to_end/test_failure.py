@@ -239,6 +239,33 @@ def test_a_stopped_rank_is_named_soon_after_the_timeout(tandem: "Tandem", checkp
     assert verdict["others_waiting_in"] == {"1": "gather_columns"}
 
 
+@pytest.mark.parametrize(("collectives", "seconds"), [("shm", 5), ("gloo", 18)])
+def test_a_run_that_is_frozen_as_a_whole_for_longer_than_the_timeout_goes_on(
+    tandem: "Tandem", checkpoints: "Checkpoints", collectives: str, seconds: float
+) -> None:
+    """As by a control group's freezer, docker pause, Slurm's suspend. The parent gives up after the timeout, ranks 15 s later."""
+    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "0", "--timeout", "2", "--collectives", collectives)
+    pids = [decoding.running.process.pid, *decoding.ranks.values()]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(seconds)
+    code, stdout, stderr = decoding.finish()
+    assert code == 0, stderr
+    assert stdout == tandem.predict(*_arguments(checkpoints)).stdout
+
+
+def test_a_parent_that_is_stopped_for_longer_than_the_timeout_blames_nobody(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "0", "--timeout", "2")
+    decoding.running.process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    decoding.running.process.send_signal(signal.SIGCONT)
+    code, stdout, stderr = decoding.finish()
+    assert code == 0, stderr
+    assert stdout == tandem.predict(*_arguments(checkpoints)).stdout
+
+
 def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undisturbed_run(
     tandem: "Tandem", checkpoints: "Checkpoints"
 ) -> None:

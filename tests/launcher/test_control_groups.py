@@ -37,5 +37,11 @@ def test_version_1_without_a_limit(tmp_path: Path) -> None:
     assert read_memory_group(tmp_path / "fs", tmp_path / "own") == MemoryGroup(None, 0)
 
 
+def test_without_a_memory_group_the_kills_of_the_machine_count(tmp_path: Path) -> None:
+    write(tmp_path / "own", "0::/\n")  # the root group of version 2 has no memory.events
+    write(tmp_path / "vmstat", "nr_free_pages 5\noom_kill 7\n")
+    assert read_memory_group(tmp_path / "fs", tmp_path / "own", tmp_path / "vmstat") == MemoryGroup(None, 7)
+
+
 def test_a_system_without_control_groups(tmp_path: Path) -> None:
-    assert read_memory_group(tmp_path / "fs", tmp_path / "own") == MemoryGroup(None, 0)
+    assert read_memory_group(tmp_path / "fs", tmp_path / "own", tmp_path / "vmstat") == MemoryGroup(None, 0)

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.job import Job
 from launcher.tasks import Bench, Decode, Evaluate, Quantize, Task, read_task, write_task
+from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.quantization.recipe import Recipe
 from model.request import Request
@@ -48,6 +49,7 @@ TASKS: dict[str, Task] = {
 JOB = Job(
     checkpoint="/some where/modèle",
     opening=OpenOptions(),
+    fingerprint=Fingerprint("00ff", "abcd", {"/some where/modèle": (1 << 40, 1_764_000_000_000_000_001)}),
     kv_cache=None,
     world_size=3,
     context_tokens=2048,

@@ -12,6 +12,7 @@ import pytest
 from launcher import rendezvous
 from launcher.key_value_store import StoreError, connect_store, find_own_address, is_loopback, open_store
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
+from launcher.run_identity import DifferentRunError
 
 GREETING = {"world_size": 2, "local_workers": 1, "dtype": "float32"}
 
@@ -32,10 +33,10 @@ def meet(nodes: list[NodeRendezvous]) -> list[Any]:
         return list(pool.map(lambda node: node.next_rendezvous(), nodes))
 
 
-def make_nodes(count: int, *, join_seconds: float = 20, greetings: list[dict[str, Any]] | None = None) -> list[NodeRendezvous]:
+def make_nodes(count: int, *, timeout_seconds: float = 20, greetings: list[dict[str, Any]] | None = None) -> list[NodeRendezvous]:
     said = greetings or [{**GREETING, "world_size": count}] * count
-    first = NodeRendezvous(0, count, "127.0.0.1", 0, join_seconds, said[0])
-    return [first, *(NodeRendezvous(node, count, "127.0.0.1", first.port, join_seconds, said[node]) for node in range(1, count))]
+    first = NodeRendezvous(0, count, "127.0.0.1", 0, timeout_seconds, said[0])
+    return [first, *(NodeRendezvous(node, count, "127.0.0.1", first.port, timeout_seconds, said[node]) for node in range(1, count))]
 
 
 def test_store_listens_at_its_address_only() -> None:
@@ -125,7 +126,7 @@ def test_a_node_that_does_not_come_is_named() -> None:
 def test_nodes_with_other_settings_are_named() -> None:
     nodes = make_nodes(2, greetings=[GREETING, {**GREETING, "dtype": "bfloat16"}])
     try:
-        with pytest.raises(NodesError, match="node 1 has dtype bfloat16, but node 0 has float32"):
+        with pytest.raises(DifferentRunError, match="node 1 has dtype bfloat16, but node 0 has float32: start all with the same options"):
             meet(nodes)
     finally:
         for node in nodes:
@@ -143,15 +144,28 @@ def test_nodes_that_start_too_few_ranks_are_named() -> None:
 
 
 def test_a_node_that_falls_silent_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "NODE_SILENCE_SECONDS", 1.0)
     monkeypatch.setattr(rendezvous, "_BEAT_SECONDS", 0.1)
-    nodes = make_nodes(2)
+    nodes = make_nodes(2, timeout_seconds=2)
     meet(nodes)
     try:
-        while nodes[0].find_silent() or not nodes[0]._pulse._counts:  # until the first sign of life
+        while nodes[0].find_lost() or not nodes[0]._pulse._counts:  # until the first sign of life
             pass
+        nodes[1]._pulse.end()
+        with pytest.raises(NodesError, match=r"node 1 has gone: no sign of life for 2 s \(--timeout\)"):
+            while True:
+                nodes[0].num_nodes_waiting()
+    finally:
+        for node in nodes:
+            node.shutdown()
+
+
+def test_a_node_whose_launcher_ends_is_missed_at_once() -> None:
+    nodes = make_nodes(2, timeout_seconds=60)
+    meet(nodes)
+    try:
+        assert nodes[0].find_lost() == nodes[1].find_lost() == {}
         nodes[1].shutdown()
-        with pytest.raises(NodesError, match="node 1 has gone: no sign of life for 1 s"):
+        with pytest.raises(NodesError, match="node 1 has gone: its launcher has ended"):
             while True:
                 nodes[0].num_nodes_waiting()
     finally:

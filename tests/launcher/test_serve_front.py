@@ -14,6 +14,7 @@ from model.request import Request
 from model.sampling import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=4)
+SERVE = Serve(requests=(), num_blocks=9, prefill_tokens=16)
 REPORT: dict[str, Any] = {
     "event": "report",
     "ranks": [{"step_seconds": 0.5, "gather_seconds": 0.1, "rss_bytes": 7}],
@@ -108,6 +109,18 @@ def test_what_is_asked_to_stop_while_it_loads_answers_nobody(front: ServeFront) 
 
 async def submit(front: ServeFront) -> Any:
     return front.dispatcher.submit("a", [((1, 2), PARAMS)], 600.0)
+
+
+def test_a_request_that_the_ranks_refuse_ends_alone(front: ServeFront) -> None:
+    told = become_ready(front)
+    assert front.loop is not None
+    refused, other = (front.loop.run_until_complete(submit(front)) for _ in range(2))
+    front.on_event({"event": "refused", "index": 0, "message": "prompt 0 is long"})
+    front.on_event({"event": "tokens", "tokens": [(1, 0, 5, "eos", None, ())]})
+    settle(front)
+    error = refused.events.get_nowait()
+    assert (error.status, str(error)) == (400, "prompt 0 is long") and other.events.get_nowait()[1].token_id == 5
+    assert [message["do"] for message in told] == ["add", "add", "cancel"] and front.continue_task(SERVE).requests == ()
 
 
 def test_the_ranks_end_when_all_has_been_answered(front: ServeFront) -> None:

@@ -1,6 +1,6 @@
 """Sampling against a plain numpy version over whole logits, for any split of the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,26 @@ def test_sequences_with_different_options_in_one_batch_do_not_touch_each_other(
 
         expected = [draw_plainly(values, state) for values, state in zip(logits.numpy(), build_states(), strict=True)]
         assert [choice.token_id for choice in sample_split(logits, build_states, sizes)] == expected
+
+
+def test_a_large_top_k_draws_the_same_and_exchanges_no_more_than_whole_logits(sample_split: Callable[..., list[Choice]]) -> None:
+    """65,536 candidates of a rank would not fit a slot of shared memory, and a client may ask for them."""
+    vocab, top_k = 200_000, 150_000
+    logits = torch.randn((2, vocab), generator=torch.Generator().manual_seed(3))
+    widest = []
+
+    class Alone(IdentityCollectives):
+        def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+            widest.append(max(sizes) * local.element_size())
+            return super().gather_columns(local, sizes)
+
+    def build_states() -> list[SamplingState]:
+        return [start_state(seed, do_sample=True, top_k=top_k, temperature=1.9) for seed in (0, 1)]
+
+    expected = [draw_plainly(values, state) for values, state in zip(logits.numpy(), build_states(), strict=True)]
+    assert [choice.token_id for choice in sample(logits, build_states(), [vocab], Alone())] == expected
+    assert [choice.token_id for choice in sample_split(logits, build_states, [100_000, 100_000])] == expected
+    assert widest == [vocab * 4]
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
