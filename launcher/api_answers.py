@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from launcher.journal import NewToken
@@ -119,7 +120,7 @@ def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dic
 def build_text_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
     """`logprobs` of a completion's choice; `offset`: characters of the tokens before these."""
     texts = [token_text(tokenizer, t.token_id) for t in tokens]
-    offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+    offsets = list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],

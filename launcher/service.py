@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request
@@ -15,20 +16,21 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
-from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Message
+from launcher.bounded_log import OnceLog
 from launcher.dispatch import Ticket
 from launcher.http_guard import CALLER
+from launcher.request_body import BodyReader
+from launcher.request_threads import RequestThreads
 from launcher.serve_front import ServeFront
 from launcher.service_errors import ServiceError, caller_gone
 from model.chat import ChatTemplate
 from model.request import Request as TokenRequest
-from model.request import check_memory, check_request
+from model.request import check_length, check_memory, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from parallel.errors import RequestError
 
-_LONG_TEXT = 20_000
-"""Characters from which a text is made ids in a thread of its own: other callers go on."""
 _READING_SECONDS = 30.0
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -46,35 +48,80 @@ class Asked:
     """What stands before each choice's text."""
     with_logprobs: bool
     with_usage: bool
+    is_stream: bool
     timeout_seconds: float
 
 
 class Service:
     """What the routes share."""
 
-    def __init__(self, front: ServeFront, tokenizer: Tokenizer, template: ChatTemplate, max_seconds: float) -> None:
-        """`max_seconds`: the longest deadline of a request."""
+    def __init__(
+        self, front: ServeFront, tokenizer: Tokenizer, template: ChatTemplate, max_seconds: float, *, strict_fields: bool = False
+    ) -> None:
+        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
         self.front, self._tokenizer, self._template, self._max_seconds = front, tokenizer, template, max_seconds
         self._fingerprint = f"tandem-{front.served.version}"
+        self._threads = RequestThreads()
+        self._unknown_fields = OnceLog()
+        note = None if strict_fields else self._note_unknown
+        self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
 
-    async def plan_completion(self, body: CompletionRequest) -> Asked:
-        """What a completion asks. Raises ServiceError, RequestError."""
+    async def plan_completion(self, body: bytes) -> Asked:
+        """What a completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._plan_completion)
+
+    async def plan_chat(self, body: bytes) -> Asked:
+        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._plan_chat)
+
+    def close(self) -> None:
+        """Read no further request."""
+        self._threads.close()
+
+    def _plan_completion(self, raw: bytes) -> Asked:
+        body = self._completions.read(raw)
         self.check_model(body.model)
         self.front.dispatcher.check_count(len(body.prompts) * body.n)
-        prompts = await self._encode(body.prompts)
+        prompts = self._encode(body.prompts)
         new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        echo = [self._tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-        return self._plan(body, prompts, new_tokens, body.logprobs, echo, is_chat=False)
+        return self._plan(body, prompts, new_tokens, body.logprobs, has_echo=body.echo, is_chat=False)
 
-    async def plan_chat(self, body: ChatRequest) -> Asked:
-        """What a chat completion asks. Raises ServiceError, RequestError."""
+    def _plan_chat(self, raw: bytes) -> Asked:
+        body = self._chats.read(raw)
         self.check_model(body.model)
-        text = self._template.render([message.to_template() for message in body.messages])
-        (ids,) = await self._encode([text], add_special_tokens=False)
-        said = body.max_completion_tokens or body.max_tokens
-        new_tokens = said or max(1, self._room - len(ids))
+        (ids,) = self._encode([self._render(body.messages)], add_special_tokens=False)
+        limit = body.max_completion_tokens or body.max_tokens
+        new_tokens = limit or max(1, self._room - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._plan(body, [ids], new_tokens, logprobs, [""], is_chat=True)
+        return self._plan(body, [ids], new_tokens, logprobs, has_echo=False, is_chat=True)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation. Raises RequestError where the template refuses it or would drop tool calls."""
+        sent = [message.to_template() for message in messages]
+        text = self._render_one(sent)
+        if not any("tool_calls" in message for message in sent) or self._render_one(_drop_tool_calls(sent)) != text:
+            return text
+        # Some templates look for tool calls only where the content is null; most others fail on null.
+        nulls = [{**message, "content": message["content"] or None} if "tool_calls" in message else message for message in sent]
+        with suppress(RequestError):
+            text = self._render_one(nulls)
+            if self._render_one(_drop_tool_calls(nulls)) != text:
+                return text
+        place = next(number for number, message in enumerate(sent) if "tool_calls" in message)
+        raise RequestError(f"messages.{place}: tool_calls are not supported by the chat template of this model; leave them out")
+
+    def _render_one(self, messages: Sequence[dict[str, Any]]) -> str:
+        try:
+            return self._template.render(messages)
+        except RequestError:
+            raise
+        except Exception as error:  # a template is a program of the checkpoint's author: any error can come of it
+            words = f"{type(error).__name__}: {str(error)[:200]}"
+            raise RequestError(f"the chat template of this model does not take these messages ({words})") from None
+
+    def _note_unknown(self, name: str, hint: str) -> None:
+        words = f"unknown field {name!r} in a request is ignored{hint} (reported once; --strict-fields refuses such requests)"
+        self._unknown_fields.report(name, f"warning: {words}")
 
     async def run(self, asked: Asked, request: Request) -> dict[str, Any]:
         """The whole answer. Raises ServiceError."""
@@ -104,8 +151,8 @@ class Service:
         prompts: Sequence[tuple[int, ...]],
         new_tokens: int,
         logprobs: int | None,
-        echo: Sequence[str],
         *,
+        has_echo: bool,
         is_chat: bool,
     ) -> Asked:
         served = self.front.served
@@ -119,6 +166,7 @@ class Service:
         unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
         if unknown is not None:
             raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
+        echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
         return Asked(
             naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
             prompts=prompts,
@@ -127,6 +175,7 @@ class Service:
             echo=[text for text in echo for _ in range(body.n)],
             with_logprobs=logprobs is not None,
             with_usage=body.includes_usage,
+            is_stream=body.stream,
             timeout_seconds=min(body.timeout or self._max_seconds, self._max_seconds),
         )
 
@@ -203,20 +252,31 @@ class Service:
     def _count(self, asked: Asked) -> dict[str, int]:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
 
-    async def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
-        """Ids of texts; what is given in ids stays as it is."""
-        texts = [one for one in prompts if isinstance(one, str)]
+    def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
+        """Ids of texts; ids stay as they are. Raises RequestError for a text that is too long to be tokenized, or not Unicode."""
+
+        return [self._encode_one(number, one, add_special_tokens) for number, one in enumerate(prompts)]
+
+    def _encode_one(self, number: int, prompt: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
         try:
-            "".join(texts).encode()
+            size = len(prompt.encode())
         except UnicodeEncodeError:
             raise RequestError("the text holds half of a surrogate pair, which is no character") from None
+        # A text has no fewer tokens than its longest possible token allows; counting them would take seconds.
+        room = self._room
+        if size > room and size > (most := room * self._longest_token):
+            words = f"{most}: {room} tokens of at most {self._longest_token} bytes each"
+            raise RequestError(f"prompt {number} has {size} bytes, but this model can take at most {words}")
+        ids = tuple(self._tokenizer.encode(prompt, add_special_tokens))
+        check_length(number, len(ids), self.front.served.job.context_tokens)  # before the next one is tokenized
+        return ids
 
-        def encode() -> list[tuple[int, ...]]:
-            return [tuple(self._tokenizer.encode(one, add_special_tokens) if isinstance(one, str) else one) for one in prompts]
-
-        if sum(map(len, texts)) < _LONG_TEXT:
-            return encode()
-        return await asyncio.to_thread(encode)
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token of the vocabulary."""
+        return max((len(self._tokenizer.token_bytes(token_id)) for token_id in range(self._tokenizer.vocab_size)), default=1) or 1
 
     @property
     def _room(self) -> int:
@@ -246,6 +306,10 @@ class _TicketResponse(StreamingResponse):
             raise ConnectionError from None
         finally:
             self._close()
+
+
+def _drop_tool_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -52,6 +52,12 @@ def draining() -> ServiceError:
     return ServiceError(503, "the server is shutting down; try another one", kind="server_error", code="draining", retry_after_seconds=5)
 
 
+def busy() -> ServiceError:
+    """503, for a moment."""
+    words = "the server is busy with other requests; try again in 1 s"
+    return ServiceError(503, words, kind="server_error", code="busy", retry_after_seconds=1)
+
+
 def timed_out(seconds: float) -> ServiceError:
     """504."""
     return ServiceError(

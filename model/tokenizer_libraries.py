@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import sentencepiece
     import tokenizers
 
+_LONG_TEXT = 4096
+"""Characters from which a text is encoded by the library's batch call, which lets other threads run meanwhile."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
@@ -50,6 +53,8 @@ class JsonTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text."""
+        if len(text) > _LONG_TEXT:
+            return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
