@@ -50,9 +50,9 @@ class BoundedLog:
 class BoundedRecords(logging.Filter):
     """Bounds the records of a library's logger, by their unformatted message."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_seconds: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._log = BoundedLog()
+        self._log = BoundedLog(read_seconds=read_seconds)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the record; one that follows suppressed ones tells their number."""

@@ -1,4 +1,4 @@
-"""The program of a rank that our own parent started: `python -m launcher.rank_process FOLDER`.
+"""The program of a rank that our own parent started, with one argument: FOLDER.
 
 Reads the job from FOLDER, reports to the parent through the socket and the board in it, and ends with the parent.
 """
@@ -93,7 +93,3 @@ def main() -> None:
             sys.stderr.flush()
             # Without the interpreter's long farewell: peers and parent are waiting to hear of it.
             os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -67,6 +67,7 @@ class BodyReader(Generic[Asked]):
     def _split(self, body: bytes) -> dict[str, bytes]:
         """The JSON text of each known field; null is the same as absent."""
         try:
+            body.decode()  # fields that are skipped have to be text, too
             fields = self._fields.decode(body)
         except msgspec.ValidationError as error:
             found = _TYPE_NAMES.get(str(error).rpartition("got `")[2].rstrip("`"), "something else")
@@ -87,7 +88,10 @@ class BodyReader(Generic[Asked]):
         except msgspec.ValidationError as error:
             names = [str(error).partition("`")[2].rpartition("`")[0]]
         if body.count(b":") <= _MAX_NAMED_FIELDS:
-            names = [name for name in msgspec.json.decode(body, type=dict[str, Raw]) if name not in self._known]
+            try:
+                names = [name for name in msgspec.json.decode(body, type=dict[str, Raw]) if name not in self._known]
+            except msgspec.DecodeError:
+                raise _refuse("the name of a field holds half of a surrogate pair, which is no character") from None
         near = [(name[:_SHOWN], get_close_matches(name[:_SHOWN], self._decoders, 1)) for name in names]
         return [(name, f"; did you mean {found[0]!r}?" if found else "") for name, found in near]
 
@@ -111,8 +115,8 @@ class BodyReader(Generic[Asked]):
             return decoder.decode(text)
         except msgspec.ValidationError as error:
             raise _refuse(_explain(name, text, str(error)), name) from None
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise _refuse(f"{name} holds text that is not Unicode: a broken UTF-8 sequence or half of a surrogate pair", name) from None
+        except msgspec.DecodeError:
+            raise _refuse(f"{name} holds half of a surrogate pair, which is no character", name) from None
         except RecursionError:
             raise _refuse(f"{name} is nested too deeply", name) from None
 

@@ -166,8 +166,8 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name} is {value}, but has to be above 0")
+        if value is not None and not 0 < value < sys.float_info.max:  # neither nan nor an infinity
+            raise ConfigError(f"{name} is {value}, but has to be a finite number above 0")
     check_blocks(job.block_size, job.num_blocks)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")

@@ -19,7 +19,7 @@ from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs,
 from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Message
 from launcher.bounded_log import OnceLog
 from launcher.dispatch import Ticket
-from launcher.http_guard import CALLER
+from launcher.http_guard import read_client
 from launcher.request_body import BodyReader
 from launcher.request_threads import RequestThreads
 from launcher.serve_front import ServeFront
@@ -180,8 +180,7 @@ class Service:
         )
 
     def _submit(self, asked: Asked, request: Request) -> Ticket:
-        caller = request.scope.get(CALLER) or (request.client.host if request.client else "")
-        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds)
+        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 

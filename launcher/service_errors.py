@@ -42,6 +42,12 @@ def queue_full(waiting: int, wanted: int, most: int, retry_after_seconds: int) -
     )
 
 
+def too_many_requests(most: int) -> ServiceError:
+    """429, in requests of one client."""
+    words = f"{most} requests of this client are in progress, and more are not taken at once; wait for an answer"
+    return ServiceError(429, words, kind="rate_limit_error", code="too_many_requests", retry_after_seconds=1)
+
+
 def too_many(sequences: int, most: int) -> ServiceError:
     """400: waiting would not help."""
     return ServiceError(400, f"{sequences} answers are asked for at once (prompts times n), but {most} are taken at most")

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import uvicorn
 
 from launcher import http_guard
+from launcher.connection_places import ConnectionPlaces
 from launcher.http_app import build_app
-from launcher.http_guard import Guard, Limits, TimedProtocol
+from launcher.http_guard import Guard, GuardedProtocol, Limits
 from launcher.service_errors import queue_full
 
 Scope = dict[str, Any]
@@ -69,7 +71,7 @@ class Call:
 
 
 def limit(**values: Any) -> Limits:
-    return Limits(**{"api_keys": (), "checks_host": False, "max_body_bytes": 10, **values})
+    return Limits(**{"api_keys": (), "checks_host": False, "max_body_bytes": 10, "max_client_requests": 4, **values})
 
 
 KEYED = limit(api_keys=(b"first", b"second"))
@@ -258,8 +260,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socke
         await send({"type": "http.response.body", "body": b"ok"})
 
     guard = Guard(app, limit(), lambda path, status: None)
+    protocol: Any = partial(GuardedProtocol, ConnectionPlaces(8, 8))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(guard, http=TimedProtocol, ws="none", lifespan="off", loop="asyncio", log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(guard, http=protocol, ws="none", lifespan="off", loop="asyncio", log_level="critical"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     connections = []
