@@ -39,6 +39,8 @@ from parallel.errors import ConfigError
 
 DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
+MAX_SECONDS = 31_536_000
+"""A year, the longest time limit: clocks of the operating system overflow far beyond."""
 DEFAULT_MAX_RESTARTS = 1
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -166,8 +168,10 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
-        if value is not None and not 0 < value < sys.float_info.max:  # neither nan nor an infinity
-            raise ConfigError(f"{name} is {value}, but has to be a finite number above 0")
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}, but has to be above 0")
+    if not job.timeout_seconds <= MAX_SECONDS:  # nan is refused, too
+        raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")

@@ -20,7 +20,7 @@ from launcher.key_value_store import is_loopback
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, first_said, open_run, read_version, run_job
+from launcher.running import MAX_SECONDS, Run, build_job, first_said, open_run, read_version, run_job
 from launcher.tasks import Serve
 from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels
@@ -45,9 +45,6 @@ _END_SECONDS = 15.0
 _BACKLOG = 1024
 """Connections that the system keeps until they are accepted."""
 DEFAULT_MAX_CLIENT_REQUESTS = 128
-_MAX_SECONDS = 31_536_000
-"""A year; clocks of the operating system overflow far beyond."""
-_SECONDS_RANGE = f"above 0 and at most {_MAX_SECONDS} seconds"
 _LEAST_BODY_MEGABYTES, _MAX_BODY_MEGABYTES = 0.001, 1000.0
 _EXTRA = "pip install 'tandem-launcher[serve]'"
 
@@ -290,8 +287,13 @@ def _check_options(options: ServeOptions) -> None:
     checks: tuple[tuple[str, Any, bool, str], ...] = (
         ("--port", options.port, 0 <= options.port <= 65535, "from 0 (any free one) to 65535"),
         ("--max-queue", options.max_waiting, options.max_waiting >= 0, "at least 0"),
-        ("--request-timeout", options.request_seconds, 0 < options.request_seconds <= _MAX_SECONDS, _SECONDS_RANGE),
-        ("--drain", options.drain_seconds, 0 <= options.drain_seconds <= _MAX_SECONDS, f"from 0 to {_MAX_SECONDS} seconds"),
+        (
+            "--request-timeout",
+            options.request_seconds,
+            0 < options.request_seconds <= MAX_SECONDS,
+            f"above 0 and at most {MAX_SECONDS} seconds",
+        ),
+        ("--drain", options.drain_seconds, 0 <= options.drain_seconds <= MAX_SECONDS, f"from 0 to {MAX_SECONDS} seconds"),
         (
             "--prefill-tokens",
             options.prefill_tokens,
