@@ -48,7 +48,8 @@ NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 """OpenAI's fields without an implementation, with the values that change nothing besides null; an empty tuple: any value."""
 
-Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_MAX_INTEGER = 2**31 - 1
+Token = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
@@ -61,7 +62,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """The fields of both routes. A field that is absent or null has its default."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
@@ -99,8 +100,11 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
         """Whether a stream ends with a count of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def plan_sampling(self, new_tokens: int, logprobs: int | None) -> list[SamplingParams]:
-        """The sampling parameters of each of the n choices, with consecutive seeds. `logprobs`: None for none, else how many of the top."""
+    def plan_sampling(self, new_tokens: int, logprobs: int | None, *, prompt_logprobs: bool = False) -> list[SamplingParams]:
+        """The sampling parameters of each of the n choices, with consecutive seeds.
+
+        `logprobs`: None for none, else how many of the most likely tokens; `prompt_logprobs`: those of the prompt, too.
+        """
         seed = secrets.randbits(32) if self.seed is None else self.seed
         logit_bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
         return [
@@ -115,6 +119,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
                 ignore_eos=self.ignore_eos,
                 logprobs=logprobs is not None,
                 top_logprobs=logprobs or 0,
+                prompt_logprobs=prompt_logprobs,
                 frequency_penalty=self.frequency_penalty,
                 presence_penalty=self.presence_penalty,
                 logit_bias=logit_bias,
@@ -128,6 +133,8 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
     prompt: str | list[str | Token | list[Token]]
     """A text or token ids, or a list of either; `launcher/request_body.py` takes no mixture."""
+    max_tokens: Annotated[int, Meta(ge=0, le=_MAX_INTEGER)] | None = None
+    """0 decodes nothing: for the log-probabilities of an echoed prompt."""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
 
@@ -135,8 +142,6 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         GenerationRequest.__post_init__(self)
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise ValueError(f"prompt holds {len(self.prompts)} prompts, but from 1 to {MAX_PROMPTS} are taken at once")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported here: log-probabilities are of new tokens only")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -213,7 +218,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[Message]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 

@@ -83,6 +83,8 @@ class ServeFront(RunObserver):
             tokens = self._journal.take(event["tokens"])
             if tokens:
                 self._on_loop(self.dispatcher.deliver, tokens)
+        elif kind == "scores":
+            self._on_loop(self.dispatcher.deliver_scores, self._journal.take_scores(event["scores"]))
         elif kind == "report":
             self._take_report(event, now)
         elif kind == "loading":

@@ -20,6 +20,7 @@ from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, Comple
 from launcher.bounded_log import OnceLog
 from launcher.dispatch import Ticket
 from launcher.http_guard import read_client
+from launcher.journal import NewToken, PromptToken
 from launcher.request_body import BodyReader
 from launcher.request_threads import RequestThreads
 from launcher.serve_front import ServeFront
@@ -46,6 +47,10 @@ class Asked:
     texts: Sequence[ChoiceText]
     echo: Sequence[str]
     """What stands before each choice's text."""
+    scored: Sequence[list[NewToken]]
+    """Prompt of each choice, as far as its log-probabilities have come, where they go with the echo."""
+    new_tokens: int
+    """Tokens of a choice at most; 0: only its prompt is of interest."""
     with_logprobs: bool
     with_usage: bool
     is_stream: bool
@@ -155,10 +160,10 @@ class Service:
         has_echo: bool,
         is_chat: bool,
     ) -> Asked:
-        served = self.front.served
+        served, is_scored = self.front.served, has_echo and logprobs is not None
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
         for number, ids in enumerate(prompts):
-            all_params = body.plan_sampling(new_tokens, logprobs)
+            all_params = body.plan_sampling(max(1, new_tokens), logprobs, prompt_logprobs=is_scored)
             token_request = TokenRequest(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
             check_request(token_request, served.job.context_tokens, served.config.vocab_size)
             check_memory(token_request, served.num_blocks, served.job.block_size)
@@ -173,6 +178,8 @@ class Service:
             choices=choices,
             texts=[ChoiceText(self._tokenizer, ids, body.stops) for ids, _ in choices],
             echo=[text for text in echo for _ in range(body.n)],
+            scored=[[NewToken(ids[0], None, None, ())] if is_scored else [] for ids, _ in choices],
+            new_tokens=new_tokens,
             with_logprobs=logprobs is not None,
             with_usage=body.includes_usage,
             is_stream=body.stream,
@@ -192,10 +199,13 @@ class Service:
             if isinstance(event, ServiceError):
                 raise event
             number, token = event
+            if isinstance(token, PromptToken):
+                asked.scored[number].append(token)
+                continue
             text = asked.texts[number]
             if text.finish_reason:
                 continue  # what was on its way when a stop text was found
-            piece = text.push(token)
+            piece = text.push(token) if asked.new_tokens else Piece("", (), "length")
             if piece.finish_reason:
                 num_open -= 1
                 if not token.finish_reason:
@@ -206,7 +216,7 @@ class Service:
         pieces: list[list[Piece]] = [[] for _ in asked.choices]
         async for number, piece in self._pieces(asked, ticket):
             pieces[number].append(piece)
-        choices = [self._build_choice(asked, number, some, 0) for number, some in enumerate(pieces)]
+        choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
         return asked.naming.build(choices, self._count(asked), is_chunk=False)
 
     async def _write_events(self, asked: Asked, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -245,7 +255,8 @@ class Service:
         else:
             choice["text"] = (asked.echo[number] if is_first else "") + text
             if asked.with_logprobs:
-                choice["logprobs"] = build_text_logprobs(self._tokenizer, tokens, offset)
+                scored = asked.scored[number] if is_first else []
+                choice["logprobs"] = build_text_logprobs(self._tokenizer, scored, tokens, offset)
         return choice
 
     def _count(self, asked: Asked) -> dict[str, int]:

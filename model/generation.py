@@ -20,9 +20,12 @@ from model.cache import KeyValueCache
 from model.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
 from model.llama import LlamaForCausalLM
 from model.request import Request, check_memory, check_request
-from model.sampling import Choice, SamplingState, sample
+from model.sampling import Choice, SamplingState, sample, score
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
+
+_SCORED_ROWS = 32
+"""Prompt tokens that are scored together: the logits of the whole vocabulary of each are in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,18 @@ class TokenEvent:
     """How many new tokens came before it."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(id, log-probability) of the likeliest tokens there, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScore:
+    """One token of a prompt whose log-probabilities were asked for; the first token has none."""
+
+    index: int
+    """The request's number."""
+    position: int
+    """Of the token in the prompt."""
+    choice: Choice
+    """The token with its log-probability, and the most likely ones."""
 
 
 @dataclass(slots=True)
@@ -93,6 +108,7 @@ class Engine:
         self.speculates = speculate and model.batch_invariant
         self._prefill_known = prefill_known
         self._began: float | None = None
+        self._scores: list[PromptScore] = []
         self.times = EngineTimes()
 
     def add(self, request: Request) -> None:
@@ -130,6 +146,11 @@ class Engine:
         """Blocks of keys and values that sequences own; one that several share counts once."""
         return self._scheduler.pool.num_used
 
+    def take_scores(self) -> list[PromptScore]:
+        """Those that the steps since the last call have brought, each once; a request's last one comes no later than its first token."""
+        scores, self._scores = self._scores, []
+        return scores
+
     def step(self) -> list[TokenEvent]:
         """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given."""
         if not self.has_unfinished:
@@ -142,6 +163,8 @@ class Engine:
         computed = self._scheduler.is_needed(parts)
         hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
+        if hidden is not None:
+            self._score(parts, hidden)
         events = self._choose(parts, hidden)
         ended = time.perf_counter()
         if computed:
@@ -161,6 +184,26 @@ class Engine:
         if decoded:
             times.decode_tokens += decoded
             times.decode_seconds += seconds * (total - prefill) / total
+
+    def _score(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        """Log-probabilities of prompt tokens, from the rows before them."""
+        wanted: list[tuple[int, LiveSequence, int]] = []  # row, sequence, position of the token
+        end = 0
+        for part in parts:
+            sequence, row = part.sequence, end - part.first
+            end += part.count + len(part.drafts)
+            if sequence.num_unscored:
+                first, last = sequence.num_scored, min(part.first + part.count, len(sequence.request.prompt_ids) - 1)
+                wanted += [(row + place, sequence, place + 1) for place in range(first, last)]
+                sequence.num_scored = max(first, last)
+        model = self._model
+        for start in range(0, len(wanted), _SCORED_ROWS):
+            some = wanted[start : start + _SCORED_ROWS]
+            logits = model.logits_local(hidden[[row for row, _, _ in some]])
+            targets = [(sequence.ids[place], sequence.request.params.top_logprobs) for _, sequence, place in some]
+            choices = score(logits, targets, model.shares.vocab, model.collectives)
+            for (_, sequence, place), choice in zip(some, choices, strict=True):
+                self._scores.append(PromptScore(sequence.request.index, place, choice))
 
     def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
         """Take the next tokens of each sequence that is through: known ones, else by the rows of `hidden`. Only the latter are events."""

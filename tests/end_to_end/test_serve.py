@@ -214,6 +214,34 @@ def test_an_echo_stands_before_the_answer(server: Server, greedy: list[dict[str,
     assert "".join(chunk.choices[0].text for chunk in ask(server, echo=True, stream=True)) == PROMPTS[0] + greedy[0]["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_with_the_bits_of_its_tokens_as_they_were_decoded(
+    server: Server, greedy: list[dict[str, Any]], stream: bool
+) -> None:
+    """As evaluation programs ask: echo with logprobs, and no or one new token."""
+    record = greedy[0]
+    ids = [*record["prompt_token_ids"], *record["token_ids"]]
+    for max_tokens in (0, 1):
+        fields = {"prompt": [ids, ids[:1]], "max_tokens": max_tokens, "echo": True, "logprobs": 1, "stream": stream}
+        chunks = list(ask(server, **fields)) if stream else [ask(server, **fields)]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        first, second = ([choice for choice in choices if choice.index == index] for index in (0, 1))
+        found = first[0].logprobs
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.token_logprobs[len(record["prompt_token_ids"]) : len(ids)] == record["logprobs"]
+        assert [max(top.values()) for top in found.top_logprobs[len(record["prompt_token_ids"]) : len(ids)]] == record["logprobs"]
+        assert len(found.tokens) == len(found.text_offset) == len(ids) + max_tokens
+        assert first[0].text.startswith(PROMPTS[0]) and found.text_offset[:2] == [0, 0], "the begin token has no text"
+        assert second[0].logprobs.token_logprobs[0] is None and len(second[0].logprobs.tokens) == 1 + max_tokens
+        assert [one[-1].finish_reason for one in (first, second)] == ["length"] * 2
+        if not stream:
+            assert chunks[0].usage.completion_tokens == 2 * max_tokens
+            assert first[0].text[: found.text_offset[-1]] + found.tokens[-1] == first[0].text or "\ufffd" in first[0].text
+    empty = ask(server, max_tokens=0, prompt="a")
+    assert (empty.choices[0].text, empty.choices[0].finish_reason, empty.usage.completion_tokens) == ("", "length", 0)
+    server.wait_until_idle()
+
+
 def test_penalties_and_biases_change_what_is_chosen(server: Server, greedy: list[dict[str, Any]]) -> None:
     forced = 70
     forced_text = ask(server, logit_bias={str(forced): 100}, max_tokens=3, logprobs=0).choices[0]

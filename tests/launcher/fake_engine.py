@@ -63,6 +63,9 @@ class FakeEngine:
 
     def _decode(self, request: dict[str, Any]) -> None:
         params, index = request["params"], request["index"]
+        if params["prompt_logprobs"]:
+            scores = [(index, place, token, -2.0, [(65, -0.5)]) for place, token in enumerate(request["prompt_ids"]) if place]
+            self._front.on_event({"event": "scores", "scores": scores})
         for k in range(params["max_new_tokens"]):
             if index in self._cancelled:
                 return

@@ -109,8 +109,8 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
     assert ask(logprobs=0).logprobs == 0
     with pytest.raises(ServiceError, match="top_logprobs needs logprobs"):
         ask_chat(top_logprobs=2)
-    with pytest.raises(ServiceError, match="echo with logprobs"):
-        ask(echo=True, logprobs=0)
+    scored = ask(echo=True, logprobs=3, max_tokens=0).plan_sampling(1, 3, prompt_logprobs=True)
+    assert [(params.prompt_logprobs, params.top_logprobs) for params in scored] == [(True, 3)]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
         ({"best_of": 2}, "best_of is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
-        ({"max_tokens": 0}, "^max_tokens is 0, but has to be an integer >= 1$"),
+        ({"max_tokens": -1}, "^max_tokens is -1, but has to be an integer >= 0$"),
         ({"max_tokens": "5"}, '^max_tokens is "5", but has to be an integer$'),
         ({"max_tokens": 2.5}, "^max_tokens is 2.5, but has to be an integer$"),
         ({"n": 0}, "^n is 0, but has to be an integer >= 1$"),

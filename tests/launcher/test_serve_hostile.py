@@ -110,7 +110,8 @@ class RequestFuzzer:
 
     def build_completion(self) -> dict[str, Any]:
         choose = self._random.choice
-        return {"prompt": choose(("a", "b c", ["a", "b"], [1, 2], [[1], [2]])), "max_tokens": choose((1, 5)), "n": choose((1, 2))}
+        more = choose(({}, {"echo": True, "logprobs": 1}, {"logprobs": 0}, {"stream": True, "echo": True, "logprobs": 2}))
+        return {"prompt": choose(("a", ["a", "b"], [1, 2], [[1], [2]])), "max_tokens": choose((0, 1, 5)), "n": choose((1, 2)), **more}
 
     def build_chat(self) -> dict[str, Any]:
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -166,22 +167,23 @@ class RequestFuzzer:
         return method, path, body, headers
 
 
-def test_no_fuzzed_request_fails_the_server(server: HostedServer) -> None:
+def test_no_fuzzed_request_fails_the_server(server: HostedServer, request: pytest.FixtureRequest) -> None:
     fuzzer = RequestFuzzer(17)
     before, statuses = server.read_kilobytes("VmRSS"), dict[int, int]()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+    request.addfinalizer(connection.close)
     used = server.cpu_seconds
     for number in range(NUM_REQUESTS):
-        method, path, body, headers = request = fuzzer.build()
+        method, path, body, headers = asked = fuzzer.build()
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         content = answer.read()
         statuses[answer.status] = statuses.get(answer.status, 0) + 1
-        assert answer.status < 500 or answer.status in (503, 504), (number, request, content)
+        assert answer.status < 500 or answer.status in (503, 504), (number, asked, content)
         if answer.status >= 400 and method != "HEAD":
-            assert len(json.loads(content)["error"]["message"]) < 500, (number, request)
+            assert len(json.loads(content)["error"]["message"]) < 500, (number, asked)
         last, used = used, server.cpu_seconds
-        assert used - last < 1, (number, request)
+        assert used - last < 1, (number, asked)
     connection.close()
     assert server.read_kilobytes("VmHWM") - before < 200_000
     assert statuses[200] > NUM_REQUESTS // 10 and statuses[400] > NUM_REQUESTS // 4, statuses
