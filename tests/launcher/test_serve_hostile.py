@@ -153,7 +153,7 @@ class RequestFuzzer:
         body = json.dumps(value).encode()
         if chance() < 0.2 and body:  # bytes that are changed, removed or put in
             for _ in range(choose((1, 3))):
-                place = self._random.randrange(len(body))
+                place = self._random.randrange(len(body) + 1)
                 middle = choose((b"", self._random.randbytes(1), self._random.randbytes(7), b"NaN", b"[" * 3000, b"9" * 500, b"\\ud83d"))
                 body = body[:place] + middle + body[place + self._random.randrange(3) :]
         headers = dict(JSON)
