@@ -16,6 +16,8 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 300
+MAX_PROMPT_LOGPROBS = 400_000
+"""Log-probabilities of an echoed prompt, with those of the most likely tokens, of one request: each takes some 250 bytes."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default."""
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 
 from launcher.http_guard import App, Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
+from launcher.request_planner import Asked
 from launcher.serve_front import ServeFront
-from launcher.service import Asked, Service
+from launcher.service import Service
 from launcher.service_errors import ServiceError, server_failed
 from parallel.errors import RequestError
 
@@ -44,7 +45,9 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
         return await answer(await service.plan_chat(await request.body()), request)
 
     async def answer(asked: Asked, request: Request) -> Response:
-        return service.stream(asked, request) if asked.is_stream else JSONResponse(await service.run(asked, request))
+        if asked.is_stream:
+            return service.stream(asked, request)
+        return Response(await service.run(asked, request), media_type="application/json")
 
     @app.get("/health")
     async def health() -> JSONResponse:

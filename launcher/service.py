@@ -1,60 +1,35 @@
-"""One call of a server from its text to its answer, whole or piece by piece, in OpenAI's objects.
+"""Answers to requests, whole or piece by piece, in OpenAI's objects: plans a request, queues it, and follows its tokens.
 
-Knows texts, the tokenizer and the dispatcher; routes and their errors are `launcher/http_app.py`'s.
+Depends on the planner and the dispatcher; routes and their errors are in `launcher/http_app.py`.
 """
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
-from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Message
-from launcher.bounded_log import OnceLog
+from launcher.api_answers import Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
 from launcher.dispatch import Ticket
 from launcher.http_guard import read_client
-from launcher.journal import NewToken, PromptToken
-from launcher.request_body import BodyReader
+from launcher.journal import PromptToken
+from launcher.request_planner import Asked, RequestPlanner
 from launcher.request_threads import RequestThreads
 from launcher.serve_front import ServeFront
 from launcher.service_errors import ServiceError, caller_gone
 from model.chat import ChatTemplate
-from model.request import Request as TokenRequest
-from model.request import check_length, check_memory, check_request
-from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from parallel.errors import RequestError
 
 _READING_SECONDS = 30.0
+_LARGE_ANSWER = 500
+"""Tokens with log-probabilities."""
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One call, as texts and ids."""
-
-    naming: Naming
-    prompts: Sequence[tuple[int, ...]]
-    choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
-    """Ids and options of each choice; n of them for each prompt."""
-    texts: Sequence[ChoiceText]
-    echo: Sequence[str]
-    """What stands before each choice's text."""
-    scored: Sequence[list[NewToken]]
-    """Prompt of each choice, as far as its log-probabilities have come, where they go with the echo."""
-    new_tokens: int
-    """Tokens of a choice at most; 0: only its prompt is of interest."""
-    with_logprobs: bool
-    with_usage: bool
-    is_stream: bool
-    timeout_seconds: float
 
 
 class Service:
@@ -64,72 +39,28 @@ class Service:
         self, front: ServeFront, tokenizer: Tokenizer, template: ChatTemplate, max_seconds: float, *, strict_fields: bool = False
     ) -> None:
         """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
-        self.front, self._tokenizer, self._template, self._max_seconds = front, tokenizer, template, max_seconds
-        self._fingerprint = f"tandem-{front.served.version}"
+        self.front, self._tokenizer = front, tokenizer
+        self._planner = RequestPlanner(front, tokenizer, template, max_seconds, strict_fields=strict_fields)
         self._threads = RequestThreads()
-        self._unknown_fields = OnceLog()
-        note = None if strict_fields else self._note_unknown
-        self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
 
     async def plan_completion(self, body: bytes) -> Asked:
         """What a completion asks for. Raises ServiceError, RequestError."""
-        return await self._threads.run(body, self._plan_completion)
+        return await self._threads.run(body, self._planner.plan_completion)
 
     async def plan_chat(self, body: bytes) -> Asked:
         """What a chat completion asks for. Raises ServiceError, RequestError."""
-        return await self._threads.run(body, self._plan_chat)
+        return await self._threads.run(body, self._planner.plan_chat)
+
+    def check_model(self, name: str) -> None:
+        """Raise ServiceError for a model that is not served here."""
+        self._planner.check_model(name)
 
     def close(self) -> None:
         """Read no further request."""
         self._threads.close()
 
-    def _plan_completion(self, raw: bytes) -> Asked:
-        body = self._completions.read(raw)
-        self.check_model(body.model)
-        self.front.dispatcher.check_count(len(body.prompts) * body.n)
-        prompts = self._encode(body.prompts)
-        new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return self._plan(body, prompts, new_tokens, body.logprobs, has_echo=body.echo, is_chat=False)
-
-    def _plan_chat(self, raw: bytes) -> Asked:
-        body = self._chats.read(raw)
-        self.check_model(body.model)
-        (ids,) = self._encode([self._render(body.messages)], add_special_tokens=False)
-        limit = body.max_completion_tokens or body.max_tokens
-        new_tokens = limit or max(1, self._room - len(ids))
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._plan(body, [ids], new_tokens, logprobs, has_echo=False, is_chat=True)
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation. Raises RequestError where the template refuses it or would drop tool calls."""
-        sent = [message.to_template() for message in messages]
-        text = self._render_one(sent)
-        if not any("tool_calls" in message for message in sent) or self._render_one(_drop_tool_calls(sent)) != text:
-            return text
-        # Some templates look for tool calls only where the content is null; most others fail on null.
-        nulls = [{**message, "content": message["content"] or None} if "tool_calls" in message else message for message in sent]
-        with suppress(RequestError):
-            text = self._render_one(nulls)
-            if self._render_one(_drop_tool_calls(nulls)) != text:
-                return text
-        place = next(number for number, message in enumerate(sent) if "tool_calls" in message)
-        raise RequestError(f"messages.{place}: tool_calls are not supported by the chat template of this model; leave them out")
-
-    def _render_one(self, messages: Sequence[dict[str, Any]]) -> str:
-        try:
-            return self._template.render(messages)
-        except RequestError:
-            raise
-        except Exception as error:  # a template is a program of the checkpoint's author: any error can come of it
-            words = f"{type(error).__name__}: {str(error)[:200]}"
-            raise RequestError(f"the chat template of this model does not take these messages ({words})") from None
-
-    def _note_unknown(self, name: str, hint: str) -> None:
-        words = f"unknown field {name!r} in a request is ignored{hint} (reported once; --strict-fields refuses such requests)"
-        self._unknown_fields.report(name, f"warning: {words}")
-
-    async def run(self, asked: Asked, request: Request) -> dict[str, Any]:
-        """The whole answer. Raises ServiceError."""
+    async def run(self, asked: Asked, request: Request) -> bytes:
+        """The whole answer, as JSON. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
         work = asyncio.create_task(self._collect(asked, ticket))
@@ -149,42 +80,6 @@ class Service:
         """The answer piece by piece. Raises ServiceError when it cannot begin."""
         ticket = self._submit(asked, request)
         return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
-
-    def _plan(
-        self,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[tuple[int, ...]],
-        new_tokens: int,
-        logprobs: int | None,
-        *,
-        has_echo: bool,
-        is_chat: bool,
-    ) -> Asked:
-        served, is_scored = self.front.served, has_echo and logprobs is not None
-        choices: list[tuple[tuple[int, ...], SamplingParams]] = []
-        for number, ids in enumerate(prompts):
-            all_params = body.plan_sampling(max(1, new_tokens), logprobs, prompt_logprobs=is_scored)
-            token_request = TokenRequest(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
-            check_request(token_request, served.job.context_tokens, served.config.vocab_size)
-            check_memory(token_request, served.num_blocks, served.job.block_size)
-            choices.extend((ids, params) for params in all_params)
-        unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
-        if unknown is not None:
-            raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
-        echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
-        return Asked(
-            naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
-            prompts=prompts,
-            choices=choices,
-            texts=[ChoiceText(self._tokenizer, ids, body.stops) for ids, _ in choices],
-            echo=[text for text in echo for _ in range(body.n)],
-            scored=[[NewToken(ids[0], None, None, ())] if is_scored else [] for ids, _ in choices],
-            new_tokens=new_tokens,
-            with_logprobs=logprobs is not None,
-            with_usage=body.includes_usage,
-            is_stream=body.stream,
-            timeout_seconds=min(body.timeout or self._max_seconds, self._max_seconds),
-        )
 
     def _submit(self, asked: Asked, request: Request) -> Ticket:
         ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
@@ -212,12 +107,17 @@ class Service:
                     self.front.dispatcher.end_choice(ticket, number)
             yield number, piece
 
-    async def _collect(self, asked: Asked, ticket: Ticket) -> dict[str, Any]:
+    async def _collect(self, asked: Asked, ticket: Ticket) -> bytes:
         pieces: list[list[Piece]] = [[] for _ in asked.choices]
         async for number, piece in self._pieces(asked, ticket):
             pieces[number].append(piece)
-        choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
-        return asked.naming.build(choices, self._count(asked), is_chunk=False)
+
+        def build() -> bytes:
+            choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
+            return msgspec.json.encode(asked.naming.build(choices, self._count(asked), is_chunk=False))
+
+        num_tokens = sum(map(len, pieces)) + sum(map(len, asked.scored))
+        return await _build_answer(num_tokens if asked.with_logprobs else 0, build)
 
     async def _write_events(self, asked: Asked, ticket: Ticket) -> AsyncIterator[bytes]:
         offsets = [len(text) for text in asked.echo]
@@ -232,15 +132,19 @@ class Service:
             async for number, piece in self._pieces(asked, ticket):
                 if not piece.text and not piece.finish_reason and not asked.with_logprobs:
                     continue
-                choice = self._build_choice(asked, number, [piece], offsets[number], is_chunk=True, is_first=not begun[number])
+                build = partial(self._build_chunk, asked, number, piece, offsets[number], is_first=not begun[number])
+                yield await _build_answer(0 if begun[number] else len(asked.scored[number]), build)
                 begun[number] = True
                 offsets[number] += sum(len(token_text(self._tokenizer, token.token_id)) for token in piece.tokens)
-                yield _event(asked.naming.build([choice], None, is_chunk=True))
             if asked.with_usage:
                 yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
             yield b"data: [DONE]\n\n"
         except ServiceError as error:
             yield _event(error.to_json())
+
+    def _build_chunk(self, asked: Asked, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
+        choice = self._build_choice(asked, number, [piece], offset, is_chunk=True, is_first=is_first)
+        return _event(asked.naming.build([choice], None, is_chunk=True))
 
     def _build_choice(
         self, asked: Asked, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
@@ -262,44 +166,6 @@ class Service:
     def _count(self, asked: Asked) -> dict[str, int]:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
 
-    def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
-        """Ids of texts; ids stay as they are. Raises RequestError for a text that is too long to be tokenized, or not Unicode."""
-
-        return [self._encode_one(number, one, add_special_tokens) for number, one in enumerate(prompts)]
-
-    def _encode_one(self, number: int, prompt: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        try:
-            size = len(prompt.encode())
-        except UnicodeEncodeError:
-            raise RequestError("the text holds half of a surrogate pair, which is no character") from None
-        # A text has no fewer tokens than its longest possible token allows; counting them would take seconds.
-        room = self._room
-        if size > room and size > (most := room * self._longest_token):
-            words = f"{most}: {room} tokens of at most {self._longest_token} bytes each"
-            raise RequestError(f"prompt {number} has {size} bytes, but this model can take at most {words}")
-        ids = tuple(self._tokenizer.encode(prompt, add_special_tokens))
-        check_length(number, len(ids), self.front.served.job.context_tokens)  # before the next one is tokenized
-        return ids
-
-    @cached_property
-    def _longest_token(self) -> int:
-        """Bytes of the longest token of the vocabulary."""
-        return max((len(self._tokenizer.token_bytes(token_id)) for token_id in range(self._tokenizer.vocab_size)), default=1) or 1
-
-    @property
-    def _room(self) -> int:
-        """Tokens that a sequence may have."""
-        served = self.front.served
-        return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ServiceError for a model that is not served here."""
-        known = self.front.served.name
-        if name is not None and name != known:
-            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
-
 
 class _TicketResponse(StreamingResponse):
     """A stream of events that lets go of its sequences when it ends, even where the caller went before it began."""
@@ -318,8 +184,9 @@ class _TicketResponse(StreamingResponse):
             self._close()
 
 
-def _drop_tool_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+async def _build_answer(num_logprobs: int, build: Callable[[], bytes]) -> bytes:
+    """Run `build`; in a thread where the log-probabilities of many tokens would hold up the event loop."""
+    return await asyncio.to_thread(build) if num_logprobs > _LARGE_ANSWER else build()
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -252,11 +252,14 @@ class HttpServer(threading.Thread):
             logging.getLogger(name).addFilter(BoundedRecords())
         self._server, self._listener, self._front = uvicorn.Server(config), listener, front
         self._running = threading.Event()
+        self._error: OSError | None = None
 
     def start(self) -> None:
-        """Return when requests are answered."""
+        """Return when requests are answered. Raises RunError when the system refuses what the server needs."""
         super().start()
         self._running.wait()
+        if self._error is not None:
+            raise RunError(f"the HTTP server cannot start: {self._error}")
 
     def run(self) -> None:
         """Until `end`."""
@@ -270,7 +273,12 @@ class HttpServer(threading.Thread):
             self._running.set()
             await serving
 
-        asyncio.run(work())
+        try:
+            asyncio.run(work())
+        except OSError as error:
+            self._error = error
+        finally:
+            self._running.set()
 
     def end(self) -> None:
         """Let answers that have come to their end go out, then stop."""

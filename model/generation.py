@@ -147,7 +147,8 @@ class Engine:
         return self._scheduler.pool.num_used
 
     def take_scores(self) -> list[PromptScore]:
-        """Those that the steps since the last call have brought, each once; a request's last one comes no later than its first token."""
+        """On rank 0, those that the steps since the last call have brought, each once; a request's last one comes no later than its
+        first token."""
         scores, self._scores = self._scores, []
         return scores
 
@@ -202,7 +203,7 @@ class Engine:
             logits = model.logits_local(hidden[[row for row, _, _ in some]])
             targets = [(sequence.ids[place], sequence.request.params.top_logprobs) for _, sequence, place in some]
             choices = score(logits, targets, model.shares.vocab, model.collectives)
-            for (_, sequence, place), choice in zip(some, choices, strict=True):
+            for (_, sequence, place), choice in zip(some, choices, strict=False):  # none but on rank 0
                 self._scores.append(PromptScore(sequence.request.index, place, choice))
 
     def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:

@@ -146,13 +146,16 @@ def sample(logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: S
 
 
 def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:
-    """The log-probability of a given token in each row, before any penalty.
+    """The log-probability of a given token in each row, before any penalty. On rank 0; nothing on the others, which nobody asks.
 
     logits_local: float32 [rows, vocab_local]; targets: (token id, number of most likely ones to report) of each row; sizes: vocab_local
     of every rank.
     """
-    full = collectives.gather_columns(logits_local, sizes).numpy(force=True)
-    return [_report(token, _log_probability(values), top) for values, (token, top) in zip(full, targets, strict=True)]
+    full = collectives.gather_columns(logits_local, sizes)
+    if collectives.rank:
+        return []
+    rows = full.numpy(force=True)
+    return [_report(token, _log_probability(values), top) for values, (token, top) in zip(rows, targets, strict=True)]
 
 
 def _report(token: int, logprobs: Floats, top: int) -> Choice:

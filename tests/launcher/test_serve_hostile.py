@@ -229,6 +229,25 @@ def test_large_bodies_hold_up_nobody(server: HostedServer, watch_health: Callabl
     server.check_alive()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_many_prompts_come_in_order_and_hold_up_nobody(
+    server: HostedServer, watch_health: Callable[[], float], stream: bool
+) -> None:
+    """As many as one request may ask for."""
+    prompts = [[70 + place % 10 for place in range(500)] for _ in range(38)]
+    body = {"prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": 0, "stream": stream}
+    status, answer = server.ask("POST", "/v1/completions", json.dumps(body).encode())
+    assert status == 200
+    events = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")] if stream else [answer]
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    assert sorted(choice["index"] for choice in choices) == list(range(38))
+    for choice in choices:
+        assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "FGHIJKLMNO" * 50
+        assert choice["logprobs"]["token_logprobs"] == [None] + [-2.0] * 499
+        assert choice["logprobs"]["text_offset"] == list(range(500)) and choice["finish_reason"] == "length"
+    assert watch_health() < 2
+
+
 def test_unknown_fields_are_named_once(server: HostedServer) -> None:
     for _ in range(20):
         assert server.ask("POST", "/v1/completions", b'{"prompt":"a","max_tokens":1,"once_only":{"a":[1]}}')[0] == 200

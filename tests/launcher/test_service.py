@@ -108,3 +108,18 @@ def test_unknown_fields_are_refused_where_that_was_asked_for(capsys: pytest.Capt
     assert line.startswith("warning: unknown field 'max_tokns' in a request is ignored; did you mean 'max_tokens'?")
     strict.close()
     lenient.close()
+
+
+def test_log_probabilities_of_prompts_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.request_planner.MAX_PROMPT_LOGPROBS", 600)
+    service = build()
+    for logprobs, length, fits in ((1, 150, True), (1, 151, False), (2, 100, True), (None, 400, True)):
+        body = {"prompt": [[65] * length] * 2, "echo": True, "logprobs": logprobs, "max_tokens": 0}
+        plan = service.plan_completion(json.dumps(body).encode())
+        if fits:
+            asked = asyncio.run(plan)
+            assert [len(one) for one in asked.scored] == [int(logprobs is not None)] * 2
+        else:
+            with pytest.raises(RequestError, match="asks for 604 log-probabilities of prompts, but at most 600 are given at once"):
+                asyncio.run(plan)
+    service.close()

@@ -89,3 +89,25 @@ def test_nobody_elses_tokens_change(model: LlamaForCausalLM) -> None:
     scores, found = run(model, [plain[0], ask()[1], *plain[2:]])
     assert [(event.index, event.token_id) for event in found] == [(event.index, event.token_id) for event in expected]
     assert {one.index for one in scores} == {1}
+
+
+def test_ranks_score_alike_and_only_the_first_tells(
+    model: LlamaForCausalLM, tiny_llama: Callable[[str], Path], run_ranks: Callable[..., list[Any]]
+) -> None:
+    expected, _ = run(model, ask())
+
+    def score(part: LlamaForCausalLM) -> list[PromptScore]:
+        engine, scores = Engine(part), list[PromptScore]()
+        for request in ask():
+            engine.add(request)
+        while engine.has_unfinished:
+            engine.step()
+            scores += engine.take_scores()
+        return scores
+
+    first, *others = run_ranks(tiny_llama("nine_heads"), 3, score)
+    assert others == [[], []]
+    if model.batch_invariant:
+        assert first == expected
+    else:
+        assert [one.choice.logprob for one in first] == pytest.approx([one.choice.logprob for one in expected], abs=1e-5)
