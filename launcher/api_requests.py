@@ -66,7 +66,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """As with OpenAI, 0 leaves only the most likely token."""
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -112,10 +113,10 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
         return [
             SamplingParams(
                 max_new_tokens=new_tokens,
-                do_sample=self.temperature >= _LEAST_TEMPERATURE,
+                do_sample=self.temperature >= _LEAST_TEMPERATURE and self.top_p > 0,
                 temperature=max(self.temperature, _LEAST_TEMPERATURE),
                 top_k=max(0, self.top_k),
-                top_p=self.top_p,
+                top_p=self.top_p or 1.0,
                 repetition_penalty=self.repetition_penalty,
                 seed=(seed + choice) % 2**32,
                 ignore_eos=self.ignore_eos,

@@ -93,6 +93,11 @@ def test_a_temperature_of_nearly_nothing_takes_the_likeliest(temperature: float)
     assert plan(temperature=1e-3).do_sample
 
 
+def test_a_top_p_of_nothing_takes_the_likeliest() -> None:
+    assert (plan(top_p=0).do_sample, plan(top_p=0).top_p) == (False, 1.0)
+    assert (plan(top_p=5e-324).do_sample, plan(top_p=5e-324).top_p) == (True, 5e-324)
+
+
 @pytest.mark.parametrize(("top_k", "expected"), [(-1, 0), (0, 0), (1, 1)])
 def test_top_k_of_none_means_all(top_k: int, expected: int) -> None:
     assert plan(top_k=top_k).top_k == expected
@@ -133,7 +138,7 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
         ({"temperature": True}, "^temperature is true, but has to be a number$"),
         ({"temperature": 2.1}, "^temperature is 2.1, but has to be a number <= 2$"),
         ({"stream": "yes"}, '^stream is "yes", but has to be true or false$'),
-        ({"top_p": 0}, "^top_p is 0, but has to be a number > 0$"),
+        ({"top_p": -0.1}, "^top_p is -0.1, but has to be a number >= 0$"),
         ({"top_p": 1.1}, "^top_p is 1.1, but has to be a number <= 1$"),
         ({"top_k": -2}, "^top_k is -2, but has to be an integer >= -1$"),
         ({"repetition_penalty": 0}, "^repetition_penalty is 0, but has to be a number >= 0.01$"),
