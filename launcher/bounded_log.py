@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,15 +65,17 @@ class BoundedRecords(logging.Filter):
 
 
 class OnceLog:
-    """Reports each name once, up to a number of names."""
+    """Reports each name once, up to a number of names. Threads may share it."""
 
     def __init__(self, write: Callable[[str], None] = _print) -> None:
-        self._write = write
+        self._write, self._lock = write, threading.Lock()
         self._seen: set[str] = set()
 
     def report(self, name: str, text: str) -> None:
         """Write `text` if it is the first of this name."""
-        if name in self._seen or len(self._seen) > _MAX_KINDS:
-            return
-        self._seen.add(name)
-        self._write(text if len(self._seen) <= _MAX_KINDS else "further reports of this kind are left out")
+        with self._lock:
+            if name in self._seen or len(self._seen) > _MAX_KINDS:
+                return
+            self._seen.add(name)
+            is_last = len(self._seen) > _MAX_KINDS
+        self._write("further reports of this kind are left out" if is_last else text)
