@@ -1,6 +1,18 @@
 """`python -m launcher` is `tandem`, and `main` is the console script: it can be interrupted while the commands are still imported."""
 
-from launcher.interruption import interruption
+import os
+import sys
+
+# `python -m` puts the current folder first, where a model.py or json.py would hide the real one. Nothing else is imported before.
+_home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+try:
+    _is_elsewhere = os.path.abspath(sys.path[0]) == os.getcwd() != _home
+except OSError:  # the current folder has been removed
+    _is_elsewhere = False
+if _is_elsewhere and __name__ == "__main__":
+    del sys.path[0]
+
+from launcher.interruption import interruption  # noqa: E402
 
 
 def main() -> None:

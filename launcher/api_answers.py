@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from launcher.journal import NewToken
@@ -99,16 +100,19 @@ def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dic
     }
 
 
-def build_text_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
-    """`logprobs` of a completion's choice; `offset`: characters of the tokens before these."""
-    texts = [token_text(tokenizer, t.token_id) for t in tokens]
-    offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+def build_text_logprobs(tokenizer: Tokenizer, prompt: Sequence[NewToken], tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
+    """`logprobs` of a completion's choice: of an echoed prompt, then of new tokens; `offset`: characters before the latter."""
+    # Special tokens have no characters in an echo.
+    widths = [0 if t.token_id in tokenizer.special_ids else len(token_text(tokenizer, t.token_id)) for t in prompt]
+    widths += [len(token_text(tokenizer, t.token_id)) for t in tokens]
+    offsets = [*accumulate(widths[: len(prompt)], initial=0)][: len(prompt)] + [*accumulate(widths[len(prompt) :], initial=offset)][:-1]
     return {
-        "tokens": texts,
-        "token_logprobs": [t.logprob for t in tokens],
+        "tokens": [token_text(tokenizer, t.token_id) for t in (*prompt, *tokens)],
+        "token_logprobs": [t.logprob for t in (*prompt, *tokens)],
         # Several ids may have one text, as parts of characters have: the likeliest of them counts.
         "top_logprobs": [
-            {token_text(tokenizer, i): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None for t in tokens
+            {token_text(tokenizer, i): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None
+            for t in (*prompt, *tokens)
         ],
         "text_offset": offsets,
     }

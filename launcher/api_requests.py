@@ -1,13 +1,12 @@
-"""What callers of a server may ask, in OpenAI's words, and what that means to the token generator.
+"""The request bodies of the OpenAI API: their fields, types and ranges, and what they mean to the token generator.
 
-Shapes and ranges are checked here; whether prompts fit the model is checked where its context is known.
+`launcher/request_body.py` reads these types from bytes; whether a prompt fits the model is checked where its context is known.
 """
 
 import secrets
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from msgspec import Meta, Struct
 
 from model.sampling import SamplingParams
 
@@ -15,202 +14,226 @@ MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_STOP_TOKEN_IDS = 256
 MAX_PROMPTS = 128
+MAX_MESSAGES = 10_000
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_PROMPT_LOGPROBS = 400_000
+"""Log-probabilities of an echoed prompt, with those of the most likely tokens, of one request: each takes some 250 bytes."""
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's."""
+"""OpenAI's default."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_STOP_LENGTH = 1000
 _MAX_ID_DIGITS = 10
 _LEAST_TEMPERATURE = 1e-6
-"""Below, the likeliest token is taken: no other one has a chance, and logits divided by less overflow."""
+"""Lower temperatures decode greedily: no other token has a chance, and the scaled logits would overflow."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "user": (),
     "metadata": (),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
     "safety_identifier": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
-    "verbosity": (None, "medium"),
-    "best_of": (None, 1),
+    "verbosity": ("medium",),
+    "best_of": (1,),
 }
-"""OpenAI's fields that mean nothing here, with the values that ask for nothing; none listed: any."""
+"""OpenAI's fields without an implementation, with the values that change nothing besides null; an empty tuple: any value."""
 
-Token = Annotated[int, Field(strict=True, ge=0)]
+_MAX_INTEGER = 2**31 - 1
+Token = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
 
 
-class _Asked(BaseModel):
-    """What both routes take."""
+class StreamOptions(Struct, frozen=True, kw_only=True):
+    """OpenAI's `stream_options`."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    include_usage: bool = False
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True):
+    """The fields of both routes. A field that is absent or null has its default."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] = 1
+    max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """As with OpenAI, 0 leaves only the most likely token."""
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
-    stream_options: "StreamOptions | None" = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
-    """Not OpenAI's, vLLM's: ids that end an answer besides the model's, `ignore_eos` or not."""
-    seed: Annotated[int, Field(strict=True)] | None = None
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=-1)] = 0
-    """Not OpenAI's: sample among the k likeliest; 0 and -1: all."""
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    """Not OpenAI's: MindFormers'."""
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[Token] = []
+    """vLLM's extension: ids that end an answer besides the model's, `ignore_eos` or not."""
+    seed: int | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    top_k: Annotated[int, Meta(ge=-1)] = 0
+    """Extension: sample among the k most likely tokens; 0 and -1: all."""
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    """Extension: MindFormers' penalty."""
     ignore_eos: bool = False
-    """Not OpenAI's: go on after the end-of-sequence token."""
-    timeout: float | None = Field(None, gt=0)
-    """Not OpenAI's: seconds after which the caller wants no answer any longer."""
+    """Extension: continue after the end-of-sequence token."""
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+    """Extension: seconds after which the client no longer wants an answer."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            raise ValueError(f"the body is a {type(raw).__name__}, but a JSON object is needed")
-        kept = {}
-        for name, value in raw.items():
-            if name in _NEUTRAL and name not in cls.model_fields:
-                if _NEUTRAL[name] and value not in _NEUTRAL[name]:
-                    raise ValueError(f"{name} is not supported here; leave it out")
-            elif name not in cls.model_fields:
-                near = get_close_matches(name, cls.model_fields, 1)
-                raise ValueError(f"{name[:100]!r} is no field of this request" + (f"; did you mean {near[0]!r}?" if near else ""))
-            elif value is not None:  # null is OpenAI's way to say nothing
-                kept[name] = value
-        return kept
-
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, value: str | list[str] | None) -> list[str]:
-        stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
+    def __post_init__(self) -> None:
+        if len(self.stops) > MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stops):
             raise ValueError(f"stop takes up to {MAX_STOPS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} characters")
-        return stops
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and (
-            len(value) > 300 or not all(key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in value)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids holds {len(self.stop_token_ids)} ids, but up to {MAX_STOP_TOKEN_IDS} are taken")
+        if len(self.logit_bias) > MAX_BIASES or not all(
+            key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in self.logit_bias
         ):
-            raise ValueError("logit_bias takes up to 300 token ids, as strings of digits, each with a bias from -100 to 100")
-        return value
+            raise ValueError(f"logit_bias takes up to {MAX_BIASES} token ids, as strings of digits, each with a bias from -100 to 100")
 
     @property
     def stops(self) -> list[str]:
         """Texts that end an answer."""
-        return self.stop if isinstance(self.stop, list) else []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with a count of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def plan_sampling(self, new_tokens: int, logprobs: int | None) -> list[SamplingParams]:
-        """How each of the n choices goes on; their seeds follow on each other. `logprobs`: None for none, else how many likeliest."""
+    def plan_sampling(self, new_tokens: int, logprobs: int | None, *, prompt_logprobs: bool = False) -> list[SamplingParams]:
+        """The sampling parameters of each of the n choices, with consecutive seeds.
+
+        `logprobs`: None for none, else how many of the most likely tokens; `prompt_logprobs`: those of the prompt, too.
+        """
         seed = secrets.randbits(32) if self.seed is None else self.seed
+        logit_bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
         return [
             SamplingParams(
                 max_new_tokens=new_tokens,
-                do_sample=self.temperature >= _LEAST_TEMPERATURE,
+                do_sample=self.temperature >= _LEAST_TEMPERATURE and self.top_p > 0,
                 temperature=max(self.temperature, _LEAST_TEMPERATURE),
                 top_k=max(0, self.top_k),
-                top_p=self.top_p,
+                top_p=self.top_p or 1.0,
                 repetition_penalty=self.repetition_penalty,
                 seed=(seed + choice) % 2**32,
                 ignore_eos=self.ignore_eos,
                 stop_token_ids=tuple(self.stop_token_ids),
                 logprobs=logprobs is not None,
                 top_logprobs=logprobs or 0,
+                prompt_logprobs=prompt_logprobs,
                 frequency_penalty=self.frequency_penalty,
                 presence_penalty=self.presence_penalty,
-                logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+                logit_bias=logit_bias,
             )
             for choice in range(self.n)
         ]
 
 
-class StreamOptions(BaseModel):
-    """OpenAI's."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    include_usage: bool = False
-
-
-class CompletionRequest(_Asked):
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    prompt: str | list[str | Token | list[Token]]
+    """A text or token ids, or a list of either; `launcher/request_body.py` takes no mixture."""
+    max_tokens: Annotated[int, Meta(ge=0, le=_MAX_INTEGER)] | None = None
+    """0 decodes nothing: for the log-probabilities of an echoed prompt."""
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
+
+    def __post_init__(self) -> None:
+        GenerationRequest.__post_init__(self)
+        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but from 1 to {MAX_PROMPTS} are taken at once")
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, as texts or ids."""
+        """All prompts, as texts or ids."""
         prompt = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]
-        return list(prompt)  # type: ignore[arg-type]
-
-    @model_validator(mode="after")
-    def _check(self) -> "CompletionRequest":
-        if not 1 <= len(self.prompts) <= MAX_PROMPTS or self.prompt == []:
-            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but from 1 to {MAX_PROMPTS} are taken at once")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported here: log-probabilities are of new tokens only")
-        return self
+            return [prompt]  # type: ignore[list-item]
+        return prompt  # type: ignore[return-value]
 
 
-class TextPart(BaseModel):
-    """A piece of a message."""
+class TextPart(Struct, frozen=True, kw_only=True):
+    """A piece of a message's content."""
 
-    model_config = ConfigDict(extra="ignore")
+    type: str
+    text: str | None = None
 
-    type: Literal["text"]
-    text: str
+    def __post_init__(self) -> None:
+        if self.type != "text":
+            raise ValueError(f"type is {self.type[:100]!r}, but only parts of type 'text' are supported")
+        if self.text is None:
+            raise ValueError("text is missing")
 
 
-class Message(BaseModel):
+class ToolFunction(Struct, frozen=True, kw_only=True):
+    """The function of a tool call in a history."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+    """OpenAI's form is JSON in a string; some clients send the object."""
+
+
+class ToolCall(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A tool call that the assistant made earlier in the conversation."""
+
+    function: ToolFunction
+    id: str | None = None
+    type: str = "function"
+
+    def to_template(self) -> dict[str, Any]:
+        """The form in which chat templates expect it."""
+        call = {"type": self.type, "function": {"name": self.function.name, "arguments": self.function.arguments}}
+        return call if self.id is None else {"id": self.id, **call}
+
+
+class Message(Struct, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    role: Literal["system", "developer", "user", "assistant"]
+    role: str
     content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
 
-    def to_template(self) -> dict[str, str]:
-        """As chat templates know it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role is {self.role[:100]!r}, but has to be one of {', '.join(ROLES)}")
+        if self.function_call is not None:
+            raise ValueError("function_call is not supported: send tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to the role assistant, not to {self.role}")
+
+    def to_template(self) -> dict[str, Any]:
+        """The form in which chat templates expect it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text or "" for part in self.content or [])
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_template() for call in self.tool_calls]
+        message |= {key: value for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id)) if value is not None}
+        return message
 
 
-class ChatRequest(_Asked):
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
-    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    messages: list[Message]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> "ChatRequest":
+    def __post_init__(self) -> None:
+        GenerationRequest.__post_init__(self)
+        if not 1 <= len(self.messages) <= MAX_MESSAGES:
+            raise ValueError(f"messages holds {len(self.messages)} messages, but from 1 to {MAX_MESSAGES} are taken")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        return self

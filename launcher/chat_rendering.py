@@ -3,9 +3,9 @@
 Templates that cannot be used disable chat with a reason; completions are served all the same.
 """
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class ChatRenderer:
         except InputError as error:
             self.reason = str(error)
 
-    async def render(
+    def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -52,17 +52,19 @@ class ChatRenderer:
     ) -> str:
         """The text, special tokens included, with the opening of the answer. `more`: further variables of the template.
 
-        Raises RequestError where the template refuses or fails, ServiceError when chat is disabled or too many wait.
+        Waits for the template, so it is not for the event loop. Raises RequestError where the template refuses or fails, ServiceError
+        when chat is disabled or too many wait.
         """
         templates = self._templates
         if self.reason is not None or templates is None:
             raise ServiceError(400, f"chat is disabled for this model: {self.reason}; use /v1/completions", code="chat_disabled")
         source = templates.choose(with_tools=bool(tools))
         variables = templates.build_variables(messages, tools, documents, more)
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._run, source, templates.where, variables)
         try:
-            return await asyncio.wait_for(work, _WAIT_SECONDS)
-        except asyncio.TimeoutError:
+            work = self._thread.submit(self._run, source, templates.where, variables)
+            return work.result(_WAIT_SECONDS)
+        except FutureTimeoutError:
+            work.cancel()
             raise ServiceError(503, "too many conversations wait for the chat template; try again", kind="server_error") from None
 
     def close(self) -> None:

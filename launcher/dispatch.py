@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from launcher.journal import Journal, NewToken
+from launcher.journal import Journal, NewToken, PromptToken
 from launcher.serve_metrics import ServeMetrics
 from launcher.service_errors import ServiceError, draining, ended, non_finite, queue_full, ranks_failed, timed_out, too_many
 from model.request import Request
@@ -31,7 +31,7 @@ class Ticket:
     asked_at: float
     """time.monotonic()."""
     events: "asyncio.Queue[tuple[int, NewToken] | ServiceError]" = field(default_factory=asyncio.Queue)
-    """(number of the sequence in the call, its next token); an error ends the call."""
+    """(number of the sequence in the call, its next token or a PromptToken before them); an error ends the call."""
     deadline: asyncio.TimerHandle | None = None
     told_first: bool = False
     last_token_at: float = 0.0
@@ -145,6 +145,13 @@ class Dispatcher:
                     self._answer_seconds += 0.1 * (now - ticket.asked_at - self._answer_seconds)
         if has_ended:
             self._fill()
+
+    def deliver_scores(self, tokens: Iterable[tuple[int, PromptToken]]) -> None:
+        """Hand scored tokens of prompts on to their callers."""
+        for index, token in tokens:
+            sequence = self._running.get(index)
+            if sequence is not None:
+                sequence.ticket.events.put_nowait((sequence.number, token))
 
     def give_up(self, indices: Sequence[int], failures: int) -> None:
         """The ranks failed so often with these that they do not get them again."""

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from launcher.api_requests import ChatRequest, CompletionRequest
 from launcher.http_guard import App, Guard, Limits
 from launcher.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
+from launcher.request_planner import Asked
 from launcher.serve_front import ServeFront
 from launcher.service import Service
 from launcher.service_errors import ServiceError, server_failed
@@ -37,15 +36,18 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
         service.check_model(name)
         return _describe_model(front)
 
-    @app.post("/v1/completions", response_model=None)
-    async def complete(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
-        asked = await service.plan_completion(body)
-        return service.stream(asked, request) if body.stream else JSONResponse(await service.run(asked, request))
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await answer(await service.plan_completion(await request.body()), request)
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
-        asked = await service.plan_chat(body)
-        return service.stream(asked, request) if body.stream else JSONResponse(await service.run(asked, request))
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(await service.plan_chat(await request.body()), request)
+
+    async def answer(asked: Asked, request: Request) -> Response:
+        if asked.is_stream:
+            return service.stream(asked, request)
+        return Response(await service.run(asked, request), media_type="application/json")
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -76,10 +78,6 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     async def refuse_prompt(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(ServiceError(400, str(error)).to_json(), 400)
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse_shape(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(explain_shape(error).to_json(), 400)
-
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
         words = {404: f"there is no {request.method} {request.url.path[:100]} here", 405: f"{request.method} is not taken here"}
@@ -98,19 +96,6 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
         return guard
     # Outside of the guard: such a page may read why it was refused, and a browser asks without any key whether it may call.
     return CORSMiddleware(guard, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
-
-
-def explain_shape(error: RequestValidationError) -> ServiceError:
-    """The first thing that is wrong with a body, in a sentence."""
-    first = error.errors()[0]
-    # Names of the branches of a union are no part of the request.
-    place = [str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("list[", "constrained-", "function-"))]
-    where = ".".join(place[:2])[:100]
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return ServiceError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}")
-    words = message if first["type"] == "value_error" or not where else f"{where}: {message}"
-    return ServiceError(400, words, param=place[0][:100] if place else None)
 
 
 def _describe_model(front: ServeFront) -> dict[str, Any]:

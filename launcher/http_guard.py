@@ -6,19 +6,21 @@ Knows ASGI and uvicorn; not what is asked.
 import asyncio
 import hmac
 import json
-import sys
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import h11
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from launcher.bounded_log import BoundedLog
+from launcher.connection_places import OVERFLOW_PLACES, ConnectionPlaces
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
-from launcher.service_errors import ServiceError, server_failed
+from launcher.service_errors import ServiceError, busy, server_failed, too_many_requests
 
 CALLER = "tandem.caller"
 """In the scope of a request with a key: which it is. Others are told apart by their addresses."""
@@ -26,7 +28,11 @@ OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What needs no key: nothing of it tells of requests."""
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
+STALL_SECONDS = 60.0
+"""How long a client may take to read what has been sent before the connection is dropped."""
 MAX_HEADER_BYTES = 32 << 10
+_HELD_BODIES = 16
+"""Bodies of the largest size that all requests together may hold in memory."""
 _DISCARDED_BYTES = 64 << 20
 """Of a body that is too large, read at most: a caller that is still sending would not hear why its connection is closed."""
 
@@ -45,6 +51,8 @@ class Limits:
     checks_host: bool
     """Whether only names of this host itself may stand in the Host header: pages of other sites must not reach a server without a key."""
     max_body_bytes: int
+    max_client_requests: int
+    """Requests with a body that one client may have in progress."""
 
 
 class Guard:
@@ -53,6 +61,10 @@ class Guard:
     def __init__(self, app: App, limits: Limits, count: Callable[[str, int], None]) -> None:
         """`count` gets path and status of every answer."""
         self._app, self._limits, self._count = app, limits, count
+        self._requests: Counter[str] = Counter()
+        """In progress, by client."""
+        self._held_bytes = 0
+        self._log = BoundedLog()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendMessage) -> None:
         """Handle one request."""
@@ -69,21 +81,38 @@ class Guard:
         try:
             self._check(scope)
             check_content_type(scope)
-            body = await asyncio.wait_for(self._read_body(scope, receive), BODY_SECONDS)
-            await self._app(scope, _replay(body, receive), note)
+            await self._answer(scope, receive, note)
         except ServiceError as error:
             await answer_error(error, note)
         except asyncio.TimeoutError:
             await answer_error(ServiceError(408, f"the request's body did not come within {BODY_SECONDS:g} s"), note)
         except (ConnectionError, ClientDisconnect):
             pass  # the caller has gone
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._log.report(f"{type(error).__name__} {where.filename}:{where.lineno}", traceback.format_exc().rstrip())
             if not status:
                 await answer_error(server_failed(), note)
         finally:
             if status:
                 self._count(scope["path"], status)
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: SendMessage) -> None:
+        if scope["method"] != "POST":
+            return await self._app(scope, _replay(b"", receive), send)
+        client, most = read_client(scope), self._limits.max_client_requests
+        if self._requests[client] >= most:
+            raise too_many_requests(most)
+        self._requests[client] += 1
+        body = bytearray()
+        try:
+            await asyncio.wait_for(self._read_body(scope, receive, body), BODY_SECONDS)
+            await self._app(scope, _replay(bytes(body), receive), send)
+        finally:
+            self._held_bytes -= len(body)
+            self._requests[client] -= 1
+            if not self._requests[client]:
+                del self._requests[client]
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = dict(scope["headers"])
@@ -104,11 +133,11 @@ class Guard:
             raise ServiceError(401, words, kind="authentication_error", code="invalid_api_key")
         scope[CALLER] = f"key {fits.index(True)}"
 
-    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
+    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive, body: bytearray) -> None:
+        """Append what comes to `body`. Raises ServiceError when it is too large, or all bodies together are."""
         most = self._limits.max_body_bytes
         said = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(said) if said.isdigit() else 0
-        body = bytearray()
         come, has_more = 0, True
         while has_more and max(size, come) <= most + _DISCARDED_BYTES:
             message = await receive()
@@ -117,11 +146,19 @@ class Guard:
             piece, has_more = message.get("body", b""), message.get("more_body", False)
             come += len(piece)
             if max(size, come) <= most:
+                if self._held_bytes + len(piece) > _HELD_BODIES * most:
+                    raise busy()
                 body += piece
+                self._held_bytes += len(piece)
         size = max(size, come)
-        if size <= most:
-            return bytes(body)
-        raise ServiceError(413, f"the request's body has {size} bytes or more, but {most} are taken at most", code="body_too_large")
+        if size > most:
+            raise ServiceError(413, f"the request's body has {size} bytes or more, but {most} are taken at most", code="body_too_large")
+
+
+def read_client(scope: MutableMapping[str, Any]) -> str:
+    """The key of a request's client, else its address."""
+    address = scope.get("client")
+    return str(scope.get(CALLER) or (address[0] if address else ""))
 
 
 def check_content_type(scope: MutableMapping[str, Any]) -> None:
@@ -154,14 +191,37 @@ async def answer_error(error: ServiceError, send: SendMessage) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class TimedProtocol(H11Protocol):
-    """uvicorn's protocol, with a limit on how long the head of a request may take to come."""
+async def _refuse_connection(scope: MutableMapping[str, Any], receive: Receive, send: SendMessage) -> None:
+    await answer_error(busy(), send)
 
-    _head_timer: asyncio.TimerHandle | None = None
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's protocol with limits: of connections, of the time until a request's head has come, and until an answer has been read."""
+
+    def __init__(self, places: ConnectionPlaces, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._places = places
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in progress."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return cycle is None or cycle.response_complete
+
+    def give_way(self) -> None:
+        """Close for another connection."""
+        self.transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A caller has connected."""
+        """A client has connected."""
         super().connection_made(transport)
+        if not self._places.enter(self, self.client[0] if self.client else ""):
+            if len(self._places) > self._places.most + OVERFLOW_PLACES:
+                transport.abort()
+                return
+            self.app = _refuse_connection
         self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -173,10 +233,31 @@ class TimedProtocol(H11Protocol):
         elif self._head_timer is None and self.conn.trailing_data[0]:
             self._start_head_timer()
 
+    def on_response_complete(self) -> None:
+        """A request has been answered."""
+        self._places.note_idle(self)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is answered."""
+        super().pause_writing()
+        self._stop_stall_timer()
+        self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        self._stop_stall_timer()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """The caller has gone."""
+        """The client has gone."""
+        self._places.leave(self)
         self._stop_head_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A request to upgrade the connection is answered as if it had not asked for that, as HTTP allows."""
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
@@ -185,3 +266,8 @@ class TimedProtocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None

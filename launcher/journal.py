@@ -25,10 +25,18 @@ class NewToken(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...]
 
 
+class PromptToken(NewToken):
+    """One token of a prompt, with the log-probability that was asked for."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class _Entry:
     request: Request
     token_ids: list[int] = field(default_factory=list)
+    num_scored: int = 1
+    """Tokens of the prompt whose log-probabilities are known, as that of the first, which has none."""
     failures: int = 0
     """Of ranks that ran it, since the last token."""
 
@@ -102,6 +110,19 @@ class Journal:
                     del self._entries[index]
                 if index == self._suspect:
                     self._clear_suspect()
+        return new
+
+    def take_scores(self, scores: Iterable[Sequence[Any]]) -> list[tuple[int, PromptToken]]:
+        """Note prompt tokens of rank 0, (index, position, id, log-probability, those of the most likely ones); give what is new."""
+        new = []
+        with self._lock:
+            for index, position, token_id, logprob, top in scores:
+                entry = self._entries.get(index)
+                if entry is None or position < entry.num_scored:
+                    continue  # cancelled; or said by an attempt that failed
+                assert position == entry.num_scored, f"prompt token {position} of request {index} came before {entry.num_scored}"
+                entry.num_scored += 1
+                new.append((index, PromptToken(token_id, None, logprob, tuple((i, value) for i, value in top))))
         return new
 
     def note_failure(self, *, served: bool = True) -> list[int]:

@@ -1,4 +1,4 @@
-"""The program of a rank that our own parent started: `python -m launcher.rank_process FOLDER PARENT_PID`.
+"""The program of a rank that our own parent started, with two arguments: FOLDER PARENT_PID.
 
 Ties the process to its parent before it imports PyTorch, which takes seconds; the rank itself is `launcher/spawned_rank.py`.
 """
@@ -39,7 +39,3 @@ def main() -> None:
     from launcher.spawned_rank import run_spawned_rank
 
     run_spawned_rank(Path(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

@@ -86,6 +86,9 @@ class RankService:
         events = self._engine.step()
         took = time.perf_counter() - started
         self._step = took, (self._read_gather_nanoseconds() - waited) * 1e-9
+        scores = self._engine.take_scores()
+        if scores and self._collectives.rank == 0:
+            self._emit({"event": "scores", "scores": [(one.index, one.position, *one.choice) for one in scores]})
         if events and self._collectives.rank == 0:
             tokens = [(e.index, e.position, e.token_id, e.finish_reason, e.logprob, e.top_logprobs) for e in events]
             self._emit({"event": "tokens", "tokens": tokens})

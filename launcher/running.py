@@ -42,6 +42,8 @@ from parallel.errors import CheckpointError, ConfigError, RunError
 from parallel.regular_file import open_regular
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+MAX_SECONDS = 31_536_000
+"""A year, the longest time limit: clocks of the operating system overflow far beyond."""
 DEFAULT_MAX_RESTARTS = 1
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -224,6 +226,8 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         value = getattr(job, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
+    if not job.timeout_seconds <= MAX_SECONDS:  # nan is refused, too
+        raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     check_collectives(job.collectives, job.device)
     if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):

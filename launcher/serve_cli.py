@@ -72,6 +72,19 @@ def serve(
         ),
     ] = 256,
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", help="Megabytes of a request at most.")] = 4.0,
+    strict_fields: Annotated[
+        bool, typer.Option("--strict-fields", help="Refuse requests with unknown fields instead of ignoring these fields.")
+    ] = False,
+    max_connections: Annotated[
+        int | None,
+        typer.Option("--max-connections", help="Maximum open connections. Default: what the limit of open files allows, up to 1024."),
+    ] = None,
+    max_client_connections: Annotated[
+        int | None, typer.Option("--max-client-connections", help="Maximum open connections per address. Default: half of all.")
+    ] = None,
+    max_client_requests: Annotated[
+        int, typer.Option("--max-client-requests", help="Maximum requests in progress per client (API key, else address).")
+    ] = 128,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,6 +145,10 @@ def serve(
             prefill_tokens=prefill_tokens,
             max_body_megabytes=max_body_mb,
             allowed_origins=tuple(allow_origin or ()),
+            strict_fields=strict_fields,
+            max_connections=max_connections,
+            max_client_connections=max_client_connections,
+            max_client_requests=max_client_requests,
             dtype=dtype,
             device=device,
             threads_per_rank=threads_per_rank,

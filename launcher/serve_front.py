@@ -89,6 +89,8 @@ class ServeFront(RunObserver):
             self._on_loop(self.dispatcher.fail_sequences, failures)
         elif kind == "refused":
             self._on_loop(self.dispatcher.refuse, event["index"], ServiceError(400, event["message"]))
+        elif kind == "scores":
+            self._on_loop(self.dispatcher.deliver_scores, self._journal.take_scores(event["scores"]))
         elif kind == "report":
             self._take_report(event, now)
         elif kind == "loading":

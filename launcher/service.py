@@ -1,83 +1,67 @@
-"""One call of a server from its text to its answer, whole or piece by piece, in OpenAI's objects.
+"""Answers to requests, whole or piece by piece, in OpenAI's objects: plans a request, queues it, and follows its tokens.
 
-Knows texts, the tokenizer and the dispatcher; routes and their errors are `launcher/http_app.py`'s.
+Depends on the planner and the dispatcher; routes and their errors are in `launcher/http_app.py`.
 """
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from launcher.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
-from launcher.api_requests import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from launcher.api_answers import Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
 from launcher.chat_rendering import ChatRenderer
 from launcher.dispatch import Ticket
-from launcher.http_guard import CALLER
+from launcher.http_guard import read_client
+from launcher.journal import PromptToken
+from launcher.request_planner import Asked, RequestPlanner
+from launcher.request_threads import RequestThreads
 from launcher.serve_front import ServeFront
 from launcher.service_errors import ServiceError, caller_gone
-from model.request import Request as TokenRequest
-from model.request import check_memory, check_request
-from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from parallel.errors import RequestError
 
-_LONG_TEXT = 20_000
-"""Characters from which a text is made ids in a thread of its own: other callers go on."""
 _READING_SECONDS = 30.0
+_LARGE_ANSWER = 500
+"""Tokens with log-probabilities."""
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One call, as texts and ids."""
-
-    naming: Naming
-    prompts: Sequence[tuple[int, ...]]
-    choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
-    """Ids and options of each choice; n of them for each prompt."""
-    texts: Sequence[ChoiceText]
-    echo: Sequence[str]
-    """What stands before each choice's text."""
-    with_logprobs: bool
-    with_usage: bool
-    timeout_seconds: float
 
 
 class Service:
     """What the routes share."""
 
-    def __init__(self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float) -> None:
-        """`max_seconds`: the longest deadline of a request."""
-        self.front, self._tokenizer, self._chat, self._max_seconds = front, tokenizer, chat, max_seconds
-        self._fingerprint = f"tandem-{front.served.version}"
+    def __init__(
+        self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
+    ) -> None:
+        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
+        self.front, self._tokenizer, self._chat = front, tokenizer, chat
+        self._planner = RequestPlanner(front, tokenizer, chat, max_seconds, strict_fields=strict_fields)
+        self._threads = RequestThreads()
 
-    async def plan_completion(self, body: CompletionRequest) -> Asked:
-        """What a completion asks. Raises ServiceError, RequestError."""
-        self.check_model(body.model)
-        self.front.dispatcher.check_count(len(body.prompts) * body.n)
-        prompts = await self._encode(body.prompts)
-        new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        echo = [self._tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-        return self._plan(body, prompts, new_tokens, body.logprobs, echo, is_chat=False)
+    async def plan_completion(self, body: bytes) -> Asked:
+        """What a completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_completion)
 
-    async def plan_chat(self, body: ChatRequest) -> Asked:
-        """What a chat completion asks. Raises ServiceError, RequestError."""
-        self.check_model(body.model)
-        text = await self._chat.render([message.to_template() for message in body.messages])
-        (ids,) = await self._encode([text], add_special_tokens=False)
-        said = body.max_completion_tokens or body.max_tokens
-        new_tokens = said or max(1, self._room - len(ids))
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._plan(body, [ids], new_tokens, logprobs, [""], is_chat=True)
+    async def plan_chat(self, body: bytes) -> Asked:
+        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_chat, is_chat=True)
 
-    async def run(self, asked: Asked, request: Request) -> dict[str, Any]:
-        """The whole answer. Raises ServiceError."""
+    def check_model(self, name: str) -> None:
+        """Raise ServiceError for a model that is not served here."""
+        self._planner.check_model(name)
+
+    def close(self) -> None:
+        """Read no further request, and end the process of the chat templates."""
+        self._threads.close()
+        self._chat.close()
+
+    async def run(self, asked: Asked, request: Request) -> bytes:
+        """The whole answer, as JSON. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
         work = asyncio.create_task(self._collect(asked, ticket))
@@ -98,41 +82,8 @@ class Service:
         ticket = self._submit(asked, request)
         return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
 
-    def _plan(
-        self,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[tuple[int, ...]],
-        new_tokens: int,
-        logprobs: int | None,
-        echo: Sequence[str],
-        *,
-        is_chat: bool,
-    ) -> Asked:
-        served = self.front.served
-        choices: list[tuple[tuple[int, ...], SamplingParams]] = []
-        for number, ids in enumerate(prompts):
-            all_params = body.plan_sampling(new_tokens, logprobs)
-            token_request = TokenRequest(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
-            check_request(token_request, served.job.context_tokens, served.config.vocab_size)
-            check_memory(token_request, served.num_blocks, served.job.block_size)
-            choices.extend((ids, params) for params in all_params)
-        unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
-        if unknown is not None:
-            raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
-        return Asked(
-            naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
-            prompts=prompts,
-            choices=choices,
-            texts=[ChoiceText(self._tokenizer, ids, body.stops) for ids, _ in choices],
-            echo=[text for text in echo for _ in range(body.n)],
-            with_logprobs=logprobs is not None,
-            with_usage=body.includes_usage,
-            timeout_seconds=min(body.timeout or self._max_seconds, self._max_seconds),
-        )
-
     def _submit(self, asked: Asked, request: Request) -> Ticket:
-        caller = request.scope.get(CALLER) or (request.client.host if request.client else "")
-        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds)
+        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 
@@ -144,22 +95,30 @@ class Service:
             if isinstance(event, ServiceError):
                 raise event
             number, token = event
+            if isinstance(token, PromptToken):
+                asked.scored[number].append(token)
+                continue
             text = asked.texts[number]
             if text.finish_reason:
                 continue  # what was on its way when a stop text was found
-            piece = text.push(token)
+            piece = text.push(token) if asked.new_tokens else Piece("", (), "length")
             if piece.finish_reason:
                 num_open -= 1
                 if not token.finish_reason:
                     self.front.dispatcher.end_choice(ticket, number)
             yield number, piece
 
-    async def _collect(self, asked: Asked, ticket: Ticket) -> dict[str, Any]:
+    async def _collect(self, asked: Asked, ticket: Ticket) -> bytes:
         pieces: list[list[Piece]] = [[] for _ in asked.choices]
         async for number, piece in self._pieces(asked, ticket):
             pieces[number].append(piece)
-        choices = [self._build_choice(asked, number, some, 0) for number, some in enumerate(pieces)]
-        return asked.naming.build(choices, self._count(asked), is_chunk=False)
+
+        def build() -> bytes:
+            choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
+            return msgspec.json.encode(asked.naming.build(choices, self._count(asked), is_chunk=False))
+
+        num_tokens = sum(map(len, pieces)) + sum(map(len, asked.scored))
+        return await _build_answer(num_tokens if asked.with_logprobs else 0, build)
 
     async def _write_events(self, asked: Asked, ticket: Ticket) -> AsyncIterator[bytes]:
         offsets = [len(text) for text in asked.echo]
@@ -174,15 +133,19 @@ class Service:
             async for number, piece in self._pieces(asked, ticket):
                 if not piece.text and not piece.finish_reason and not asked.with_logprobs:
                     continue
-                choice = self._build_choice(asked, number, [piece], offsets[number], is_chunk=True, is_first=not begun[number])
+                build = partial(self._build_chunk, asked, number, piece, offsets[number], is_first=not begun[number])
+                yield await _build_answer(0 if begun[number] else len(asked.scored[number]), build)
                 begun[number] = True
                 offsets[number] += sum(len(token_text(self._tokenizer, token.token_id)) for token in piece.tokens)
-                yield _event(asked.naming.build([choice], None, is_chunk=True))
             if asked.with_usage:
                 yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
             yield b"data: [DONE]\n\n"
         except ServiceError as error:
             yield _event(error.to_json())
+
+    def _build_chunk(self, asked: Asked, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
+        choice = self._build_choice(asked, number, [piece], offset, is_chunk=True, is_first=is_first)
+        return _event(asked.naming.build([choice], None, is_chunk=True))
 
     def _build_choice(
         self, asked: Asked, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
@@ -197,38 +160,12 @@ class Service:
         else:
             choice["text"] = (asked.echo[number] if is_first else "") + text
             if asked.with_logprobs:
-                choice["logprobs"] = build_text_logprobs(self._tokenizer, tokens, offset)
+                scored = asked.scored[number] if is_first else []
+                choice["logprobs"] = build_text_logprobs(self._tokenizer, scored, tokens, offset)
         return choice
 
     def _count(self, asked: Asked) -> dict[str, int]:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
-
-    async def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
-        """Ids of texts; what is given in ids stays as it is."""
-        texts = [one for one in prompts if isinstance(one, str)]
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:
-            raise RequestError("the text holds half of a surrogate pair, which is no character") from None
-
-        def encode() -> list[tuple[int, ...]]:
-            return [tuple(self._tokenizer.encode(one, add_special_tokens) if isinstance(one, str) else one) for one in prompts]
-
-        if sum(map(len, texts)) < _LONG_TEXT:
-            return encode()
-        return await asyncio.to_thread(encode)
-
-    @property
-    def _room(self) -> int:
-        """Tokens that a sequence may have."""
-        served = self.front.served
-        return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ServiceError for a model that is not served here."""
-        known = self.front.served.name
-        if name is not None and name != known:
-            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
 
 
 class _TicketResponse(StreamingResponse):
@@ -246,6 +183,11 @@ class _TicketResponse(StreamingResponse):
             raise ConnectionError from None
         finally:
             self._close()
+
+
+async def _build_answer(num_logprobs: int, build: Callable[[], bytes]) -> bytes:
+    """Run `build`; in a thread where the log-probabilities of many tokens would hold up the event loop."""
+    return await asyncio.to_thread(build) if num_logprobs > _LARGE_ANSWER else build()
 
 
 def _event(value: dict[str, Any]) -> bytes:

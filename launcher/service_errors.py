@@ -42,6 +42,12 @@ def queue_full(waiting: int, wanted: int, most: int, retry_after_seconds: int) -
     )
 
 
+def too_many_requests(most: int) -> ServiceError:
+    """429, in requests of one client."""
+    words = f"{most} requests of this client are in progress, and more are not taken at once; wait for an answer"
+    return ServiceError(429, words, kind="rate_limit_error", code="too_many_requests", retry_after_seconds=1)
+
+
 def too_many(sequences: int, most: int) -> ServiceError:
     """400: waiting would not help."""
     return ServiceError(400, f"{sequences} answers are asked for at once (prompts times n), but {most} are taken at most")
@@ -50,6 +56,12 @@ def too_many(sequences: int, most: int) -> ServiceError:
 def draining() -> ServiceError:
     """503."""
     return ServiceError(503, "the server is shutting down; try another one", kind="server_error", code="draining", retry_after_seconds=5)
+
+
+def busy() -> ServiceError:
+    """503, for a moment."""
+    words = "the server is busy with other requests; try again in 1 s"
+    return ServiceError(503, words, kind="server_error", code="busy", retry_after_seconds=1)
 
 
 def timed_out(seconds: float) -> ServiceError:

@@ -4,12 +4,14 @@ Knows options, and how server and run are started and ended; what is answered: `
 """
 
 import asyncio
+import logging
 import socket
 import sys
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from launcher.cores import share_cores
 from launcher.graceful_stop import StoppedError
@@ -19,7 +21,7 @@ from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.options import RunOptions
 from launcher.run_identity import read_version
-from launcher.running import Run, build_job, first_said, open_run, run_job
+from launcher.running import MAX_SECONDS, Run, build_job, first_said, open_run, run_job
 from launcher.tasks import Serve
 from model.config import PREFILL_TOKENS, count_blocks
 from model.native import find_kernels
@@ -28,6 +30,7 @@ from parallel.errors import ConfigError, RunError
 from parallel.regular_file import MAX_KEY_BYTES, read_text
 
 if TYPE_CHECKING:
+    from launcher.connection_places import ConnectionPlaces
     from launcher.http_guard import App
     from launcher.serve_front import ServeFront
 
@@ -41,7 +44,10 @@ _LEAST_PREFILL_TOKENS = 16
 _MEMORY_SHARE = 0.5
 """Of what is free beside the weights, for keys and values, where no number of blocks is said."""
 _END_SECONDS = 15.0
-_MAX_CONNECTIONS = 1024
+_BACKLOG = 1024
+"""Connections that the system keeps until they are accepted."""
+DEFAULT_MAX_CLIENT_REQUESTS = 128
+_LEAST_BODY_MEGABYTES, _MAX_BODY_MEGABYTES = 0.001, 1000.0
 _EXTRA = "pip install 'tandem-launcher[serve]'"
 
 
@@ -62,6 +68,11 @@ class ServeOptions(RunOptions):
     max_body_megabytes: float = DEFAULT_MAX_BODY_MEGABYTES
     allowed_origins: tuple[str, ...] = ()
     """Of pages that browsers let call this server."""
+    strict_fields: bool = False
+    """Whether requests with unknown fields are refused."""
+    max_connections: int | None = None
+    max_client_connections: int | None = None
+    max_client_requests: int = DEFAULT_MAX_CLIENT_REQUESTS
 
 
 def serve(options: ServeOptions) -> None:
@@ -73,6 +84,7 @@ def serve(options: ServeOptions) -> None:
     run = replace(run, options=replace(options, max_restarts=max_restarts))
     try:
         from launcher.chat_rendering import ChatRenderer
+        from launcher.connection_places import ConnectionPlaces, plan_connections
         from launcher.http_app import build_app
         from launcher.http_guard import Limits
         from launcher.serve_front import Served, ServeFront
@@ -100,6 +112,8 @@ def serve(options: ServeOptions) -> None:
             drain_seconds=options.drain_seconds,
         )
     )
+    max_connections = plan_connections(options.max_connections, 1 if run.environment.is_rank else run.nodes.local_workers)
+    places = ConnectionPlaces(max_connections, options.max_client_connections or max(1, max_connections // 2))
     listener = listen(options.host, options.port)
     chat = ChatRenderer(run.tokenizer_path, tokenizer.settings)
     if chat.reason is not None:
@@ -108,9 +122,10 @@ def serve(options: ServeOptions) -> None:
         api_keys=keys,
         checks_host=not keys and is_loopback(options.host),
         max_body_bytes=int(options.max_body_megabytes * 1e6),
+        max_client_requests=options.max_client_requests,
     )
-    app = build_app(Service(front, tokenizer, chat, options.request_seconds), limits, options.allowed_origins)
-    server = HttpServer(app, listener, front)
+    service = Service(front, tokenizer, chat, options.request_seconds, strict_fields=options.strict_fields)
+    server = HttpServer(build_app(service, limits, options.allowed_origins), listener, front, places)
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
     print(
@@ -123,8 +138,8 @@ def serve(options: ServeOptions) -> None:
         run_job(run, job, front)
     finally:
         front.close()
+        service.close()
         server.end()
-        chat.close()
     if front.stop_number is not None:
         raise StoppedError(front.stop_number)
     raise RunError("the ranks ended though nobody asked them to; this is a fault of tandem's, see their logs")
@@ -173,7 +188,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-        listener.listen(1024)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host") from None
@@ -217,15 +232,17 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
 class HttpServer(threading.Thread):
     """uvicorn on an event loop of its own, in a thread: signals and ranks are the main thread's."""
 
-    def __init__(self, app: "App", listener: socket.socket, front: "ServeFront") -> None:
+    def __init__(self, app: "App", listener: socket.socket, front: "ServeFront", places: "ConnectionPlaces") -> None:
         super().__init__(daemon=True, name="http")
         import uvicorn
 
-        from launcher.http_guard import MAX_HEADER_BYTES, TimedProtocol
+        from launcher.bounded_log import BoundedRecords
+        from launcher.connection_places import ACCEPTED_AT_ONCE
+        from launcher.http_guard import MAX_HEADER_BYTES, GuardedProtocol
 
         config = uvicorn.Config(
             app,
-            http=TimedProtocol,
+            http=cast(Any, partial(GuardedProtocol, places)),
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -233,26 +250,40 @@ class HttpServer(threading.Thread):
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=_MAX_CONNECTIONS,
+            backlog=ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=3,
         )
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(BoundedRecords())
         self._server, self._listener, self._front = uvicorn.Server(config), listener, front
         self._running = threading.Event()
+        self._error: OSError | None = None
 
     def start(self) -> None:
-        """Return when requests are answered."""
+        """Return when requests are answered. Raises RunError when the system refuses what the server needs."""
         super().start()
         self._running.wait()
+        if self._error is not None:
+            raise RunError(f"the HTTP server cannot start: {self._error}")
 
     def run(self) -> None:
         """Until `end`."""
 
         async def work() -> None:
             self._front.loop = asyncio.get_running_loop()
+            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+            while not self._server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            self._listener.listen(_BACKLOG)  # the event loop has set it to what it accepts in one pass
             self._running.set()
-            await self._server.serve(sockets=[self._listener])
+            await serving
 
-        asyncio.run(work())
+        try:
+            asyncio.run(work())
+        except OSError as error:
+            self._error = error
+        finally:
+            self._running.set()
 
     def end(self) -> None:
         """Let answers that have come to their end go out, then stop."""
@@ -269,15 +300,28 @@ def _check_options(options: ServeOptions) -> None:
     checks: tuple[tuple[str, Any, bool, str], ...] = (
         ("--port", options.port, 0 <= options.port <= 65535, "from 0 (any free one) to 65535"),
         ("--max-queue", options.max_waiting, options.max_waiting >= 0, "at least 0"),
-        ("--request-timeout", options.request_seconds, options.request_seconds > 0, "above 0"),
-        ("--drain", options.drain_seconds, options.drain_seconds >= 0, "at least 0"),
+        (
+            "--request-timeout",
+            options.request_seconds,
+            0 < options.request_seconds <= MAX_SECONDS,
+            f"above 0 and at most {MAX_SECONDS} seconds",
+        ),
+        ("--drain", options.drain_seconds, 0 <= options.drain_seconds <= MAX_SECONDS, f"from 0 to {MAX_SECONDS} seconds"),
         (
             "--prefill-tokens",
             options.prefill_tokens,
             _LEAST_PREFILL_TOKENS <= options.prefill_tokens <= PREFILL_TOKENS,
             f"from {_LEAST_PREFILL_TOKENS} to {PREFILL_TOKENS}",
         ),
-        ("--max-body-mb", options.max_body_megabytes, options.max_body_megabytes > 0, "above 0"),
+        (
+            "--max-body-mb",
+            options.max_body_megabytes,
+            _LEAST_BODY_MEGABYTES <= options.max_body_megabytes <= _MAX_BODY_MEGABYTES,
+            f"from {_LEAST_BODY_MEGABYTES:g} to {_MAX_BODY_MEGABYTES:g} megabytes",
+        ),
+        ("--max-connections", options.max_connections, first_said(options.max_connections, 1) >= 1, "at least 1"),
+        ("--max-client-connections", options.max_client_connections, first_said(options.max_client_connections, 1) >= 1, "at least 1"),
+        ("--max-client-requests", options.max_client_requests, options.max_client_requests >= 1, "at least 1"),
     )
     for flag, value, holds, needed in checks:
         if not holds:

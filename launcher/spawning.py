@@ -41,6 +41,12 @@ from launcher.verdict import RanksFailedError
 from model.checkpoint.fingerprint import CheckpointReplacedError
 from parallel.progress import ProgressBoard
 
+_HOME = str(Path(__file__).resolve().parent.parent)
+_START_RANK = (
+    f"import sys; sys.path = [{_HOME!r}] * ({_HOME!r} not in sys.path) + [one for one in sys.path if one]; "
+    "from launcher.rank_process import main; main()"
+)
+"""Unlike `python -m`, without the current folder: a model.py there would hide our package."""
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
 _EXIT_BARRIER_SECONDS = 30.0
@@ -137,7 +143,7 @@ class _Agent(LocalElasticAgent):
             role="rank",
             local_world_size=nodes.local_workers,
             entrypoint=sys.executable,
-            args=("-m", "launcher.rank_process", str(folder), str(os.getpid())),
+            args=("-c", _START_RANK, str(folder), str(os.getpid())),
             rdzv_handler=rendezvous,
             max_restarts=max_restarts,
             monitor_interval=_MONITOR_SECONDS,

@@ -21,10 +21,13 @@ from model.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
 from model.llama import LlamaForCausalLM
 from model.non_finite import explain, find_first_layer
 from model.request import Request, check_memory, check_request
-from model.sampling import Choice, SamplingState, sample
+from model.sampling import Choice, SamplingState, sample, score
 from model.scheduling import LiveSequence, Part, Scheduler
 from model.speculation import PromptLookup
 from parallel.errors import NonFiniteError
+
+_SCORED_ROWS = 32
+"""Prompt tokens that are scored together: the logits of the whole vocabulary of each are in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,18 @@ class SequenceFailure:
     """How many new tokens it has."""
     message: str
     """Why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScore:
+    """One token of a prompt whose log-probabilities were asked for; the first token has none."""
+
+    index: int
+    """The request's number."""
+    position: int
+    """Of the token in the prompt."""
+    choice: Choice
+    """The token with its log-probability, and the most likely ones."""
 
 
 @dataclass(slots=True)
@@ -107,6 +122,7 @@ class Engine:
         self.speculates = speculate and model.batch_invariant
         self._prefill_known = prefill_known
         self._began: float | None = None
+        self._scores: list[PromptScore] = []
         self.times = EngineTimes()
         self.failures: list[SequenceFailure] = []
         """Sequences that the last step ended because their logits were NaN or infinite."""
@@ -146,6 +162,12 @@ class Engine:
         """Blocks of keys and values that sequences own; one that several share counts once."""
         return self._scheduler.pool.num_used
 
+    def take_scores(self) -> list[PromptScore]:
+        """On rank 0, those that the steps since the last call have brought, each once; a request's last one comes no later than its
+        first token."""
+        scores, self._scores = self._scores, []
+        return scores
+
     def step(self) -> list[TokenEvent]:
         """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given.
 
@@ -162,8 +184,10 @@ class Engine:
         computed = self._scheduler.is_needed(parts)
         hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
-        if hidden is not None and not all(part.decodes for part in parts):
-            self._check_prompts(parts, hidden)
+        if hidden is not None:
+            if not all(part.decodes for part in parts):
+                self._check_prompts(parts, hidden)
+            self._score(parts, hidden)
         events = self._choose(parts, hidden)
         for failure in self.failures:
             self._scheduler.cancel(failure.index)
@@ -185,6 +209,26 @@ class Engine:
         if decoded:
             times.decode_tokens += decoded
             times.decode_seconds += seconds * (total - prefill) / total
+
+    def _score(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        """Log-probabilities of prompt tokens, from the rows before them."""
+        wanted: list[tuple[int, LiveSequence, int]] = []  # row, sequence, position of the token
+        end = 0
+        for part in parts:
+            sequence, row = part.sequence, end - part.first
+            end += part.count + len(part.drafts)
+            if sequence.num_unscored:
+                first, last = sequence.num_scored, min(part.first + part.count, len(sequence.request.prompt_ids) - 1)
+                wanted += [(row + place, sequence, place + 1) for place in range(first, last)]
+                sequence.num_scored = max(first, last)
+        model = self._model
+        for start in range(0, len(wanted), _SCORED_ROWS):
+            some = wanted[start : start + _SCORED_ROWS]
+            logits = model.logits_local(hidden[[row for row, _, _ in some]])
+            targets = [(sequence.ids[place], sequence.request.params.top_logprobs) for _, sequence, place in some]
+            choices = score(logits, targets, model.shares.vocab, model.collectives)
+            for (_, sequence, place), choice in zip(some, choices, strict=False):  # none but on rank 0
+                self._scores.append(PromptScore(sequence.request.index, place, choice))
 
     def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
         """Take the next tokens of each sequence that is through: known ones, else by the rows of `hidden`. Only the latter are events."""

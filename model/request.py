@@ -36,8 +36,7 @@ def check_request(request: Request, context_tokens: int, vocab_size: int) -> Non
     length = len(request.prompt_ids)
     if length == 0:
         raise RequestError(f"prompt {request.index} has no tokens; write at least one word")
-    if length >= context_tokens:
-        raise RequestError(f"prompt {request.index} has {length} tokens, but the model's context is {context_tokens}: shorten it")
+    check_length(request.index, length, context_tokens)
     if length + request.params.max_new_tokens > context_tokens:
         raise RequestError(
             f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
@@ -56,6 +55,12 @@ def check_request(request: Request, context_tokens: int, vocab_size: int) -> Non
         raise RequestError(
             f"prompt {request.index} has id {unknown}, but the vocabulary has {vocab_size}: is it another model's tokenizer?"
         )
+
+
+def check_length(index: int, length: int, context_tokens: int) -> None:
+    """Raise RequestError for a prompt that leaves no room for a new token."""
+    if length >= context_tokens:
+        raise RequestError(f"prompt {index} has {length} tokens, but the model's context is {context_tokens}: shorten it")
 
 
 def check_memory(request: Request, num_blocks: int, block_size: int) -> None:

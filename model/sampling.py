@@ -52,6 +52,8 @@ class SamplingParams:
     """Report the log-probability of each new token, from the logits before any of the above and below."""
     top_logprobs: int = 0
     """Report those of so many likeliest tokens as well."""
+    prompt_logprobs: bool = False
+    """Report the log-probability of each token of the prompt but the first, and of as many of the most likely ones."""
     frequency_penalty: float = 0.0
     """Taken off the logit of each new id for every time that it came, as OpenAI's."""
     presence_penalty: float = 0.0
@@ -163,14 +165,29 @@ def sample(
     return chosen
 
 
+def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:
+    """The log-probability of a given token in each row, before any penalty. On rank 0; nothing on the others, which nobody asks.
+
+    logits_local: float32 [rows, vocab_local]; targets: (token id, number of most likely ones to report) of each row; sizes: vocab_local
+    of every rank.
+    """
+    full = collectives.gather_columns(logits_local, sizes)
+    if collectives.rank:
+        return []
+    rows = full.numpy(force=True)
+    return [_report(token, _log_probability(values), top) for values, (token, top) in zip(rows, targets, strict=True)]
+
+
+def _report(token: int, logprobs: Floats, top: int) -> Choice:
+    ids = _best(logprobs, top) if top else ()
+    return Choice(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ids))
+
+
 def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState, logprobs: Floats | None) -> Choice:
     """One of the candidates; `logprobs`: of the whole vocabulary, where asked for."""
     token = int(_draw(ids, logits, total, state) if state.params.do_sample else ids[0])
     state.note(token)
-    if logprobs is None:
-        return Choice(token, None)
-    top = _best(logprobs, state.params.top_logprobs) if state.params.top_logprobs else ()
-    return Choice(token, _read_logprob(logprobs, token), tuple((int(i), _read_logprob(logprobs, i)) for i in top))
+    return Choice(token, None) if logprobs is None else _report(token, logprobs, state.params.top_logprobs)
 
 
 def _read_logprob(logprobs: Floats, token: int | np.integer[Any]) -> float:

@@ -40,6 +40,13 @@ class LiveSequence:
     """Of its known blocks, see BlockPool."""
     num_known: int = 0
     """Blocks that are known."""
+    num_scored: int = 0
+    """Tokens of its prompt behind which the next one has been scored, see SamplingParams.prompt_logprobs."""
+
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of its prompt behind which the next one has still to be scored."""
+        return len(self.request.prompt_ids) - 1 - self.num_scored if self.request.params.prompt_logprobs else 0
 
     @property
     def num_pending(self) -> int:
@@ -211,7 +218,8 @@ class Scheduler:
     def _admit(self, sequence: LiveSequence) -> bool:
         """Give a sequence the blocks of all that it knows, those that are shared first; not if there are too few."""
         pool = self.pool
-        blocks, chain = pool.find(sequence.ids, hollow=sequence.is_over)
+        # Tokens in shared blocks do not go through the model, so they could not be scored.
+        blocks, chain = ([], ROOT) if sequence.num_unscored else pool.find(sequence.ids, hollow=sequence.is_over)
         missing = count_blocks(len(sequence.ids), pool.block_size) - len(blocks)
         if missing + pool.count_kept(blocks) > pool.num_free:
             return False

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 _SPACE = "▁"
+_LONG_TEXT = 4096
+"""Characters from which a text is encoded by the library's batch call, which lets other threads run meanwhile."""
 
 
 class LibraryTokenizer:
@@ -63,6 +65,8 @@ class LibraryTokenizer:
         if self._doubles_space and text.startswith((" ", _SPACE)):
             text = _SPACE + text
         with catch_library_errors(RequestError, "the tokenizer cannot encode this text"):
+            if len(text) > _LONG_TEXT:
+                return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

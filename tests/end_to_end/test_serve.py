@@ -26,6 +26,11 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the tea?"}]
+CALLING: Any = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "a1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}],
+}
 RENDERED = "<system> Be brief.\n<user> Where is the tea?\n<assistant>"
 PROMPTS = ("I love Beijing", "A llama", "Huawei is", "Two riders sit on", "The tea", "bicycle, and", "the same chain", RENDERED)
 """The last one is what the template makes of MESSAGES, without the begin token."""
@@ -83,7 +88,8 @@ def untruncated(tandem: "Tandem", folder: Path) -> list[dict[str, Any]]:
 
 def ask(server: Server, **fields: Any) -> Any:
     """A completion of OpenAI's client; greedy unless told otherwise."""
-    extra = {name: fields.pop(name) for name in ("top_k", "repetition_penalty", "timeout") if name in fields}
+    names = ("top_k", "repetition_penalty", "timeout", "chat_id", "web_search_options")
+    extra = {name: fields.pop(name) for name in names if name in fields}
     fields = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": NUM_NEW, "temperature": 0, **fields}
     return server.client.completions.create(**fields, extra_body={"ignore_eos": True, **extra})
 
@@ -208,6 +214,34 @@ def test_an_echo_stands_before_the_answer(server: Server, greedy: list[dict[str,
     assert "".join(chunk.choices[0].text for chunk in ask(server, echo=True, stream=True)) == PROMPTS[0] + greedy[0]["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_with_the_bits_of_its_tokens_as_they_were_decoded(
+    server: Server, greedy: list[dict[str, Any]], stream: bool
+) -> None:
+    """As evaluation programs ask: echo with logprobs, and no or one new token."""
+    record = greedy[0]
+    ids = [*record["prompt_token_ids"], *record["token_ids"]]
+    for max_tokens in (0, 1):
+        fields = {"prompt": [ids, ids[:1]], "max_tokens": max_tokens, "echo": True, "logprobs": 1, "stream": stream}
+        chunks = list(ask(server, **fields)) if stream else [ask(server, **fields)]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        first, second = ([choice for choice in choices if choice.index == index] for index in (0, 1))
+        found = first[0].logprobs
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.token_logprobs[len(record["prompt_token_ids"]) : len(ids)] == record["logprobs"]
+        assert [max(top.values()) for top in found.top_logprobs[len(record["prompt_token_ids"]) : len(ids)]] == record["logprobs"]
+        assert len(found.tokens) == len(found.text_offset) == len(ids) + max_tokens
+        assert first[0].text.startswith(PROMPTS[0]) and found.text_offset[:2] == [0, 0], "the begin token has no text"
+        assert second[0].logprobs.token_logprobs[0] is None and len(second[0].logprobs.tokens) == 1 + max_tokens
+        assert [one[-1].finish_reason for one in (first, second)] == ["length"] * 2
+        if not stream:
+            assert chunks[0].usage.completion_tokens == 2 * max_tokens
+            assert first[0].text[: found.text_offset[-1]] + found.tokens[-1] == first[0].text or "\ufffd" in first[0].text
+    empty = ask(server, max_tokens=0, prompt="a")
+    assert (empty.choices[0].text, empty.choices[0].finish_reason, empty.usage.completion_tokens) == ("", "length", 0)
+    server.wait_until_idle()
+
+
 def test_penalties_and_biases_change_what_is_chosen(server: Server, greedy: list[dict[str, Any]]) -> None:
     forced = 70
     forced_text = ask(server, logit_bias={str(forced): 100}, max_tokens=3, logprobs=0).choices[0]
@@ -226,7 +260,6 @@ def test_penalties_and_biases_change_what_is_chosen(server: Server, greedy: list
 @pytest.mark.parametrize(
     ("path", "fields", "status", "words"),
     [
-        ("completions", {"max_tokns": 5}, 400, "'max_tokns' is no field of this request; did you mean 'max_tokens'?"),
         ("completions", {"model": "gpt-4"}, 404, "'gpt-4' is not served here"),
         ("completions", {"prompt": "a " * 3000}, 400, "tokens, but the model's context is 2048"),
         ("completions", {"max_tokens": 2100}, 400, "asks for 2100 new ones"),
@@ -234,11 +267,14 @@ def test_penalties_and_biases_change_what_is_chosen(server: Server, greedy: list
         ("completions", {"prompt": [[]]}, 400, "has no tokens"),
         ("completions", {"prompt": [300]}, 400, "has id 300, but the vocabulary has 300"),
         ("completions", {"prompt": "\ud800"}, 400, "half of a surrogate pair"),
-        ("completions", {"n": 17}, 400, "n: Input should be less than or equal to 16"),
+        ("completions", {"n": 17}, 400, "n is 17, but has to be an integer <= 16"),
         ("completions", {"prompt": ["a"] * 100, "n": 16}, 400, "1600 answers are asked for at once"),
         ("completions", {"logit_bias": {"300": 1}}, 400, "logit_bias names id 300"),
-        ("chat/completions", {}, 400, "messages: Field required"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0"),
+        ("completions", {"prompt": "a" * 90_000}, 400, "prompt 0 has 90000 bytes, but this model can take at most"),
+        ("chat/completions", {}, 400, "messages is missing"),
+        ("chat/completions", {"messages": [{"role": "function", "content": "a"}]}, 400, "messages.0: role is 'function'"),
+        ("chat/completions", {"messages": [*MESSAGES, CALLING]}, 400, "messages.2: tool_calls are not supported by the chat template"),
+        ("chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ("chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "half of a surrogate pair"),
     ],
 )
@@ -272,6 +308,13 @@ def test_what_is_no_request_is_refused_in_openais_form(
     found, _, answer = server.ask(method, path, body, **headers)
     assert found == status, answer
     assert answer["error"].keys() == {"message", "type", "param", "code"} and words in answer["error"]["message"]
+
+
+def test_unknown_fields_are_ignored_and_named_in_the_log(server: Server, greedy: list[dict[str, Any]]) -> None:
+    for _ in range(2):
+        assert ask(server, chat_id="a", web_search_options={}).choices[0].text == greedy[0]["text"]
+    for name in ("chat_id", "web_search_options"):
+        assert server.stderr.count(f"warning: unknown field '{name}' in a request is ignored") == 1
 
 
 def test_requests_with_extreme_numbers_end_no_rank(server: Server) -> None:

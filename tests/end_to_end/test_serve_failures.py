@@ -2,7 +2,10 @@
 
 import itertools
 import os
+import resource
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +49,27 @@ if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK")
     Engine.add, Engine.step = add_and_note, step_or_die
 """
 """Rank 1 dies in the first step of a certain prompt, each time that it comes."""
+
+
+LIMITED = """
+import resource, runpy, sys
+
+resource.setrlimit(resource.RLIMIT_NOFILE, ({num_files}, {num_files}))
+sys.argv[0] = "tandem"
+runpy.run_module("launcher", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Lets this process open 1400 connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1500:
+        pytest.skip(f"the hard limit of open files is {hard}")
+    if soft != resource.RLIM_INFINITY and soft < 1500:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1500, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +233,27 @@ def test_sigterm_lets_running_answers_come_to_their_end_and_takes_no_new_ones(sm
     assert small_server.running.process.wait(SECONDS) == 143
     assert small_server.running.wait_until_gone(10) == []
     assert "stopped by SIGTERM" in small_server.stderr and "Traceback" not in small_server.stderr
+
+
+@pytest.mark.parametrize(("num_files", "num_connections"), [(1024, 1300), (96, 300)])
+def test_idle_connections_leave_descriptors_for_a_restart(
+    tandem: "Tandem", checkpoints: "Checkpoints", num_files: int, num_connections: int, many_files: None
+) -> None:
+    limited = (sys.executable, "-c", LIMITED.format(num_files=num_files))
+    server = Server(tandem, "--checkpoint", checkpoints.float, "--workers", "2", *RANKS, module=limited[1:])
+    try:
+        server.wait_until_ready()
+        expected = server.complete("I love", max_tokens=5, temperature=0)["choices"]
+        with ExitStack() as stack:
+            for _ in range(num_connections):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS))
+            os.kill(server.running.find_ranks()[1], signal.SIGKILL)
+            wait_until(lambda: "the ranks are back" in server.stderr, "the restart")
+            server.wait_until_ready()
+            assert server.complete("I love", max_tokens=5, temperature=0)["choices"] == expected
+            assert len(os.listdir(f"/proc/{server.running.process.pid}/fd")) < num_files
+        assert "Traceback" not in server.stderr and len(server.stderr) < 10_000
+        server.running.process.send_signal(signal.SIGTERM)
+        assert server.running.process.wait(SECONDS) == 143
+    finally:
+        server.end()

@@ -1,7 +1,9 @@
 """How `tandem serve` starts, under torchrun too, and how it ends where it cannot: refusals, ranks that do not load, an early signal."""
 
+import re
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,9 +87,26 @@ REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
     "queue": (lambda _: ("--max-queue", "-1"), "--max-queue is -1, but has to be at least 0"),
     "request timeout": (lambda _: ("--request-timeout", "0"), "--request-timeout is 0.0, but has to be above 0"),
-    "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be at least 0"),
+    "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be from 0 to 31536000 seconds"),
     "prefill tokens": (lambda _: ("--prefill-tokens", "15"), "--prefill-tokens is 15, but has to be from 16 to 512"),
-    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be above 0"),
+    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be from 0.001 to 1000 megabytes"),
+    "connections": (lambda _: ("--max-connections", "0"), "--max-connections is 0, but has to be at least 1"),
+    "more connections than files": (
+        lambda _: ("--max-connections", "99999"),
+        r"the limit of open files is \d+, but --max-connections 99999",
+    ),
+    "connections of a client": (lambda _: ("--max-client-connections", "-5"), "--max-client-connections is -5, but has to be at least 1"),
+    "requests of a client": (lambda _: ("--max-client-requests", "0"), "--max-client-requests is 0, but has to be at least 1"),
+    **{
+        f"{flag} {value}": (lambda _, flag=flag, value=value: (flag, value), f"{name} is {value}, but has to be ")
+        for flag, name in (
+            ("--request-timeout", "--request-timeout"),
+            ("--drain", "--drain"),
+            ("--max-body-mb", "--max-body-mb"),
+            ("--timeout", "timeout_seconds"),
+        )
+        for value in ("inf", "-inf", "nan")
+    },
     "batch": (lambda _: ("--max-batch-size", "0"), "max_batch_size is 0, but has to be above 0"),
     "blocks": (lambda _: ("--num-blocks", "0"), "num_blocks is 0"),
 }
@@ -105,6 +124,14 @@ def test_what_cannot_be_served_is_refused_before_any_process_starts(refuse: Call
     finally:
         while LISTENERS:
             LISTENERS.pop().close()
+
+
+@pytest.mark.slow
+def test_a_limit_of_open_files_that_holds_no_server_is_refused(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    command = [sys.executable, "-m", "launcher", "serve", "--checkpoint", checkpoints.float, "--workers", "2", "--port", "0"]
+    result = tandem.run_command(["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *command])
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.search(r"^tandem: the limit of open files is 80, but a server of 2 ranks needs \d+: raise it with ulimit -n$", result.stderr)
 
 
 @pytest.mark.slow

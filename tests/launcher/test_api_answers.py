@@ -131,14 +131,21 @@ def test_objects_say_what_they_are(is_chat: bool, is_chunk: bool, kind: str, pre
 def test_log_probabilities_stand_as_each_route_has_them() -> None:
     tokenizer = WordTokenizer("so", " ü")
     tokens = [NewToken(0, None, -0.5, ((0, -0.5), (1, -1.0))), NewToken(1, "length", -0.25, ())]
-    assert build_text_logprobs(tokenizer, tokens, 10) == {
+    assert build_text_logprobs(tokenizer, [], tokens, 10) == {
         "tokens": ["so", " ü"],
         "token_logprobs": [-0.5, -0.25],
         "top_logprobs": [{"so": -0.5, " ü": -1.0}, None],
         "text_offset": [10, 12],
     }
     alike = NewToken(0, None, -0.5, ((0, -0.5), (2, -1.0)))
-    assert build_text_logprobs(WordTokenizer(b"\xe2", "", b"\x82"), [alike], 0)["top_logprobs"] == [{"\ufffd": -0.5}], "the likeliest"
+    assert build_text_logprobs(WordTokenizer(b"\xe2", "", b"\x82"), [], [alike], 0)["top_logprobs"] == [{"\ufffd": -0.5}], "the likeliest"
+    prompt = [NewToken(1, None, None, ()), NewToken(0, None, -2.0, ((1, -0.1),))]
+    assert build_text_logprobs(tokenizer, prompt, tokens, 4) == {
+        "tokens": [" ü", "so", "so", " ü"],
+        "token_logprobs": [None, -2.0, -0.5, -0.25],
+        "top_logprobs": [None, {" ü": -0.1}, {"so": -0.5, " ü": -1.0}, None],
+        "text_offset": [0, 2, 4, 6],
+    }
     first, second = build_chat_logprobs(tokenizer, tokens)["content"]
     assert first["token"] == "so" and first["logprob"] == -0.5 and [one["token"] for one in first["top_logprobs"]] == ["so", " ü"]
     assert second == {"token": " ü", "logprob": -0.25, "bytes": [32, 195, 188], "top_logprobs": []}

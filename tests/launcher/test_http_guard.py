@@ -4,7 +4,9 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import uvicorn
 
 from launcher import http_guard
+from launcher.connection_places import ConnectionPlaces
 from launcher.http_app import build_app
-from launcher.http_guard import Guard, Limits, TimedProtocol
+from launcher.http_guard import Guard, GuardedProtocol, Limits
 from launcher.service_errors import queue_full
 
 Scope = dict[str, Any]
@@ -69,7 +72,7 @@ class Call:
 
 
 def limit(**values: Any) -> Limits:
-    return Limits(**{"api_keys": (), "checks_host": False, "max_body_bytes": 10, **values})
+    return Limits(**{"api_keys": (), "checks_host": False, "max_body_bytes": 10, "max_client_requests": 4, **values})
 
 
 KEYED = limit(api_keys=(b"first", b"second"))
@@ -252,14 +255,21 @@ def test_a_fault_in_the_middle_of_an_answer_gets_no_second_one(capsys: pytest.Ca
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socket]]:
     """Connections to a server whose callers have half a second for the head of a request."""
     monkeypatch.setattr(http_guard, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(http_guard, "STALL_SECONDS", 0.5)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/long":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(2000):
+                await send({"type": "http.response.body", "body": bytes(100_000), "more_body": True})
+                await asyncio.sleep(0.001)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
     guard = Guard(app, limit(), lambda path, status: None)
+    protocol: Any = partial(GuardedProtocol, ConnectionPlaces(4, 4))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(guard, http=TimedProtocol, ws="none", lifespan="off", loop="asyncio", log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(guard, http=protocol, ws="none", lifespan="off", loop="asyncio", log_level="critical"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     connections = []
@@ -303,3 +313,74 @@ def test_a_head_that_is_there_has_no_time_limit_on_its_answer(serve: Callable[[]
     connection.settimeout(60)
     connection.sendall(b"2")
     assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_that_is_not_read_is_not_kept_for_long(serve: Callable[[], socket.socket]) -> None:
+    connection = serve()
+    connection.sendall(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+    time.sleep(2)
+    come = 0
+    while piece := connection.recv(1 << 20):
+        come += len(piece)
+    assert come < 100e6, "closed before its end"
+
+
+def test_an_answer_that_is_read_slowly_is_kept(serve: Callable[[], socket.socket]) -> None:
+    connection = serve()
+    connection.sendall(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+    for _ in range(10):
+        time.sleep(0.1)
+        for _ in range(40):
+            assert connection.recv(1 << 18)
+
+
+def test_a_connection_that_finds_no_place_is_told_so(serve: Callable[[], socket.socket]) -> None:
+    begun = [serve() for _ in range(4)]
+    for connection in begun:
+        connection.sendall(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+    late = serve()
+    late.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert late.recv(1000).startswith(b"HTTP/1.1 503")
+    for connection in begun:
+        connection.sendall(b"{}")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    again = serve()
+    again.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert again.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_has_so_many_requests_in_progress_at_most() -> None:
+    call = Call(limit(max_client_requests=1))
+
+    async def ask_again(scope: Any, receive: Any, send: Any) -> None:
+        """While one is in progress."""
+        await call._app({**scope}, receive, send)
+
+    inner = call._app._app
+    call._app._app = ask_again
+    assert call.make() == 429 and call.error["code"] == "too_many_requests"
+    call._app._app = inner
+    call.sent.clear()
+    assert call.make() == 200
+
+
+def test_bodies_of_all_clients_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "_HELD_BODIES", 0.5)
+    call = Call(limit())
+    assert call.make(pieces=[b"12345", b"6"]) == 503 and call.error["code"] == "busy"
+    call.sent.clear()
+    assert call.make(pieces=[b"12345"]) == 200, "what was held has been let go"
+
+
+def test_the_same_fault_is_reported_once_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("boom")
+
+    call = Call(limit(), fail)
+    for _ in range(50):
+        call.make()
+        call.sent.clear()
+    assert 1 <= capsys.readouterr().err.count("RuntimeError: boom") < 10

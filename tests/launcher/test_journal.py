@@ -214,3 +214,18 @@ def test_ranks_that_did_not_come_to_serve_have_not_failed_because_of_anything() 
         assert journal.note_failure(served=False) == []
     assert journal.note_failure() == journal.note_failure() == []
     assert journal.note_failure() == [0]
+
+
+def test_scores_of_a_prompt_are_given_once_however_often_ranks_start_again(journal: Journal) -> None:
+    def score(position: int) -> tuple[Any, ...]:
+        return 0, position, 70 + position, -float(position), [[5, -0.5]]
+
+    Ranks(journal).connect()
+    journal.add(ask(0))
+    first = journal.take_scores([score(1)])
+    assert [(index, one.token_id, one.logprob, one.top_logprobs) for index, one in first] == [(0, 71, -1.0, ((5, -0.5),))]
+    journal.note_failure()
+    Ranks(journal).connect()
+    assert [one.token_id for _, one in journal.take_scores([score(1), score(2)])] == [72]
+    journal.cancel(0)
+    assert journal.take_scores([score(3)]) == []

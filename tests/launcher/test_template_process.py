@@ -256,7 +256,7 @@ def test_a_broken_template_disables_chat_with_a_reason(tmp_path: Path, source: A
     try:
         assert chat.reason is not None and reason in chat.reason
         with pytest.raises(ServiceError, match="chat is disabled for this model: ") as caught:
-            asyncio.run(chat.render(MESSAGES))
+            chat.render(MESSAGES)
         assert caught.value.status == 400 and reason in str(caught.value)
     finally:
         chat.close()
@@ -267,12 +267,12 @@ def test_an_endless_template_leaves_the_event_loop_free(tmp_path: Path) -> None:
     chat = ChatRenderer(write_template(tmp_path, source), read_tokenizer_settings(tmp_path), TemplateProcess(seconds=0.5, wall_seconds=60))
 
     async def run() -> tuple[int, Any, str]:
-        work = asyncio.create_task(chat.render([{"role": "user", "content": "loop"}]))
+        work = asyncio.create_task(asyncio.to_thread(chat.render, [{"role": "user", "content": "loop"}]))
         ticks = 0
         while not work.done():
             await asyncio.sleep(0.01)
             ticks += 1
-        return ticks, work.exception(), await chat.render(MESSAGES)
+        return ticks, work.exception(), chat.render(MESSAGES)
 
     try:
         ticks, error, text = asyncio.run(run())
@@ -288,6 +288,6 @@ def test_a_conversation_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     chat = ChatRenderer(write_template(tmp_path, "{{ messages }}"), read_tokenizer_settings(tmp_path))
     try:
         with pytest.raises(RequestError, match="nested too deeply"):
-            asyncio.run(chat.render([{"role": "user", "content": deep}]))
+            chat.render([{"role": "user", "content": deep}])
     finally:
         chat.close()
