@@ -21,7 +21,7 @@ from launcher.options import RunOptions
 from launcher.output_paths import check_output_file
 from launcher.profile_report import build_trace, print_profile
 from launcher.run_identity import read_version
-from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result
+from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result, writes_results
 from launcher.settings import Settings
 from launcher.speculation_bench import describe_row, encode_prompts
 from launcher.streams import require_stdout
@@ -62,7 +62,9 @@ class BenchOptions(RunOptions):
 def bench(options: BenchOptions) -> None:
     """Measure and print. Raises InputError before anything starts, RanksFailedError when ranks failed."""
     _check_words(options)
-    require_stdout("leave it open")
+    if writes_results(options):
+        check_output_file("--profile", options.profile)
+        require_stdout("leave it open")
     batch_sizes = read_batch_sizes(options.batch_sizes)
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     task = plan_bench(options, run, batch_sizes)
@@ -206,7 +208,6 @@ def _check_words(options: BenchOptions) -> None:
         raise ConfigError(f"--quantization is {options.quantization!r}, but has to be one of {', '.join(RANDOM_QUANTIZATIONS)}")
     if options.rounds < 1:
         raise ConfigError(f"--rounds is {options.rounds}, but has to be at least 1")
-    check_output_file("--profile", options.profile)
 
 
 def _open(options: BenchOptions, settings: Settings) -> OpenedModel:

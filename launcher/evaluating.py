@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.options import RunOptions
-from launcher.running import Run, build_job, open_run, run_to_result
+from launcher.running import Run, build_job, open_run, run_to_result, writes_results
 from launcher.streams import require_stdout
 from launcher.tasks import EVALUATIONS, Evaluate
 from model.evaluation import check_rows
@@ -38,7 +38,8 @@ def evaluate(options: EvaluateOptions) -> None:
         raise ConfigError(f"--task is {options.task!r}, but has to be one of {', '.join(EVALUATIONS)}")
     if options.data is None:
         raise ConfigError("no data: give a BoolQ file (JSON lines) or a text file with --data")
-    require_stdout("leave it open")
+    if writes_results(options):
+        require_stdout("leave it open")
     run = open_run(options)
     task = _plan_windows(options, options.data, run) if options.task == "perplexity" else _plan_questions(options, options.data, run)
     job = build_job(run, task)

@@ -14,7 +14,7 @@ from launcher.file_errors import as_run_failure
 from launcher.options import RunOptions
 from launcher.output_paths import check_output_file
 from launcher.results import ResultsFile, hold_results, read_results
-from launcher.running import Run, build_job, first_said, open_run, run_job
+from launcher.running import Run, build_job, first_said, open_run, run_job, writes_results
 from launcher.settings import Settings
 from launcher.streams import require_stdout
 from model.request import Request, check_memory, check_request
@@ -52,10 +52,11 @@ class PredictOptions(RunOptions):
 
 def predict(options: PredictOptions) -> None:
     """Run the main job. Raises InputError before anything starts, RanksFailedError when ranks failed."""
-    check_output_file("--output", options.output)
-    check_output_file("--stats", options.stats)
-    if options.output is None:
-        require_stdout("give --output")
+    if writes_results(options):
+        check_output_file("--output", options.output)
+        check_output_file("--stats", options.stats)
+        if options.output is None:
+            require_stdout("give --output")
     run = open_run(options)
     tokenizer = run.read_tokenizer()
     prompts = read_prompts(options)

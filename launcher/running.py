@@ -140,6 +140,13 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     return Run(options, settings, environment, world_size, nodes, opened)
 
 
+def writes_results(options: RunOptions) -> bool:
+    """Whether this process is the one of its run that writes results: on the first node, or as rank 0. Paths may not exist elsewhere."""
+    if options.num_nodes or options.local_workers:
+        return not options.node_rank
+    return not read_environment().rank
+
+
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     """How the checkpoint is to be opened."""
     key_file = str(options.key_file.absolute()) if options.key_file else None

@@ -164,6 +164,31 @@ def test_an_unusable_path_ends_with_code_2_and_a_sentence_before_anything_starts
     refuse(make, names, False)
 
 
+@pytest.mark.parametrize(
+    ("words", "variables", "expected"),
+    [
+        ((), {}, True),
+        (("--nnodes", "2", "--node-rank", "0"), {}, True),
+        (("--nnodes", "2", "--node-rank", "1"), {}, False),
+        ((), {"RANK": "0"}, True),
+        ((), {"RANK": "1"}, False),
+        (("--nnodes", "2", "--node-rank", "0"), {"RANK": "1"}, True),
+    ],
+)
+def test_paths_of_results_are_checked_where_they_are_written_only(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str], expected: bool
+) -> None:
+    from launcher.options import RunOptions
+    from launcher.running import writes_results
+
+    if variables:
+        variables |= {"WORLD_SIZE": "2", "LOCAL_RANK": variables["RANK"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    options = RunOptions(num_nodes=int(words[1]), node_rank=int(words[3])) if words else RunOptions()
+    assert writes_results(options) is expected
+
+
 def test_results_survive_a_standard_output_that_cannot_spell_them(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     folder = tandem.new_folder()
     command = tandem.predict_command(folder, "--checkpoint", checkpoints.float, "--prompt", "茶 é", "--max-new-tokens", "3")

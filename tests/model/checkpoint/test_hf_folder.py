@@ -194,7 +194,7 @@ def test_a_damaged_line_of_checksums_is_refused_with_its_number(tmp_path: Path, 
         ('{"a": 1' + "0" * 5000 + "}", "is not JSON: Exceeds the limit"),
         ("\ufeff{}", "is not JSON"),
         ("[]", "holds a list, but a JSON object is needed"),
-        (" " * ((1 << 24) + 1), "it has 16777217 bytes, but at most 16777216 are read"),
+        (" " * ((1 << 24) + 1), "cannot be read: it has 16777217 bytes, but at most 16777216 are read"),
     ],
 )
 def test_settings_that_are_no_json_object_are_refused(tmp_path: Path, text: str, message: str) -> None:
