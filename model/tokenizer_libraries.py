@@ -249,7 +249,7 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: TokenizerSettings, sou
                 LibraryToken(
                     token.content,
                     special=token.special,
-                    normalized=token.normalized,
+                    normalized=not token.special if token.normalized is None else token.normalized,
                     lstrip=token.lstrip,
                     rstrip=token.rstrip,
                     single_word=token.single_word,

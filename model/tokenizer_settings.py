@@ -27,8 +27,8 @@ class AddedToken:
     content: str
     special: bool = False
     """Left out when text is decoded."""
-    normalized: bool = True
-    """Searched in the normalized text instead of the text as written."""
+    normalized: bool | None = None
+    """Searched in the normalized text instead of the text as written. None: if it is not special."""
     lstrip: bool = False
     """Takes the white space before it."""
     rstrip: bool = False
@@ -194,7 +194,7 @@ def _read_role(role: str, value: Any, path: Path) -> AddedToken | None:
 
 
 def _read_token(value: Any, path: Path, *, special: bool) -> AddedToken:
-    """A token as text or as an object; without flags `normalized` is the opposite of `special`."""
+    """A token as text or as an object."""
     raw = {"content": value} if isinstance(value, str) else value
     if not isinstance(raw, dict) or not isinstance(raw.get("content"), str):
         raise CheckpointError(f"{path}: {quote(value)} is listed as a token, but a text, or an object with 'content', is needed")
@@ -208,11 +208,10 @@ def _read_token(value: Any, path: Path, *, special: bool) -> AddedToken:
         if flag is not None and not isinstance(flag, bool):
             raise CheckpointError(f"{path}: {name} of the token {quote(raw['content'])} is {quote(flag)}, but true or false is needed")
         flags[name] = flag
-    special = special if flags["special"] is None else flags["special"]
     return AddedToken(
         content=raw["content"],
-        special=special,
-        normalized=not special if flags["normalized"] is None else flags["normalized"],
+        special=special if flags["special"] is None else flags["special"],
+        normalized=flags["normalized"],
         lstrip=bool(flags["lstrip"]),
         rstrip=bool(flags["rstrip"]),
         single_word=bool(flags["single_word"]),
@@ -241,7 +240,8 @@ def _read_added(raw: Mapping[str, Any], special: set[str | None], path: Path) ->
             raise CheckpointError(
                 f"{path} gives id {number} to {quote(found[number].content)} and to {quote(content)}: correct one of them"
             )
-        found[number] = _read_token({"content": content}, path, special=content in special)
+        token = _read_token({"content": content}, path, special=content in special)
+        found[number] = replace(token, normalized=not token.special)
     return found
 
 
