@@ -3,6 +3,7 @@
 Everything that can be wrong is found here, before any process starts. Knows no typer, and no task.
 """
 
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from parallel.errors import ConfigError
 DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
+_DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
+"""Files, sockets and processes that a run has open at least."""
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 
@@ -190,6 +193,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
     """
     options, own, environment = run.options, run.settings.tandem, run.environment
+    _check_descriptors(job.world_size)
     log_dir = Path(options.log_dir or own.log_dir or DEFAULT_LOG_DIR).absolute()
     if environment.is_rank:
         join_ranks(environment, job, log_dir, observer)
@@ -212,6 +216,13 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     except RanksFailedError as error:
         error.verdict.write(log_dir)
         raise
+
+
+def _check_descriptors(world_size: int) -> None:
+    """Raise ConfigError for a limit with which libtorch would abort the process without a word."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _DESCRIPTORS + _RANK_DESCRIPTORS * world_size
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
 
 
 def _read_again(job: Job) -> Fingerprint:
