@@ -3,6 +3,7 @@
 Everything that can be wrong is found here, before any process starts. Knows no typer, and no task.
 """
 
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 MAX_SECONDS = 31_536_000
 """A year, the longest time limit: clocks of the operating system overflow far beyond."""
 DEFAULT_MAX_RESTARTS = 1
+_DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
+"""Files, sockets and processes that a run has open at least."""
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 
@@ -249,6 +252,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
     Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
     """
+    _check_descriptors(job.world_size)
     environment = run.environment
     is_first = not (environment.rank if environment.is_rank else run.nodes.node_rank)
     folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
@@ -282,6 +286,13 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         except OSError as fault:  # a full disk must not hide what has failed
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _check_descriptors(world_size: int) -> None:
+    """Raise ConfigError for a limit with which libtorch would abort the process without a word."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _DESCRIPTORS + _RANK_DESCRIPTORS * world_size
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
 
 
 def _read_again(job: Job) -> Fingerprint:

@@ -155,9 +155,9 @@ def fill_logs(bench: Bench) -> tuple[str, list[str]]:
 
 def exhaust_descriptors(bench: Bench) -> tuple[str, list[str]]:
     """Few open files are allowed."""
-    limit = random.randrange(12, 80)
+    limit = random.randrange(6, 60)
     run = bench.start(0, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
-    word, faults = bench.judge(run, cause="Too many open files|descriptors", codes=(1, 2))
+    word, faults = bench.judge(run, cause="Too many open files|limit of open files", codes=(1, 2))
     return word, [f"{limit} descriptors: {fault}" for fault in faults]
 
 

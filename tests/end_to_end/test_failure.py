@@ -256,6 +256,15 @@ def test_a_run_that_is_frozen_as_a_whole_for_longer_than_the_timeout_goes_on(
     assert stdout == tandem.predict(*_arguments(checkpoints)).stdout
 
 
+def test_too_few_descriptors_are_refused_before_anything_starts(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    folder = tandem.new_folder()
+    command = tandem.predict_command(folder, *_arguments(checkpoints))
+    result = tandem.run_command(["sh", "-c", 'ulimit -n 20 && exec "$@"', "sh", *command])
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert result.stderr == "tandem: the limit of open files is 20, but 2 rank(s) need at least 40: raise it with ulimit -n\n"
+    assert list(folder.iterdir()) == []
+
+
 def test_a_parent_that_is_stopped_for_longer_than_the_timeout_blames_nobody(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "0", "--timeout", "2")
     decoding.running.process.send_signal(signal.SIGSTOP)

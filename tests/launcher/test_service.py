@@ -25,7 +25,9 @@ PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor 
 CALLS = "{% for c in m.tool_calls %}[{{ c.id }} {{ c.function.name }} {{ c.function.arguments }}]{% endfor %}"
 WITH_TOOLS = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + CALLS + "{{ m.tool_call_id }}{{ m.name }}\n{% endfor %}"
 NEEDS_NONE = (
-    "{% for m in messages %}{{ m.role }}: {% if m.content is undefined %}" + CALLS + "{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {% if m.content is undefined %}"
+    + CALLS
+    + "{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
 
