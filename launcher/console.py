@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from launcher.observer import RunObserver
+from launcher.printed_results import ResultPrinter, build_printer
 from launcher.results import Record, ResultsFile
 from launcher.tasks import Decode, Task
 from launcher.whole_file import write_whole
@@ -142,7 +143,9 @@ class RunConsole(RunObserver):
         tokenizer: Tokenizer,
         output: ResultsFile | None = None,
         done: Sequence[Record] = (),
+        printer: ResultPrinter | None = None,
     ) -> None:
+        self._printer = printer or build_printer("mindformers", len(prompts), streams=False)
         self._requests, self._prompts, self._tokenizer, self._output = requests, prompts, tokenizer, output
         self._lock = threading.Lock()
         self._tokens: list[list[int]] = [[] for _ in prompts]
@@ -150,6 +153,7 @@ class RunConsole(RunObserver):
         self._reasons: list[str | None] = [None] * len(prompts)
         self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in requests]
         self._texts = [""] * len(prompts)
+        self._records: dict[int, Record] = {record.index: record for record in done}
         for record in done:
             self._tokens[record.index] = list(record.token_ids)
             self._reasons[record.index], self._texts[record.index] = record.finish_reason, record.text
@@ -172,6 +176,9 @@ class RunConsole(RunObserver):
             if again:
                 self._print_result(self._num_printed)
             self._num_printed += 1
+        if self._printer.streams and self._num_printed < len(self._prompts) and self._tokens[self._num_printed]:
+            index = self._num_printed
+            self._printer.write_part(index, self._prompts[index], self._texts[index])
 
     def continue_task(self, task: Task) -> Task:
         """What is left to do now."""
@@ -242,20 +249,18 @@ class RunConsole(RunObserver):
             self._recoveries.append(time.time() - self._failed_at)
             self._failed_at = None
         self._texts[index] += self._streams[index].push(token_id)
-        if finish_reason and self._output is not None:
-            self._output.append(self._build_record(index, finish_reason))
-        if self._terminal.is_terminal:
+        if finish_reason:
+            self._records[index] = self._build_record(index, finish_reason)
+            if self._output is not None:
+                self._output.append(self._records[index])
+        if self._terminal.is_terminal and not self._printer.streams:
             self._show_live()
         self.print_done()
 
     def _print_result(self, index: int) -> None:
-        text = self._prompts[index] + self._continuation(index)
         if sys.stdout.isatty():
             self._stop_live()  # a result must not land among the live lines
-        print(f"'text_generation_text': {[text]}", flush=True)
-
-    def _continuation(self, index: int) -> str:
-        return continuation(self._tokenizer, self._requests[index].prompt_ids, self._tokens[index])
+        self._printer.write_result(self._records[index])
 
     def _build_record(self, index: int, finish_reason: str) -> Record:
         request = self._requests[index]
@@ -264,7 +269,7 @@ class RunConsole(RunObserver):
             prompt=self._prompts[index],
             prompt_token_ids=request.prompt_ids,
             token_ids=tuple(self._tokens[index]),
-            text=self._continuation(index),
+            text=continuation(self._tokenizer, request.prompt_ids, self._tokens[index]),
             finish_reason=finish_reason,
             logprobs=tuple(self._logprobs[index]) if request.params.logprobs else None,
         )

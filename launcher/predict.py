@@ -3,13 +3,11 @@
 Everything that can be wrong is found here, before any process starts. Knows no typer: options come as a plain value.
 """
 
-import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.console import RunConsole
-from launcher.options import RunOptions
+from launcher.decode_options import PredictOptions
+from launcher.printed_results import build_printer
 from launcher.results import ResultsFile, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.settings import Settings
@@ -18,38 +16,15 @@ from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
 
-DEFAULT_PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
-"""MindFormers' run_llama2_generate.py's."""
 DEFAULT_MAX_LENGTH = 1024
 """MindFormers' LlamaConfig.max_decode_length."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    prompts: tuple[str, ...] = ()
-    prompts_file: Path | None = None
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: bool = False
-    output: Path | None = None
-    resume: bool = False
-    stats: Path | None = None
 
 
 def predict(options: PredictOptions) -> None:
     """Run the main job. Raises InputError before anything starts, RanksFailedError when ranks failed."""
     run = open_run(options)
     tokenizer = run.read_tokenizer()
-    prompts = read_prompts(options)
+    prompts = list(options.prompts)
     requests = plan_requests(options, run, tokenizer, prompts)
     if options.resume and options.output is None:
         raise RequestError("--resume skips what is in the file of --output; give --output")
@@ -59,7 +34,9 @@ def predict(options: PredictOptions) -> None:
     vocab_size = run.opened.config.vocab_size
     done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
     output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
-    console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
+    # A rank that a launcher restarts would print the beginning of a text again.
+    printer = build_printer(options.output_format, len(prompts), streams=not run.environment.is_rank)
+    console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done, printer)
     job = build_job(run, console.plan_task())
     if job.num_blocks is not None:
         for request in requests:
@@ -81,24 +58,6 @@ def predict(options: PredictOptions) -> None:
     if not console.is_done:
         raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
     console.write(options.stats, restarts)
-
-
-def read_prompts(options: PredictOptions) -> list[str]:
-    """The prompts of the options, of the file, or the original's three. Raises RequestError for a file without any."""
-    prompts = list(options.prompts)
-    path = options.prompts_file
-    if path is not None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise RequestError(f"the prompts file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"the prompts file {path} cannot be read: {error}") from None
-        found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-        if not found:
-            raise RequestError(f"the prompts file {path} holds no prompt: write one a line")
-        prompts += found
-    return prompts or list(DEFAULT_PROMPTS)
 
 
 def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, prompts: list[str]) -> list[Request]:
@@ -148,15 +107,3 @@ def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int]
             f"prompt {lengths.index(longest)} has {longest} tokens, but max_length is {max_length}; set a larger --max-length"
         )
     return [max_length - length for length in lengths]
-
-
-def _read_prompt(line: str, path: Path, number: int) -> str:
-    if path.suffix != ".jsonl":
-        return line
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise RequestError(f'{path}, line {number}: a JSON object with "prompt" is needed')
-    return prompt

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.approaches import check_words, plan_recipe
+from launcher.checkpoint_options import QuantizeOptions
 from launcher.console import ByteProgress
 from launcher.rewriting import tell_written
 from launcher.running import Run, build_job, open_run, run_to_result

@@ -7,48 +7,40 @@ import sys
 import time
 from pathlib import Path
 
+from launcher.checkpoint_options import ConvertOptions, ReshardOptions, RewriteOptions
 from launcher.console import ByteProgress
-from launcher.options import CheckpointOptions
 from launcher.running import OpenedModel, open_model
 from launcher.settings import open_settings
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files
 from model.checkpoint.rewriting import convert_checkpoint
-from model.config import DTYPES
-from parallel.errors import ConfigError
-
-TARGETS = ("hf", "mindspore")
 
 
-def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None, *, overwrite: bool) -> None:
+def convert(options: ConvertOptions) -> None:
     """Write a Hugging Face folder, or a MindSpore file or folder. Raises InputError before anything is written."""
-    if to not in TARGETS:
-        raise ConfigError(f"--to is {to!r}, but has to be one of {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
-    opened = _open(options, target, overwrite=overwrite)
+    opened, target = _open(options), options.target
     started, progress = time.perf_counter(), ByteProgress("converting")
-    if to == "hf":
-        convert_checkpoint(opened.source, target, dtype, progress)
+    if options.to == "hf":
+        convert_checkpoint(opened.source, target, options.dtype, progress)
     else:
-        write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
+        write_mindspore(opened.source, opened.config, opened.scheme, target, options.dtype, progress)
     tell_written(target, started)
 
 
-def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite: bool) -> None:
+def reshard(options: ReshardOptions) -> None:
     """Write rank files. Raises InputError before anything is written."""
-    opened = _open(options, target, overwrite=overwrite)
+    opened, target, workers = _open(options), options.target, options.workers
     opened.config.layout().check(workers)
     started = time.perf_counter()
     write_rank_files(opened.source, opened.config, opened.scheme, workers, target, ByteProgress("writing rank files"))
     tell_written(target, started)
 
 
-def _open(options: CheckpointOptions, target: Path, *, overwrite: bool) -> OpenedModel:
+def _open(options: RewriteOptions) -> OpenedModel:
     # What is damaged would be written again as if it were whole, with new checksums.
     opened = open_model(options, open_settings(options.config), quantized=False)
-    check_target(target, overwrite=overwrite)
+    check_target(options.target, overwrite=options.overwrite)
     return opened
 
 

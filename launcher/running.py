@@ -5,9 +5,7 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ import torch
 
 from launcher.connecting import shared_memory_works
 from launcher.console import ByteProgress, WorkConsole
-from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
+from launcher.environment import LaunchEnvironment, decide_world_size
 from launcher.job import Job
 from launcher.joining import join_ranks
 from launcher.memory_forecast import forecast_memory
-from launcher.nodes import Nodes, plan_nodes
+from launcher.nodes import Nodes
 from launcher.observer import RunObserver
 from launcher.options import CheckpointOptions, RunOptions
+from launcher.preparation import plan_run_nodes, read_run_environment
 from launcher.reading_ahead import read_ahead
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
@@ -85,17 +84,14 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 
     A process that is msrun's scheduler does not return: it serves the ranks and exits.
     """
-    environment = read_environment()
+    environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
-    if options.num_nodes or options.local_workers:
-        # Who says what each node starts has had srun or mpirun start one such command a node: it is no rank.
-        environment = environment.as_program()
     settings = open_settings(options.config)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
-    nodes = Nodes() if environment.is_rank else _plan_nodes(options, world_size)
+    nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
@@ -109,7 +105,7 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
 
 
-def find_checkpoint(option: Path | None, settings: Settings) -> Path:
+def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
     """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
     path = option or settings.load_checkpoint
     if not path:
@@ -216,24 +212,6 @@ def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] 
         console.close()
     assert run.environment.rank or console.result is not None
     return None if run.environment.rank else console.result
-
-
-def read_version() -> str:
-    """Of this program."""
-    with suppress(PackageNotFoundError):
-        return version("tandem-launcher")
-    return "not installed"
-
-
-def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:
-    return plan_nodes(
-        world_size,
-        num_nodes=options.num_nodes,
-        node_rank=options.node_rank,
-        local_workers=options.local_workers,
-        master_addr=options.master_addr,
-        master_port=options.master_port,
-    )
 
 
 def _parse_flag(name: str, word: str | None) -> bool:

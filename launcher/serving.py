@@ -7,20 +7,22 @@ import asyncio
 import socket
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.cores import share_cores
+from launcher.decode_options import ServeOptions
 from launcher.graceful_stop import StoppedError
 from launcher.job import Job
 from launcher.key_value_store import is_loopback
+from launcher.listening import listen
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
-from launcher.options import RunOptions
-from launcher.running import Run, build_job, first_said, open_run, read_version, run_job
+from launcher.program_version import read_version
+from launcher.running import Run, build_job, first_said, open_run, run_job
 from launcher.tasks import Serve
-from model.config import PREFILL_TOKENS, count_blocks
+from model.config import count_blocks
 from model.native import find_kernels
 from model.planning import RankPlan, Workload, plan_ranks
 from parallel.errors import ConfigError, RunError
@@ -29,53 +31,24 @@ if TYPE_CHECKING:
     from launcher.http_guard import App
     from launcher.serve_front import ServeFront
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 DEFAULT_MAX_RESTARTS = 1000
 """A server is to stay up; attempts that do not come to serve end it long before."""
-DEFAULT_MAX_WAITING, DEFAULT_REQUEST_SECONDS, DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_BODY_MEGABYTES = 256, 600.0, 30.0, 4.0
-DEFAULT_PREFILL_TOKENS = 256
-"""A pass with so many is a noticeable pause for answers that run beside it; with fewer, weights would be read for too little."""
-_LEAST_PREFILL_TOKENS = 16
 _MEMORY_SHARE = 0.5
 """Of what is free beside the weights, for keys and values, where no number of blocks is said."""
 _END_SECONDS = 15.0
 _MAX_CONNECTIONS = 1024
-_EXTRA = "pip install 'tandem-launcher[serve]'"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    api_key_file: Path | None = None
-    insecure: bool = False
-    """Whether other hosts may come without a key."""
-    served_model_name: str | None = None
-    max_waiting: int = DEFAULT_MAX_WAITING
-    request_seconds: float = DEFAULT_REQUEST_SECONDS
-    drain_seconds: float = DEFAULT_DRAIN_SECONDS
-    prefill_tokens: int = DEFAULT_PREFILL_TOKENS
-    max_body_megabytes: float = DEFAULT_MAX_BODY_MEGABYTES
-    allowed_origins: tuple[str, ...] = ()
-    """Of pages that browsers let call this server."""
 
 
 def serve(options: ServeOptions) -> None:
     """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
-    _check_options(options)
     keys = read_keys(options)
     run = open_run(options)
     max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
     run = replace(run, options=replace(options, max_restarts=max_restarts))
-    try:
-        from launcher.http_app import build_app
-        from launcher.http_guard import Limits
-        from launcher.serve_front import Served, ServeFront
-        from launcher.service import Service
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"tandem serve needs {error.name}, which is not installed: {_EXTRA}") from None
+    from launcher.http_app import build_app
+    from launcher.http_guard import Limits
+    from launcher.serve_front import Served, ServeFront
+    from launcher.service import Service
     from model.chat import load_chat_template
 
     tokenizer = run.read_tokenizer()
@@ -89,7 +62,7 @@ def serve(options: ServeOptions) -> None:
         return
     front = ServeFront(
         Served(
-            name=options.served_model_name or (source.path.stem if source.path.is_file() else source.path.name),
+            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
             version=read_version(),
             config=run.opened.config,
             job=job,
@@ -154,23 +127,6 @@ def read_keys(options: ServeOptions) -> tuple[bytes, ...]:
             f"--api-key-file {options.api_key_file} holds a key with blanks or characters beyond ASCII, which no header carries"
         )
     return keys
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ConfigError: it is found before any rank starts."""
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host} is no address of this host: {error.strerror or error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host") from None
-    return listener
 
 
 def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
@@ -257,22 +213,3 @@ class HttpServer(threading.Thread):
 def _announce(front: "ServeFront", address: str) -> None:
     front.answered_once.wait()
     print(f"ready: {address}/v1, page at {address}/", file=sys.stderr, flush=True)
-
-
-def _check_options(options: ServeOptions) -> None:
-    checks: tuple[tuple[str, Any, bool, str], ...] = (
-        ("--port", options.port, 0 <= options.port <= 65535, "from 0 (any free one) to 65535"),
-        ("--max-queue", options.max_waiting, options.max_waiting >= 0, "at least 0"),
-        ("--request-timeout", options.request_seconds, options.request_seconds > 0, "above 0"),
-        ("--drain", options.drain_seconds, options.drain_seconds >= 0, "at least 0"),
-        (
-            "--prefill-tokens",
-            options.prefill_tokens,
-            _LEAST_PREFILL_TOKENS <= options.prefill_tokens <= PREFILL_TOKENS,
-            f"from {_LEAST_PREFILL_TOKENS} to {PREFILL_TOKENS}",
-        ),
-        ("--max-body-mb", options.max_body_megabytes, options.max_body_megabytes > 0, "above 0"),
-    )
-    for flag, value, holds, needed in checks:
-        if not holds:
-            raise ConfigError(f"{flag} is {value}, but has to be {needed}")

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from launcher.checkpoint_options import VerifyOptions
 from launcher.console import ByteProgress
 from launcher.cores import count_cores
-from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening
 from launcher.settings import open_settings
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
@@ -23,7 +23,7 @@ from parallel.errors import CheckpointError, InputError
 _MAX_THREADS = 4
 
 
-def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
+def verify(options: VerifyOptions) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
     settings = open_settings(options.config)
     path = find_checkpoint(options.checkpoint, settings)
@@ -32,18 +32,18 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
         source = open_checkpoint(path, plan_opening(options, settings))
         result["format"] = options.format or find_format(source.path)
         settings.compare_model_config(build_config(source.config, str(path)), str(path))
-        result |= _check(source, deep=deep)
+        result |= _check(source, deep=options.deep)
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
     result["ok"] = not problems
-    if as_json:
+    if options.as_json:
         print(json.dumps(result))
     else:
         _print(result)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{path} has {count}" if not as_json else f"{path} has {count}, the first: {problems[0]}")
+        raise CheckpointError(f"{path} has {count}" if not options.as_json else f"{path} has {count}, the first: {problems[0]}")
 
 
 def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "TANDEM_TEST_RUN"
 SECONDS = 180
@@ -221,7 +222,8 @@ class Tandem:
     def predict_command(self, folder: Path, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher")) -> list[str | Path]:
         """The command line of a predict whose files land in `folder`."""
         files = ("--output", folder / "results.jsonl", "--stats", folder / "stats.json", "--log-dir", folder / "logs")
-        return [sys.executable, *module, "predict", *arguments, *files]
+        given = [] if {"--prompt", "--prompts-file"} & set(arguments) else [word for text in PROMPTS for word in ("--prompt", text)]
+        return [sys.executable, *module, "predict", "--format", "mindformers", *arguments, *given, *files]
 
     def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), **variables: str) -> Outcome:
         """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session."""

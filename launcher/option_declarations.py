@@ -1,0 +1,147 @@
+"""A command's options are the fields of one frozen dataclass: name, aliases, type, choices, help, panel and default in one place.
+
+`takes` gives a typer command its signature from such a class and imports the command's own module only when it runs.
+"""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import GenericAlias, NoneType, UnionType
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
+OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
+PANELS = ("Arguments", MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
+"""Of the help, in this order."""
+_FLAGS_WIDTH = 34
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """Further spellings of an option, which work but are not shown in the help."""
+
+    flags: tuple[str, ...]
+
+
+def option(
+    *flags: str,
+    help: str,
+    panel: str,
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> Any:
+    """Declare an option. Defaults are part of the help text, since most are decided after parsing."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+
+
+def argument(*, metavar: str, help: str) -> Any:
+    """Declare a positional argument."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def also(*flags: str) -> Aliases:
+    """Declare further spellings of the option beside it; `--on/--off` for a switch."""
+    return Aliases(flags)
+
+
+class DeclaredCommand(TyperCommand):
+    """A command whose options may have aliases, and whose help lists options by panel, most of them on one line."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the panels."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                panels.setdefault("Arguments", []).append((parameter.metavar or record[0], record[1]))
+            else:
+                panel = getattr(parameter, "rich_help_panel", None) or "Other"
+                panels.setdefault(panel, []).append((_describe_flags(parameter), getattr(parameter, "help", None) or ""))
+        for panel, rows in sorted(panels.items(), key=lambda item: PANELS.index(item[0])):
+            with formatter.section(panel):
+                formatter.write_dl(rows, col_max=_FLAGS_WIDTH)
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Add the aliases to the parser."""
+        parser = super().make_parser(ctx)
+        aliases: dict[str, Aliases] = getattr(self.callback, "aliases", {})
+        for parameter in self.params:
+            if parameter.name in aliases:
+                hidden = copy.copy(parameter)
+                pairs = [flag.partition("/") for flag in aliases[parameter.name].flags]
+                hidden.opts = [on for on, _, _ in pairs]
+                hidden.secondary_opts = [off for _, _, off in pairs if off]
+                hidden.add_to_parser(parser, ctx)
+        return parser
+
+
+def _describe_flags(parameter: Any) -> str:
+    """`-n, --workers N`; a switch with its opposite."""
+    short = [flag for flag in parameter.opts if not flag.startswith("--")]
+    flags = ", ".join([*short, *(flag for flag in parameter.opts if flag not in short)])
+    if parameter.secondary_opts:
+        flags += f"/{parameter.secondary_opts[0]}"
+    return f"{flags} {parameter.metavar}" if parameter.metavar else flags
+
+
+def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """Give a command the options of a dataclass; `prepare` checks them, then `module:function` gets them as one value."""
+    assert is_dataclass(options)
+    hints = get_type_hints(options, include_extras=True)
+    declared = [field for field in fields(options) if _find(hints[field.name], typer.models.ParameterInfo)]
+    parameters = []
+    for field in declared:
+        default = inspect.Parameter.empty if field.default is MISSING else None if field.default == () else field.default
+        annotation = _as_typer_reads_it(hints[field.name])
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+
+    def decorate(command: Callable[[], None]) -> Callable[..., None]:
+        def call(**values: Any) -> None:
+            said = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            for field in declared:
+                if field.default == () and said[field.name] is None:
+                    said[field.name] = ()
+            prepared = prepare(options(**said))
+            module, _, function = run.partition(":")
+            getattr(importlib.import_module(module), function)(prepared)
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.aliases = {field.name: found for field in declared if (found := _find(hints[field.name], Aliases))}  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _find(hint: Any, kind: type) -> Any:
+    """What of that kind stands in an annotation."""
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, kind):
+            return part
+    return None
+
+
+def _as_typer_reads_it(hint: Any) -> Any:
+    """Tuples of any length, which typer does not know, as lists; of several types the first, which is what a command line gives."""
+    kind, info = hint.__origin__, _find(hint, typer.models.ParameterInfo)
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    if get_origin(kind) is tuple:
+        kind = list.__class_getitem__(parts[0])
+    elif len(parts) > 1 and get_origin(kind) in (Union, UnionType):
+        kind = parts[0]
+    if not info.metavar and kind is not bool:
+        first = parts[0] if parts and get_origin(kind) is not Literal else kind
+        choices = "|".join(get_args(first)) if get_origin(first) is Literal else ""
+        info.metavar = _METAVARS.get(first) or (choices if len(choices) < _FLAGS_WIDTH - 6 else "NAME")
+    return Annotated[Optional[kind] if NoneType in get_args(hint.__origin__) or isinstance(kind, GenericAlias) else kind, info]  # noqa: UP045
