@@ -4,9 +4,11 @@ Everything that can be wrong is found here, before any process starts. Knows no 
 """
 
 import sys
+from dataclasses import replace
 
 from launcher.console import RunConsole
 from launcher.decode_options import PredictOptions
+from launcher.options import SamplingOptions
 from launcher.printed_results import build_printer
 from launcher.results import ResultsFile, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job
@@ -62,28 +64,32 @@ def predict(options: PredictOptions) -> None:
 
 def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, prompts: list[str]) -> list[Request]:
     """Prompts as ids, each with how it goes on. Options go over the YAML, the YAML over defaults. Raises InputError."""
-    settings, sampling, context = run.settings, run.settings.sampling, run.context_tokens
+    settings, context = run.settings, run.context_tokens
     prompt_ids = [tuple(tokenizer.encode(prompt)) for prompt in prompts]
     lengths = plan_lengths(options, settings, [len(ids) for ids in prompt_ids], context)
     requests = []
     for index, (ids, new_tokens) in enumerate(zip(prompt_ids, lengths, strict=True)):
-        params = SamplingParams(
-            max_new_tokens=new_tokens,
-            do_sample=first_said(options.do_sample, sampling.do_sample, False),
-            temperature=first_said(options.temperature, sampling.temperature, 1.0),
-            top_k=first_said(options.top_k, sampling.top_k, 50),
-            top_p=first_said(options.top_p, sampling.top_p, 1.0),
-            repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
-            seed=first_said(options.seed, settings.seed, 0),
-            ignore_eos=options.ignore_eos,
-            logprobs=options.logprobs,
-        )
+        params = replace(plan_params(options, settings, new_tokens), ignore_eos=options.ignore_eos, logprobs=options.logprobs)
         requests.append(Request(index, ids, params))
         check_request(requests[-1], context, run.opened.config.vocab_size)
     said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
     if said and not requests[0].params.do_sample:
         print(f"warning: {', '.join(said)} without --do-sample change nothing: the likeliest token is taken", file=sys.stderr)
     return requests
+
+
+def plan_params(options: SamplingOptions, settings: Settings, max_new_tokens: int) -> SamplingParams:
+    """How tokens are chosen: options go over the YAML, the YAML over defaults. Raises RequestError for values out of range."""
+    sampling = settings.sampling
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        do_sample=first_said(options.do_sample, sampling.do_sample, False),
+        temperature=first_said(options.temperature, sampling.temperature, 1.0),
+        top_k=first_said(options.top_k, sampling.top_k, 50),
+        top_p=first_said(options.top_p, sampling.top_p, 1.0),
+        repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
+        seed=first_said(options.seed, settings.seed, 0),
+    )
 
 
 def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int], context: int) -> list[int]:
