@@ -183,7 +183,7 @@ def _describe_usage_error(error: Exception) -> str:
     """What is wrong with a command line, and where its options are listed."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "tandem"
-    message = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")  # type: ignore[attr-defined]
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     return f"{message} (see {command} --help)"
 
 

@@ -49,15 +49,9 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
     Raises CheckpointError for a name that the hub does not have, for files that cannot be read here, and when the hub cannot be reached.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    try:
-        cached = Path(snapshot_download(name.id, revision=name.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        cached = None
-    except HFValidationError as error:
-        raise CheckpointError(f"{name} is not a file or folder here, and no valid Hugging Face id: {error}") from None
+    cached = _find_snapshot(name)
     offline = offline or constants.HF_HUB_OFFLINE
     if cached is not None and find_missing(cached, needs_tokenizer=not offline) is None:
         return cached
@@ -72,8 +66,23 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
     print(f"downloading {name}: {len(files)} files, {num_bytes / 1e6:.0f} MB, to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
     try:
         return Path(snapshot_download(name.id, revision=name.revision, allow_patterns=[glob.escape(file) for file in files]))
-    except OSError as error:
+    except Exception as error:  # the HTTP library's own, which differ between versions of huggingface_hub
         raise CheckpointError(f"{name} cannot be downloaded from {constants.ENDPOINT}: {_first_line(error)}; repeat to resume") from None
+
+
+def _find_snapshot(name: HubName) -> Path | None:
+    """The folder of a revision in the cache, complete or not."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name.id, repo_type="model")
+    revision = name.revision or "main"
+    try:
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    except OSError:
+        commit = revision
+    snapshot = repository / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
 
 
 def choose_files(name: str, files: Sequence[str]) -> list[str]:

@@ -4,16 +4,19 @@
 """
 
 import copy
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import GenericAlias, NoneType, UnionType
-from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+
+from parallel.errors import ConfigError
 
 MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
 OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
@@ -111,7 +114,9 @@ def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[C
             for field in declared:
                 if field.default == () and said[field.name] is None:
                     said[field.name] = ()
-            prepared = prepare(options(**said))
+            made = options(**said)
+            check_values(made)
+            prepared = prepare(made)
             module, _, function = run.partition(":")
             getattr(importlib.import_module(module), function)(prepared)
 
@@ -132,16 +137,50 @@ def _find(hint: Any, kind: type) -> Any:
     return None
 
 
+def check_values(options: Any) -> None:
+    """Raise ConfigError for a value that is not among an option's choices or within its limits."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        info, value = _find(hint, typer.models.OptionInfo), getattr(options, name)
+        if info is None or value is None:
+            continue
+        # typer takes the first of the flags for a default until it has read the annotation.
+        flag, choices = str(info.default).partition("/")[0], _list_choices(hint.__origin__)
+        if choices and value not in choices:
+            words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none
+            needed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
+            raise ConfigError(f"{flag} is {value!r}, but has to be {needed}{_suggest(value, choices)}")
+        if info.min is not None and value < info.min:
+            raise ConfigError(f"{flag} is {value}, but has to be at least {info.min:g}")
+        if info.max is not None and value > info.max:
+            raise ConfigError(f"{flag} is {value}, but has to be at most {info.max:g}")
+
+
+def _suggest(value: str, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _list_choices(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, or of `Literal | None`."""
+    literal = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+    return get_args(literal) if literal is not None else ()
+
+
 def _as_typer_reads_it(hint: Any) -> Any:
-    """Tuples of any length, which typer does not know, as lists; of several types the first, which is what a command line gives."""
-    kind, info = hint.__origin__, _find(hint, typer.models.ParameterInfo)
+    """Tuples of any length, which typer does not know, as lists; of several types the first, which is what a command line gives.
+
+    Choices and limits are left to `check_values`, whose messages name both values.
+    """
+    kind, info = hint.__origin__, copy.copy(_find(hint, typer.models.ParameterInfo))
     parts = [part for part in get_args(kind) if part is not NoneType]
-    if get_origin(kind) is tuple:
-        kind = list.__class_getitem__(parts[0])
-    elif len(parts) > 1 and get_origin(kind) in (Union, UnionType):
-        kind = parts[0]
-    if not info.metavar and kind is not bool:
-        first = parts[0] if parts and get_origin(kind) is not Literal else kind
-        choices = "|".join(get_args(first)) if get_origin(first) is Literal else ""
-        info.metavar = _METAVARS.get(first) or (choices if len(choices) < _FLAGS_WIDTH - 6 else "NAME")
-    return Annotated[Optional[kind] if NoneType in get_args(hint.__origin__) or isinstance(kind, GenericAlias) else kind, info]  # noqa: UP045
+    choices = _list_choices(kind)
+    is_list = get_origin(kind) is tuple
+    plain = str if choices else parts[0] if parts else kind
+    if not info.metavar:
+        words = "|".join(choices)
+        info.metavar = _METAVARS[plain] if not choices else words if len(words) < _FLAGS_WIDTH - 6 else "NAME"
+    if hasattr(info, "min"):
+        info.min = info.max = None
+    if is_list:
+        return Annotated[Optional[list.__class_getitem__(plain)], info]  # noqa: UP045
+    return Annotated[Optional[plain] if NoneType in get_args(kind) else plain, info]  # noqa: UP045

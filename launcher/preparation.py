@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.approaches import check_words
 from launcher.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.cores import count_cores
 from launcher.decode_options import ChatOptions, PredictOptions, ServeOptions
@@ -34,6 +35,8 @@ def prepare(options: Any) -> Any:
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
     if environment is not None and environment.is_scheduler:
         return options  # it only serves the rendezvous
+    if isinstance(options, QuantizeOptions):
+        check_words(options)
     _check_input_files(options)
     options = locate_model(options)
     settings = open_settings(options.config)
@@ -138,16 +141,9 @@ def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> Ser
 
 def _prepare_eval(options: EvaluateOptions, environment: LaunchEnvironment) -> EvaluateOptions:
     if options.task is None:
-        raise ConfigError("no task: give --task boolq or --task perplexity")
+        raise ConfigError("--task is missing: give boolq or perplexity")
     if options.data is None:
-        raise ConfigError("no data: give a BoolQ file (JSON lines) or a text file with --data")
-    return options
-
-
-def _prepare_quantize(options: QuantizeOptions, environment: LaunchEnvironment) -> QuantizeOptions:
-    from launcher.approaches import check_words
-
-    check_words(options)
+        raise ConfigError("--data is missing: give a BoolQ file (JSON lines) or a text file")
     return options
 
 
@@ -165,5 +161,4 @@ _CHECKS: dict[type, Callable[[Any, Any], Any]] = {
     ChatOptions: _prepare_chat,
     ServeOptions: _prepare_serve,
     EvaluateOptions: _prepare_eval,
-    QuantizeOptions: _prepare_quantize,
 }

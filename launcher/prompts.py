@@ -56,10 +56,10 @@ def _read_prompt(line: str, path: Path, number: int) -> str:
 
 
 def _read_input() -> str:
-    stream = sys.stdin.buffer
-    if not select.select([stream], [], [], _NOTICE_SECONDS)[0]:
-        print("reading the prompt from standard input ...", file=sys.stderr, flush=True)
     try:
+        stream = sys.stdin.buffer
+        if not select.select([stream], [], [], _NOTICE_SECONDS)[0]:
+            print("reading the prompt from standard input ...", file=sys.stderr, flush=True)
         return stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 text: {error}") from None

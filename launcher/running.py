@@ -102,7 +102,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     """How the checkpoint is to be opened."""
     key_file = str(options.key_file.absolute()) if options.key_file else None
-    return OpenOptions(format=options.format, key_file=key_file, values=settings.build_model_values())
+    return OpenOptions(format=options.format, key_file=key_file, follow_links=options.follow_links, values=settings.build_model_values())
 
 
 def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:

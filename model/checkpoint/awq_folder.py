@@ -45,8 +45,8 @@ class AwqFolder(ColumnPackedFolder):
     Raises ConfigError for settings that are not supported, CheckpointError for files and tensors that do not fit them.
     """
 
-    def __init__(self, path: Path) -> None:
-        folder = ColumnFolder(path)
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        folder = ColumnFolder(path, follow_links=follow_links)
         linear = _read_linear(read_settings(folder, SETTINGS_FILE))
         shapes = {name: (words * _ROWS_A_WORD, inputs) for name, (inputs, words) in quantized_linears(folder).items()}
         super().__init__(folder, linear, shapes)

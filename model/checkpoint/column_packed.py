@@ -37,13 +37,13 @@ class ColumnFolder(HuggingFaceFolder):
     AutoGPTQ named it gptq_model-4bit-128g.safetensors. Raises what HuggingFaceFolder raises.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1 or files[0].name == SINGLE_FILE or (path / INDEX_FILE).is_file():
-            super().__init__(path)
+            super().__init__(path, follow_links=follow_links)
             return
         self.path, self.config, self._stored = path, read_config(path / "config.json"), {}
-        check_link(files[0])
+        check_link(files[0], follow_links=follow_links)
         self._add_files(files)
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:

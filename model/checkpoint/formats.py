@@ -15,6 +15,7 @@ from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_folder import is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.unreadable import explain_unreadable
 from parallel.errors import CheckpointError
 
 
@@ -26,6 +27,8 @@ class OpenOptions:
     """A key of FORMATS; None: told from the content."""
     key_file: str | None = None
     """Path of the key of an encrypted checkpoint."""
+    follow_links: bool = False
+    """Whether weight files may be links out of their folder."""
     values: Mapping[str, Any] | None = None
     """Values of a config.json, for formats that have none."""
 
@@ -61,6 +64,10 @@ def _is_compressed_tensors(path: Path) -> bool:
     return _is_hugging_face(path) and declares_method(path, "compressed-tensors", "quantization_config.json")
 
 
+def _open_folder(path: Path, options: OpenOptions) -> HuggingFaceFolder:
+    return HuggingFaceFolder(path, follow_links=options.follow_links)
+
+
 def _is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -70,10 +77,10 @@ def _is_gguf(path: Path) -> bool:
 
 FORMATS: Mapping[str, Format] = {
     "ranks": Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, _: RankFiles(path)),
-    "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
-    "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
-    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
-    "hf": Format("Hugging Face folder (model.safetensors or its index)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
+    "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
+    "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
+    "hf": Format("Hugging Face folder (model.safetensors or its index)", _is_hugging_face, _open_folder),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
@@ -98,6 +105,8 @@ def find_format(path: Path) -> str:
             return key
     if path.is_file() and any(format.matches(path.parent) for format in FORMATS.values()):
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder {path.parent}")
+    if problem := explain_unreadable(path):
+        raise CheckpointError(problem)
     known = "; ".join(format.name for format in FORMATS.values())
     raise CheckpointError(f"{path} is no checkpoint that can be read. Readable: {known}")
 

@@ -24,11 +24,12 @@ _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 class HuggingFaceFolder:
     """Opened by its headers. Raises CheckpointError for files that are missing or short, ConfigError for config.json."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        """`follow_links`: whether weights may lie outside the folder, see `check_link`."""
         self.path = path
         self.config = read_config(path / "config.json")
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
-        self._add_files(_weight_files(path))
+        self._add_files(_weight_files(path, follow_links=follow_links))
         if not (path / SINGLE_FILE).is_file():
             _check_index(path, {name: file.name for name, (file, _) in self._stored.items()})
 
@@ -55,7 +56,7 @@ class HuggingFaceFolder:
         return self.path
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path, *, follow_links: bool) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
         files = [path / SINGLE_FILE]
     elif (path / INDEX_FILE).is_file():
@@ -67,16 +68,21 @@ def _weight_files(path: Path) -> list[Path]:
     else:
         raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     for file in files:
-        check_link(file)
+        check_link(file, follow_links=follow_links)
     return files
 
 
-def check_link(file: Path) -> None:
-    """A link may lead within the folder, or from a snapshot of the Hugging Face hub's cache into the same model's blobs."""
+def check_link(file: Path, *, follow_links: bool) -> None:
+    """Raise CheckpointError for a link out of its folder, unless asked to follow it.
+
+    A link may always lead within the folder, and from a snapshot of the Hugging Face cache into the same model's blobs.
+    """
+    if follow_links:
+        return
     folder, target = file.parent.resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
-        raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file itself here")
+        raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file here, or give --follow-links")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

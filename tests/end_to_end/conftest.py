@@ -282,7 +282,9 @@ def refuse(
     """
 
     def run(make: Callable[[Checkpoints, Path], Sequence[str | Path]], names: Sequence[str], usage: bool) -> None:
-        command = make(checkpoints, tmp_path)
+        command = list(make(checkpoints, tmp_path))
+        if command[0] == "predict" and not {"--prompt", "--prompts-file"} & set(command):
+            command += ["--prompt", "x"]
         inputs = sorted(tmp_path.rglob("*"))
         before = sorted(checkpoints.int8.parent.rglob("*"))
         (tmp_path / "cwd").mkdir()
