@@ -34,26 +34,35 @@ from launcher.whole_file import write_whole
 from model.request import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
 
+LINE_SECONDS, RATE_SECONDS = 1.0, 0.5
+"""Between two lines of progress; before a speed is told."""
+
 
 class WorkProgress:
-    """Long work: a bar on a terminal, a plain line for each tenth elsewhere."""
+    """Long work: a bar on a terminal; elsewhere a line at most every second, and one at the end."""
 
     def __init__(self, what: str) -> None:
         self._what, self._terminal = what, Terminal(stderr=True)
         self._bar: Progress | None = None
-        self._tenths = 0
+        self._started: float | None = None
+        self._told = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+        """`done` of `total` are done; the clock runs from the first call on, which may say 0."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = self._told = now
         if self._terminal.is_terminal:
             if self._bar is None:
                 self._bar = Progress(TextColumn("{task.description}"), BarColumn(), *self._columns(), console=self._terminal)
                 self._bar.start()
                 self._bar.add_task(self._what)
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif done == total or done * 10 // total > self._tenths:
-            self._tenths = done * 10 // max(1, total)
-            print(f"{self._what}: {self._describe(done, total)}", file=sys.stderr, flush=True)
+        elif done == total or now - self._told >= LINE_SECONDS:
+            self._told = now
+            print(
+                f"{self._what}: {self._describe(done, total)}{self._describe_rate(done, now - self._started)}", file=sys.stderr, flush=True
+            )
         if done == total:
             self.close()
 
@@ -63,42 +72,42 @@ class WorkProgress:
     def _describe(self, done: int, total: int) -> str:
         return f"{done} of {total}"
 
+    def _describe_rate(self, done: int, seconds: float) -> str:
+        return ""
+
     def close(self) -> None:
         """Take the bar away; the next call begins anew."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._tenths = 0
+        self._started = None
 
 
 class ByteProgress(WorkProgress):
     """Long work in bytes: with its speed since the first of them."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._started = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` bytes are done; the clock runs from the first call on, which may say 0."""
-        self._started = self._started or time.perf_counter()
-        super().__call__(done, total)
-
-    def close(self) -> None:
-        """Take the bar away; the next call begins anew."""
-        super().close()
-        self._started = 0.0
-
     def _columns(self) -> tuple[ProgressColumn, ...]:
         return DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
 
     def _describe(self, done: int, total: int) -> str:
-        seconds = max(1e-9, time.perf_counter() - self._started)
-        return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / 1e9 / seconds:.2f} GB/s"
+        return f"{format_bytes(done)} of {format_bytes(total)}"
+
+    def _describe_rate(self, done: int, seconds: float) -> str:
+        """Nothing before there is enough to tell."""
+        return f", {format_bytes(done / seconds)}/s" if seconds >= RATE_SECONDS else ""
+
+
+def format_bytes(count: float) -> str:
+    """`1.23 GB`, `45.6 MB`, `789 kB`."""
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def loading_progress(world_size: int) -> WorkProgress:
-    """Shows how far loading is; of several ranks the first one's part."""
-    return ByteProgress("loading" if world_size == 1 else f"loading on {world_size} ranks, the first one's part")
+    """Shows how far loading is; of several ranks rank 0's part."""
+    return ByteProgress("loading" if world_size == 1 else "loading, rank 0")
 
 
 class WorkConsole(RunObserver):

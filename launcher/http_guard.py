@@ -7,6 +7,7 @@ import asyncio
 import hmac
 import json
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.key_value_store import is_loopback
 from launcher.page_files import PAGE_FILES
+from launcher.server_log import log_request
 from launcher.service_errors import ServiceError, server_failed
 
 CALLER = "tandem.caller"
@@ -58,7 +60,7 @@ class Guard:
         """Handle one request."""
         if scope["type"] != "http":
             return
-        status = 0
+        status, began = 0, time.monotonic()
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -84,6 +86,7 @@ class Guard:
         finally:
             if status:
                 self._count(scope["path"], status)
+                log_request(scope, status, time.monotonic() - began, scope.get(CALLER))
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = dict(scope["headers"])

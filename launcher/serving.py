@@ -21,6 +21,7 @@ from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.program_version import read_version
 from launcher.running import Run, build_job, first_said, open_run, run_job
+from launcher.server_log import configure_log, log_throughput
 from launcher.tasks import Serve
 from model.config import count_blocks
 from model.native import find_kernels
@@ -72,6 +73,7 @@ def serve(options: ServeOptions) -> None:
             drain_seconds=options.drain_seconds,
         )
     )
+    configure_log(options.log_level)
     listener = listen(options.host, options.port)
     limits = Limits(
         api_keys=keys,
@@ -200,7 +202,9 @@ class HttpServer(threading.Thread):
         async def work() -> None:
             self._front.loop = asyncio.get_running_loop()
             self._running.set()
+            throughput = asyncio.create_task(log_throughput(self._front))
             await self._server.serve(sockets=[self._listener])
+            throughput.cancel()
 
         asyncio.run(work())
 

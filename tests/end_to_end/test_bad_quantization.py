@@ -186,7 +186,7 @@ MISTAKES = {
     "convert a .ckpt without YAML": Mistake(_real_file("convert"), (r"model\.ckpt", r"-c\b|--config")),
     # evaluation
     "no task": _evaluate("--data DATA", LONG_TEXT, "--task is missing", "boolq or perplexity"),
-    "unknown task": _evaluate("--task mmlu --data DATA", LONG_TEXT, "--task is 'mmlu'", "boolq, perplexity"),
+    "unknown task": _evaluate("--task mmlu --data DATA", LONG_TEXT, "--task is 'mmlu'", "boolq or perplexity"),
     "no data": _evaluate("--task perplexity", None, "--data"),
     "missing text": _evaluate("--task perplexity --data DATA", None, r"data\.txt does not exist"),
     "missing questions": _evaluate("--task boolq --data DATA", None, r"data\.txt does not exist"),
