@@ -79,7 +79,10 @@ class ServeOptions(ClusterOptions):
         int, option("--max-queue", help="Maximum waiting sequences; more are refused with 429. Default: 256.", panel=SERVER, min=0)
     ] = 256
     request_seconds: Annotated[
-        float, option("--request-timeout", help="Per-request time limit in seconds; a client may ask for less. Default: 600.", panel=SERVER)
+        float,
+        option(
+            "--request-timeout", help="Per-request time limit in seconds; a client may ask for less. Default: 600.", panel=SERVER, above=0
+        ),
     ] = 600.0
     drain_seconds: Annotated[
         float, option("--drain", help="Seconds that running requests may take after SIGTERM or SIGINT. Default: 30.", panel=SERVER, min=0)
@@ -95,7 +98,9 @@ class ServeOptions(ClusterOptions):
         ),
         also("--max-num-batched-tokens"),
     ] = 256
-    max_body_megabytes: Annotated[float, option("--max-body-mb", help="Maximum request body in megabytes. Default: 4.", panel=SERVER)] = 4.0
+    max_body_megabytes: Annotated[
+        float, option("--max-body-mb", help="Maximum request body in megabytes. Default: 4.", panel=SERVER, above=0)
+    ] = 4.0
     allowed_origins: Annotated[
         tuple[str, ...],
         option("--allow-origin", help="Origin of web pages that may call the server; repeatable. Default: none.", panel=SERVER),

@@ -17,7 +17,7 @@ import h11
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from launcher.key_value_store import is_loopback
+from launcher.listening import is_loopback
 from launcher.page_files import PAGE_FILES
 from launcher.server_log import log_request
 from launcher.service_errors import ServiceError, server_failed

@@ -1,8 +1,36 @@
-"""The socket that the server listens on."""
+"""Where a server listens: its socket, and the API keys that it needs there."""
 
+import ipaddress
 import socket
+from pathlib import Path
 
 from parallel.errors import ConfigError
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only processes of this host can reach the address."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False  # 127.example.com is a name like any other
+
+
+def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[bytes, ...]:
+    """The API keys. Raises ConfigError for a file without any, and where other hosts could come without one."""
+    if key_file is None:
+        if not is_loopback(host) and not insecure:
+            raise ConfigError(f"--host {host} can be reached by other hosts, but there is no API key: give --api-key-file or --insecure")
+        return ()
+    try:
+        text = key_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {key_file} cannot be read: {error}") from None
+    keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {key_file} holds no key: write one a line")
+    if any(character <= 32 or character > 126 for key in keys for character in key):
+        raise ConfigError(f"--api-key-file {key_file} holds a key with blanks or characters beyond ASCII, which no header carries")
+    return keys
 
 
 def listen(host: str, port: int) -> socket.socket:

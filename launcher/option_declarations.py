@@ -40,9 +40,15 @@ def option(
     metavar: str | None = None,
     min: float | None = None,
     max: float | None = None,
+    above: float | None = None,
 ) -> Any:
-    """Declare an option. Defaults are part of the help text, since most are decided after parsing."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+    """Declare an option. Defaults are part of the help text, since most are decided after parsing.
+
+    `min` and `max` are accepted themselves, `above` is not.
+    """
+    declared: Any = typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+    declared.above = above
+    return declared
 
 
 def argument(*, metavar: str, help: str) -> Any:
@@ -149,10 +155,21 @@ def check_values(options: Any) -> None:
             words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none
             needed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
             raise ConfigError(f"{flag} is {value!r}, but has to be {needed}{_suggest(value, choices)}")
-        if info.min is not None and value < info.min:
-            raise ConfigError(f"{flag} is {value}, but has to be at least {info.min:g}")
-        if info.max is not None and value > info.max:
-            raise ConfigError(f"{flag} is {value}, but has to be at most {info.max:g}")
+        if not _is_within(value, info):
+            raise ConfigError(f"{flag} is {value}, but has to be {_describe_limits(info)}")
+
+
+def _is_within(value: Any, info: Any) -> bool:
+    return (
+        (info.min is None or value >= info.min) and (info.max is None or value <= info.max) and (info.above is None or value > info.above)
+    )
+
+
+def _describe_limits(info: Any) -> str:
+    if info.min is not None and info.max is not None:
+        return f"from {info.min:g} to {info.max:g}"
+    limits = (("above", info.above), ("at least", info.min), ("at most", info.max))
+    return " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
 
 
 def _suggest(value: str, choices: tuple[str, ...]) -> str:

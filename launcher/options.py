@@ -105,7 +105,7 @@ class RunOptions(CheckpointOptions):
     ] = None
     timeout_seconds: Annotated[
         float | None,
-        option("--timeout", help="Seconds without progress that fail the run. Default: 300.", panel=PARALLELISM),
+        option("--timeout", help="Seconds without progress that fail the run. Default: 300.", panel=PARALLELISM, above=0),
         also("--cluster_time_out"),
     ] = None
     num_nodes: int | None = None

@@ -15,7 +15,7 @@ from launcher.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.cores import count_cores
 from launcher.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.environment import LaunchEnvironment, decide_world_size, read_environment
-from launcher.listening import listen
+from launcher.listening import listen, read_keys
 from launcher.measure_options import BenchOptions, EvaluateOptions
 from launcher.model_location import find_model, find_yaml
 from launcher.nodes import Nodes, plan_nodes
@@ -111,8 +111,6 @@ def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: 
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
     if not environment.is_rank:
         plan_run_nodes(options, world_size)
-    if options.timeout_seconds is not None and not options.timeout_seconds > 0:
-        raise ConfigError(f"--timeout is {options.timeout_seconds:g}, but has to be above 0 seconds")
     threads, cores = options.threads_per_rank, count_cores()
     if threads is not None and threads > _MAX_THREADS_PER_CORE * cores:
         raise ConfigError(f"--threads-per-rank is {threads}, but this process may use {cores} cores: give at most that")
@@ -134,6 +132,7 @@ def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> Ser
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(module) is None:
             raise ConfigError(f"tandem serve needs {module}, which is not installed: {SERVE_EXTRA}")
+    read_keys(options.host, options.api_key_file, insecure=options.insecure)
     if not environment.rank and not options.node_rank:
         listen(options.host, options.port).close()
     return options

@@ -15,8 +15,7 @@ from launcher.cores import share_cores
 from launcher.decode_options import ServeOptions
 from launcher.graceful_stop import StoppedError
 from launcher.job import Job
-from launcher.key_value_store import is_loopback
-from launcher.listening import listen
+from launcher.listening import is_loopback, listen, read_keys
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
 from launcher.program_version import read_version
@@ -26,7 +25,7 @@ from launcher.tasks import Serve
 from model.config import count_blocks
 from model.native import find_kernels
 from model.planning import RankPlan, Workload, plan_ranks
-from parallel.errors import ConfigError, RunError
+from parallel.errors import RunError
 
 if TYPE_CHECKING:
     from launcher.http_guard import App
@@ -42,7 +41,7 @@ _MAX_CONNECTIONS = 1024
 
 def serve(options: ServeOptions) -> None:
     """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
-    keys = read_keys(options)
+    keys = read_keys(options.host, options.api_key_file, insecure=options.insecure)
     run = open_run(options)
     max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
     run = replace(run, options=replace(options, max_restarts=max_restarts))
@@ -107,28 +106,6 @@ class _Follower(RunObserver):
     def ask_to_stop(self, number: int) -> float | None:
         """As long as the other may take, and a little more."""
         return self._drain_seconds + _END_SECONDS
-
-
-def read_keys(options: ServeOptions) -> tuple[bytes, ...]:
-    """The API keys. Raises ConfigError for a file without any, and where other hosts could come without one."""
-    if options.api_key_file is None:
-        if not is_loopback(options.host) and not options.insecure:
-            raise ConfigError(
-                f"--host {options.host} can be reached by other hosts, but there is no API key: give --api-key-file or --insecure"
-            )
-        return ()
-    try:
-        text = options.api_key_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {options.api_key_file} cannot be read: {error}") from None
-    keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"--api-key-file {options.api_key_file} holds no key: write one a line")
-    if any(character <= 32 or character > 126 for key in keys for character in key):
-        raise ConfigError(
-            f"--api-key-file {options.api_key_file} holds a key with blanks or characters beyond ASCII, which no header carries"
-        )
-    return keys
 
 
 def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:

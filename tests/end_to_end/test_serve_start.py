@@ -77,9 +77,9 @@ def _write_keys(text: str) -> Callable[[Path], tuple[str | Path, ...]]:
 REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "there is no API key: give --api-key-file or --insecure"),
     "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "there is no API key"),
-    "port in use": (_listen_first, r"cannot listen at 127\.0\.0\.1, port \d+: Address already in use"),
-    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen at 203\.0\.113\.7"),
-    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none cannot be read"),
+    "port in use": (_listen_first, r"cannot listen on 127\.0\.0\.1, port \d+: Address already in use"),
+    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen on 203\.0\.113\.7"),
+    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none does not exist"),
     "empty key file": (_write_keys("# nothing\n\n"), "holds no key"),
     "key with a blank": (_write_keys("two words\n"), "holds a key with blanks"),
     "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
@@ -88,7 +88,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be at least 0"),
     "prefill tokens": (lambda _: ("--prefill-tokens", "15"), "--prefill-tokens is 15, but has to be from 16 to 512"),
     "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be above 0"),
-    "batch": (lambda _: ("--max-batch-size", "0"), "max_batch_size is 0, but has to be above 0"),
+    "batch": (lambda _: ("--max-batch-size", "0"), "--max-batch-size is 0, but has to be at least 1"),
     "blocks": (lambda _: ("--num-blocks", "0"), "num_blocks is 0"),
 }
 
