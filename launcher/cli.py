@@ -158,7 +158,7 @@ def main() -> None:
     """Run a command and exit with its exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is cleaned away on the way out
     try:
-        app(_spread_words(sys.argv[1:]), standalone_mode=False, prog_name="tandem")
+        app(_spread_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except InputError as error:
         print(f"tandem: {error}", file=sys.stderr)
         sys.exit(2)
