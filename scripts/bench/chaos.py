@@ -115,7 +115,7 @@ def start(arguments: argparse.Namespace, parent: Path, max_restarts: int, tempor
     command = [sys.executable, "-m", "launcher", "predict", "--checkpoint", arguments.checkpoint, "--workers", str(arguments.workers)]
     command += ["--threads-per-rank", "1", "--max-new-tokens", str(arguments.tokens), "--ignore-eos", "--max-batch-size", "2"]
     command += ["--max-restarts", str(max_restarts), "--timeout", str(arguments.timeout), "--log-dir", str(folder / "log")]
-    command += ["--output", str(folder / "out.jsonl"), "--stats", str(folder / "stats.json")]
+    command += ["--format", "mindformers", "--output", str(folder / "out.jsonl"), "--stats", str(folder / "stats.json")]
     for prompt in PROMPTS:
         command += ["--prompt", prompt]
     environ = {**os.environ, MARK: mark, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

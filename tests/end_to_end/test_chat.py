@@ -1,5 +1,6 @@
 """`tandem chat` on the tiny model with its messages on standard input: the answers are those of predict for the same text."""
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -32,7 +33,9 @@ def test_a_conversation_on_standard_input(tandem: "Tandem", checkpoints: "Checkp
 
 def _predict(tandem: "Tandem", checkpoints: "Checkpoints", prompt: str) -> str:
     """The continuation, by one rank."""
-    outcome = tandem.predict("--checkpoint", checkpoints.float, "--workers", "1", *OPTIONS, "--prompt", prompt)
+    path = tandem.new_folder() / "prompts.jsonl"  # the model's text may hold characters that no command line does
+    path.write_text(json.dumps({"prompt": prompt}) + "\n")
+    outcome = tandem.predict("--checkpoint", checkpoints.float, "--workers", "1", *OPTIONS, "--prompts-file", path)
     return str(outcome.records[0]["text"])
 
 

@@ -1,5 +1,6 @@
 """The help of every command, and `tandem env`."""
 
+import importlib.metadata
 import json
 import re
 from typing import TYPE_CHECKING
@@ -116,6 +117,15 @@ def test_help_of_the_program_lists_every_command(tandem: "Tandem") -> None:
         assert re.search(rf"^  {command}  ", result.stdout, re.MULTILINE), command
 
 
+def test_the_version_is_that_of_the_package(tandem: "Tandem") -> None:
+    result = tandem.run("--version")
+    assert (result.returncode, result.stdout) == (0, f"tandem {importlib.metadata.version('tandem-launcher')}\n")
+
+
+def test_no_words_show_the_help(tandem: "Tandem") -> None:
+    assert tandem.run().stdout == tandem.run("--help").stdout
+
+
 def test_an_unknown_command_is_named(tandem: "Tandem") -> None:
     result = tandem.run("predikt")
     assert (result.returncode, result.stdout) == (2, "")
@@ -130,6 +140,10 @@ def test_env_as_json_prints_one_object_and_nothing_else(tandem: "Tandem") -> Non
     assert result.stdout.count("\n") == 1
     assert found["launcher"] == "none"
     assert found["rank"] is None
+    assert found["versions"]["torch"] == importlib.metadata.version("torch") and found["versions"]["tandem"]
+    assert found["cpu"]["usable_cores"] >= 1 and found["memory"]["available_bytes"] > 0
+    assert found["backend"]["kernels"] in ("native", "torch") and isinstance(found["accelerators"], list)
+    assert set(found["cgroup"]) == {"memory_limit_bytes", "oom_kills"}
 
     rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     found = json.loads(tandem.run("env", "--json", MS_WORKER_NUM="2", **rank).stdout)
