@@ -73,7 +73,7 @@ class ChatFront(RunObserver):
             print(f"warning: {event['message']}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
-        """Rank 0 of a new attempt is there."""
+        """Rank 0 of a new attempt is connected."""
         self._journal.connect(send)
 
     def continue_task(self, task: Task) -> Task:

@@ -57,7 +57,7 @@ def chat(options: ChatOptions) -> None:
 
 
 class ChatLoop(threading.Thread):
-    """Reads and answers in a thread of its own: the main thread watches the ranks and gets the signals."""
+    """Reads and answers in a second thread: the main thread watches the ranks and gets the signals."""
 
     def __init__(self, run: Run, options: ChatOptions, conversation: Conversation, tokenizer: Tokenizer, title: str) -> None:
         super().__init__(daemon=True, name="chat")

@@ -77,7 +77,7 @@ class PlanOptions(CheckpointOptions):
         option("--threads-per-rank", help="CPU threads per rank. Default: the available cores, shared evenly.", panel=PARALLELISM, min=1),
     ] = None
     kv_cache_dtype: Annotated[
-        CacheDtype | None, option("--kv-cache-dtype", help="KV cache type. Default: auto, as checkpoint and YAML say.", panel=MODEL)
+        CacheDtype | None, option("--kv-cache-dtype", help="KV cache type. Default: auto (checkpoint, then YAML).", panel=MODEL)
     ] = None
     batch_size: Annotated[int, option("--batch-size", help="Sequences per batch. Default: 1.", panel=OUTPUT)] = 1
     tokens: Annotated[
@@ -106,7 +106,7 @@ class QuantizeOptions(RunOptions):
             "-a",
             help="Required. rtn-a16w8: int8 weights. rtn-c8: int8 KV cache. a8w8: int8 weights, dynamic int8 activations. "
             "smooth_quant: int8 weights and activations. ptq: as -w, -k, "
-            "--act-quant-dtype and --outliers say. gptq, awq, rtn-a16w4: int4 weights.",
+            "--act-quant-dtype and --outliers choose. gptq, awq, rtn-a16w4: int4 weights.",
             panel=QUANTIZATION,
         ),
         also("-q"),

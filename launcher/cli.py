@@ -119,7 +119,7 @@ def bench() -> None:
 )
 @takes(PlanOptions, "launcher.planning:plan", prepare)
 def plan() -> None:
-    """Show what a run would need, from config and headers alone: shares, bytes, memory, speed, valid numbers of ranks."""
+    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid numbers of ranks."""
 
 
 @app.command(
@@ -156,7 +156,7 @@ def env() -> None:
 
 def main() -> None:
     """Run a command and exit with its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is cleaned away on the way out
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-written files are removed on exit
     try:
         app(_spread_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except InputError as error:
@@ -180,7 +180,7 @@ def main() -> None:
 
 
 def _describe_usage_error(error: Exception) -> str:
-    """What is wrong with a command line, and where its options are listed."""
+    """The error in a command line, and the command that lists its options."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "tandem"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]

@@ -114,7 +114,7 @@ def choose_files(name: str, files: Sequence[str]) -> list[str]:
 
 
 def find_missing(folder: Path, *, needs_tokenizer: bool = True) -> str | None:
-    """What a download into this folder has left out, as far as can be told; None when it is complete."""
+    """The first file that a download into this folder lacks, as far as can be told; None when it is complete."""
     names = {path.name for path in folder.iterdir() if path.exists()}
     if any(name.endswith((".gguf", ".ckpt")) for name in names) or {"params.json", "tokenizer.model"} <= names:
         return None

@@ -19,7 +19,7 @@ def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[byte
     """The API keys. Raises ConfigError for a file without any, and where other hosts could come without one."""
     if key_file is None:
         if not is_loopback(host) and not insecure:
-            raise ConfigError(f"--host {host} can be reached by other hosts, but there is no API key: give --api-key-file or --insecure")
+            raise ConfigError(f"--host {host} can be reached by other hosts and needs an API key: give --api-key-file or --insecure")
         return ()
     try:
         text = key_file.read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--host {host} is no address of this host: {error.strerror or error}") from None
+        raise ConfigError(f"--host {host} is not an address of this host: {error.strerror or error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)

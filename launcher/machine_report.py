@@ -22,7 +22,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_b
 
 
 def show_environment(options: EnvOptions) -> None:
-    """Print what was found. Raises ConfigError for variables of a launcher that cannot be used."""
+    """Print the report. Raises ConfigError for variables of a launcher that cannot be used."""
     environment: dict[str, Any] = asdict(read_environment())
     machine = describe_machine()
     if options.as_json:
@@ -56,7 +56,7 @@ def read_processor() -> str:
 
 
 def _describe_backend() -> dict[str, Any]:
-    """What would run the model: PyTorch is asked, since it alone knows its accelerators."""
+    """The device and kernels that would run a model. Imports PyTorch, the only source for accelerators."""
     try:
         import torch
 

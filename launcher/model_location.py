@@ -1,6 +1,6 @@
-"""Where the MODEL of a command line is: a path, or a repository of the Hugging Face hub; and the YAML that lies beside it.
+"""Where the MODEL of a command line is: a path, or a repository of the Hugging Face hub; and the YAML in its folder.
 
-Depends on neither PyTorch nor the readers of checkpoints: what is wrong here is found at once.
+Depends on neither PyTorch nor the checkpoint readers, so that errors are reported at once.
 """
 
 import difflib

@@ -57,7 +57,7 @@ def argument(*, metavar: str, help: str) -> Any:
 
 
 def also(*flags: str) -> Aliases:
-    """Declare further spellings of the option beside it; `--on/--off` for a switch."""
+    """Declare further spellings of an option; `--on/--off` for a switch."""
     return Aliases(flags)
 
 
@@ -184,7 +184,7 @@ def _list_choices(kind: Any) -> tuple[str, ...]:
 
 
 def _as_typer_reads_it(hint: Any) -> Any:
-    """Tuples of any length, which typer does not know, as lists; of several types the first, which is what a command line gives.
+    """Tuples of any length, which typer does not know, as lists; of several types the first, which is the one that a command line gives.
 
     Choices and limits are left to `check_values`, whose messages name both values.
     """

@@ -1,6 +1,6 @@
 """Options that several commands share, each declared once. A value of None was not given on the command line.
 
-Depends on typer for the declarations only; what the options mean is decided elsewhere.
+Depends on typer for the declarations only; their meaning is decided elsewhere.
 """
 
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class RunOptions(CheckpointOptions):
     ] = None
     kv_cache_dtype: Annotated[
         CacheDtype | None,
-        option("--kv-cache-dtype", help="KV cache type. Default: auto, as checkpoint and YAML say.", panel=MEMORY),
+        option("--kv-cache-dtype", help="KV cache type. Default: auto (checkpoint, then YAML).", panel=MEMORY),
     ] = None
     max_batch_size: Annotated[
         int | None,
@@ -124,7 +124,7 @@ class EngineOptions(RunOptions):
     ] = None
     num_blocks: Annotated[
         int | None,
-        option("--num-blocks", help="Maximum cache blocks. Default: what is needed and fits.", panel=MEMORY),
+        option("--num-blocks", help="Maximum cache blocks. Default: as many as needed and fit.", panel=MEMORY),
         also("--num-gpu-blocks-override"),
     ] = None
     prefix_cache: Annotated[

@@ -1,4 +1,4 @@
-"""What every command checks of its options before PyTorch is imported: paths, the model, the YAML, the number of ranks, prompts, the port.
+"""Checks of every command's options before PyTorch is imported: paths, the model, the YAML, the number of ranks, prompts, the port.
 
 Input errors are reported within a fraction of a second this way. The command's own module checks the rest, from the files' contents.
 """
@@ -29,7 +29,7 @@ _MAX_THREADS_PER_CORE = 4
 
 
 def prepare(options: Any) -> Any:
-    """The options with MODEL found on disk, the YAML beside it and the prompts read. Raises InputError."""
+    """The options with MODEL found on disk, the YAML in its folder and the prompts read. Raises InputError."""
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
@@ -43,7 +43,8 @@ def prepare(options: Any) -> Any:
     if options.checkpoint is None and _needs_checkpoint(options):
         if not settings.load_checkpoint:
             raise ConfigError(f"no model: give a path or a Hugging Face id, as in tandem {_COMMANDS.get(type(options), 'predict')} MODEL")
-        find_model(settings.load_checkpoint, offline=options.offline)
+        path, model_id = find_model(settings.load_checkpoint, offline=options.offline)
+        options = replace(options, checkpoint=path, model_id=model_id)
     if isinstance(options, RunOptions) and environment is not None:
         _check_ranks(options, environment, settings)
     for kind, check in _CHECKS.items():
@@ -53,7 +54,7 @@ def prepare(options: Any) -> Any:
 
 
 def locate_model(options: Any) -> Any:
-    """Resolve MODEL, --checkpoint or --model to a path, and take the MindFormers YAML beside it where no --config is given."""
+    """Resolve MODEL, --checkpoint or --model to a path, and use the MindFormers YAML in its folder unless --config is given."""
     model, checkpoint = options.model, options.checkpoint
     if model is not None and checkpoint is not None and str(model) != str(checkpoint):
         raise ConfigError(f"two models are given, {model} and {checkpoint}: give one")

@@ -29,7 +29,7 @@ class TextPrinter:
         """Characters of the current continuation that are printed; None: nothing of this prompt is."""
 
     def write_part(self, index: int, prompt: str, text: str) -> None:
-        """Print what is new."""
+        """Print the new part."""
         if self._shown is None:
             if self._num_prompts > 1:
                 self._write(f"{chr(10) if index else ''}=== prompt {index + 1} of {self._num_prompts} ===\n")

@@ -1,4 +1,4 @@
-"""What a server logs on standard error: one line per request, and its throughput while it is busy."""
+"""The log of a server on standard error: one line per request, and its throughput while it is busy."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ def log_request(scope: MutableMapping[str, Any], status: int, seconds: float, ca
     level = logging.DEBUG if scope["path"] in POLLED_PATHS else logging.INFO
     if _log.isEnabledFor(level):
         client = caller or (scope.get("client") or ("-",))[0]
-        # What a client sends must not begin a line of its own.
+        # A client must not be able to forge log lines.
         path = scope["path"][:200].encode("unicode_escape").decode()
         _log.log(level, '%s "%s %s" %d %.2f s', client, scope["method"], path, status, seconds)
 

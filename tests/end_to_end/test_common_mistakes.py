@@ -169,7 +169,9 @@ MISTAKES = {
     "too many threads": Mistake(_model("--threads-per-rank", "999"), ("--threads-per-rank is 999", r"may use \d+ cores")),
     "time limit of nothing": Mistake(_model("--timeout", "0"), ("--timeout is 0", "above 0")),
     "port": Mistake(lambda good, folder: ["serve", good.float, "--port", "80000"], ("--port is 80000", "from 0 to 65535")),
-    "open server": Mistake(lambda good, folder: ["serve", good.float, "--host", "0.0.0.0"], ("no API key", "--api-key-file or --insecure")),
+    "open server": Mistake(
+        lambda good, folder: ["serve", good.float, "--host", "0.0.0.0"], ("needs an API key", "--api-key-file or --insecure")
+    ),
     "missing keys": Mistake(lambda good, folder: ["serve", good.float, "--api-key-file", "none"], ("--api-key-file none does not exist",)),
     "missing data": Mistake(
         lambda good, folder: ["eval", good.float, "--task", "boolq", "--data", "none.jsonl"], (r"--data none\.jsonl does not exist",)

@@ -75,8 +75,8 @@ def _write_keys(text: str) -> Callable[[Path], tuple[str | Path, ...]]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
-    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "there is no API key: give --api-key-file or --insecure"),
-    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "there is no API key"),
+    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "needs an API key: give --api-key-file or --insecure"),
+    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "needs an API key"),
     "port in use": (_listen_first, r"cannot listen on 127\.0\.0\.1, port \d+: Address already in use"),
     "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen on 203\.0\.113\.7"),
     "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none does not exist"),
