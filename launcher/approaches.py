@@ -5,16 +5,13 @@ Knows words and schemes; no checkpoint, no data, no PyTorch.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from launcher.options import RunOptions
+from launcher.checkpoint_options import QuantizeOptions
 from launcher.quantization_settings import QuantizationSettings
 from model.quantization.recipe import Recipe
 from model.scheme import LinearScheme
 from parallel.errors import ConfigError
 
-DEFAULT_SAMPLES = 200
-"""Golden Stick's."""
 DEFAULT_GROUP_SIZE = 128
 KV_GRANULARITIES = {"per_channel": "channel", "per_token": "token"}
 
@@ -55,29 +52,6 @@ APPROACHES = {
     "a8w8": Preset(_DYNAMIC, _HEAD, options=("kvcache_dtype",)),
 }
 _NOT_GIVEN = (None, "none", "None")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    approach: str = ""
-    dataset: str | None = None
-    dataset_path: Path | None = None
-    num_samples: int = DEFAULT_SAMPLES
-    sample_tokens: int | None = None
-    weight_dtype: str | None = None
-    kvcache_dtype: str | None = None
-    act_quant_dtype: str | None = None
-    outliers: str | None = None
-    not_converted: tuple[str, ...] = ()
-    alpha: float | None = None
-    fold: bool | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    kv_granularity: str | None = None
-    output: Path | None = None
-    overwrite: bool = False
 
 
 def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSettings | None) -> Recipe:
@@ -138,15 +112,15 @@ def check_words(options: QuantizeOptions) -> Preset:
         if value not in _NOT_GIVEN and name not in preset.options:
             takes = [word for word, other in APPROACHES.items() if name in other.options]
             raise ConfigError(f"{flag} does not go with -a {options.approach}; it does with {', '.join(takes)}")
-    for flag, value, words in (
+    for flag, word, words in (
         ("-w", options.weight_dtype, ("int8", "none")),
         ("-k", options.kvcache_dtype, ("int8", "none")),
         ("--act-quant-dtype", options.act_quant_dtype, ("int8", "none")),
         ("--outliers", options.outliers, ("smooth", "none")),
         ("--kvcache-granularity", options.kv_granularity, tuple(KV_GRANULARITIES)),
     ):
-        if value is not None and value not in (*words, *_NOT_GIVEN):
-            raise ConfigError(f"{flag} is {value!r}, but has to be {' or '.join(words)}")
+        if word is not None and word not in (*words, *_NOT_GIVEN):
+            raise ConfigError(f"{flag} is {word!r}, but has to be {' or '.join(words)}")
     if options.group_size is not None and options.group_size < 1:
         raise ConfigError(f"--group-size is {options.group_size}, but has to be at least 1; usual are 64 and 128")
     return preset

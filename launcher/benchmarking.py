@@ -5,22 +5,23 @@ Knows options and what is printed; what is measured, and how: `launcher/rank_ben
 
 import json
 import os
-import platform
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from launcher.approaches import APPROACHES, QuantizeOptions, check_words, plan_recipe
+from launcher.approaches import APPROACHES, check_words, plan_recipe
+from launcher.checkpoint_options import QuantizeOptions
 from launcher.cores import count_cores
 from launcher.file_errors import as_run_failure
-from launcher.options import RunOptions
+from launcher.machine_report import read_processor
+from launcher.measure_options import BenchOptions
 from launcher.output_paths import check_output_file
 from launcher.profile_report import build_trace, print_profile
-from launcher.run_identity import read_version
+from launcher.program_version import read_version
 from launcher.running import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result, writes_results
 from launcher.settings import Settings
 from launcher.speculation_bench import describe_row, encode_prompts
@@ -38,25 +39,8 @@ RANDOM_QUANTIZATIONS = ("none", "rtn-a16w8", "a8w8", "rtn-a16w4")
 """What --quantization takes: what needs no data to be declared."""
 DEFAULT_QUANTIZATION = "rtn-a16w8"
 DEFAULT_BATCH_SIZES = (1, 8)
-DEFAULT_PROMPT_TOKENS, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS = 512, 32, 3
+DEFAULT_PROMPT_TOKENS, DEFAULT_NEW_TOKENS = 512, 32
 _GROUP_SIZES = (128, 64, 32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    model_config: Path | None = None
-    random_weights: bool = False
-    quantization: str | None = None
-    num_layers: int | None = None
-    batch_sizes: tuple[str, ...] = ()
-    """Numbers, or lists of them with commas."""
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    rounds: int = DEFAULT_ROUNDS
-    profile: Path | None = None
-    as_json: bool = False
 
 
 def bench(options: BenchOptions) -> None:
@@ -130,7 +114,7 @@ def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str
         "version": read_version(),
         "model": path.parent.name if path.name == "config.json" else path.stem if path.is_file() else path.name,
         "num_layers": run.opened.config.num_hidden_layers,
-        "machine": _read_processor(),
+        "machine": read_processor(),
         "cores": count_cores(),
         "date": date.today().isoformat(),
         "prompt_tokens": task.prompt_tokens,
@@ -253,10 +237,3 @@ def _plan_scheme(options: BenchOptions, settings: Settings, config: LlamaConfig)
             if not grouped or size == _GROUP_SIZES[-1]:
                 raise
     raise AssertionError("the last size returns or raises")
-
-
-def _read_processor() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return platform.processor() or platform.machine()

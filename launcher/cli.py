@@ -1,265 +1,158 @@
-"""The commands of `tandem`: options and their help; the work is done elsewhere.
+"""The commands of `tandem`: names and help. Options are declared in the option dataclasses, the work is done elsewhere.
 
 Exit codes: 0 done, 1 the run failed, 2 usage or input (nothing had started), 130 SIGINT, 143 SIGTERM.
 """
 
-import json
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from launcher.bench_cli import app as bench_app
-from launcher.checkpoint_cli import app as checkpoint_app
+from launcher.checkpoint_options import ConvertOptions, PlanOptions, QuantizeOptions, ReshardOptions, VerifyOptions
+from launcher.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.interruption import interruption
-from launcher.option_types import (
-    BatchOption,
-    CacheOption,
-    CheckpointOption,
-    CollectivesOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    FormatOption,
-    FusedOrderOption,
-    KeyFileOption,
-    LogDirOption,
-    OverwriteOption,
-    RestartsOption,
-    ThreadsOption,
-    TimeoutOption,
-    WorkersOption,
-)
-from launcher.predict_cli import app as predict_app
-from launcher.serve_cli import app as serve_app
+from launcher.measure_options import BenchOptions, EnvOptions, EvaluateOptions
+from launcher.option_declarations import DeclaredCommand, takes
+from launcher.preparation import prepare
+from launcher.program_version import read_version
 from launcher.streams import guard_streams
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
     name="tandem",
-    help="Tensor-parallel inference for Llama-2: any number of ranks, int8 checkpoints, the same bits for every number of ranks.",
+    help="Run Llama-family models across processes and machines, bitwise identical for any number of ranks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,
 )
-commands = typer.Typer(rich_markup_mode="rich")
+DEMO = "output/demo/smollm2-135m-rtn"
 
 
-@commands.command(
-    epilog="Examples: tandem quantize --checkpoint output/smollm2-135m -a rtn-a16w8  |  "
-    "tandem quantize --checkpoint output/smollm2-135m -a smooth_quant -t boolq -s dev.jsonl --workers 2"
-)
-def quantize(
-    config: ConfigOption = None,
-    checkpoint: CheckpointOption = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    fused_order: FusedOrderOption = None,
-    approach: Annotated[
-        str,
-        typer.Option(
-            "--approach",
-            "-a",
-            "-q",
-            help="Required. rtn-a16w8: int8 weights. rtn-c8: int8 key-value cache. smooth_quant: int8 weights and activations, outliers "
-            "moved into the weights. ptq: what -w, -k, --act-quant-dtype and --outliers say. a8w8: int8 weights, activations rounded "
-            "for each token. gptq, awq, rtn-a16w4: int4 weights in groups.",
-        ),
-    ] = "",
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-t", "--dataset_type", help="Calibration data: boolq, squad1.1, wikitext2, or ids (.npy).")
-    ] = None,
-    dataset_path: Annotated[
-        Path | None, typer.Option("--dataset-path", "-s", "--dataset_path", help="File of the calibration data.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Samples to calibrate with at most.")] = 200,
-    sample_tokens: Annotated[
-        int | None, typer.Option("--sample-tokens", min=1, help="Tokens of a sample at most. Default: the context, 2048 at most.")
-    ] = None,
-    weight_dtype: Annotated[
-        str | None, typer.Option("--weight-quant-dtype", "-w", "--weight_quant_dtype", help="ptq: int8 or none.")
-    ] = None,
-    kvcache_dtype: Annotated[
-        str | None,
-        typer.Option("--kvcache-quant-dtype", "-k", "--kvcache_quant_dtype", help="int8 or none: the key-value cache, beside the weights."),
-    ] = None,
-    act_quant_dtype: Annotated[
-        str | None, typer.Option("--act-quant-dtype", "--act_quant_dtype", help="ptq: activations as int8 or none.")
-    ] = None,
-    outliers: Annotated[str | None, typer.Option("--outliers", "--outliers_suppression", help="ptq: smooth or none.")] = None,
-    not_converted: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--not-converted",
-            "-b",
-            "--opname_blacklist",
-            help="Linears whose name contains this word stay float (Hugging Face's or MindFormers' name); several words may follow.",
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="smooth_quant, ptq: how far outliers move, 0 to 1. Default: the YAML's algorithm_args, else 0.5.")
-    ] = None,
-    fold: Annotated[
-        bool,
-        typer.Option(
-            "--fold",
-            help="smooth_quant, ptq: divide the norms instead of storing scales beside each linear; transformers and vLLM need that.",
-        ),
-    ] = False,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="int4: columns that share a scale. Default: 128.")] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--symmetric/--asymmetric",
-            help="int4: without or with zero points, which transformers 5.24 cannot load. Default: without.",
-            show_default=False,
-        ),
-    ] = None,
-    kv_granularity: Annotated[
-        str | None,
-        typer.Option("--kvcache-granularity", help="per_channel: stored scales. per_token: made on the way. Default: per_channel."),
-    ] = None,
-    workers: WorkersOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Type that calibration computes in. Default: float32.")] = None,
-    device: DeviceOption = None,
-    threads_per_rank: ThreadsOption = None,
-    collectives: CollectivesOption = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "--output_dir", help="Folder to write. Default: output/<approach>_ckpt.")
-    ] = None,
-    overwrite: OverwriteOption = False,
-    log_dir: LogDirOption = None,
-    max_restarts: RestartsOption = None,
-    timeout: TimeoutOption = None,
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tandem {read_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def tandem(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)] = False,
 ) -> None:
+    """Run Llama-family models across processes and machines, bitwise identical for any number of ranks."""
+
+
+@app.command(cls=DeclaredCommand, epilog=f"Example: tandem predict {DEMO} --workers 2 --prompt 'The capital of France is'")
+@takes(PredictOptions, "launcher.predict:predict", prepare)
+def predict() -> None:
+    """Generate text for one or many prompts with N ranks.
+
+    Under torchrun, srun, mpirun or msrun's variables, each process joins as one rank. SIGINT and SIGTERM stop the run after the current
+    token; finished prompts are in --output by then.
+    """
+
+
+@app.command(cls=DeclaredCommand, epilog=f"Example: tandem chat {DEMO} --workers 2")
+@takes(ChatOptions, "launcher.chatting:chat", prepare)
+def chat() -> None:
+    """Talk to a model in the terminal, with its chat template.
+
+    Reads one message a line; answers are streamed. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops the answer.
+    """
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog=f"Examples: tandem serve {DEMO} --workers 2  |  tandem serve MODEL --workers 8 --host 0.0.0.0 --api-key-file keys.txt",
+)
+@takes(ServeOptions, "launcher.serving:serve", prepare)
+def serve() -> None:
+    """Serve OpenAI's HTTP API with N ranks, until SIGTERM or SIGINT.
+
+    POST /v1/completions and /v1/chat/completions, GET /v1/models, /health, /metrics (Prometheus), and a web page at /. A failed rank is
+    restarted, and running requests continue.
+    """
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog="Examples: tandem quantize --checkpoint output/smollm2-135m -a rtn-a16w8  |  "
+    "tandem quantize output/smollm2-135m -a smooth_quant -t boolq -s dev.jsonl --workers 2",
+)
+@takes(QuantizeOptions, "launcher.quantizing:quantize", prepare)
+def quantize() -> None:
     """Quantize a float checkpoint, layer by layer, on any number of ranks.
 
-    Written as compressed-tensors: transformers and vLLM load it (with smooth scales only after --fold). The same command
-    goes on where a killed one stopped. A report goes to standard output and beside the weights.
+    Writes compressed-tensors, which transformers and vLLM load (smoothing scales only after --fold). The same command resumes an
+    interrupted one. A report goes to standard output and into the output folder.
     """
-    from launcher.approaches import QuantizeOptions
-    from launcher.quantizing import quantize as run
-
-    run(
-        QuantizeOptions(
-            config=config,
-            checkpoint=checkpoint,
-            format=format,
-            key_file=key_file,
-            fused_order=fused_order,
-            approach=approach,
-            dataset=dataset,
-            dataset_path=dataset_path,
-            num_samples=num_samples,
-            sample_tokens=sample_tokens,
-            weight_dtype=weight_dtype,
-            kvcache_dtype=kvcache_dtype,
-            act_quant_dtype=act_quant_dtype,
-            outliers=outliers,
-            not_converted=tuple(not_converted or ()),
-            alpha=alpha,
-            fold=fold,
-            group_size=group_size,
-            symmetric=symmetric,
-            kv_granularity=kv_granularity,
-            workers=workers,
-            dtype=dtype,
-            device=device,
-            threads_per_rank=threads_per_rank,
-            collectives=collectives,
-            output=output,
-            overwrite=overwrite,
-            log_dir=log_dir,
-            max_restarts=max_restarts,
-            timeout_seconds=timeout,
-        )
-    )
 
 
-@commands.command(
-    "eval", epilog="Example: tandem eval --task perplexity --data wiki.test.raw --checkpoint output/smollm2-135m --workers 2 --limit 4"
+@app.command(
+    "eval",
+    cls=DeclaredCommand,
+    epilog="Example: tandem eval --task perplexity --data wiki.test.raw --checkpoint output/smollm2-135m --limit 4",
 )
-def evaluate(
-    task: Annotated[str, typer.Option(help="Required. boolq: yes or no, by the next token. perplexity: of a text.")] = "",
-    data: Annotated[Path | None, typer.Option("--data", "-s", help="Required. BoolQ file (JSON lines), or a text file.")] = None,
-    config: ConfigOption = None,
-    checkpoint: CheckpointOption = None,
-    format: FormatOption = None,
-    key_file: KeyFileOption = None,
-    fused_order: FusedOrderOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions or windows at most. Default: all.")] = None,
-    window: Annotated[int, typer.Option("--window", help="perplexity: tokens of each piece of the text.")] = 512,
-    workers: WorkersOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads_per_rank: ThreadsOption = None,
-    collectives: CollectivesOption = None,
-    kv_cache_dtype: CacheOption = None,
-    max_batch_size: BatchOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-    log_dir: LogDirOption = None,
-    max_restarts: RestartsOption = None,
-    timeout: TimeoutOption = None,
-) -> None:
-    """Tell how good a checkpoint is, on any number of ranks: the score does not depend on it."""
-    from launcher.evaluating import EvaluateOptions
-    from launcher.evaluating import evaluate as run
-
-    run(
-        EvaluateOptions(
-            task=task,
-            data=data,
-            config=config,
-            checkpoint=checkpoint,
-            format=format,
-            key_file=key_file,
-            fused_order=fused_order,
-            limit=limit,
-            window_tokens=window,
-            workers=workers,
-            dtype=dtype,
-            device=device,
-            threads_per_rank=threads_per_rank,
-            collectives=collectives,
-            kv_cache_dtype=kv_cache_dtype,
-            max_batch_size=max_batch_size,
-            as_json=as_json,
-            log_dir=log_dir,
-            max_restarts=max_restarts,
-            timeout_seconds=timeout,
-        )
-    )
+@takes(EvaluateOptions, "launcher.evaluating:evaluate", prepare)
+def evaluate() -> None:
+    """Measure the quality of a checkpoint; the score is the same for any number of ranks."""
 
 
-@commands.command(epilog="Example: tandem env --json")
-def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False) -> None:
-    """Tell which launch environment was detected, and from which variables."""
-    from dataclasses import asdict
+@app.command(
+    cls=DeclaredCommand,
+    epilog=f"Examples: tandem bench {DEMO} --workers 2  |  "
+    "tandem bench --model-config config.json --random-weights --num-layers 2 --workers 8 --json",
+)
+@takes(BenchOptions, "launcher.benchmarking:bench", prepare)
+def bench() -> None:
+    """Measure decode and prefill speed, compared with the memory bandwidth measured in the same run.
 
-    from launcher.environment import read_environment
-    from launcher.streams import require_stdout
-    from model.quoting import quote_name
-
-    require_stdout("leave it open")
-
-    found: dict[str, Any] = asdict(read_environment())
-    if as_json:
-        print(json.dumps(found))
-        return
-    variables, sources = found.pop("variables"), found.pop("sources")
-    width = max(map(len, found)) + 1
-    for name, value in found.items():
-        given = [(source, variables[source]) for source in sources[name].split(", ")] if name in sources else []
-        origin = ", ".join(f"{source}={quote_name(text)}" for source, text in given)
-        print(f"{name + ':':<{width}} {'-' if value is None else quote_name(str(value))}{f' (from {origin})' if origin else ''}")
+    Prompts are random ids. A decode step reads every weight once: tokens/s cannot exceed the bandwidth divided by these bytes.
+    """
 
 
-for group in (predict_app, serve_app, commands, bench_app, checkpoint_app):
-    app.add_typer(group)
+@app.command(
+    cls=DeclaredCommand,
+    epilog="Examples: tandem plan --model-config config.json --workers 8 --quantization rtn-a16w8 --bandwidth 800  |  "
+    "tandem plan -c predict_llama2_70b.yaml --workers 6 --svg plan.svg",
+)
+@takes(PlanOptions, "launcher.planning:plan", prepare)
+def plan() -> None:
+    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid numbers of ranks."""
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog="Examples: tandem convert model.Q4_1.gguf output/model --dtype float16  |  "
+    "tandem convert output/model model.ckpt --to mindspore",
+)
+@takes(ConvertOptions, "launcher.rewriting:convert", prepare)
+def convert() -> None:
+    """Rewrite any readable checkpoint as a Hugging Face folder or a MindSpore .ckpt. Reading a .ckpt needs its YAML (-c)."""
+
+
+@app.command(cls=DeclaredCommand, epilog="Example: tandem reshard output/model-rtn output/model-rtn-8 --workers 8")
+@takes(ReshardOptions, "launcher.rewriting:reshard", prepare)
+def reshard() -> None:
+    """Rewrite a checkpoint, quantized or not, as one file per rank. Any number of ranks can read it."""
+
+
+@app.command(cls=DeclaredCommand, epilog="Examples: tandem verify output/model-rtn-8  |  tandem verify output/model --deep --json")
+@takes(VerifyOptions, "launcher.verifying:verify", prepare)
+def verify() -> None:
+    """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
+
+    Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 when
+    anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
+    """
+
+
+@app.command(cls=DeclaredCommand, epilog="Example: tandem env --json")
+@takes(EnvOptions, "launcher.machine_report:show_environment", prepare)
+def env() -> None:
+    """Show the detected launch environment, versions, CPU, kernels, accelerators and memory."""
 
 
 @guard_streams
@@ -287,10 +180,20 @@ def _exit_after(error: BaseException) -> NoReturn:
         sys.stderr.flush()
         # A run that failed can have left work behind that the interpreter would wait for on its way out.
         os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else getattr(error, "exit_code", 1))
-    if hasattr(error, "show"):  # a usage error of typer's own
-        error.show()
+    if isinstance(error, typer.Exit):
+        sys.exit(error.exit_code)
+    if isinstance(error, Exception) and hasattr(error, "format_message"):  # a usage error of typer's own
+        print(f"tandem: {_describe_usage_error(error)}", file=sys.stderr)
         sys.exit(2)
     raise error
+
+
+def _describe_usage_error(error: Exception) -> str:
+    """The error in a command line, and the command that lists its options."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "tandem"
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    return f"{message} (see {command} --help)"
 
 
 def _spread_words(arguments: list[str]) -> list[str]:

@@ -27,32 +27,42 @@ from rich.progress import (
 from rich.text import Text
 
 from launcher.observer import RunObserver
+from launcher.printed_results import ResultPrinter, build_printer
 from launcher.results import Record, ResultsFile
 from launcher.tasks import Decode, Task
 from launcher.whole_file import write_whole
 from model.request import Request
 from model.tokenizer import StreamDecoder, Tokenizer, continuation
 
+LINE_SECONDS, RATE_SECONDS = 1.0, 0.5
+"""Between two lines of progress; before a speed is told."""
+
 
 class WorkProgress:
-    """Long work: a bar on a terminal, a plain line for each tenth elsewhere."""
+    """Long work: a bar on a terminal; elsewhere a line at most every second, and one at the end."""
 
     def __init__(self, what: str) -> None:
         self._what, self._terminal = what, Terminal(stderr=True)
         self._bar: Progress | None = None
-        self._tenths = 0
+        self._started: float | None = None
+        self._told = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+        """`done` of `total` are done; the clock runs from the first call on, which may say 0."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = self._told = now
         if self._terminal.is_terminal:
             if self._bar is None:
                 self._bar = Progress(TextColumn("{task.description}"), BarColumn(), *self._columns(), console=self._terminal)
                 self._bar.start()
                 self._bar.add_task(self._what)
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif done == total or done * 10 // total > self._tenths:
-            self._tenths = done * 10 // max(1, total)
-            print(f"{self._what}: {self._describe(done, total)}", file=sys.stderr, flush=True)
+        elif done == total or now - self._told >= LINE_SECONDS:
+            self._told = now
+            print(
+                f"{self._what}: {self._describe(done, total)}{self._describe_rate(done, now - self._started)}", file=sys.stderr, flush=True
+            )
         if done == total:
             self.close()
 
@@ -62,42 +72,42 @@ class WorkProgress:
     def _describe(self, done: int, total: int) -> str:
         return f"{done} of {total}"
 
+    def _describe_rate(self, done: int, seconds: float) -> str:
+        return ""
+
     def close(self) -> None:
         """Take the bar away; the next call begins anew."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._tenths = 0
+        self._started = None
 
 
 class ByteProgress(WorkProgress):
     """Long work in bytes: with its speed since the first of them."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._started = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` bytes are done; the clock runs from the first call on, which may say 0."""
-        self._started = self._started or time.perf_counter()
-        super().__call__(done, total)
-
-    def close(self) -> None:
-        """Take the bar away; the next call begins anew."""
-        super().close()
-        self._started = 0.0
-
     def _columns(self) -> tuple[ProgressColumn, ...]:
         return DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
 
     def _describe(self, done: int, total: int) -> str:
-        seconds = max(1e-9, time.perf_counter() - self._started)
-        return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / 1e9 / seconds:.2f} GB/s"
+        return f"{format_bytes(done)} of {format_bytes(total)}"
+
+    def _describe_rate(self, done: int, seconds: float) -> str:
+        """Nothing before there is enough to tell."""
+        return f", {format_bytes(done / seconds)}/s" if seconds >= RATE_SECONDS else ""
+
+
+def format_bytes(count: float) -> str:
+    """`1.23 GB`, `45.6 MB`, `789 kB`."""
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def loading_progress(world_size: int) -> WorkProgress:
-    """Shows how far loading is; of several ranks the first one's part."""
-    return ByteProgress("loading" if world_size == 1 else f"loading on {world_size} ranks, the first one's part")
+    """Shows how far loading is; of several ranks rank 0's part."""
+    return ByteProgress("loading" if world_size == 1 else "loading, rank 0")
 
 
 class WorkConsole(RunObserver):
@@ -146,7 +156,9 @@ class RunConsole(RunObserver):
         tokenizer: Tokenizer,
         output: ResultsFile | None = None,
         done: Sequence[Record] = (),
+        printer: ResultPrinter | None = None,
     ) -> None:
+        self._printer = printer or build_printer("mindformers", len(prompts), streams=False)
         self._requests, self._prompts, self._tokenizer, self._output = requests, prompts, tokenizer, output
         self._lock = threading.Lock()
         self._tokens: list[list[int]] = [[] for _ in prompts]
@@ -155,6 +167,7 @@ class RunConsole(RunObserver):
         self._errors: dict[int, str] = {}
         self._streams = [StreamDecoder(tokenizer, request.prompt_ids) for request in requests]
         self._texts = [""] * len(prompts)
+        self._records: dict[int, Record] = {record.index: record for record in done}
         for record in done:
             self._tokens[record.index] = list(record.token_ids)
             self._reasons[record.index], self._texts[record.index] = record.finish_reason, record.text
@@ -186,6 +199,9 @@ class RunConsole(RunObserver):
             if again:
                 self._print_result(self._num_printed)
             self._num_printed += 1
+        if self._printer.streams and self._num_printed < len(self._prompts) and self._tokens[self._num_printed]:
+            index = self._num_printed
+            self._printer.write_part(index, self._prompts[index], self._texts[index])
 
     def continue_task(self, task: Task) -> Task:
         """What is left to do now."""
@@ -258,9 +274,11 @@ class RunConsole(RunObserver):
             self._recoveries.append(time.time() - self._failed_at)
             self._failed_at = None
         self._texts[index] += self._streams[index].push(token_id)
-        if finish_reason and self._output is not None:
-            self._output.append(self._build_record(index, finish_reason))
-        if self._terminal.is_terminal:
+        if finish_reason:
+            self._records[index] = self._build_record(index, finish_reason)
+            if self._output is not None:
+                self._output.append(self._records[index])
+        if self._terminal.is_terminal and not self._printer.streams:
             self._show_live()
         self.print_done()
 
@@ -277,13 +295,9 @@ class RunConsole(RunObserver):
     def _print_result(self, index: int) -> None:
         if index in self._errors:
             return
-        text = self._prompts[index] + self._continuation(index)
         if sys.stdout.isatty():
             self._stop_live()  # a result must not land among the live lines
-        print(f"'text_generation_text': {[text]}", flush=True)
-
-    def _continuation(self, index: int) -> str:
-        return continuation(self._tokenizer, self._requests[index].prompt_ids, self._tokens[index])
+        self._printer.write_result(self._records[index])
 
     def _build_record(self, index: int, finish_reason: str) -> Record:
         request = self._requests[index]
@@ -292,7 +306,7 @@ class RunConsole(RunObserver):
             prompt=self._prompts[index],
             prompt_token_ids=request.prompt_ids,
             token_ids=tuple(self._tokens[index]),
-            text=self._continuation(index),
+            text=continuation(self._tokenizer, request.prompt_ids, self._tokens[index]),
             finish_reason=finish_reason,
             logprobs=tuple(self._logprobs[index]) if request.params.logprobs else None,
             error=self._errors.get(index),

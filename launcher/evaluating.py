@@ -6,11 +6,10 @@ Knows files, options and what is printed; scores are the model package's.
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.options import RunOptions
+from launcher.measure_options import EvaluateOptions
 from launcher.running import Run, build_job, open_run, run_to_result, writes_results
 from launcher.streams import require_stdout
 from launcher.tasks import EVALUATIONS, Evaluate
@@ -18,26 +17,10 @@ from model.evaluation import check_rows
 from model.evaluation_data import encode_prompts, find_choice_ids, read_boolq, read_windows
 from parallel.errors import ConfigError
 
-DEFAULT_WINDOW_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    task: str = ""
-    data: Path | None = None
-    limit: int | None = None
-    window_tokens: int = DEFAULT_WINDOW_TOKENS
-    as_json: bool = False
-
 
 def evaluate(options: EvaluateOptions) -> None:
     """Score a checkpoint and print it. Raises InputError before anything starts, RanksFailedError when ranks failed."""
-    if options.task not in EVALUATIONS:
-        raise ConfigError(f"--task is {options.task!r}, but has to be one of {', '.join(EVALUATIONS)}")
-    if options.data is None:
-        raise ConfigError("no data: give a BoolQ file (JSON lines) or a text file with --data")
+    assert options.task in EVALUATIONS and options.data is not None
     if writes_results(options):
         require_stdout("leave it open")
     run = open_run(options)

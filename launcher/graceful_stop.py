@@ -34,9 +34,9 @@ class StoppedError(TandemError):
 class GracefulStop:
     """In its `with` block signals ask first. Ends the block with the elastic agent's SignalException, which its agent understands."""
 
-    def __init__(self, ask: Callable[[int], float]) -> None:
-        """`ask` gets the signal, and says how many seconds the end may take."""
-        self._ask = ask
+    def __init__(self, ask: Callable[[int], float], takes: Callable[[int], bool] = lambda number: False) -> None:
+        """`ask` gets the signal, and says how many seconds the end may take. `takes` gets it before: whether it means something else."""
+        self._ask, self._takes = ask, takes
         self._answered = threading.Event()
         self._over = False
         self._lock = threading.Lock()
@@ -75,6 +75,8 @@ class GracefulStop:
         if self.number is not None:
             self._over = True
             raise SignalException(f"signal {number}", signal.Signals(self.number))
+        if self._takes(number):
+            return
         self.number = number
         seconds = self._ask(number)
         threading.Thread(target=self._wait, args=(seconds,), daemon=True, name="grace").start()

@@ -6,6 +6,7 @@ Knows ASGI and uvicorn; not what is asked.
 import asyncio
 import hmac
 import json
+import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,8 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from launcher.bounded_log import BoundedLog
 from launcher.connection_places import OVERFLOW_PLACES, ConnectionPlaces
-from launcher.key_value_store import is_loopback
+from launcher.listening import is_loopback
 from launcher.page_files import PAGE_FILES
+from launcher.server_log import log_request
 from launcher.service_errors import ServiceError, busy, server_failed, too_many_requests
 
 CALLER = "tandem.caller"
@@ -70,7 +72,7 @@ class Guard:
         """Handle one request."""
         if scope["type"] != "http":
             return
-        status = 0
+        status, began = 0, time.monotonic()
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -96,6 +98,7 @@ class Guard:
         finally:
             if status:
                 self._count(scope["path"], status)
+                log_request(scope, status, time.monotonic() - began, scope.get(CALLER))
 
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: SendMessage) -> None:
         if scope["method"] != "POST":

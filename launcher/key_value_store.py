@@ -3,7 +3,6 @@
 Knows addresses, ports and time limits; not who meets there, and not what they say.
 """
 
-import ipaddress
 import socket
 import time
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
+from launcher.listening import is_loopback
 from parallel.errors import RunError
 from parallel.observed_time import ObservedTime
 
@@ -23,14 +23,6 @@ _NAME_SECONDS = 20.0
 
 class StoreError(RunError):
     """Nobody listens where the ranks should meet, or somebody else does."""
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only processes of this host can reach the address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False  # 127.example.com is a name like any other
 
 
 def open_store(address: str, port: int) -> tuple[TCPStore, int]:

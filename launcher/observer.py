@@ -34,6 +34,10 @@ class RunObserver:
         """Whether another attempt makes sense now that one has failed."""
         return True
 
+    def takes_signal(self, number: int) -> bool:
+        """In the handler of a signal: whether it means something else than the end, so that the run continues."""
+        return False
+
     def ask_to_stop(self, number: int) -> float | None:
         """A signal asks for the end; in its handler. How many seconds the end that the observer brings about may take; None: rank 0 is to
         stop after its current token."""

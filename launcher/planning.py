@@ -5,19 +5,18 @@ Without --checkpoint it needs no PyTorch either, which alone would take longer t
 
 import json
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from launcher.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.approaches import check_words, plan_recipe
+from launcher.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.cores import share_cores
 from launcher.drawing import draw_plan
 from launcher.environment import decide_world_size, read_environment
 from launcher.file_errors import as_run_failure
-from launcher.options import CheckpointOptions
 from launcher.output_paths import check_output_file
 from launcher.settings import Settings, open_settings
 from launcher.streams import require_stdout
@@ -29,24 +28,6 @@ from parallel.errors import ConfigError
 
 EVEN = 0.95
 """Mean over largest share from which a number of ranks is called even."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions(CheckpointOptions):
-    """What the command line says; None is not said."""
-
-    model_config: Path | None = None
-    workers: int | None = None
-    quantization: str | None = None
-    dtype: str | None = None
-    kv_cache_dtype: str | None = None
-    threads_per_rank: int | None = None
-    batch_size: int = 1
-    tokens: int | None = None
-    bandwidth: float | None = None
-    """GB/s of each rank's memory."""
-    svg: Path | None = None
-    as_json: bool = False
 
 
 def plan(options: PlanOptions) -> None:

@@ -3,16 +3,16 @@
 Everything that can be wrong is found here, before any process starts. Knows no typer: options come as a plain value.
 """
 
-import json
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 from launcher.console import RunConsole
+from launcher.decode_options import PredictOptions
 from launcher.file_errors import as_run_failure
-from launcher.options import RunOptions
+from launcher.options import SamplingOptions
 from launcher.output_paths import check_output_file
+from launcher.printed_results import build_printer
 from launcher.results import ResultsFile, hold_results, read_results
 from launcher.running import Run, build_job, first_said, open_run, run_job, writes_results
 from launcher.settings import Settings
@@ -21,33 +21,9 @@ from model.request import Request, check_memory, check_request
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
-from parallel.regular_file import MAX_DATA_BYTES, read_text
 
-DEFAULT_PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
-"""MindFormers' run_llama2_generate.py's."""
 DEFAULT_MAX_LENGTH = 1024
 """MindFormers' LlamaConfig.max_decode_length."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    prompts: tuple[str, ...] = ()
-    prompts_file: Path | None = None
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: bool = False
-    output: Path | None = None
-    resume: bool = False
-    stats: Path | None = None
 
 
 def predict(options: PredictOptions) -> None:
@@ -59,7 +35,7 @@ def predict(options: PredictOptions) -> None:
             require_stdout("give --output")
     run = open_run(options)
     tokenizer = run.read_tokenizer()
-    prompts = read_prompts(options)
+    prompts = list(options.prompts)
     requests = plan_requests(options, run, tokenizer, prompts)
     if options.resume and options.output is None:
         raise RequestError("--resume skips what is in the file of --output; give --output")
@@ -72,7 +48,9 @@ def predict(options: PredictOptions) -> None:
             stack.enter_context(hold_results(options.output))
         done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
         output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
-        console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
+        # A rank that a launcher restarts would print the beginning of a text again.
+        printer = build_printer(options.output_format, len(prompts), streams=not run.environment.is_rank)
+        console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done, printer)
         _decode(options, run, console, output, tokenizer, again=again)
 
 
@@ -107,48 +85,34 @@ def _decode(
         raise RunError(console.failure)
 
 
-def read_prompts(options: PredictOptions) -> list[str]:
-    """The prompts of the options, of the file, or the original's three. Raises RequestError for a file without any."""
-    prompts = list(options.prompts)
-    path = options.prompts_file
-    if path is not None:
-        try:
-            lines = read_text(path, MAX_DATA_BYTES).splitlines()
-        except FileNotFoundError:
-            raise RequestError(f"the prompts file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"the prompts file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-        found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-        if not found:
-            raise RequestError(f"the prompts file {path} holds no prompt: write one a line")
-        prompts += found
-    return prompts or list(DEFAULT_PROMPTS)
-
-
 def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, prompts: list[str]) -> list[Request]:
     """Prompts as ids, each with how it goes on. Options go over the YAML, the YAML over defaults. Raises InputError."""
-    settings, sampling, context = run.settings, run.settings.sampling, run.context_tokens
+    settings, context = run.settings, run.context_tokens
     prompt_ids = [tuple(tokenizer.encode(prompt)) for prompt in prompts]
     lengths = plan_lengths(options, settings, [len(ids) for ids in prompt_ids], context)
     requests = []
     for index, (ids, new_tokens) in enumerate(zip(prompt_ids, lengths, strict=True)):
-        params = SamplingParams(
-            max_new_tokens=new_tokens,
-            do_sample=first_said(options.do_sample, sampling.do_sample, False),
-            temperature=first_said(options.temperature, sampling.temperature, 1.0),
-            top_k=first_said(options.top_k, sampling.top_k, 50),
-            top_p=first_said(options.top_p, sampling.top_p, 1.0),
-            repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
-            seed=first_said(options.seed, settings.seed, 0),
-            ignore_eos=options.ignore_eos,
-            logprobs=options.logprobs,
-        )
+        params = replace(plan_params(options, settings, new_tokens), ignore_eos=options.ignore_eos, logprobs=options.logprobs)
         requests.append(Request(index, ids, params))
         check_request(requests[-1], context, run.opened.config.vocab_size)
     said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
     if said and not requests[0].params.do_sample:
         print(f"warning: {', '.join(said)} without --do-sample change nothing: the likeliest token is taken", file=sys.stderr)
     return requests
+
+
+def plan_params(options: SamplingOptions, settings: Settings, max_new_tokens: int) -> SamplingParams:
+    """How tokens are chosen: options go over the YAML, the YAML over defaults. Raises RequestError for values out of range."""
+    sampling = settings.sampling
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        do_sample=first_said(options.do_sample, sampling.do_sample, False),
+        temperature=first_said(options.temperature, sampling.temperature, 1.0),
+        top_k=first_said(options.top_k, sampling.top_k, 50),
+        top_p=first_said(options.top_p, sampling.top_p, 1.0),
+        repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
+        seed=first_said(options.seed, settings.seed, 0),
+    )
 
 
 def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int], context: int) -> list[int]:
@@ -172,15 +136,3 @@ def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int]
             f"prompt {lengths.index(longest)} has {longest} tokens, but max_length is {max_length}; set a larger --max-length"
         )
     return [max_length - length for length in lengths]
-
-
-def _read_prompt(line: str, path: Path, number: int) -> str:
-    if path.suffix != ".jsonl":
-        return line
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise RequestError(f'{path}, line {number}: a JSON object with "prompt" is needed')
-    return prompt

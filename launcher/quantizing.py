@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.approaches import check_words, plan_recipe
+from launcher.checkpoint_options import QuantizeOptions
 from launcher.checkpoint_target import claim_target
 from launcher.console import ByteProgress
 from launcher.file_errors import as_run_failure

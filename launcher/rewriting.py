@@ -7,43 +7,36 @@ import sys
 import time
 from pathlib import Path
 
+from launcher.checkpoint_options import ConvertOptions, ReshardOptions
 from launcher.checkpoint_target import claim_target
 from launcher.console import ByteProgress
 from launcher.file_errors import as_run_failure
-from launcher.options import CheckpointOptions
 from launcher.running import open_model
 from launcher.settings import open_settings
 from model.checkpoint.mindspore_writing import SUFFIX, write_mindspore
 from model.checkpoint.rank_files import write_rank_files
 from model.checkpoint.rewriting import convert_checkpoint
-from model.config import DTYPES
-from parallel.errors import ConfigError
-
-TARGETS = ("hf", "mindspore")
 
 
-def convert(options: CheckpointOptions, target: Path, to: str, dtype: str | None, *, overwrite: bool) -> None:
+def convert(options: ConvertOptions) -> None:
     """Write a Hugging Face folder, or a MindSpore file or folder. Raises InputError before anything is written."""
-    if to not in TARGETS:
-        raise ConfigError(f"--to is {to!r}, but has to be one of {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
-    is_file = to == "mindspore" and target.suffix == SUFFIX
-    with claim_target("DST", target, overwrite=overwrite, is_file=is_file):
+    target, is_file = options.target, options.to == "mindspore" and options.target.suffix == SUFFIX
+    with claim_target("DST", target, overwrite=options.overwrite, is_file=is_file):
         opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
         started, progress = time.perf_counter(), ByteProgress("converting")
         with as_run_failure(target):
-            if to == "hf":
-                convert_checkpoint(opened.source, target, dtype, progress)
+            if options.to == "hf":
+                convert_checkpoint(opened.source, target, options.dtype, progress)
             else:
-                write_mindspore(opened.source, opened.config, opened.scheme, target, dtype, progress)
+                write_mindspore(opened.source, opened.config, opened.scheme, target, options.dtype, progress)
                 print("note: linears are written separately (qkv_concat: False), so that no fused row order applies", file=sys.stderr)
             tell_written(target, started)
 
 
-def reshard(options: CheckpointOptions, target: Path, workers: int, *, overwrite: bool) -> None:
+def reshard(options: ReshardOptions) -> None:
     """Write rank files. Raises InputError before anything is written."""
-    with claim_target("DST", target, overwrite=overwrite):
+    target, workers = options.target, options.workers
+    with claim_target("DST", target, overwrite=options.overwrite):
         opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
         opened.config.layout().check(workers)
         started = time.perf_counter()

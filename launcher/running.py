@@ -19,9 +19,10 @@ from launcher.job import Job
 from launcher.joining import join_ranks
 from launcher.log_folder import check_log_folder, open_log_folder
 from launcher.memory_forecast import forecast_memory
-from launcher.nodes import Nodes, plan_nodes
+from launcher.nodes import Nodes
 from launcher.observer import RunObserver
-from launcher.options import CheckpointOptions, RunOptions
+from launcher.options import MAX_SECONDS, CheckpointOptions, RunOptions
+from launcher.preparation import plan_run_nodes, read_run_environment
 from launcher.reading_ahead import read_ahead
 from launcher.scheduler import serve_ranks
 from launcher.settings import Settings, open_settings
@@ -43,8 +44,6 @@ from parallel.errors import CheckpointError, ConfigError, RunError
 from parallel.regular_file import open_regular
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-MAX_SECONDS = 31_536_000
-"""A year, the longest time limit: clocks of the operating system overflow far beyond."""
 DEFAULT_MAX_RESTARTS = 1
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Files, sockets and processes that a run has open at least."""
@@ -124,18 +123,15 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 
     A process that is msrun's scheduler does not return: it serves the ranks and exits.
     """
-    environment = read_environment()
+    environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
-    if options.num_nodes or options.local_workers:
-        # Who says what each node starts has had srun or mpirun start one such command a node: it is no rank.
-        environment = environment.as_program()
     settings = open_settings(options.config, options.checkpoint)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
-    nodes = Nodes() if environment.is_rank else _plan_nodes(options, world_size)
+    nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
@@ -162,10 +158,10 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
     values = settings.build_model_values()
     if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
         values = read_config(folder / "config.json")
-    return OpenOptions(format=options.format, key_file=key_file, values=values, fused_order=fused_order)
+    return OpenOptions(format=options.format, key_file=key_file, follow_links=options.follow_links, values=values, fused_order=fused_order)
 
 
-def find_checkpoint(option: Path | None, settings: Settings) -> Path:
+def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
     """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
     path = option or settings.load_checkpoint
     if not path:
@@ -320,17 +316,6 @@ def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] 
 def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
     """The folder that the command line, or else the YAML, names."""
     return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
-
-
-def _plan_nodes(options: RunOptions, world_size: int) -> Nodes:
-    return plan_nodes(
-        world_size,
-        num_nodes=options.num_nodes,
-        node_rank=options.node_rank,
-        local_workers=options.local_workers,
-        master_addr=options.master_addr,
-        master_port=options.master_port,
-    )
 
 
 def _parse_flag(name: str, word: str | None) -> bool:

@@ -8,89 +8,52 @@ import logging
 import socket
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from launcher.cores import share_cores
+from launcher.decode_options import ServeOptions
 from launcher.graceful_stop import StoppedError
 from launcher.job import Job
-from launcher.key_value_store import is_loopback
+from launcher.listening import is_loopback, listen, read_keys
 from launcher.memory_forecast import read_available_bytes
 from launcher.observer import RunObserver
-from launcher.options import RunOptions
-from launcher.run_identity import read_version
-from launcher.running import MAX_SECONDS, Run, build_job, first_said, open_run, run_job
+from launcher.program_version import read_version
+from launcher.running import Run, build_job, first_said, open_run, run_job
+from launcher.server_log import configure_log, log_throughput
 from launcher.tasks import Serve
-from model.config import PREFILL_TOKENS, count_blocks
+from model.config import count_blocks
 from model.native import find_kernels
 from model.planning import RankPlan, Workload, plan_ranks
-from parallel.errors import ConfigError, RunError
-from parallel.regular_file import MAX_KEY_BYTES, read_text
+from parallel.errors import RunError
 
 if TYPE_CHECKING:
     from launcher.connection_places import ConnectionPlaces
     from launcher.http_guard import App
     from launcher.serve_front import ServeFront
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 DEFAULT_MAX_RESTARTS = 1000
 """A server is to stay up; attempts that do not come to serve end it long before."""
-DEFAULT_MAX_WAITING, DEFAULT_REQUEST_SECONDS, DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_BODY_MEGABYTES = 256, 600.0, 30.0, 4.0
-DEFAULT_PREFILL_TOKENS = 256
-"""A pass with so many is a noticeable pause for answers that run beside it; with fewer, weights would be read for too little."""
-_LEAST_PREFILL_TOKENS = 16
 _MEMORY_SHARE = 0.5
 """Of what is free beside the weights, for keys and values, where no number of blocks is said."""
 _END_SECONDS = 15.0
 _BACKLOG = 1024
 """Connections that the system keeps until they are accepted."""
-DEFAULT_MAX_CLIENT_REQUESTS = 128
-_LEAST_BODY_MEGABYTES, _MAX_BODY_MEGABYTES = 0.001, 1000.0
-_EXTRA = "pip install 'tandem-launcher[serve]'"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions(RunOptions):
-    """What the command line says; None is not said."""
-
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    api_key_file: Path | None = None
-    insecure: bool = False
-    """Whether other hosts may come without a key."""
-    served_model_name: str | None = None
-    max_waiting: int = DEFAULT_MAX_WAITING
-    request_seconds: float = DEFAULT_REQUEST_SECONDS
-    drain_seconds: float = DEFAULT_DRAIN_SECONDS
-    prefill_tokens: int = DEFAULT_PREFILL_TOKENS
-    max_body_megabytes: float = DEFAULT_MAX_BODY_MEGABYTES
-    allowed_origins: tuple[str, ...] = ()
-    """Of pages that browsers let call this server."""
-    strict_fields: bool = False
-    """Whether requests with unknown fields are refused."""
-    max_connections: int | None = None
-    max_client_connections: int | None = None
-    max_client_requests: int = DEFAULT_MAX_CLIENT_REQUESTS
 
 
 def serve(options: ServeOptions) -> None:
     """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
-    _check_options(options)
-    keys = read_keys(options)
+    keys = read_keys(options.host, options.api_key_file, insecure=options.insecure)
     run = open_run(options)
     max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
     run = replace(run, options=replace(options, max_restarts=max_restarts))
-    try:
-        from launcher.chat_rendering import ChatRenderer
-        from launcher.connection_places import ConnectionPlaces, plan_connections
-        from launcher.http_app import build_app
-        from launcher.http_guard import Limits
-        from launcher.serve_front import Served, ServeFront
-        from launcher.service import Service
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"tandem serve needs {error.name}, which is not installed: {_EXTRA}") from None
+    from launcher.chat_rendering import ChatRenderer
+    from launcher.connection_places import ConnectionPlaces, plan_connections
+    from launcher.http_app import build_app
+    from launcher.http_guard import Limits
+    from launcher.serve_front import Served, ServeFront
+    from launcher.service import Service
 
     tokenizer = run.read_tokenizer()
     source = run.opened.source
@@ -102,7 +65,7 @@ def serve(options: ServeOptions) -> None:
         return
     front = ServeFront(
         Served(
-            name=options.served_model_name or (source.path.stem if source.path.is_file() else source.path.name),
+            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
             version=read_version(),
             config=run.opened.config,
             job=job,
@@ -114,6 +77,7 @@ def serve(options: ServeOptions) -> None:
     )
     max_connections = plan_connections(options.max_connections, 1 if run.environment.is_rank else run.nodes.local_workers)
     places = ConnectionPlaces(max_connections, options.max_client_connections or max(1, max_connections // 2))
+    configure_log(options.log_level)
     listener = listen(options.host, options.port)
     chat = ChatRenderer(run.tokenizer_path, tokenizer.settings)
     if chat.reason is not None:
@@ -154,45 +118,6 @@ class _Follower(RunObserver):
     def ask_to_stop(self, number: int) -> float | None:
         """As long as the other may take, and a little more."""
         return self._drain_seconds + _END_SECONDS
-
-
-def read_keys(options: ServeOptions) -> tuple[bytes, ...]:
-    """The API keys. Raises ConfigError for a file without any, and where other hosts could come without one."""
-    if options.api_key_file is None:
-        if not is_loopback(options.host) and not options.insecure:
-            raise ConfigError(
-                f"--host {options.host} can be reached by other hosts, but there is no API key: give --api-key-file or --insecure"
-            )
-        return ()
-    try:
-        text = read_text(options.api_key_file, MAX_KEY_BYTES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {options.api_key_file} cannot be read: {getattr(error, 'strerror', error)}") from None
-    keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"--api-key-file {options.api_key_file} holds no key: write one a line")
-    if any(character <= 32 or character > 126 for key in keys for character in key):
-        raise ConfigError(
-            f"--api-key-file {options.api_key_file} holds a key with blanks or characters beyond ASCII, which no header carries"
-        )
-    return keys
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ConfigError: it is found before any rank starts."""
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host} is no address of this host: {error.strerror or error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host") from None
-    return listener
 
 
 def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
@@ -276,7 +201,9 @@ class HttpServer(threading.Thread):
                 await asyncio.sleep(0.01)
             self._listener.listen(_BACKLOG)  # the event loop has set it to what it accepts in one pass
             self._running.set()
+            throughput = asyncio.create_task(log_throughput(self._front))
             await serving
+            throughput.cancel()
 
         try:
             asyncio.run(work())
@@ -294,35 +221,3 @@ class HttpServer(threading.Thread):
 def _announce(front: "ServeFront", address: str) -> None:
     front.answered_once.wait()
     print(f"ready: {address}/v1, page at {address}/", file=sys.stderr, flush=True)
-
-
-def _check_options(options: ServeOptions) -> None:
-    checks: tuple[tuple[str, Any, bool, str], ...] = (
-        ("--port", options.port, 0 <= options.port <= 65535, "from 0 (any free one) to 65535"),
-        ("--max-queue", options.max_waiting, options.max_waiting >= 0, "at least 0"),
-        (
-            "--request-timeout",
-            options.request_seconds,
-            0 < options.request_seconds <= MAX_SECONDS,
-            f"above 0 and at most {MAX_SECONDS} seconds",
-        ),
-        ("--drain", options.drain_seconds, 0 <= options.drain_seconds <= MAX_SECONDS, f"from 0 to {MAX_SECONDS} seconds"),
-        (
-            "--prefill-tokens",
-            options.prefill_tokens,
-            _LEAST_PREFILL_TOKENS <= options.prefill_tokens <= PREFILL_TOKENS,
-            f"from {_LEAST_PREFILL_TOKENS} to {PREFILL_TOKENS}",
-        ),
-        (
-            "--max-body-mb",
-            options.max_body_megabytes,
-            _LEAST_BODY_MEGABYTES <= options.max_body_megabytes <= _MAX_BODY_MEGABYTES,
-            f"from {_LEAST_BODY_MEGABYTES:g} to {_MAX_BODY_MEGABYTES:g} megabytes",
-        ),
-        ("--max-connections", options.max_connections, first_said(options.max_connections, 1) >= 1, "at least 1"),
-        ("--max-client-connections", options.max_client_connections, first_said(options.max_client_connections, 1) >= 1, "at least 1"),
-        ("--max-client-requests", options.max_client_requests, options.max_client_requests >= 1, "at least 1"),
-    )
-    for flag, value, holds, needed in checks:
-        if not holds:
-            raise ConfigError(f"{flag} is {value}, but has to be {needed}")

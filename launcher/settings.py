@@ -220,13 +220,13 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def open_settings(path: Path | None, checkpoint: Path | None = None) -> Settings:
+def open_settings(path: Path | None, checkpoint: str | Path | None = None) -> Settings:
     """Those of the YAML file of a command line, of the only one next to a MindSpore checkpoint, or what holds without one.
 
     Raises ConfigError as `read_settings` does, and for several files next to a checkpoint.
     """
     if path is None and checkpoint is not None:
-        path = find_yaml(checkpoint)
+        path = find_yaml(Path(checkpoint))
     return read_settings(path) if path else _build_settings({}, "no config")
 
 

@@ -81,7 +81,7 @@ def spawn_ranks(
                 board.ask_to_stop(0)
             return GRACE_SECONDS if seconds is None else seconds
 
-        stop = GracefulStop(ask_to_stop)
+        stop = GracefulStop(ask_to_stop, observer.takes_signal)
         rendezvous: NodeRendezvous | None = None
         agent: _Agent | None = None
         with Listener(str(folder / SOCKET_FILE), "AF_UNIX") as listener, stop:

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint_options import VerifyOptions
 from launcher.console import ByteProgress
 from launcher.cores import count_cores
-from launcher.options import CheckpointOptions
 from launcher.running import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.settings import open_settings
 from model.chat import read_chat_templates
@@ -32,7 +32,7 @@ _MAX_THREADS = 4
 _SHOWN = 10
 
 
-def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
+def verify(options: VerifyOptions) -> None:
     """Print what was found. Raises CheckpointError when anything is wrong."""
     settings = open_settings(options.config, options.checkpoint)
     path = find_checkpoint(options.checkpoint, settings)
@@ -41,25 +41,25 @@ def verify(options: CheckpointOptions, *, deep: bool, as_json: bool) -> None:
         opening = plan_opening(options, settings)
         if opening.values is None and lacks_config(path, opening):
             container = MindSporeContainer(path, opening.key_path)
-            result |= {"format": "mindspore", "config": None, **_check_container(container, deep=deep)}
+            result |= {"format": "mindspore", "config": None, **_check_container(container, deep=options.deep)}
         else:
             source = open_checkpoint(path, opening)
             result["format"] = options.format or find_format(source.path)
             config = build_config(source.config, str(path))
             settings.compare_model_config(config, str(path))
-            result |= _check(source, deep=deep)
+            result |= _check(source, deep=options.deep)
             result["warnings"] += _check_tokenizer(settings.vocab_file or source.tokenizer_path(), config, result["problems"])
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
     result["ok"] = not problems
-    if as_json:
+    if options.as_json:
         print(json.dumps(result))
     else:
         _print(result)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{path} has {count}" if not as_json else f"{path} has {count}, the first: {problems[0]}")
+        raise CheckpointError(f"{path} has {count}" if not options.as_json else f"{path} has {count}, the first: {problems[0]}")
 
 
 def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:

@@ -9,18 +9,31 @@ import yaml
 from parallel.errors import ConfigError
 from parallel.regular_file import MAX_YAML_BYTES, read_text
 
+YAML_ENDS = (".yaml", ".yml")
+
 
 def find_yaml(checkpoint: Path) -> Path | None:
-    """The YAML in the folder of a checkpoint that has no config.json: MindFormers' models are folders of the two."""
+    """The MindFormers YAML in the folder of a checkpoint, told by its `model.model_config`; None without one.
+
+    Raises ConfigError for several.
+    """
     folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not folder.is_dir():
         return None
-    if not any(next(folder.glob(pattern), None) for pattern in ("*.ckpt", "rank_*", "*.safetensors")):
-        return None
-    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern))
+    if folder != checkpoint and (folder / "config.json").exists():
+        return None  # which belongs to the .ckpt; the YAML may be that of another one
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in YAML_ENDS and path.is_file() and _is_mindformers(path)]
     if len(found) > 1:
-        raise ConfigError(f"{folder} holds {len(found)} YAML files, {found[0].name} and {found[1].name} among them: give one with -c")
+        raise ConfigError(f"{folder} holds {len(found)} MindFormers YAML files ({found[0].name}, {found[1].name}): choose with --config")
     return found[0] if found else None
+
+
+def _is_mindformers(path: Path) -> bool:
+    try:
+        model = read_mapping(path).get("model")
+    except ConfigError:
+        return False
+    return isinstance(model, Mapping) and isinstance(model.get("model_config"), Mapping)
 
 
 class _Loader(yaml.SafeLoader):

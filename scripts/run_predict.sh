@@ -11,6 +11,8 @@ Usage: run_predict.sh PARALLEL CONFIG_PATH CKPT_PATH [DEVICE_NUM] [more options 
   CKPT_PATH    checkpoint, a file or a folder
   DEVICE_NUM   number of ranks: needed for parallel; for single it may be left out or be 1
 
+Prints one line 'text_generation_text': [PROMPT AND CONTINUATION] per prompt; without --prompt or --prompts-file, three prompts are used.
+
 Example: run_predict.sh parallel configs/predict.yaml output/checkpoint 2 --prompt 'The capital of France is'
 TEXT
 }
@@ -65,4 +67,13 @@ fi
 
 # A folder named model or launcher in the caller's working directory must not be imported instead of the project (Python 3.11+).
 export PYTHONSAFEPATH=1
-exec "$python" -m launcher predict --config "$config_path" --checkpoint "$ckpt_path" --workers "$num_workers" "$@"
+# The original's three prompts, where the caller gives none.
+prompts=(--prompt 'I love Beijing, because' --prompt 'LLaMA is a' --prompt 'Huawei is a company that')
+for word in "$@"; do
+    case "$word" in
+        --prompt | --prompt=* | --prompts-file | --prompts-file=*) prompts=() ;;
+    esac
+done
+# A --format among the caller's options goes over the one here.
+exec "$python" -m launcher predict --config "$config_path" --checkpoint "$ckpt_path" --workers "$num_workers" \
+    --format mindformers ${prompts[@]+"${prompts[@]}"} "$@"

@@ -19,6 +19,9 @@ printf '%s\\n' "$@"
 exit 7
 """
 
+DEFAULT_PROMPTS = ["--prompt", "I love Beijing, because", "--prompt", "LLaMA is a", "--prompt", "Huawei is a company that"]
+"""MindFormers' run_llama2_generate.py's."""
+
 
 @pytest.fixture
 def run_predict(tmp_path: Path) -> Path:
@@ -91,6 +94,7 @@ def test_help_is_no_error(run_predict: Path) -> None:
         ("single", ["1"], "1", []),
         ("single", ["--prompt", "two words"], "1", ["--prompt", "two words"]),
         ("parallel", ["8"], "8", []),
+        ("parallel", ["8", "--greedy"], "8", ["--greedy"]),
         ("parallel", ["2", "--prompt", "1", "--greedy"], "2", ["--prompt", "1", "--greedy"]),
     ],
 )
@@ -98,7 +102,8 @@ def test_arguments_directory_and_exit_code_are_handed_on(
     run_predict: Path, tmp_path: Path, mode: str, more: list[str], workers: str, passed_on: list[str]
 ) -> None:
     result = _run(run_predict, mode, "my config.yaml", "my ckpt", *more, cwd=tmp_path)
-    expected = ["-m", "launcher", "predict", "--config", "my config.yaml", "--checkpoint", "my ckpt", "--workers", workers, *passed_on]
+    expected = ["-m", "launcher", "predict", "--config", "my config.yaml", "--checkpoint", "my ckpt", "--workers", workers]
+    expected += ["--format", "mindformers", *([] if "--prompt" in passed_on else DEFAULT_PROMPTS), *passed_on]
     assert result.stdout.splitlines() == [str(tmp_path), *expected]
     assert result.returncode == 7
 
@@ -108,7 +113,7 @@ def test_a_signal_reaches_the_run_itself(run_predict: Path) -> None:
         ["bash", str(run_predict), "single", "c.yaml", "ckpt"], stdout=subprocess.PIPE, text=True, env={**os.environ, "FAKE_SLEEP": "60"}
     ) as process:
         assert process.stdout is not None
-        while process.stdout.readline().strip() != "1":  # The last argument is shown: the run has begun.
+        while process.stdout.readline().strip() != DEFAULT_PROMPTS[-1]:  # The last argument is shown: the run has begun.
             assert process.poll() is None
         process.terminate()
         assert process.wait(timeout=30) == -15

@@ -46,8 +46,8 @@ class AwqFolder(ColumnPackedFolder):
     Raises ConfigError for settings that are not supported, CheckpointError for files and tensors that do not fit them.
     """
 
-    def __init__(self, path: Path) -> None:
-        folder = ColumnFolder(path)
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        folder = ColumnFolder(path, follow_links=follow_links)
         settings = read_settings(folder, SETTINGS_FILE)
         AWQ_KEYS.check(settings, f"{path}: quantization_config")
         linear = _read_linear(settings)

@@ -31,6 +31,8 @@ class OpenOptions:
     """A key of FORMATS; None: told from the content."""
     key_file: str | None = None
     """Path of the key of an encrypted checkpoint."""
+    follow_links: bool = False
+    """Whether weight files may be links out of their folder."""
     values: Mapping[str, Any] | None = None
     """Values of a config.json, for formats that have none."""
     fused_order: str | None = None
@@ -74,6 +76,10 @@ def _is_compressed_tensors(path: Path) -> bool:
     return _is_hugging_face(path) and declares_method(path, "compressed-tensors", "quantization_config.json")
 
 
+def _open_folder(path: Path, options: OpenOptions) -> HuggingFaceFolder:
+    return HuggingFaceFolder(path, follow_links=options.follow_links)
+
+
 def _is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -86,10 +92,10 @@ FORMATS: Mapping[str, Format] = {
     "modelslim": Format(
         "Golden Stick 1.4 or ModelSlim folder (quantization description)", is_described, lambda path, _: DescribedFolder(path)
     ),
-    "gptq": Format("GPTQ folder", is_gptq, lambda path, _: GptqFolder(path)),
-    "awq": Format("AWQ folder", is_awq, lambda path, _: AwqFolder(path)),
-    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, lambda path, _: HuggingFaceFolder(path)),
-    "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, lambda path, _: HuggingFaceFolder(path)),
+    "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
+    "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
+    "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(

@@ -31,11 +31,12 @@ _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 class HuggingFaceFolder:
     """Opened by its headers. Raises CheckpointError for files that are missing or short, ConfigError for config.json."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        """`follow_links`: whether weights may lie outside the folder, see `check_link`."""
         self.path = path
         self.config = read_config(path / "config.json")
         check_method(path, self.config)
-        self.files = _weight_files(path)
+        self.files = _weight_files(path, follow_links=follow_links)
         self.checksums = read_sha256sums(path, self.files)
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
         for file in self.files:
@@ -75,7 +76,7 @@ class HuggingFaceFolder:
         )
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path, *, follow_links: bool) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
         files = [path / SINGLE_FILE]
     elif (path / INDEX_FILE).is_file():
@@ -90,7 +91,7 @@ def _weight_files(path: Path) -> list[Path]:
             raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor other *.safetensors files")
         _check_parts(path, files)
     for file in files:
-        check_link(file)
+        check_link(file, follow_links=follow_links)
     return files
 
 
@@ -125,12 +126,17 @@ def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTe
     return True
 
 
-def check_link(file: Path) -> None:
-    """A link may lead within the folder, or from a snapshot of the Hugging Face hub's cache into the same model's blobs."""
+def check_link(file: Path, *, follow_links: bool = False) -> None:
+    """Raise CheckpointError for a link out of its folder, unless asked to follow it.
+
+    A link may always lead within the folder, and from a snapshot of the Hugging Face cache into the same model's blobs.
+    """
+    if follow_links:
+        return
     folder, target = file.parent.resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
-        raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file itself here")
+        raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file here, or give --follow-links")
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "TANDEM_TEST_RUN"
 SECONDS = 180
@@ -221,7 +222,8 @@ class Tandem:
     def predict_command(self, folder: Path, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher")) -> list[str | Path]:
         """The command line of a predict whose files land in `folder`."""
         files = ("--output", folder / "results.jsonl", "--stats", folder / "stats.json", "--log-dir", folder / "logs")
-        return [sys.executable, *module, "predict", *arguments, *files]
+        given = [] if {"--prompt", "--prompts-file"} & set(arguments) else [word for text in PROMPTS for word in ("--prompt", text)]
+        return [sys.executable, *module, "predict", "--format", "mindformers", *arguments, *given, *files]
 
     def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), **variables: str) -> Outcome:
         """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session."""
@@ -280,7 +282,9 @@ def refuse(
     """
 
     def run(make: Callable[[Checkpoints, Path], Sequence[str | Path]], names: Sequence[str], usage: bool) -> None:
-        command = make(checkpoints, tmp_path)
+        command = list(make(checkpoints, tmp_path))
+        if command[0] == "predict" and not {"--prompt", "--prompts-file"} & set(command):
+            command += ["--prompt", "x"]
         inputs = sorted(tmp_path.rglob("*"))
         before = sorted(checkpoints.int8.parent.rglob("*"))
         (tmp_path / "cwd").mkdir()

@@ -148,7 +148,7 @@ MISTAKES = {
     "prompt longer than the context": Mistake(
         _predict("--prompt", "x" * 3000), (r"prompt 0 has 3001 tokens", r"context is 2048", "shorten it")
     ),
-    "unknown dtype": Mistake(_predict("--dtype", "float8"), ("dtype is 'float8'", "float32, bfloat16, float16")),
+    "unknown dtype": Mistake(_predict("--dtype", "float8"), ("--dtype is 'float8'", "float32, bfloat16, float16")),
     "unknown option": Mistake(_predict("--workerz", "2"), ("--workerz", "--workers"), usage=True),
     "option that is no number": Mistake(_predict("--workers", "two"), ("--workers", "integer"), usage=True),
     "rtn asked of a float checkpoint": Mistake(
@@ -215,7 +215,7 @@ def test_two_sources_that_disagree_on_the_number_of_ranks_are_both_named(
     tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path
 ) -> None:
     rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    result = tandem.run("predict", "--checkpoint", checkpoints.float, "--workers", "3", cwd=tmp_path, **rank)
+    result = tandem.run("predict", "--checkpoint", checkpoints.float, "--workers", "3", "--prompt", "x", cwd=tmp_path, **rank)
     _check_refusal(result, replace(MISTAKES["missing config"], names=("--workers is 3", "WORLD_SIZE is 2")))
     assert list(tmp_path.iterdir()) == []
 

@@ -116,13 +116,13 @@ MISTAKES = {
     "--fold with gptq": _quantize("-a gptq --fold", "--fold does not go with -a gptq"),
     "--group-size with rtn-a16w8": _quantize("-a rtn-a16w8 --group-size 64", "--group-size does not go", "gptq, awq, rtn-a16w4"),
     "--asymmetric with rtn-a16w8": _quantize("-a rtn-a16w8 --asymmetric", "--symmetric/--asymmetric does not go with -a rtn-a16w8"),
-    "unknown type of weights": _quantize("-a ptq -w int4", "-w is 'int4'", "int8 or none"),
+    "unknown type of weights": _quantize("-a ptq -w int4", "--weight-quant-dtype is 'int4'", "int8 or none"),
     "unknown outliers": _quantize("-a ptq -w int8 --outliers awq", "--outliers is 'awq'", "smooth or none"),
     "unknown granularity": _quantize("-a rtn-c8 --kvcache-granularity per_head", "'per_head'", "per_channel or per_token"),
     "alpha above 1": _quantize("-a smooth_quant --alpha 1.5", r"alpha is 1\.5", "from 0 to 1"),
     "ptq of nothing": _quantize("-a ptq", "A16W16", "A16W8 or A8W8 or C8"),
     "ptq of activations alone": _quantize("-a ptq --act-quant-dtype int8", "A8W16", "A16W8 or A8W8 or C8"),
-    "no samples": _quantize("-a gptq --num-samples 0", "--num-samples", "greater than or equal to 1|x>=1", usage=True),
+    "no samples": _quantize("-a gptq --num-samples 0", "--num-samples", "at least 1"),
     # what does not fit the checkpoint
     "groups that do not divide": _quantize("-a rtn-a16w4 --group-size 32", "144 input channels", "groups of 32", "group size"),
     "default groups that do not divide": _quantize("-a rtn-a16w4", "144 input channels", "groups of 128"),
@@ -164,7 +164,17 @@ MISTAKES = {
         (r"smooth_quant \(A8W8\)", "float weights", r"tandem quantize -c \S+smooth\.yaml --checkpoint \S+float -a smooth_quant$"),
     ),
     "smooth_quant asked of int8 weights": Mistake(
-        lambda good, folder: ["eval", "--task", "perplexity", "--data", "x", "-c", _smooth_yaml(good, folder), "--checkpoint", good.int8],
+        lambda good, folder: [
+            "eval",
+            "--task",
+            "perplexity",
+            "--data",
+            good.config,
+            "-c",
+            _smooth_yaml(good, folder),
+            "--checkpoint",
+            good.int8,
+        ],
         (r"smooth_quant \(A8W8\)", r"A16W8 \(rtn-a16w8\)"),
     ),
     "unknown type of the cache": Mistake(
@@ -175,8 +185,8 @@ MISTAKES = {
     "quantize a .ckpt without YAML": Mistake(_real_file("quantize", "-a", "rtn-a16w8"), (r"model\.ckpt", r"-c\b|--config")),
     "convert a .ckpt without YAML": Mistake(_real_file("convert"), (r"model\.ckpt", r"-c\b|--config")),
     # evaluation
-    "no task": _evaluate("--data DATA", LONG_TEXT, "--task is ''", "boolq, perplexity"),
-    "unknown task": _evaluate("--task mmlu --data DATA", LONG_TEXT, "--task is 'mmlu'", "boolq, perplexity"),
+    "no task": _evaluate("--data DATA", LONG_TEXT, "--task is missing", "boolq or perplexity"),
+    "unknown task": _evaluate("--task mmlu --data DATA", LONG_TEXT, "--task is 'mmlu'", "boolq or perplexity"),
     "no data": _evaluate("--task perplexity", None, "--data"),
     "missing text": _evaluate("--task perplexity --data DATA", None, r"data\.txt does not exist"),
     "missing questions": _evaluate("--task boolq --data DATA", None, r"data\.txt does not exist"),
@@ -188,13 +198,11 @@ MISTAKES = {
     ),
     "window too short": _evaluate("--task perplexity --data DATA --window 1", LONG_TEXT, "--window is 1", "from 2 to 2048"),
     "window too long": _evaluate("--task perplexity --data DATA --window 4096", LONG_TEXT, "--window is 4096", "from 2 to 2048"),
-    "limit of nothing": _evaluate(
-        "--task perplexity --data DATA --limit 0", LONG_TEXT, "--limit", "greater than or equal to 1|x>=1", usage=True
-    ),
+    "limit of nothing": _evaluate("--task perplexity --data DATA --limit 0", LONG_TEXT, "--limit is 0", "at least 1"),
     "unknown cache of an evaluation": _evaluate(
         "--task perplexity --data DATA --kv-cache-dtype int4", LONG_TEXT, "kv-cache-dtype is 'int4'", "auto, int8, float"
     ),
-    "batch of nothing": _evaluate("--task perplexity --data DATA --max-batch-size 0", LONG_TEXT, "max_batch_size is 0", "above 0"),
+    "batch of nothing": _evaluate("--task perplexity --data DATA --max-batch-size 0", LONG_TEXT, "--max-batch-size is 0", "at least 1"),
 }
 
 

@@ -30,6 +30,7 @@ CLUSTER = PROJECT_ROOT / "scripts" / "cluster"
 SCRIPTS = sorted([*(PROJECT_ROOT / "scripts").rglob("*.sh"), CLUSTER / "slurm.sbatch", PROJECT_ROOT / ".ci" / "run"])
 KUBERNETES_VERSION = "1.31"
 ODD = 'it\'s "two" $words'
+PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 OPTIONS = ("--max-new-tokens", "8", "--dtype", "float32", "--logprobs", "--ignore-eos")
 LONG = ("--max-batch-size", "1", "--max-new-tokens", "500", "--ignore-eos", "--dtype", "float32", "--timeout", "20")
 
@@ -182,7 +183,8 @@ def mpi(tandem: "Tandem") -> dict[str, str]:
 
 
 def _files(work: Path) -> list[str | Path]:
-    return ["--output", work / "results.jsonl", "--log-dir", work / "logs"]
+    prompts = [word for text in PROMPTS for word in ("--prompt", text)]
+    return ["--format", "mindformers", *prompts, "--output", work / "results.jsonl", "--log-dir", work / "logs"]
 
 
 def _srun(odd: Path, work: Path, *options: str | Path) -> list[str | Path]:

@@ -409,6 +409,6 @@ def test_no_rank_outlives_a_parent_that_is_killed_and_the_next_run_removes_its_f
     _check_records(decoding, tandem, checkpoints)
     (left,) = (decoding.folder / "tmp").iterdir()
     assert oct(left.stat().st_mode & 0o777) == "0o700"
-    again = tandem.run("predict", *_arguments(checkpoints), "--max-new-tokens", "1", TMPDIR=str(decoding.folder / "tmp"))
+    again = tandem.run("predict", *_arguments(checkpoints), "--max-new-tokens", "1", "--prompt", "x", TMPDIR=str(decoding.folder / "tmp"))
     assert again.returncode == 0, again.stderr
     assert list((decoding.folder / "tmp").iterdir()) == []

@@ -483,7 +483,7 @@ def test_checksums_of_tensors_are_the_same_in_a_folder_and_in_its_rank_files(
 def test_predict_verify_refuses_a_damaged_file_before_anything_starts(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
     damaged, cwd = _flipped_rank_file(checkpoints, tmp_path / "damaged"), tmp_path / "cwd"
     cwd.mkdir()
-    result = tandem.run("predict", "--checkpoint", damaged, "--workers", "2", "--verify", "--max-new-tokens", "1", cwd=cwd)
+    result = tandem.run("predict", "--checkpoint", damaged, "--workers", "2", "--verify", "--max-new-tokens", "1", "--prompt", "x", cwd=cwd)
     assert (result.returncode, result.stdout) == (2, "")
     assert re.search(r"tandem: rank_01_of_03\.safetensors is damaged: .*layout\.json says", result.stderr.splitlines()[-1])
     assert list(cwd.iterdir()) == [], "no log folder: no rank was started"

@@ -77,11 +77,11 @@ def _write_keys(text: str) -> Callable[[Path], tuple[str | Path, ...]]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
-    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "there is no API key: give --api-key-file or --insecure"),
-    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "there is no API key"),
-    "port in use": (_listen_first, r"cannot listen at 127\.0\.0\.1, port \d+: Address already in use"),
-    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen at 203\.0\.113\.7"),
-    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none cannot be read"),
+    "other hosts without a key": (lambda _: ("--host", "0.0.0.0"), "needs an API key: give --api-key-file or --insecure"),
+    "a name that looks like this host": (lambda _: ("--host", "127.evil.example"), "needs an API key"),
+    "port in use": (_listen_first, r"cannot listen on 127\.0\.0\.1, port \d+: Address already in use"),
+    "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen on 203\.0\.113\.7"),
+    "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none does not exist"),
     "empty key file": (_write_keys("# nothing\n\n"), "holds no key"),
     "key with a blank": (_write_keys("two words\n"), "holds a key with blanks"),
     "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
@@ -89,7 +89,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "request timeout": (lambda _: ("--request-timeout", "0"), "--request-timeout is 0.0, but has to be above 0"),
     "drain": (lambda _: ("--drain", "-1"), "--drain is -1.0, but has to be from 0 to 31536000 seconds"),
     "prefill tokens": (lambda _: ("--prefill-tokens", "15"), "--prefill-tokens is 15, but has to be from 16 to 512"),
-    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be from 0.001 to 1000 megabytes"),
+    "body": (lambda _: ("--max-body-mb", "0"), "--max-body-mb is 0.0, but has to be from 0.001 to 1000"),
     "connections": (lambda _: ("--max-connections", "0"), "--max-connections is 0, but has to be at least 1"),
     "more connections than files": (
         lambda _: ("--max-connections", "99999"),
@@ -98,16 +98,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "connections of a client": (lambda _: ("--max-client-connections", "-5"), "--max-client-connections is -5, but has to be at least 1"),
     "requests of a client": (lambda _: ("--max-client-requests", "0"), "--max-client-requests is 0, but has to be at least 1"),
     **{
-        f"{flag} {value}": (lambda _, flag=flag, value=value: (flag, value), f"{name} is {value}, but has to be ")
-        for flag, name in (
-            ("--request-timeout", "--request-timeout"),
-            ("--drain", "--drain"),
-            ("--max-body-mb", "--max-body-mb"),
-            ("--timeout", "timeout_seconds"),
-        )
+        f"{flag} {value}": (lambda _, flag=flag, value=value: (flag, value), f"{flag} is {value}, but has to be ")
+        for flag in ("--request-timeout", "--drain", "--max-body-mb", "--timeout")
         for value in ("inf", "-inf", "nan")
     },
-    "batch": (lambda _: ("--max-batch-size", "0"), "max_batch_size is 0, but has to be above 0"),
+    "batch": (lambda _: ("--max-batch-size", "0"), "--max-batch-size is 0, but has to be at least 1"),
     "blocks": (lambda _: ("--num-blocks", "0"), "num_blocks is 0"),
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.console import RunConsole
+from launcher.console import RunConsole, loading_progress
+from launcher.printed_results import build_printer
 from launcher.results import Record, ResultsFile, read_results
 from model.request import Request
 from model.sampling import SamplingParams
@@ -194,3 +195,67 @@ def test_errors_of_several_prompts_are_one_sentence() -> None:
     for index in (2, 0):
         console.on_event({"event": "failure", "index": index, "position": 0, "message": f"cause {index}"})
     assert console.failure == "prompt 0 ended with an error: cause 0; so did 1 more of 3"
+
+
+class Clock:
+    """time.perf_counter as a test sets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("launcher.console.time.perf_counter", lambda: self.now)
+
+
+def test_progress_without_a_terminal_is_a_line_a_second_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, progress = Clock(monkeypatch), loading_progress(2)
+    for seconds, done in ((0.0, 0), (0.2, 10_000_000), (0.9, 20_000_000), (1.1, 110_000_000), (1.9, 150_000_000), (2.2, 1_100_000_000)):
+        clock.now = 100.0 + seconds
+        progress(done, 1_100_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading, rank 0: 110.0 MB of 1.10 GB, 100.0 MB/s",
+        "loading, rank 0: 1.10 GB of 1.10 GB, 500.0 MB/s",
+    ]
+
+
+def test_no_speed_is_told_of_work_that_was_too_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, progress = Clock(monkeypatch), loading_progress(1)
+    progress(0, 5000)
+    clock.now += 0.4
+    progress(5000, 5000)
+    assert capsys.readouterr().err == "loading: 5 kB of 5 kB\n"
+
+
+def build_text(prompts: list[str]) -> RunConsole:
+    requests = [Request(i, tuple(TOKENIZER.encode(prompt)), SamplingParams(max_new_tokens=2)) for i, prompt in enumerate(prompts)]
+    return RunConsole(1, requests, prompts, TOKENIZER, printer=build_printer("text", len(prompts), streams=True))
+
+
+def test_text_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    console, printed = build_text(["ab"]), []
+    for token in TOKENS[0], TOKENS[2]:
+        say(console, [token])
+        printed.append(capsys.readouterr().out)
+    assert printed == ["abx", "y\n"]
+
+
+def test_texts_of_several_prompts_are_never_interleaved(capsys: pytest.CaptureFixture[str]) -> None:
+    console, printed = build_text(PROMPTS), []
+    for token in [TOKENS[3], *TOKENS[:3], TOKENS[4]]:
+        say(console, [token])
+        printed.append(capsys.readouterr().out)
+    head = "=== prompt {} of 3 ===\n"
+    assert printed == [
+        "",
+        f"{head.format(1)}abx",
+        "",
+        f"y\n\n{head.format(2)}cz\n\n{head.format(3)}dev",
+        "w\n",
+    ]
+
+
+def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole(1, REQUESTS, PROMPTS, TOKENIZER, printer=build_printer("json", 3, streams=True))
+    say(console, TOKENS)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(record["index"], record["prompt"] + record["text"]) for record in found] == list(enumerate(RESULTS))

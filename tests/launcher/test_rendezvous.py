@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launcher import rendezvous
-from launcher.key_value_store import StoreError, connect_store, find_own_address, is_loopback, open_store
+from launcher.key_value_store import StoreError, connect_store, find_own_address, open_store
+from launcher.listening import is_loopback
 from launcher.rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.run_identity import DifferentRunError
 

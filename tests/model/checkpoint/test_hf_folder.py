@@ -151,8 +151,11 @@ def test_a_link_may_not_lead_out_of_the_checkpoint(tmp_path: Path, link: Callabl
     if is_read:
         assert set(HuggingFaceFolder(folder).tensors) == {"x"}
         return
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link out of its folder, to .*: copy the file itself here"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is a link out of its folder, to .*: copy the file here, or give --follow-links"
+    ):
         HuggingFaceFolder(folder)
+    assert set(HuggingFaceFolder(folder, follow_links=True).tensors) == {"x"}
 
 
 def test_the_only_file_of_a_folder_may_not_be_a_link_out_of_it_under_any_name(tmp_path: Path) -> None:
@@ -163,6 +166,7 @@ def test_the_only_file_of_a_folder_may_not_be_a_link_out_of_it_under_any_name(tm
     (folder / "gptq.safetensors").symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(CheckpointError, match=r"gptq\.safetensors is a link out of its folder"):
         ColumnFolder(folder)
+    assert set(ColumnFolder(folder, follow_links=True).tensors) == {"x"}
 
 
 def test_checksums_are_read_for_the_weight_files(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""A command's options are the fields of one frozen dataclass: name, aliases, type, choices, help, panel and default in one place.
+
+`takes` gives a typer command its signature from such a class and imports the command's own module only when it runs.
+"""
+
+import copy
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from parallel.errors import ConfigError
+
+MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
+OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
+PANELS = ("Arguments", MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
+"""Of the help, in this order."""
+_FLAGS_WIDTH = 34
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """Further spellings of an option, which work but are not shown in the help."""
+
+    flags: tuple[str, ...]
+
+
+def option(
+    *flags: str,
+    help: str,
+    panel: str,
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare an option. Defaults are part of the help text, since most are decided after parsing.
+
+    `min` and `max` are accepted themselves, `above` is not.
+    """
+    declared: Any = typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+    declared.above = above
+    return declared
+
+
+def argument(*, metavar: str, help: str) -> Any:
+    """Declare a positional argument."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def also(*flags: str) -> Aliases:
+    """Declare further spellings of an option; `--on/--off` for a switch."""
+    return Aliases(flags)
+
+
+class DeclaredCommand(TyperCommand):
+    """A command whose options may have aliases, and whose help lists options by panel, most of them on one line."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the panels."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                panels.setdefault("Arguments", []).append((parameter.metavar or record[0], record[1]))
+            else:
+                panel = getattr(parameter, "rich_help_panel", None) or "Other"
+                panels.setdefault(panel, []).append((_describe_flags(parameter), getattr(parameter, "help", None) or ""))
+        for panel, rows in sorted(panels.items(), key=lambda item: PANELS.index(item[0])):
+            with formatter.section(panel):
+                formatter.write_dl(rows, col_max=_FLAGS_WIDTH)
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Add the aliases to the parser."""
+        parser = super().make_parser(ctx)
+        aliases: dict[str, Aliases] = getattr(self.callback, "aliases", {})
+        for parameter in self.params:
+            if parameter.name in aliases:
+                hidden = copy.copy(parameter)
+                pairs = [flag.partition("/") for flag in aliases[parameter.name].flags]
+                hidden.opts = [on for on, _, _ in pairs]
+                hidden.secondary_opts = [off for _, _, off in pairs if off]
+                hidden.add_to_parser(parser, ctx)
+        return parser
+
+
+def _describe_flags(parameter: Any) -> str:
+    """`-n, --workers N`; a switch with its opposite."""
+    short = [flag for flag in parameter.opts if not flag.startswith("--")]
+    flags = ", ".join([*short, *(flag for flag in parameter.opts if flag not in short)])
+    if parameter.secondary_opts:
+        flags += f"/{parameter.secondary_opts[0]}"
+    return f"{flags} {parameter.metavar}" if parameter.metavar else flags
+
+
+def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """Give a command the options of a dataclass; `prepare` checks them, then `module:function` gets them as one value."""
+    assert is_dataclass(options)
+    hints = get_type_hints(options, include_extras=True)
+    declared = [field for field in fields(options) if _find(hints[field.name], typer.models.ParameterInfo)]
+    parameters = []
+    for field in declared:
+        default = inspect.Parameter.empty if field.default is MISSING else None if field.default == () else field.default
+        annotation = _as_typer_reads_it(hints[field.name])
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+
+    def decorate(command: Callable[[], None]) -> Callable[..., None]:
+        def call(**values: Any) -> None:
+            said = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            for field in declared:
+                if field.default == () and said[field.name] is None:
+                    said[field.name] = ()
+            made = options(**said)
+            check_values(made)
+            prepared = prepare(made)
+            module, _, function = run.partition(":")
+            getattr(importlib.import_module(module), function)(prepared)
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.aliases = {field.name: found for field in declared if (found := _find(hints[field.name], Aliases))}  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _find(hint: Any, kind: type) -> Any:
+    """What of that kind stands in an annotation."""
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, kind):
+            return part
+    return None
+
+
+def check_values(options: Any) -> None:
+    """Raise ConfigError for a value that is not among an option's choices or within its limits."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        info, value = _find(hint, typer.models.OptionInfo), getattr(options, name)
+        if info is None or value is None:
+            continue
+        # typer takes the first of the flags for a default until it has read the annotation.
+        flag, choices = str(info.default).partition("/")[0], _list_choices(hint.__origin__)
+        if choices and value not in choices:
+            words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none
+            needed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
+            raise ConfigError(f"{flag} is {value!r}, but has to be {needed}{_suggest(value, choices)}")
+        if not _is_within(value, info):
+            raise ConfigError(f"{flag} is {value}, but has to be {_describe_limits(info)}")
+
+
+def _is_within(value: Any, info: Any) -> bool:
+    return (
+        (info.min is None or value >= info.min) and (info.max is None or value <= info.max) and (info.above is None or value > info.above)
+    )
+
+
+def _describe_limits(info: Any) -> str:
+    if info.min is not None and info.max is not None:
+        return f"from {info.min:g} to {info.max:g}"
+    limits = (("above", info.above), ("at least", info.min), ("at most", info.max))
+    return " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+
+
+def _suggest(value: str, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _list_choices(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, or of `Literal | None`."""
+    literal = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+    return get_args(literal) if literal is not None else ()
+
+
+def _as_typer_reads_it(hint: Any) -> Any:
+    """Tuples of any length, which typer does not know, as lists; of several types the first, which is the one that a command line gives.
+
+    Choices and limits are left to `check_values`, whose messages name both values.
+    """
+    kind, info = hint.__origin__, copy.copy(_find(hint, typer.models.ParameterInfo))
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    choices = _list_choices(kind)
+    is_list = get_origin(kind) is tuple
+    plain = str if choices else parts[0] if parts else kind
+    if not info.metavar:
+        words = "|".join(choices)
+        info.metavar = _METAVARS[plain] if not choices else words if len(words) < _FLAGS_WIDTH - 6 else "NAME"
+    if hasattr(info, "min"):
+        info.min = info.max = None
+    if is_list:
+        return Annotated[Optional[list.__class_getitem__(plain)], info]  # noqa: UP045
+    return Annotated[Optional[plain] if NoneType in get_args(kind) else plain, info]  # noqa: UP045

@@ -1,0 +1,11 @@
+"""The version of this program."""
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+
+def read_version() -> str:
+    """As installed."""
+    with suppress(PackageNotFoundError):
+        return version("tandem-launcher")
+    return "not installed"
