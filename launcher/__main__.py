@@ -12,14 +12,14 @@ except OSError:  # the current folder has been removed
 if _is_elsewhere and __name__ == "__main__":
     del sys.path[0]
 
-from launcher.interruption import interruption  # noqa: E402
+from launcher.host.interruption import interruption  # noqa: E402
 
 
 def main() -> None:
     """Run the command line and exit."""
     try:
         interruption.catch()
-        from launcher.cli import main as run
+        from launcher.cli.main import main as run
 
         run()
     except BaseException:

@@ -16,15 +16,15 @@ import torch
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import check_facts
-from model.config import DEFAULT_BLOCK_SIZE, build_config
-from model.end_of_text import decide_end_of_text
-from model.generation import Engine, generate
-from model.llama import LlamaForCausalLM
-from model.loading import check_checkpoint, load_model
-from model.request import Request, plan_blocks
-from model.sampling import SamplingParams
-from model.scheme import read_scheme
-from model.tokenizer import read_tokenizer
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import check_checkpoint, load_model
+from model.engine.generation import Engine, generate
+from model.engine.request import Request, plan_blocks
+from model.engine.sampling import SamplingParams
+from model.spec.config import DEFAULT_BLOCK_SIZE, build_config
+from model.spec.scheme import read_scheme
+from model.text.end_of_text import decide_end_of_text
+from model.text.tokenizer import read_tokenizer
 from parallel.collectives import IdentityCollectives
 from parallel.errors import CheckpointError, RequestError
 

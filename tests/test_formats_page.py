@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from model.key_table import KeyTable
+from model.spec.key_table import KeyTable
 
 ROOT = Path(__file__).resolve().parent.parent
 

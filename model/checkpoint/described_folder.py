@@ -7,7 +7,7 @@
     X.deq_scale      float32, or int64 with its bits, [rows]   W8A8: input scale times weight scale
     X.quant_bias     int32 [rows]            W8A8: -offset times the sum of the row, which the offset itself gives here
 
-They come out under the names of `model/scheme.py`. Depends on the description and on headers; the offsets and a few rows are read.
+They come out under the names of `model/spec/scheme.py`. Depends on the description and on headers; the offsets and a few rows are read.
 """
 
 import json
@@ -23,10 +23,10 @@ from model.checkpoint.hf_folder import check_link
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.checkpoint.source import TensorInfo
-from model.config import build_config, read_config
-from model.quoting import quote, quote_name
-from model.scheme import LinearScheme, Scheme, declare_scheme
-from model.weights import linear_names
+from model.spec.config import build_config, read_config
+from model.spec.quoting import quote, quote_name
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.weights import linear_names
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.source import CheckpointSource
-from model.config import LlamaConfig
-from model.scheme import Scheme
+from model.spec.config import LlamaConfig
+from model.spec.scheme import Scheme
 from parallel.errors import RunError
 
 _SAMPLE_BYTES = 4096

@@ -18,7 +18,7 @@ from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
-from model.file_kind import describe_file
+from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.quoting import is_plain, quote
+from model.spec.quoting import is_plain, quote
 from parallel.errors import CheckpointError
 from parallel.regular_file import open_regular
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.key_table import KeyTable
-from model.quoting import quote
+from model.spec.key_table import KeyTable
+from model.spec.quoting import quote
 from parallel.errors import CheckpointError, ConfigError
 
 _MAX_WHOLE, _MAX_FLOAT32 = (1 << 31) - 1, 3.4e38
@@ -119,7 +119,7 @@ GGUF_KEYS = KeyTable(
     ),
     harmless_prefixes=("general.", "quantize.", "split.", "tokenizer.", "training."),
 )
-"""Keys of an architecture-llama file; the tokenizer's are read by model/gguf_vocabulary.py. Unknown keys are reported."""
+"""Keys of an architecture-llama file; the tokenizer's are read by model/text/gguf_vocabulary.py. Unknown keys are reported."""
 
 
 class GgufMetadata:

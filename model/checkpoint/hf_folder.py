@@ -15,9 +15,9 @@ from model.checkpoint.name_prefix import find_names
 from model.checkpoint.recognition import check_method
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.checkpoint.source import PIECE_BYTES
-from model.config import read_config
-from model.file_kind import describe_file
-from model.quoting import quote, quote_name
+from model.spec.config import read_config
+from model.spec.file_kind import describe_file
+from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 from parallel.regular_file import MAX_INDEX_BYTES, read_text

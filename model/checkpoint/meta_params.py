@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.source import TensorInfo
-from model.config import read_config
-from model.key_table import KeyTable
-from model.quoting import quote
-from model.rope_scaling import RopeScaling
+from model.spec.config import read_config
+from model.spec.key_table import KeyTable
+from model.spec.quoting import quote
+from model.spec.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")

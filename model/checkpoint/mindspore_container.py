@@ -20,7 +20,7 @@ from model.checkpoint.mindspore_order import sample_fused
 from model.checkpoint.mindspore_rows import RowRuns, build_block
 from model.checkpoint.mindspore_safetensors import read_any_header
 from model.checkpoint.source import TensorInfo
-from model.quoting import quote_name
+from model.spec.quoting import quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

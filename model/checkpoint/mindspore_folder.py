@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from model.checkpoint.safetensors_file import read_header
-from model.quoting import quote, quote_name
+from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
 NAME_MAP = "param_name_map.json"

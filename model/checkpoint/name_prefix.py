@@ -6,7 +6,7 @@ Depends on names only.
 from collections.abc import Iterable
 from pathlib import Path
 
-from model.quoting import quote, quote_name
+from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
 _INNER = "model."

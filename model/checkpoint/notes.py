@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import describe_rotary
-from model.config import LlamaConfig
-from model.config_keys import CONFIG_KEYS
-from model.scheme import Scheme, describe_scheme_keys
-from model.weights import plan_weights
+from model.spec.config import LlamaConfig
+from model.spec.config_keys import CONFIG_KEYS
+from model.spec.scheme import Scheme, describe_scheme_keys
+from model.spec.weights import plan_weights
 
 _SETTINGS = "config.json"
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.file_kind import describe_file
-from model.quantization_keys import OTHER_METHODS, SUPPORTED_METHODS
-from model.quoting import quote, quote_name
+from model.spec.file_kind import describe_file
+from model.spec.quantization_keys import OTHER_METHODS, SUPPORTED_METHODS
+from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
 _SPLIT_GGUF = re.compile(r".+-\d{5}-of-(\d{5})\.gguf")

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import TensorInfo
-from model.file_kind import describe_file
-from model.quoting import is_plain, quote, quote_name
+from model.spec.file_kind import describe_file
+from model.spec.quoting import is_plain, quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
 from parallel.regular_file import open_regular

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from model.checkpoint.source import CheckpointSource, TensorInfo
-from model.config import LlamaConfig
-from model.rope_scaling import compute_frequencies
-from model.scheme import LinearScheme, Scheme
-from model.weights import linear_names, linear_shape
+from model.spec.config import LlamaConfig
+from model.spec.rope_scaling import compute_frequencies
+from model.spec.scheme import LinearScheme, Scheme
+from model.spec.weights import linear_names, linear_shape
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 

@@ -17,7 +17,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 import torch
 
 from model.checkpoint.source import Checksum, TensorInfo
-from model.file_kind import describe_file
+from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import open_descriptor
 

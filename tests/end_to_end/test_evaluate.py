@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from launcher.evaluating import write_json
+from launcher.commands.evaluate import write_json
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem

@@ -97,7 +97,7 @@ def test_help_of_predict_fits_two_screens(tandem: "Tandem") -> None:
 
 
 def _parse(command: str, words: list[str]) -> dict[str, object]:
-    from launcher.cli import app
+    from launcher.cli.main import app
 
     made: dict[str, object] = typer.main.get_group(app).commands[command].make_context(command, list(words)).params
     return made

@@ -128,7 +128,7 @@ def test_an_overwritten_folder_is_the_old_one_after_an_interruption(tandem: "Tan
 
 def test_ranks_end_with_a_parent_that_is_killed_while_they_import(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
     """Each rank stops at its import of PyTorch; it has raised its score for the OOM killer by then."""
-    variables = plant(tmp_path, SLOW.format(where="launcher.rank_process", module="torch"))
+    variables = plant(tmp_path, SLOW.format(where="launcher.supervision.rank_process", module="torch"))
     options = ("--workers", "2", "--prompt", "a", "--log-dir", tmp_path / "log")
     running = tandem.start([sys.executable, "-m", "launcher", "predict", "--checkpoint", checkpoints.float, *options], **variables)
     logs = [tmp_path / "log" / f"worker_{rank}.log" for rank in (0, 1)]
@@ -141,7 +141,7 @@ def test_ranks_end_with_a_parent_that_is_killed_while_they_import(tandem: "Tande
 
 
 def test_a_rank_whose_parent_has_gone_before_it_could_look_exits() -> None:
-    result = subprocess.run([sys.executable, "-m", "launcher.rank_process", "nowhere", "1"], timeout=20, capture_output=True)
+    result = subprocess.run([sys.executable, "-m", "launcher.supervision.rank_process", "nowhere", "1"], timeout=20, capture_output=True)
     assert (result.returncode, result.stdout, result.stderr) == (1, b"", b"")
 
 

@@ -178,8 +178,8 @@ def test_an_unusable_path_ends_with_code_2_and_a_sentence_before_anything_starts
 def test_paths_of_results_are_checked_where_they_are_written_only(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str], expected: bool
 ) -> None:
-    from launcher.options import RunOptions
-    from launcher.running import writes_results
+    from launcher.commands.run_ranks import writes_results
+    from launcher.settings.options import RunOptions
 
     if variables:
         variables |= {"WORLD_SIZE": "2", "LOCAL_RANK": variables["RANK"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -94,16 +94,16 @@ def test_an_answer_of_a_server_ends_with_an_error_when_its_weights_are_cut_and_a
 REPLACING = """
 import os, sys
 
-if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ["RANK"] == "1":
+if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ["RANK"] == "1":
     import launcher.rank
 
-    plain = launcher.rank.{function}
+    plain = launcher.worker.rank.{function}
 
     def replace_and_go_on(*arguments, **options):
         os.utime({file!r}, ns=(1, 1))
         return plain(*arguments, **options)
 
-    launcher.rank.{function} = replace_and_go_on
+    launcher.worker.rank.{function} = replace_and_go_on
 """
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.fingerprint import CheckpointReplacedError, Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.mindspore_writing import write_mindspore
 from model.checkpoint.rank_files import write_rank_files
-from model.config import build_config
-from model.scheme import read_scheme
+from model.export.mindspore import write_mindspore
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
 
 CONFIG = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import model.checkpoint.mindspore_order as mindspore_order
 import model.checkpoint.mindspore_rows as mindspore_rows
-from launcher.settings import read_settings
+from launcher.settings.yaml_settings import read_settings
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.fused_order import RowNorms, weigh_orders
 from model.checkpoint.mindspore_encryption import EncryptedFile
@@ -19,9 +19,9 @@ from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_header import read_mindspore_header
 from model.checkpoint.mindspore_order import sample_fused
 from model.checkpoint.mindspore_rows import RowRuns, build_block
-from model.config import build_config
-from model.scheme import read_scheme
-from model.weights import plan_weights
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
+from model.spec.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 from tests.model.mindspore_files import (

@@ -14,8 +14,8 @@ from gguf.quants import dequantize, quantize
 
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_header import read_gguf_header
-from model.config import build_config
-from model.rope_scaling import LinearScaling, RopeScaling, YarnScaling, scale_frequency
+from model.spec.config import build_config
+from model.spec.rope_scaling import LinearScaling, RopeScaling, YarnScaling, scale_frequency
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.settings import read_settings
+from launcher.settings.yaml_settings import read_settings
 from model.checkpoint.formats import OpenOptions, find_format, open_checkpoint
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.mindspore_file import MindSporeFile
-from model.config import build_config
-from model.scheme import LinearScheme, Scheme, read_scheme
-from model.weights import plan_weights
+from model.spec.config import build_config
+from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 from tests.model.mindspore_files import (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from model.checkpoint.formats import open_checkpoint
-from model.file_kind import describe_file
+from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError, InputError
 
 SIZES: dict[str, Any] = {

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM as TransformersLlama
 
 from model.auto_model import AutoModel
-from model.batch import Span
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.stored_facts import check_facts, find_contradictions
-from model.config import build_config
-from model.llama import LlamaForCausalLM
-from model.loading import check_checkpoint
-from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
-from model.tokenizer import read_tokenizer
-from model.weights import plan_weights
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import check_checkpoint
+from model.layers.batch import Span
+from model.spec.config import build_config
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.weights import plan_weights
+from model.text.tokenizer import read_tokenizer
 from parallel.errors import CheckpointError
 from tests.model.checkpoint.conftest import LLAMA, make_awq, make_gptq, make_tensors, write_folder
 

@@ -1,0 +1,52 @@
+"""Which device the ranks of this process's host compute on, checked before any of them starts.
+
+`auto` is the CPU: the device backend is not optimized yet, and a machine that merely has an accelerator must behave like any other.
+"""
+
+import torch
+
+from launcher.environment.detection import LaunchEnvironment
+from parallel.errors import ConfigError
+
+_SHARES_DEVICES = ("none", "torchrun")
+"""Launchers whose ranks all see the same devices; the others can give each rank one of its own."""
+
+
+def choose_device(word: str, environment: LaunchEnvironment, num_local: int) -> str:
+    """The device type that `--device` means for `num_local` ranks of this host.
+
+    Raises ConfigError when it is unavailable, or visible devices are fewer than ranks: each rank needs one of its own.
+    """
+    if word in ("auto", "cpu"):
+        return "cpu"
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if available is None or available.type != word:
+        found = available.type if available is not None else "cpu"
+        raise ConfigError(f"--device is {word}, but this PyTorch supports {found} only: install a {word} build, or drop --device")
+    if environment.is_rank and environment.local_world_size is None:
+        num_local = (environment.local_rank or 0) + 1  # this rank's part of the check; the others make theirs
+    count = torch.accelerator.device_count()
+    has_own = count == 1 and environment.launcher not in _SHARES_DEVICES
+    if num_local > count and not has_own:
+        remedy = f"start at most {count} ranks here, or use --device cpu" if count else "use --device cpu"
+        raise ConfigError(f"{num_local} rank(s) on this host need as many {word} devices, but {count} are visible: {remedy}")
+    return word
+
+
+def check_collectives(name: str, device: str) -> None:
+    """Raise ConfigError when `--collectives nccl` cannot work for ranks on `device`."""
+    if name != "nccl":
+        return
+    if device != "cuda":
+        raise ConfigError(f"--collectives nccl needs --device cuda, but the device is {device}: use --collectives auto")
+    if not torch.distributed.is_nccl_available():
+        raise ConfigError("--collectives nccl needs a PyTorch build with NCCL, and this one has none: use --collectives gloo")
+
+
+def find_device(name: str, local_rank: int) -> torch.device:
+    """The device of one rank, made the current one: the only visible one, or the one with the rank's number on its host."""
+    if name == "cpu":
+        return torch.device("cpu")
+    index = 0 if torch.accelerator.device_count() == 1 else local_rank
+    torch.accelerator.set_device_index(index)
+    return torch.device(name, index)

@@ -1,0 +1,165 @@
+"""Checks of every command's options before PyTorch is imported: paths, the model, the YAML, the number of ranks, prompts, the port.
+
+Input errors are reported within a fraction of a second this way. The command's own module checks the rest, from the files' contents.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
+from launcher.host.cores import count_cores
+from launcher.rendezvous.nodes import Nodes, plan_nodes
+from launcher.server.listening import listen, read_keys
+from launcher.settings.approaches import check_words
+from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
+from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.measure_options import BenchOptions, EvaluateOptions
+from launcher.settings.model_location import find_model
+from launcher.settings.options import CheckpointOptions, RunOptions
+from launcher.settings.prompts import read_prompts
+from launcher.settings.yaml_file import find_yaml
+from launcher.settings.yaml_settings import Settings, open_settings
+from parallel.errors import ConfigError
+
+SERVE_EXTRA = "pip install 'tandem-launcher[serve]'"
+_MAX_THREADS_PER_CORE = 4
+
+
+def prepare(options: Any) -> Any:
+    """The options with MODEL found on disk, the YAML in its folder and the prompts read. Raises InputError."""
+    if not isinstance(options, CheckpointOptions):
+        return options
+    environment = read_run_environment(options) if isinstance(options, RunOptions) else None
+    if environment is not None and environment.is_scheduler:
+        return options  # it only serves the rendezvous
+    if isinstance(options, QuantizeOptions):
+        check_words(options)
+    _check_input_files(options)
+    options = locate_model(options)
+    settings = open_settings(options.config)
+    if options.checkpoint is None and _needs_checkpoint(options):
+        if not settings.load_checkpoint:
+            raise ConfigError(f"no model: give a path or a Hugging Face id, as in tandem {_COMMANDS.get(type(options), 'predict')} MODEL")
+        path, model_id = find_model(settings.load_checkpoint, offline=options.offline)
+        options = replace(options, checkpoint=path, model_id=model_id)
+    if isinstance(options, RunOptions) and environment is not None:
+        _check_ranks(options, environment, settings)
+    for kind, check in _CHECKS.items():
+        if isinstance(options, kind):
+            options = check(options, environment)
+    return options
+
+
+def locate_model(options: Any) -> Any:
+    """Resolve MODEL, --checkpoint or --model to a path, and use the MindFormers YAML in its folder unless --config is given."""
+    model, checkpoint = options.model, options.checkpoint
+    if model is not None and checkpoint is not None and str(model) != str(checkpoint):
+        raise ConfigError(f"two models are given, {model} and {checkpoint}: give one")
+    text = model if model is not None else checkpoint
+    if text is None:
+        return options
+    if not str(text).strip():
+        raise ConfigError("the model is an empty text: give a path or a Hugging Face id")
+    path, model_id = find_model(str(text), offline=options.offline)
+    config = options.config
+    if config is None:
+        config = find_yaml(path)
+        if config is not None:
+            print(f"config: {config}", file=sys.stderr)
+    return replace(options, model=None, checkpoint=path, config=config, model_id=model_id)
+
+
+def read_run_environment(options: RunOptions) -> LaunchEnvironment:
+    """The launch environment as this command line uses it."""
+    environment = read_environment()
+    if options.num_nodes or options.local_workers:
+        # With these options srun or mpirun starts one such command per node, which is not a rank.
+        return environment.as_program()
+    return environment
+
+
+def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
+    """What this node starts."""
+    return plan_nodes(
+        world_size,
+        num_nodes=options.num_nodes,
+        node_rank=options.node_rank,
+        local_workers=options.local_workers,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+    )
+
+
+def _needs_checkpoint(options: CheckpointOptions) -> bool:
+    return not isinstance(options, PlanOptions) and not (isinstance(options, BenchOptions) and options.random_weights)
+
+
+def _check_input_files(options: CheckpointOptions) -> None:
+    for name, flag in _INPUT_FILES.items():
+        path: Path | None = getattr(options, name, None)
+        if path is None:
+            continue
+        if not path.exists():
+            raise ConfigError(f"{flag} {path} does not exist")
+        if path.is_dir():
+            raise ConfigError(f"{flag} {path} is a folder, but a file is needed")
+
+
+def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: Settings) -> None:
+    world_size = decide_world_size(options.workers, environment, settings.model_parallel)
+    if not environment.is_rank:
+        plan_run_nodes(options, world_size)
+    threads, cores = options.threads_per_rank, count_cores()
+    if threads is not None and threads > _MAX_THREADS_PER_CORE * cores:
+        raise ConfigError(f"--threads-per-rank is {threads}, but this process may use {cores} cores: give at most that")
+
+
+def _prepare_predict(options: PredictOptions, environment: LaunchEnvironment) -> PredictOptions:
+    # Ranks that a launcher started would read parts of the same standard input.
+    prompts = read_prompts(options.prompts, options.prompts_file, may_read_input=not environment.is_rank)
+    return replace(options, prompts=prompts, prompts_file=None)
+
+
+def _prepare_chat(options: ChatOptions, environment: LaunchEnvironment) -> ChatOptions:
+    if environment.is_rank:
+        raise ConfigError(f"tandem chat needs a single process, but {environment.launcher} started this one as a rank")
+    return options
+
+
+def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> ServeOptions:
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(module) is None:
+            raise ConfigError(f"tandem serve needs {module}, which is not installed: {SERVE_EXTRA}")
+    read_keys(options.host, options.api_key_file, insecure=options.insecure)
+    if not environment.rank and not options.node_rank:
+        listen(options.host, options.port).close()
+    return options
+
+
+def _prepare_eval(options: EvaluateOptions, environment: LaunchEnvironment) -> EvaluateOptions:
+    if options.task is None:
+        raise ConfigError("--task is missing: give boolq or perplexity")
+    if options.data is None:
+        raise ConfigError("--data is missing: give a BoolQ file (JSON lines) or a text file")
+    return options
+
+
+_INPUT_FILES = {
+    "key_file": "--key-file",
+    "model_config": "--model-config",
+    "api_key_file": "--api-key-file",
+    "dataset_path": "--dataset-path",
+    "data": "--data",
+}
+"""Options that name a file to read, by field."""
+_COMMANDS = {ChatOptions: "chat", ServeOptions: "serve", BenchOptions: "bench", EvaluateOptions: "eval", QuantizeOptions: "quantize"}
+_CHECKS: dict[type, Callable[[Any, Any], Any]] = {
+    PredictOptions: _prepare_predict,
+    ChatOptions: _prepare_chat,
+    ServeOptions: _prepare_serve,
+    EvaluateOptions: _prepare_eval,
+}

@@ -1,0 +1,337 @@
+"""What every command that runs ranks shares: open the checkpoint, decide the job, start the ranks or be one of them.
+
+Everything that can be wrong is found here, before any process starts. Knows no typer, and no task.
+"""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.commands.devices import check_collectives, choose_device
+from launcher.commands.preparation import plan_run_nodes, read_run_environment
+from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
+from launcher.host.file_errors import as_run_failure, describe_os_error
+from launcher.host.log_folder import check_log_folder, open_log_folder
+from launcher.job.job import Job
+from launcher.job.memory_forecast import forecast_memory
+from launcher.job.observer import RunObserver
+from launcher.job.prefetch import read_ahead
+from launcher.job.tasks import Bench, Task
+from launcher.rendezvous.msrun_scheduler import serve_ranks
+from launcher.rendezvous.nodes import Nodes
+from launcher.reporting.console import ByteProgress, WorkConsole
+from launcher.settings.options import MAX_SECONDS, CheckpointOptions, RunOptions
+from launcher.settings.yaml_settings import Settings, open_settings
+from launcher.supervision.foreign_launchers import join_ranks
+from launcher.supervision.spawn import spawn_ranks
+from launcher.supervision.verdict import RanksFailedError
+from launcher.worker.collectives import shared_memory_works
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
+from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
+from model.checkpoint.notes import list_notes, name_settings
+from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_facts import check_facts
+from model.checkpoint.verification import require_intact
+from model.decoder.loading import check_checkpoint
+from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
+from model.spec.scheme import Scheme, read_scheme
+from model.text.end_of_text import decide_end_of_text
+from model.text.tokenizer import Tokenizer, read_tokenizer
+from parallel.errors import CheckpointError, ConfigError, RunError
+from parallel.regular_file import open_regular
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_MAX_RESTARTS = 1
+_DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
+"""Files, sockets and processes that a run has open at least."""
+COLLECTIVES = ("auto", "shm", "gloo", "nccl")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint whose headers fit its config and the YAML."""
+
+    source: CheckpointSource
+    config: LlamaConfig
+    scheme: Scheme
+    opening: OpenOptions
+    """How it was opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is about to be planned."""
+
+    options: RunOptions
+    settings: Settings
+    environment: LaunchEnvironment
+    world_size: int
+    nodes: Nodes
+    """What this node starts, where it starts ranks."""
+    opened: OpenedModel
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks on this host, as far as is known; all, where a launcher does not say."""
+        environment = self.environment
+        return environment.local_world_size or self.world_size if environment.is_rank else self.nodes.local_workers
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence: the checkpoint's, or less where the YAML says so."""
+        longest = self.opened.config.max_position_embeddings
+        return min(longest, self.settings.seq_length or longest)
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the YAML, else the checkpoint's.
+
+        Raises ConfigError when none is next to a `.ckpt`, CheckpointError when its ids are not those of the model.
+        """
+        path = self.tokenizer_path
+        if path == self.opened.source.path and path.suffix == ".ckpt":
+            raise ConfigError(
+                f"no tokenizer: neither tokenizer.model nor tokenizer.json is next to {path}; put one there, or name it as "
+                "processor.tokenizer.vocab_file in the YAML"
+            )
+        return read_tokenizer_of(path, self.opened.config)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder or file of the tokenizer."""
+        source, settings = self.opened.source, self.settings
+        return Path(settings.vocab_file or source.tokenizer_path() or settings.pretrained_model_dir or source.path)
+
+
+def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer in `path`. Raises CheckpointError when there is none, it cannot be read, or its ids are not those of the model."""
+    tokenizer = read_tokenizer(path)
+    # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
+    if tokenizer.base_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {config.vocab_size}; "
+            "use the tokenizer that belongs to this model"
+        )
+    return tokenizer
+
+
+def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
+    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`; `opener` stands in for it.
+
+    A process that is msrun's scheduler does not return: it serves the ranks and exits.
+    """
+    environment = read_run_environment(options)
+    if environment.is_scheduler:
+        sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
+    settings = open_settings(options.config, options.checkpoint)
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    check_log_folder(_find_log_dir(options, settings))
+    world_size = decide_world_size(options.workers, environment, settings.model_parallel)
+    nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
+    opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
+    if options.verify and not opened.source.checksums:
+        print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
+    opened.config.layout().check(world_size)
+    return Run(options, settings, environment, world_size, nodes, opened)
+
+
+def writes_results(options: RunOptions) -> bool:
+    """Whether this process is the one of its run that writes results: on the first node, or as rank 0. Paths may not exist elsewhere."""
+    if options.num_nodes or options.local_workers:
+        return not options.node_rank
+    return not read_environment().rank
+
+
+def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
+    """How the checkpoint is to be opened."""
+    key_file = str(options.key_file.absolute()) if options.key_file else None
+    if options.key_file:
+        try:
+            open_regular(options.key_file).close()
+        except OSError as error:
+            raise ConfigError(f"--key-file cannot be read: {describe_os_error(error)}") from None
+    fused_order = first_said(options.fused_order, settings.tandem.fused_order)
+    values = settings.build_model_values()
+    if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
+        values = read_config(folder / "config.json")
+    return OpenOptions(format=options.format, key_file=key_file, follow_links=options.follow_links, values=values, fused_order=fused_order)
+
+
+def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
+    """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
+    path = option or settings.load_checkpoint
+    if not path:
+        raise ConfigError("no checkpoint: give --checkpoint")
+    return Path(path)
+
+
+def open_model(options: CheckpointOptions, settings: Settings, *, quantized: bool = True) -> OpenedModel:
+    """Open a checkpoint and hold it against its own config.json, the YAML and, where asked, its checksums. Raises InputError.
+
+    `quantized`: whether the YAML's quantization_config describes this checkpoint, and not one still to be made.
+    """
+    path = find_checkpoint(options.checkpoint, settings)
+    opening = plan_opening(options, settings)
+    source = open_checkpoint(path, opening)
+    config, scheme = build_config(source.config, str(name_settings(source))), read_scheme(source.config)
+    settings.compare_model_config(config, str(path))
+    for note in list_notes(source, config):
+        print(note if note.startswith("warning: ") else f"note: {note}", file=sys.stderr)
+    if quantized and settings.quantization is not None:
+        settings.quantization.check_scheme(scheme, config, str(path), settings.source)
+    check_checkpoint(source, config, scheme)
+    check_facts(source, config, scheme)
+    if options.verify:
+        require_intact(source, ByteProgress("verifying"))
+    return OpenedModel(source, config, scheme, settle_options(source, opening))
+
+
+def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Job:
+    """Fill in every decision. Options go over the YAML, the YAML over defaults. Raises InputError.
+
+    `dtype`: what to compute in where neither says so; None takes the YAML's compute_dtype, else the checkpoint's.
+    `tokenizer`: `Run.read_tokenizer`'s, for tasks whose answers end where it says.
+    """
+    options, settings, config = run.options, run.settings, run.opened.config
+    own, said_ids = settings.tandem, settings.model_values
+    end = decide_end_of_text(
+        run.opened.source, config.vocab_size, named=said_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=run.tokenizer_path
+    )
+    if tokenizer is not None and not run.environment.rank:
+        for warning in end.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    job = Job(
+        checkpoint=str(run.opened.source.path.absolute()),
+        opening=run.opened.opening,
+        fingerprint=read_fingerprint(run.opened.source, config, run.opened.scheme),
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
+        world_size=run.world_size,
+        context_tokens=run.context_tokens,
+        eos_token_ids=end.ids,
+        pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
+        dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
+        device=choose_device(
+            _one_of("device", first_said(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
+        ),
+        collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
+        threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
+        bind_cores=_parse_flag("--bind-cores", options.bind_cores),
+        timeout_seconds=first_said(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
+        max_batch_size=first_said(options.max_batch_size, own.max_batch_size),
+        block_size=first_said(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
+        num_blocks=first_said(options.num_blocks, settings.num_blocks),
+        prefix_cache=first_said(options.prefix_cache, own.prefix_cache, True),
+        speculate=first_said(options.speculate, own.speculate, False),
+        task=task,
+    )
+    for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
+        value = getattr(job, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}, but has to be above 0")
+    if not job.timeout_seconds <= MAX_SECONDS:  # nan is refused, too
+        raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
+    check_blocks(job.block_size, job.num_blocks)
+    check_collectives(job.collectives, job.device)
+    if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
+        raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+    if job.collectives == "shm" and run.nodes.num_nodes > 1:
+        raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
+    return job
+
+
+def run_job(run: Run, job: Job, observer: RunObserver) -> int:
+    """Start the ranks, or be one of those that a launcher started; give the number of restarts.
+
+    Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
+    """
+    _check_descriptors(job.world_size)
+    environment = run.environment
+    is_first = not (environment.rank if environment.is_rank else run.nodes.node_rank)
+    folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
+    with folder as log_dir, as_run_failure():
+        if environment.is_rank:
+            join_ranks(environment, job, log_dir, observer)
+            return environment.restart_count
+        return _spawn(run, job, log_dir, observer)
+
+
+def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
+    options, own = run.options, run.settings.tandem
+    opened = run.opened
+    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+        print(f"warning: {warning}", file=sys.stderr)
+    read_ahead(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
+    max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
+
+    def tell(number: int, cause: str, at_seconds: float) -> None:
+        observer.note_failure(cause, at_seconds)
+        if not isinstance(job.task, Bench):  # which keeps nothing of an attempt that failed
+            check_unchanged(job.fingerprint, lambda: _read_again(job))
+        print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {observer.redone}", file=sys.stderr)
+
+    try:
+        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
+    except RanksFailedError as error:
+        try:
+            error.verdict.write(log_dir)
+        except OSError as fault:  # a full disk must not hide what has failed
+            print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
+        raise
+
+
+def _check_descriptors(world_size: int) -> None:
+    """Raise ConfigError for a limit with which libtorch would abort the process without a word."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _DESCRIPTORS + _RANK_DESCRIPTORS * world_size
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
+
+
+def _read_again(job: Job) -> Fingerprint:
+    """The fingerprint of what a restart would load."""
+    source = open_checkpoint(job.path, job.opening)
+    return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
+
+
+def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
+    """Run a job that ends in one result, its progress shown as `what`; None on a rank above 0 that a launcher started.
+
+    `redone`: see RunObserver. Raises what `run_job` raises, and RunError where the ranks found that there is no result.
+    """
+    console = WorkConsole(run.world_size, what, redone)
+    try:
+        run_job(run, job, console)
+    finally:
+        console.close()
+    if console.failure is not None:
+        raise RunError(console.failure)
+    assert run.environment.rank or console.result is not None
+    return None if run.environment.rank else console.result
+
+
+def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
+    """The folder that the command line, or else the YAML, names."""
+    return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
+
+
+def _parse_flag(name: str, word: str | None) -> bool:
+    flags = {None: False, "true": True, "false": False, "1": True, "0": False}
+    found = flags.get(word.lower() if word else None)
+    if found is None:
+        raise ConfigError(f"{name} is {word!r}, but True or False is needed")
+    return found
+
+
+def first_said(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:
+    if value not in words:
+        raise ConfigError(f"{name} is {value!r}, but has to be one of {', '.join(words)}")
+    return value

@@ -1,0 +1,223 @@
+"""`tandem serve`: decides everything before any process starts, then runs the HTTP server beside the ranks.
+
+Knows options, and how server and run are started and ended; what is answered: `launcher/server/app.py`.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
+from launcher.host.cores import share_cores
+from launcher.host.program_version import read_version
+from launcher.job.job import Job
+from launcher.job.memory_forecast import read_available_bytes
+from launcher.job.observer import RunObserver
+from launcher.job.tasks import Serve
+from launcher.server.listening import is_loopback, listen, read_keys
+from launcher.server.request_log import configure_log, log_throughput
+from launcher.settings.decode_options import ServeOptions
+from launcher.supervision.signals import StoppedError
+from model.kernels.library import find_kernels
+from model.planning import RankPlan, Workload, plan_ranks
+from model.spec.config import count_blocks
+from parallel.errors import RunError
+
+if TYPE_CHECKING:
+    from launcher.server.connection_places import ConnectionPlaces
+    from launcher.server.engine_client import ServeFront
+    from launcher.server.guard import App
+
+DEFAULT_MAX_RESTARTS = 1000
+"""A server is to stay up; attempts that do not come to serve end it long before."""
+_MEMORY_SHARE = 0.5
+"""Of what is free beside the weights, for keys and values, where no number of blocks is said."""
+_END_SECONDS = 15.0
+_BACKLOG = 1024
+"""Connections that the system keeps until they are accepted."""
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
+    keys = read_keys(options.host, options.api_key_file, insecure=options.insecure)
+    run = open_run(options)
+    max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
+    run = replace(run, options=replace(options, max_restarts=max_restarts))
+    from launcher.server.app import build_app
+    from launcher.server.chat_rendering import ChatRenderer
+    from launcher.server.completion import Service
+    from launcher.server.connection_places import ConnectionPlaces, plan_connections
+    from launcher.server.engine_client import Served, ServeFront
+    from launcher.server.guard import Limits
+
+    tokenizer = run.read_tokenizer()
+    source = run.opened.source
+    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens), tokenizer=tokenizer)
+    num_blocks, plans = plan_cache(run, job)
+    job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
+    if run.nodes.node_rank or run.environment.rank:
+        run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, answers
+        return
+    front = ServeFront(
+        Served(
+            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
+            version=read_version(),
+            config=run.opened.config,
+            job=job,
+            plans=plans,
+            num_blocks=num_blocks,
+            max_waiting=options.max_waiting,
+            drain_seconds=options.drain_seconds,
+        )
+    )
+    max_connections = plan_connections(options.max_connections, 1 if run.environment.is_rank else run.nodes.local_workers)
+    places = ConnectionPlaces(max_connections, options.max_client_connections or max(1, max_connections // 2))
+    configure_log(options.log_level)
+    listener = listen(options.host, options.port)
+    chat = ChatRenderer(run.tokenizer_path, tokenizer.settings)
+    if chat.reason is not None:
+        print(f"warning: chat is disabled: {chat.reason}", file=sys.stderr, flush=True)
+    limits = Limits(
+        api_keys=keys,
+        checks_host=not keys and is_loopback(options.host),
+        max_body_bytes=int(options.max_body_megabytes * 1e6),
+        max_client_requests=options.max_client_requests,
+    )
+    service = Service(front, tokenizer, chat, options.request_seconds, strict_fields=options.strict_fields)
+    server = HttpServer(build_app(service, limits, options.allowed_origins), listener, front, places)
+    server.start()
+    address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
+    print(
+        f"listening at {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
+        file=sys.stderr,
+        flush=True,
+    )
+    threading.Thread(target=_announce, args=(front, address), daemon=True).start()
+    try:
+        run_job(run, job, front)
+    finally:
+        front.close()
+        service.close()
+        server.end()
+    if front.stop_number is not None:
+        raise StoppedError(front.stop_number)
+    raise RunError("the ranks ended though nobody asked them to; this is a fault of tandem's, see their logs")
+
+
+class _Follower(RunObserver):
+    """Of a node, or of a rank that a launcher started, that does not answer itself: asked to end, it lets the one that does finish."""
+
+    def __init__(self, drain_seconds: float) -> None:
+        self._drain_seconds = drain_seconds
+
+    def ask_to_stop(self, number: int) -> float | None:
+        """As long as the other may take, and a little more."""
+        return self._drain_seconds + _END_SECONDS
+
+
+def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
+    """Blocks of keys and values, and what each rank owns then.
+
+    As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
+    host holds beside the weights. Warns where that is less than one context.
+    """
+    num_local, opened = run.num_local_ranks, run.opened
+    a_context = count_blocks(job.context_tokens, job.block_size)
+    workload = Workload(
+        own_kernels=find_kernels(job.device) is not None,
+        dtype=job.dtype,
+        kv_cache=job.kv_cache,
+        batch_size=job.max_batch_size,
+        tokens=job.context_tokens,
+        num_threads=job.threads_per_rank or share_cores(num_local),
+        block_size=job.block_size,
+        num_blocks=job.num_blocks,
+    )
+    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
+    num_blocks = job.num_blocks or job.max_batch_size * a_context
+    available = read_available_bytes() if job.device == "cpu" else None
+    if job.num_blocks is None and available is not None:
+        local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
+        block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks
+        free = available - sum(plan.peak_bytes - plan.kv_cache_bytes for plan in local)
+        num_blocks = max(1, min(num_blocks, int(_MEMORY_SHARE * free) // block_bytes))
+        if num_blocks < a_context:
+            words = f"free memory holds {num_blocks * job.block_size} tokens of keys and values, but the context is {job.context_tokens}"
+            print(f"warning: {words}: longer requests are refused; see --kv-cache-dtype int8", file=sys.stderr)
+        plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
+    return num_blocks, plans
+
+
+class HttpServer(threading.Thread):
+    """uvicorn on an event loop of its own, in a thread: signals and ranks are the main thread's."""
+
+    def __init__(self, app: "App", listener: socket.socket, front: "ServeFront", places: "ConnectionPlaces") -> None:
+        super().__init__(daemon=True, name="http")
+        import uvicorn
+
+        from launcher.server.bounded_log import BoundedRecords
+        from launcher.server.connection_places import ACCEPTED_AT_ONCE
+        from launcher.server.guard import MAX_HEADER_BYTES, GuardedProtocol
+
+        config = uvicorn.Config(
+            app,
+            http=cast(Any, partial(GuardedProtocol, places)),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            backlog=ACCEPTED_AT_ONCE,
+            timeout_graceful_shutdown=3,
+        )
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(BoundedRecords())
+        self._server, self._listener, self._front = uvicorn.Server(config), listener, front
+        self._running = threading.Event()
+        self._error: OSError | None = None
+
+    def start(self) -> None:
+        """Return when requests are answered. Raises RunError when the system refuses what the server needs."""
+        super().start()
+        self._running.wait()
+        if self._error is not None:
+            raise RunError(f"the HTTP server cannot start: {self._error}")
+
+    def run(self) -> None:
+        """Until `end`."""
+
+        async def work() -> None:
+            self._front.loop = asyncio.get_running_loop()
+            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+            while not self._server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            self._listener.listen(_BACKLOG)  # the event loop has set it to what it accepts in one pass
+            self._running.set()
+            throughput = asyncio.create_task(log_throughput(self._front))
+            await serving
+            throughput.cancel()
+
+        try:
+            asyncio.run(work())
+        except OSError as error:
+            self._error = error
+        finally:
+            self._running.set()
+
+    def end(self) -> None:
+        """Let answers that have come to their end go out, then stop."""
+        self._server.should_exit = True
+        self.join(timeout=10)
+
+
+def _announce(front: "ServeFront", address: str) -> None:
+    front.answered_once.wait()
+    print(f"ready: {address}/v1, page at {address}/", file=sys.stderr, flush=True)

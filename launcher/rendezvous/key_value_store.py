@@ -1,0 +1,95 @@
+"""The key-value store through which processes of a run find each other: PyTorch's TCPStore, bound to one address only.
+
+Knows addresses, ports and time limits; not who meets there, and not what they say.
+"""
+
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import TCPStore
+
+from launcher.server.listening import is_loopback
+from parallel.errors import RunError
+from parallel.observed_time import ObservedTime
+
+_CALL_SECONDS = 30.0
+"""How long one question to a store that is there may take."""
+_RETRY_SECONDS = 0.1
+_NAME_SECONDS = 20.0
+
+
+class StoreError(RunError):
+    """Nobody listens where the ranks should meet, or somebody else does."""
+
+
+def open_store(address: str, port: int) -> tuple[TCPStore, int]:
+    """A store that listens at this address and nowhere else, and its port (any free one for 0). Raises StoreError."""
+    listener = None
+    try:
+        family, kind, protocol, _, where = _resolve(address, port)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(1024)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        cause = error.strerror or str(error)
+        raise StoreError(f"cannot listen at {address}, port {port}: {cause}; choose another --master-port or --master-addr") from None
+    bound_port: int = listener.getsockname()[1]
+    store = TCPStore(
+        address,
+        bound_port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_CALL_SECONDS),
+        master_listen_fd=listener.detach(),
+    )
+    return store, bound_port
+
+
+def _resolve(address: str, port: int) -> tuple[Any, ...]:
+    """The first address of a name. Where pods or hosts have just been made, their own names take seconds to be known."""
+    deadline = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        except socket.gaierror:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def connect_store(address: str, port: int, timeout_seconds: float, *, call_seconds: float = _CALL_SECONDS) -> TCPStore:
+    """The store that another process opened there, or will within the timeout; each question to it may take `call_seconds`.
+
+    Raises StoreError.
+    """
+    clock, cause = ObservedTime(), "no answer"
+    while clock.read() < timeout_seconds:
+        try:
+            # Asked first in Python, which signals can interrupt; the store's own attempts cannot be.
+            socket.create_connection((address, port), timeout=min(2.0, timeout_seconds)).close()
+            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=call_seconds))
+        except (OSError, RuntimeError) as error:
+            cause = (getattr(error, "strerror", None) or str(error) or "no answer").splitlines()[0]
+        time.sleep(_RETRY_SECONDS)
+    raise StoreError(
+        f"nobody answered at {address}, port {port} within {timeout_seconds:g} s ({cause}): is the first node or rank running, "
+        "and is this its address?"
+    )
+
+
+def find_own_address(master_addr: str) -> str:
+    """The address of this host by which the master's host reaches it: that of the interface that leads there."""
+    if is_loopback(master_addr):
+        return "127.0.0.1"
+    with suppress(OSError):
+        family, _, _, _, where = socket.getaddrinfo(master_addr, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"

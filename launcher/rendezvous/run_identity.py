@@ -1,0 +1,73 @@
+"""What every node and every rank of a run must have in common, and the refusal where they differ.
+
+Ranks with other weights, another program or other kernels would compute parts of different models without any of them noticing.
+"""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.job.job import Job
+from model.kernels.library import find_kernels
+from parallel.errors import InputError
+
+_PACKAGES = ("launcher", "model", "parallel")
+_REMEDIES = {
+    "checkpoint fingerprint": "copy the same checkpoint to every node",
+    "program": "install the same version on every node",
+    "kernels": "install tandem the same way on every node, or use nodes with the same CPU features",
+}
+"""What to do about a difference; every other one is of options."""
+
+
+class DifferentRunError(InputError):
+    """Nodes or ranks were started for different runs."""
+
+
+def describe_run(job: Job) -> dict[str, Any]:
+    """What has to be equal everywhere, by the name that messages give it."""
+    return {
+        "checkpoint fingerprint": job.fingerprint.content,
+        "program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}",
+        "kernels": _describe_kernels(job.device),
+        **job.shared_settings,
+    }
+
+
+def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str, Any]) -> None:
+    """Raise DifferentRunError for the first value that differs between what two have described. `who` and `me` name them."""
+    for name in {**mine, **theirs}:
+        if theirs.get(name) != mine.get(name):
+            remedy = _REMEDIES.get(name, "start all with the same options")
+            raise DifferentRunError(f"{who} has {name} {theirs.get(name)}, but {me} has {mine.get(name)}: {remedy}")
+
+
+def read_version() -> str:
+    """The version of this program."""
+    with suppress(PackageNotFoundError):
+        return version("tandem-launcher")
+    return "not installed"
+
+
+@cache
+def _hash_sources() -> str:
+    """Tells apart checkouts of the same version."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _describe_kernels(device: str) -> str:
+    """Native kernels give the same bits on every processor that runs them; PyTorch's depend on its instruction set."""
+    if find_kernels(device) is not None:
+        return f"native ({platform.machine()})"
+    return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

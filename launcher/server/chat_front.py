@@ -1,0 +1,119 @@
+"""The parent's side of `tandem chat`: hands one answer at a time to the ranks, and its tokens back. A restart continues the answer."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+from launcher.job.observer import RunObserver, Send
+from launcher.job.tasks import Serve, Task
+from launcher.reporting.console import loading_progress
+from launcher.server.inflight_requests import Journal, NewToken
+from model.engine.request import Request
+from parallel.errors import RunError
+
+_MAX_FAILED_STARTS = 3
+
+
+class ChatFront(RunObserver):
+    """The ranks of one conversation."""
+
+    redone = "the answer continues"
+
+    def __init__(self, world_size: int, on_idle_interrupt: Callable[[], bool]) -> None:
+        """`on_idle_interrupt`: SIGINT came while nothing was being answered; whether the program is to continue."""
+        self._journal, self._progress = Journal(), loading_progress(world_size)
+        self._on_idle_interrupt = on_idle_interrupt
+        self._tokens: SimpleQueue[NewToken | None] = SimpleQueue()
+        """Of the current answer; None: it was stopped, or given up."""
+        self._failure: str | None = None
+        """Why the current answer was given up."""
+        self._current: int | None = None
+        self._num_requests = 0
+        self._serving, self._failed_starts = False, 0
+        self.ready = threading.Event()
+        """Set when the ranks serve for the first time."""
+
+    def answer(self, make_request: Callable[[int], Request]) -> Iterator[NewToken]:
+        """The tokens of an answer as they come; it ends early when it is stopped. Raises RunError when the ranks give it up."""
+        index, self._num_requests = self._num_requests, self._num_requests + 1
+        self._tokens, self._failure = SimpleQueue(), None
+        self._current = index
+        self._journal.add(make_request(index))
+        try:
+            while (token := self._tokens.get()) is not None:
+                yield token
+                if token.finish_reason:
+                    return
+            if self._failure is not None:
+                raise RunError(self._failure)
+        finally:
+            self._current = None
+            self._journal.cancel(index)
+
+    def end(self) -> None:
+        """Have the ranks end."""
+        self._journal.end()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take one event of rank 0."""
+        kind = event["event"]
+        if kind == "tokens":
+            for index, token in self._journal.take(event["tokens"]):
+                if index == self._current:
+                    self._tokens.put(token)
+        elif kind == "failures":
+            for index, message in event["failures"]:
+                self._give_up(index, message)
+        elif kind == "refused":
+            self._give_up(event["index"], event["message"])
+        elif kind == "loading":
+            self._progress(event["done"], event["total"])
+        elif kind == "serving":
+            self._serving, self._failed_starts = True, 0
+            self.ready.set()
+        elif kind == "warning":
+            print(f"warning: {event['message']}", file=sys.stderr)
+
+    def connect(self, send: Send) -> None:
+        """Rank 0 of a new attempt is connected."""
+        self._journal.connect(send)
+
+    def continue_task(self, task: Task) -> Task:
+        """The answer that has not ended, with its tokens."""
+        assert isinstance(task, Serve)
+        return replace(task, requests=self._journal.list_unfinished())
+
+    def note_failure(self, cause: str, at_seconds: float) -> None:
+        """A rank failed, and all start again."""
+        served, self._serving = self._serving, False
+        self._failed_starts = 0 if served else self._failed_starts + 1
+        self._progress.close()
+        for index in self._journal.note_failure(served=served):
+            self._give_up(index, "the ranks failed repeatedly on this message; it was given up")
+
+    def _give_up(self, index: int, message: str) -> None:
+        self._journal.drop(index)
+        if index == self._current:
+            self._failure = message
+            self._tokens.put(None)
+
+    def may_restart(self) -> bool:
+        """No, after consecutive failed starts."""
+        return self._failed_starts + (not self._serving) < _MAX_FAILED_STARTS
+
+    def takes_signal(self, number: int) -> bool:
+        """SIGINT stops the answer; without one, the loop decides."""
+        if number != signal.SIGINT or not self.ready.is_set():
+            return False
+        if self._current is None:
+            return self._on_idle_interrupt()
+        self._tokens.put(None)
+        return True
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        self._progress.close()

@@ -1,0 +1,81 @@
+"""From the messages of a chat request to the text of a prompt, off the event loop and under limits.
+
+Templates that cannot be used disable chat with a reason; completions are served all the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from launcher.server.errors import ServiceError
+from launcher.server.template_process import TemplateProcess
+from model.text.chat_templates import ChatTemplates, load_chat_templates
+from model.text.tokenizer_settings import TokenizerSettings
+from parallel.errors import InputError, RequestError
+
+_WAIT_SECONDS = 30.0
+"""How long a conversation may wait for others, of which each takes at most 15 s."""
+
+
+class ChatRenderer:
+    """The chat templates of one checkpoint."""
+
+    def __init__(self, path: Path, settings: TokenizerSettings, process: TemplateProcess | None = None) -> None:
+        """Reads and checks the templates of the checkpoint, or next to the tokenizer, in `path`."""
+        self.reason: str | None = None
+        """Why chat is disabled; None: it is not."""
+        self.words = "no"
+        """Whose templates they are."""
+        self._templates: ChatTemplates | None = None
+        self._process = process or TemplateProcess()
+        # One thread: a template that takes long delays other conversations, and nothing else.
+        self._thread = ThreadPoolExecutor(1, "chat-template")
+        if find_spec("jinja2") is None:
+            self.reason = "jinja2 is not installed; install tandem-launcher[serve]"
+            return
+        try:
+            self._templates, self.words = load_chat_templates(path, settings)
+            for source in self._templates.sources.values():
+                self._thread.submit(self._process.check, source, self._templates.where).result()
+        except InputError as error:
+            self.reason = str(error)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text, special tokens included, with the opening of the answer. `more`: further variables of the template.
+
+        Waits for the template, so it is not for the event loop. Raises RequestError where the template refuses or fails, ServiceError
+        when chat is disabled or too many wait.
+        """
+        templates = self._templates
+        if self.reason is not None or templates is None:
+            raise ServiceError(400, f"chat is disabled for this model: {self.reason}; use /v1/completions", code="chat_disabled")
+        source = templates.choose(with_tools=bool(tools))
+        variables = templates.build_variables(messages, tools, documents, more)
+        try:
+            work = self._thread.submit(self._run, source, templates.where, variables)
+            return work.result(_WAIT_SECONDS)
+        except FutureTimeoutError:
+            work.cancel()
+            raise ServiceError(503, "too many conversations wait for the chat template; try again", kind="server_error") from None
+
+    def close(self) -> None:
+        """End the process of the templates."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._process.close()
+
+    def _run(self, source: str, where: str, variables: Mapping[str, Any]) -> str:
+        try:
+            return self._process.render(source, where, variables)
+        except (RecursionError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise RequestError(str(error)) from None
+            raise RequestError("the conversation is nested too deeply for a chat template") from None

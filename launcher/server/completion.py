@@ -1,0 +1,199 @@
+"""Answers to requests, whole or piece by piece, in OpenAI's objects: plans a request, queues it, and follows its tokens.
+
+Depends on the planner and the dispatcher; routes and their errors are in `launcher/server/app.py`.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from launcher.server.api_answers import Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
+from launcher.server.chat_rendering import ChatRenderer
+from launcher.server.engine_client import ServeFront
+from launcher.server.errors import ServiceError, caller_gone
+from launcher.server.guard import read_client
+from launcher.server.inflight_requests import PromptToken
+from launcher.server.queue import Ticket
+from launcher.server.request_planner import Asked, RequestPlanner
+from launcher.server.request_threads import RequestThreads
+from model.text.tokenizer import Tokenizer
+
+_READING_SECONDS = 30.0
+_LARGE_ANSWER = 500
+"""Tokens with log-probabilities."""
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(
+        self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
+    ) -> None:
+        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
+        self.front, self._tokenizer, self._chat = front, tokenizer, chat
+        self._planner = RequestPlanner(front, tokenizer, chat, max_seconds, strict_fields=strict_fields)
+        self._threads = RequestThreads()
+
+    async def plan_completion(self, body: bytes) -> Asked:
+        """What a completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_completion)
+
+    async def plan_chat(self, body: bytes) -> Asked:
+        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_chat, is_chat=True)
+
+    def check_model(self, name: str) -> None:
+        """Raise ServiceError for a model that is not served here."""
+        self._planner.check_model(name)
+
+    def close(self) -> None:
+        """Read no further request, and end the process of the chat templates."""
+        self._threads.close()
+        self._chat.close()
+
+    async def run(self, asked: Asked, request: Request) -> bytes:
+        """The whole answer, as JSON. Raises ServiceError."""
+        ticket = self._submit(asked, request)
+        gone = asyncio.create_task(_wait_until_gone(request))
+        work = asyncio.create_task(self._collect(asked, ticket))
+        try:
+            await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise caller_gone()
+            return work.result()
+        finally:
+            self.front.dispatcher.close(ticket)
+            for task in (gone, work):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    def stream(self, asked: Asked, request: Request) -> StreamingResponse:
+        """The answer piece by piece. Raises ServiceError when it cannot begin."""
+        ticket = self._submit(asked, request)
+        return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
+
+    def _submit(self, asked: Asked, request: Request) -> Ticket:
+        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
+        self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
+        return ticket
+
+    async def _pieces(self, asked: Asked, ticket: Ticket) -> AsyncIterator[tuple[int, Piece]]:
+        """(number of the choice, its next piece), until all choices have ended. Raises ServiceError."""
+        num_open = len(asked.choices)
+        while num_open:
+            event = await ticket.events.get()
+            if isinstance(event, ServiceError):
+                raise event
+            number, token = event
+            if isinstance(token, PromptToken):
+                asked.scored[number].append(token)
+                continue
+            text = asked.texts[number]
+            if text.finish_reason:
+                continue  # what was on its way when a stop text was found
+            piece = text.push(token) if asked.new_tokens else Piece("", (), "length")
+            if piece.finish_reason:
+                num_open -= 1
+                if not token.finish_reason:
+                    self.front.dispatcher.end_choice(ticket, number)
+            yield number, piece
+
+    async def _collect(self, asked: Asked, ticket: Ticket) -> bytes:
+        pieces: list[list[Piece]] = [[] for _ in asked.choices]
+        async for number, piece in self._pieces(asked, ticket):
+            pieces[number].append(piece)
+
+        def build() -> bytes:
+            choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
+            return msgspec.json.encode(asked.naming.build(choices, self._count(asked), is_chunk=False))
+
+        num_tokens = sum(map(len, pieces)) + sum(map(len, asked.scored))
+        return await _build_answer(num_tokens if asked.with_logprobs else 0, build)
+
+    async def _write_events(self, asked: Asked, ticket: Ticket) -> AsyncIterator[bytes]:
+        offsets = [len(text) for text in asked.echo]
+        begun = [False] * len(asked.choices)
+        try:
+            if asked.naming.is_chat:
+                opening = [
+                    {"index": number, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+                    for number in range(len(asked.choices))
+                ]
+                yield _event(asked.naming.build(opening, None, is_chunk=True))
+            async for number, piece in self._pieces(asked, ticket):
+                if not piece.text and not piece.finish_reason and not asked.with_logprobs:
+                    continue
+                build = partial(self._build_chunk, asked, number, piece, offsets[number], is_first=not begun[number])
+                yield await _build_answer(0 if begun[number] else len(asked.scored[number]), build)
+                begun[number] = True
+                offsets[number] += sum(len(token_text(self._tokenizer, token.token_id)) for token in piece.tokens)
+            if asked.with_usage:
+                yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
+            yield b"data: [DONE]\n\n"
+        except ServiceError as error:
+            yield _event(error.to_json())
+
+    def _build_chunk(self, asked: Asked, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
+        choice = self._build_choice(asked, number, [piece], offset, is_chunk=True, is_first=is_first)
+        return _event(asked.naming.build([choice], None, is_chunk=True))
+
+    def _build_choice(
+        self, asked: Asked, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
+    ) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        choice: dict[str, Any] = {"index": number, "finish_reason": pieces[-1].finish_reason, "logprobs": None}
+        if asked.naming.is_chat:
+            choice["delta" if is_chunk else "message"] = {"content": text} if is_chunk else {"role": "assistant", "content": text}
+            if asked.with_logprobs:
+                choice["logprobs"] = build_chat_logprobs(self._tokenizer, tokens)
+        else:
+            choice["text"] = (asked.echo[number] if is_first else "") + text
+            if asked.with_logprobs:
+                scored = asked.scored[number] if is_first else []
+                choice["logprobs"] = build_text_logprobs(self._tokenizer, scored, tokens, offset)
+        return choice
+
+    def _count(self, asked: Asked) -> dict[str, int]:
+        return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
+
+
+class _TicketResponse(StreamingResponse):
+    """A stream of events that lets go of its sequences when it ends, even where the caller went before it began."""
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], timeout_seconds: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_SSE_HEADERS)
+        self._close, self._timeout_seconds = close, timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. A caller who does not read, so that nothing can be sent, is left soon after the deadline."""
+        try:
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._timeout_seconds + _READING_SECONDS)
+        except asyncio.TimeoutError:
+            raise ConnectionError from None
+        finally:
+            self._close()
+
+
+async def _build_answer(num_logprobs: int, build: Callable[[], bytes]) -> bytes:
+    """Run `build`; in a thread where the log-probabilities of many tokens would hold up the event loop."""
+    return await asyncio.to_thread(build) if num_logprobs > _LARGE_ANSWER else build()
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,176 @@
+"""From the bytes of a request to token ids and sampling parameters: fields, chat template, tokenizer, and whether it all fits the model.
+
+Runs in the threads of `launcher/server/request_threads.py`. Does not know HTTP, nor how an answer comes about.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from launcher.server.api_answers import ChoiceText, Naming
+from launcher.server.api_requests import DEFAULT_COMPLETION_TOKENS, MAX_PROMPT_LOGPROBS, ChatRequest, CompletionRequest, Message
+from launcher.server.bounded_log import OnceLog
+from launcher.server.chat_rendering import ChatRenderer
+from launcher.server.engine_client import ServeFront
+from launcher.server.errors import ServiceError
+from launcher.server.inflight_requests import NewToken
+from launcher.server.request_body import BodyReader
+from model.engine.request import Request, check_length, check_memory, check_request
+from model.engine.sampling import SamplingParams
+from model.text.tokenizer import Tokenizer
+from parallel.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One call, as texts and ids."""
+
+    naming: Naming
+    prompts: Sequence[tuple[int, ...]]
+    choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
+    """Ids and options of each choice; n of them for each prompt."""
+    texts: Sequence[ChoiceText]
+    echo: Sequence[str]
+    """What stands before each choice's text."""
+    scored: Sequence[list[NewToken]]
+    """Prompt of each choice, as far as its log-probabilities have come, where they go with the echo."""
+    new_tokens: int
+    """Tokens of a choice at most; 0: only its prompt is of interest."""
+    with_logprobs: bool
+    with_usage: bool
+    is_stream: bool
+    timeout_seconds: float
+
+
+class RequestPlanner:
+    """Reads the requests of one server."""
+
+    def __init__(self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool) -> None:
+        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
+        self._front, self._tokenizer, self._chat, self._max_seconds = front, tokenizer, chat, max_seconds
+        self._fingerprint = f"tandem-{front.served.version}"
+        self._unknown_fields = OnceLog()
+        note = None if strict_fields else self._note_unknown
+        self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
+
+    def plan_completion(self, raw: bytes) -> Asked:
+        """What a completion asks for. Raises ServiceError, RequestError."""
+        body = self._completions.read(raw)
+        self.check_model(body.model)
+        self._front.dispatcher.check_count(len(body.prompts) * body.n)
+        prompts = self._encode(body.prompts)
+        new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        return self._plan(body, prompts, new_tokens, body.logprobs, has_echo=body.echo, is_chat=False)
+
+    def plan_chat(self, raw: bytes) -> Asked:
+        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        body = self._chats.read(raw)
+        self.check_model(body.model)
+        (ids,) = self._encode([self._render(body.messages)], add_special_tokens=False)
+        limit = body.max_completion_tokens or body.max_tokens
+        new_tokens = limit or max(1, self._room - len(ids))
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._plan(body, [ids], new_tokens, logprobs, has_echo=False, is_chat=True)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation. Raises RequestError where the template refuses it or would drop tool calls."""
+        sent = [message.to_template() for message in messages]
+        text = self._chat.render(sent)
+        if not any("tool_calls" in message for message in sent) or self._chat.render(_drop_tool_calls(sent)) != text:
+            return text
+        # Some templates look for tool calls only where the content is null; most others fail on null.
+        nulls = [{**message, "content": message["content"] or None} if "tool_calls" in message else message for message in sent]
+        with suppress(RequestError):
+            text = self._chat.render(nulls)
+            if self._chat.render(_drop_tool_calls(nulls)) != text:
+                return text
+        place = next(number for number, message in enumerate(sent) if "tool_calls" in message)
+        raise RequestError(f"messages.{place}: tool_calls are not supported by the chat template of this model; leave them out")
+
+    def _note_unknown(self, name: str, hint: str) -> None:
+        words = f"unknown field {name!r} in a request is ignored{hint} (reported once; --strict-fields refuses such requests)"
+        self._unknown_fields.report(name, f"warning: {words}")
+
+    def _plan(
+        self,
+        body: CompletionRequest | ChatRequest,
+        prompts: Sequence[tuple[int, ...]],
+        new_tokens: int,
+        logprobs: int | None,
+        *,
+        has_echo: bool,
+        is_chat: bool,
+    ) -> Asked:
+        served, is_scored = self._front.served, has_echo and logprobs is not None
+        choices: list[tuple[tuple[int, ...], SamplingParams]] = []
+        for number, ids in enumerate(prompts):
+            all_params = body.plan_sampling(max(1, new_tokens), logprobs, prompt_logprobs=is_scored)
+            token_request = Request(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
+            check_request(token_request, served.job.context_tokens, served.config.vocab_size)
+            check_memory(token_request, served.num_blocks, served.job.block_size)
+            choices.extend((ids, params) for params in all_params)
+        unknown = next((token for _, params in choices for token, _ in params.logit_bias if token >= served.config.vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
+        num_scored = (1 + (logprobs or 0)) * body.n * sum(map(len, prompts)) if is_scored else 0
+        if num_scored > MAX_PROMPT_LOGPROBS:
+            words = f"{num_scored} log-probabilities of prompts, but at most {MAX_PROMPT_LOGPROBS} are given at once: send fewer prompts"
+            raise RequestError(f"echo with logprobs asks for {words}")
+        echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
+        return Asked(
+            naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
+            prompts=prompts,
+            choices=choices,
+            texts=[ChoiceText(self._tokenizer, ids, body.stops) for ids, _ in choices],
+            echo=[text for text in echo for _ in range(body.n)],
+            scored=[[NewToken(ids[0], None, None, ())] if is_scored else [] for ids, _ in choices],
+            new_tokens=new_tokens,
+            with_logprobs=logprobs is not None,
+            with_usage=body.includes_usage,
+            is_stream=body.stream,
+            timeout_seconds=min(body.timeout or self._max_seconds, self._max_seconds),
+        )
+
+    def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
+        """Ids of texts; ids stay as they are. Raises RequestError for a text that is too long to be tokenized, or not Unicode."""
+
+        return [self._encode_one(number, one, add_special_tokens) for number, one in enumerate(prompts)]
+
+    def _encode_one(self, number: int, prompt: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        try:
+            size = len(prompt.encode())
+        except UnicodeEncodeError:
+            raise RequestError("the text holds half of a surrogate pair, which is no character") from None
+        # A text has no fewer tokens than its longest possible token allows; counting them would take seconds.
+        room = self._room
+        if size > room and size > (most := room * self._longest_token):
+            words = f"{most}: {room} tokens of at most {self._longest_token} bytes each"
+            raise RequestError(f"prompt {number} has {size} bytes, but this model can take at most {words}")
+        ids = tuple(self._tokenizer.encode(prompt, add_special_tokens))
+        check_length(number, len(ids), self._front.served.job.context_tokens)  # before the next one is tokenized
+        return ids
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token of the vocabulary."""
+        return max((len(self._tokenizer.token_bytes(token_id)) for token_id in range(self._tokenizer.vocab_size)), default=1) or 1
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a sequence may have."""
+        served = self._front.served
+        return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ServiceError for a model that is not served here."""
+        known = self._front.served.name
+        if name is not None and name != known:
+            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
+
+
+def _drop_tool_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]

@@ -1,0 +1,70 @@
+"""Where the MODEL of a command line is: a path, or a repository of the Hugging Face hub; and the YAML in its folder.
+
+Depends on neither PyTorch nor the checkpoint readers, so that errors are reported at once.
+"""
+
+import difflib
+from pathlib import Path
+
+from launcher.settings.hub_models import fetch_model, parse_hub_name
+from launcher.settings.yaml_file import YAML_ENDS
+from model.checkpoint.recognition import name_path
+from model.spec.file_kind import describe_file
+from parallel.errors import CheckpointError
+
+_READABLE_ENDS = (".safetensors", ".gguf", ".ckpt", ".pth", ".json")
+"""Of files that a format may read."""
+_LFS = "Git LFS"
+
+
+def find_model(text: str, *, offline: bool) -> tuple[Path, str | None]:
+    """The path of a model, and its id where it is one of the hub. Raises CheckpointError when there is none."""
+    path = Path(text).expanduser()
+    name = parse_hub_name(text)
+    is_url = "://" in text
+    if name is not None and not _exists(path) and (is_url or not _exists(Path(path.parts[0]))):
+        return fetch_model(name, offline=offline), name.id
+    if is_url:
+        raise CheckpointError(f"{text} is not a model page on huggingface.co: give org/name, or download it and give its path")
+    if not _exists(path):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a broken link, to {path.readlink()}")
+        raise CheckpointError(f"the checkpoint {path} does not exist{_suggest(path)}")
+    if path.suffix in YAML_ENDS:
+        raise CheckpointError(f"{path} is a configuration, not a checkpoint: give it with --config")
+    try:
+        problem = _name_unreadable(path)
+    except OSError as error:
+        problem = f"the checkpoint {path} cannot be read: {error.strerror}"
+    if problem:
+        raise CheckpointError(problem)
+    return path, None
+
+
+def _name_unreadable(path: Path) -> str | None:
+    """What a path is that no format reads, in a sentence; None where the formats have to look at it."""
+    if path.is_file():
+        words = describe_file(path) if path.name.endswith(_READABLE_ENDS) else None
+        return f"{path} {words}" if words and _LFS in words else None if path.name.endswith(_READABLE_ENDS) else name_path(path)
+    readable = [entry for entry in path.iterdir() if entry.is_dir() or entry.name.endswith(_READABLE_ENDS)]
+    for entry in readable:
+        words = describe_file(entry) if entry.is_file() else None
+        if words and _LFS in words:
+            return f"{entry} {words}"
+    return None if readable else name_path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _suggest(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

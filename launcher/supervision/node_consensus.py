@@ -1,0 +1,123 @@
+"""What the parents of a run's nodes make of a failure together: what each has to say, and the one verdict of all.
+
+Knows the watch of this node and the rendezvous; starts and ends nothing.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from launcher.host.control_groups import MemoryGroup, read_memory_group
+from launcher.rendezvous.nodes import Nodes
+from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver, host_name
+from launcher.rendezvous.run_identity import DifferentRunError
+from launcher.supervision.rank_watch import RankWatch
+from launcher.supervision.verdict import Verdict, judge_failure
+from model.checkpoint.fingerprint import CheckpointReplacedError
+
+
+class RanksEnded(Exception):
+    """The agent's result: ranks of this node failed, by number, and it has no restarts left."""
+
+    def __init__(self, failures: Mapping[int, ProcessFailure]) -> None:
+        super().__init__()
+        self.failures = failures
+
+
+def judge(
+    error: Exception, watch: RankWatch, nodes: Nodes, rendezvous: NodeRendezvous | None, log_dir: Path, before: MemoryGroup
+) -> tuple[Verdict, bool]:
+    """What this node has to say, and whether it only felt what happened elsewhere. `before`: the control group at the start."""
+    restarts = max(0, rendezvous.attempt) if rendezvous else 0
+    failure = watch.look_again()
+    if failure is not None:
+        assert rendezvous is not None, "a rank has been started"
+        first_rank = rendezvous.first_ranks[nodes.node_rank]
+        if isinstance(error, RanksEnded) and (found := error.failures.get(first_rank + failure.local_rank)) is not None:
+            failure = failure.with_exit_code(found.exitcode)
+        verdict = judge_failure(
+            failure,
+            first_rank=first_rank,
+            host=host_name(),
+            log_dir=log_dir,
+            restarts=restarts,
+            before=before,
+            now=read_memory_group(),
+        )
+        if isinstance(error, CheckpointReplacedError):  # the next attempt had begun already
+            said = "; ".join(filter(None, (verdict.exception, f"not restarted: {error}")))
+            return replace(verdict, exception=said, restarts_used=max(0, restarts - 1)), False
+        return verdict, failure.is_echo
+    if isinstance(error, CheckpointReplacedError):  # a rank of another node failed
+        return Verdict(
+            first_failed_rank=None, host=host_name(), exception=f"not restarted: {error}", restarts_used=max(0, restarts - 1)
+        ), False
+    if isinstance(error, RanksEnded):  # the only rank of this node, and the agent was faster than the watch
+        rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+        code = first.exitcode
+        verdict = Verdict(
+            first_failed_rank=rank,
+            host=host_name(),
+            pid=first.pid,
+            exit_code=code if code >= 0 else None,
+            signal=signal.Signals(-code).name if code < 0 else None,
+            log_file=str(log_dir / f"worker_{rank}.log"),
+            restarts_used=restarts,
+        )
+        return verdict, False
+    blamed = error.node if isinstance(error, NodesError) else 0
+    # Before the nodes have met, this one can only suppose that the others start as many ranks.
+    rank = (rendezvous.first_ranks[blamed] if rendezvous else 0) or blamed * nodes.local_workers
+    verdict = Verdict(first_failed_rank=rank, host=f"node {blamed}", exception=str(error), restarts_used=restarts)
+    return verdict, isinstance(error, RunOver)
+
+
+def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
+    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone. Raises DifferentRunError where
+    another node has refused the run."""
+    if rendezvous is None or rendezvous.num_nodes == 1:
+        return mine
+    said = {node: json.loads(text) for node, text in rendezvous.exchange_verdicts(_write_entry(mine, is_echo)).items()}
+    for entry in said.values():
+        if entry["refusal"]:
+            raise DifferentRunError(entry["refusal"])
+    causes = [entry for entry in said.values() if not entry["echo"]]
+    if causes:
+        return Verdict.from_json(min(causes, key=lambda entry: entry["at"])["verdict"])
+    for node, words in rendezvous.find_lost().items():
+        if node in said:
+            continue
+        return replace(
+            mine,
+            first_failed_rank=rendezvous.first_ranks[node],
+            host=f"node {node}",
+            pid=None,
+            exit_code=None,
+            signal=None,
+            exception=words,
+            traceback_tail=None,
+            log_file=None,
+        )
+    return mine
+
+
+def say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
+    """Have the other nodes end too: a signal has ended this one."""
+    if rendezvous is not None and nodes.num_nodes > 1:
+        words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"
+        verdict = Verdict(first_failed_rank=None, host=host_name(), exception=words, restarts_used=max(0, rendezvous.attempt))
+        rendezvous.say_verdict(_write_entry(verdict, False))
+
+
+def refuse(error: DifferentRunError, rendezvous: NodeRendezvous) -> None:
+    """Have the other nodes end too, after they could compare: the nodes were started for different runs."""
+    rendezvous.exchange_verdicts(_write_entry(Verdict(first_failed_rank=None, host=host_name()), False, refusal=str(error)))
+
+
+def _write_entry(verdict: Verdict, is_echo: bool, *, refusal: str | None = None) -> str:
+    return json.dumps({"echo": is_echo, "at": time.time(), "verdict": verdict.to_json(), "refusal": refusal})

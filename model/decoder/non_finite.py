@@ -1,0 +1,41 @@
+"""Logits that are NaN or infinite: where they come from, and what to do.
+
+A float16 overflow is the usual cause: its largest number is 65504, and models trained in bfloat16 exceed it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.decoder.llama import LlamaForCausalLM
+from model.layers.batch import Span
+from model.spec.config import PREFILL_TOKENS
+
+_ADVICE = {
+    torch.float16: "use --dtype bfloat16 or float32",
+    torch.bfloat16: "use --dtype float32, or check the weights with tandem verify",
+    torch.float32: "check the weights with tandem verify",
+}
+
+
+def explain(dtype: torch.dtype, where: str, layer: str | None = None) -> str:
+    """One sentence. `where` it was seen; `layer`: see `find_first_layer`."""
+    first = f", first behind {layer}" if layer else ""
+    return f"the logits are NaN or infinite in {str(dtype).removeprefix('torch.')} {where}{first}: {_ADVICE[dtype]}"
+
+
+def find_first_layer(model: LlamaForCausalLM, ids: Sequence[int]) -> str | None:
+    """What first gives a hidden state that is not finite, in words; None where that is not looked for: in more ids than a pass holds.
+
+    Runs the whole sequence again, layer by layer. Every rank has to call this with the same ids.
+    """
+    if len(ids) > PREFILL_TOKENS:
+        return None
+    cache, hidden = model.build_cache(len(ids)), model.embed(ids)
+    if not hidden.isfinite().all():
+        return "the embedding"
+    for index in range(len(model.layers)):
+        hidden = model.run_layer(index, hidden, [Span(cache, list(ids))])
+        if not hidden.isfinite().all():
+            return f"layer {index} of {len(model.layers)}"
+    return "the last norm or the head"

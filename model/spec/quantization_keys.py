@@ -1,0 +1,130 @@
+"""The keys of `quantization_config` in each dialect, and the methods that are recognized without being supported."""
+
+from model.spec.key_table import KeyTable
+
+COMPRESSED_KEYS = KeyTable(
+    name="quantization_config of compressed-tensors",
+    read=frozenset({"quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"}),
+    fixed={
+        "quantization_status": ("compressed",),
+        "transform_config": (),
+        "moe_sparsity_config": (),
+    },
+    harmless=frozenset({"global_compression_ratio", "version", "sparsity_config", "run_compressed"}),
+)
+GROUP_KEYS = KeyTable(
+    name="a group of config_groups",
+    read=frozenset({"targets", "format", "weights", "input_activations"}),
+    fixed={"output_activations": ()},
+)
+ARGUMENT_KEYS = KeyTable(
+    name="weights, input_activations or kv_cache_scheme",
+    read=frozenset({"num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder"}),
+    fixed={"block_structure": ()},
+    harmless=frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}),
+)
+GPTQ_KEYS = KeyTable(
+    name="quantization_config of GPTQ",
+    read=frozenset({"quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "is_marlin_format", "dynamic"}),
+    fixed={
+        "pack_dtype": ("int32",),
+        "rotation": (),
+        "adapter": (),
+        "mock_quantization": (False,),
+    },
+    harmless=frozenset(
+        {
+            "act_group_aware",
+            "backend",
+            "batch_size",
+            "block_name_to_quantize",
+            "cache_block_outputs",
+            "cache_examples_on_gpu",
+            "damp_auto_increment",
+            "damp_percent",
+            "dataset",
+            "device",
+            "disable_exllama",
+            "exllama_config",
+            "gptaq",
+            "gptaq_alpha",
+            "gptaq_memory_device",
+            "hyb_act",
+            "lm_head",
+            "max_input_length",
+            "meta",
+            "model_file_base_name",
+            "model_name_or_path",
+            "model_seqlen",
+            "module_name_preceding_first_block",
+            "modules_in_block_to_quantize",
+            "modules_to_not_convert",
+            "mse",
+            "offload_to_disk",
+            "offload_to_disk_path",
+            "pack_impl",
+            "pad_token_id",
+            "parallel_packing",
+            "quantizer",
+            "static_groups",
+            "tokenizer",
+            "true_sequential",
+            "use_cuda_fp16",
+            "use_exllama",
+            "v2",
+            "v2_alpha",
+            "v2_memory_device",
+        }
+    ),
+)
+"""Which linears are quantized is seen from the tensors, so `lm_head` and the lists of modules need not be read."""
+AWQ_KEYS = KeyTable(
+    name="quantization_config of AWQ",
+    read=frozenset({"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"}),
+    fixed={"backend": ("autoawq",), "pack_dtype": ("int32",)},
+    harmless=frozenset(
+        {
+            "checkpoint_format",
+            "do_fuse",
+            "exllama_config",
+            "format",
+            "fuse_max_seq_len",
+            "lm_head",
+            "meta",
+            "modules_to_fuse",
+            "modules_to_not_convert",
+            "sym",
+            "desc_act",
+        }
+    ),
+)
+OTHER_METHODS = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "autoround": "AutoRound",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes",
+    "eetq": "EETQ",
+    "exl2": "ExLlamaV2 (exl2)",
+    "exl3": "ExLlamaV3 (exl3)",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "fp8": "FP8",
+    "fp_quant": "FP-Quant",
+    "gguf": "GGUF inside a Hugging Face folder",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "intel/auto-round": "AutoRound",
+    "marlin": "Marlin",
+    "modelopt": "ModelOpt",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "quip": "QuIP#",
+    "spqr": "SpQR",
+    "sqllm": "SqueezeLLM",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+"""Values of `quant_method` that are known and not supported, with their names."""
+SUPPORTED_METHODS = "compressed-tensors (int8, int4), gptq, awq"

@@ -1,0 +1,255 @@
+"""The settings of a tokenizer: which tokens are special, which are added, and what is put around a text.
+
+One value for every kind of vocabulary. The files are merged as transformers 5 merges them: `added_tokens_decoder` of tokenizer_config.json
+replaces special_tokens_map.json and added_tokens.json; without it, special_tokens_map.json wins over tokenizer_config.json.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from model.spec.json_file import read_optional_object
+from model.spec.quoting import quote
+from parallel.errors import CheckpointError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The roles that every tokenizer may fill; a checkpoint can name others, such as `image_token`."""
+_EXTRA, _ADDITIONAL, _DECODER = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
+_MAX_ID = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedToken:
+    """A token that is found in a text before the text is split into words."""
+
+    content: str
+    special: bool = False
+    """Left out when text is decoded."""
+    normalized: bool | None = None
+    """Searched in the normalized text instead of the text as written. None: if it is not special."""
+    lstrip: bool = False
+    """Takes the white space before it."""
+    rstrip: bool = False
+    """Takes the white space after it."""
+    single_word: bool = False
+    """Found only where no letter or digit is next to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSettings:
+    """What the files next to a vocabulary say."""
+
+    special_tokens: Mapping[str, AddedToken | None] = field(default_factory=dict)
+    """By role, in the order of `ROLES`, then the checkpoint's own roles. None: the files say that there is none."""
+    extra_special_tokens: tuple[AddedToken, ...] | None = None
+    """Special tokens without a role. None: tokenizer_config.json does not say."""
+    listed_special_tokens: tuple[AddedToken, ...] | None = None
+    """Those of special_tokens_map.json, which count only for a tokenizer.json."""
+    added_tokens: Mapping[int, AddedToken] = field(default_factory=dict)
+    """By declared id."""
+    lists_all_added: bool = False
+    """Whether `added_tokens` is the whole list, so that a list in tokenizer.json adds nothing."""
+    tokenizer_class: str | None = None
+    """Hugging Face's class, without `Fast`."""
+    add_bos_token: bool | None = None
+    """Begin every text with the bos token. None: the files do not say."""
+    add_eos_token: bool | None = None
+    """End every text with the eos token. None: the files do not say."""
+    legacy: bool | None = None
+    """A space is put in front of the text after every special token, not of the whole text only. None: the files do not say."""
+    add_prefix_space: bool | None = None
+    """A space is put in front of a text. None: the files do not say."""
+    split_special_tokens: bool = False
+    """Special tokens in a text are spelled out, not parsed."""
+    has_config: bool = False
+    """Whether there is a tokenizer_config.json."""
+
+    @property
+    def bos_token(self) -> str | None:
+        """Begin of a text, as text."""
+        return self.find("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """End of a text, as text."""
+        return self.find("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        """Filler, as text."""
+        return self.find("pad_token")
+
+    @property
+    def unk_token(self) -> str | None:
+        """What stands for text that the vocabulary cannot spell, as text."""
+        return self.find("unk_token")
+
+    def find(self, role: str) -> str | None:
+        """The token of a role, as text."""
+        token = self.special_tokens.get(role)
+        return None if token is None else token.content
+
+    def with_defaults(self, **tokens: str | None) -> "TokenizerSettings":
+        """With tokens for the roles of which the files say nothing."""
+        given = {role: AddedToken(content=text, special=True, normalized=False) for role, text in tokens.items() if text is not None}
+        return replace(self, special_tokens=_order_roles({**given, **self.special_tokens}))
+
+    def list_tokens(self, known: Collection[str]) -> list[AddedToken]:
+        """Tokens to add to a vocabulary in which `known` are added tokens: those with ids, by id; those with roles; the rest."""
+        named = [token for token in self.special_tokens.values() if token is not None]
+        names = {token.content for token in named}
+        tokens = {token.content: token for _, token in sorted(self.added_tokens.items())}
+        for token in (*named, *(self.extra_special_tokens or ())):
+            if token.content not in known:
+                tokens.setdefault(token.content, token)
+        return [replace(token, special=True) if token.content in names else token for token in tokens.values()]
+
+
+def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
+    """The settings next to a vocabulary. Raises CheckpointError for files that cannot be read or whose values mean nothing."""
+    config_path, map_path, added_path = (folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
+    raw = read_optional_object(config_path)
+    has_config = config_path.is_file()
+    lists_all = _DECODER in raw
+    roles: dict[str, Any] = {name: raw[name] for name in raw if name in ROLES or (name.endswith("_token") and _is_token(raw[name]))}
+    extra = raw.get(_EXTRA) or raw.get(_ADDITIONAL, raw.get(_EXTRA))
+    additional = None
+    if lists_all:
+        added = _read_decoder(raw[_DECODER], config_path)
+    else:
+        listed = read_optional_object(map_path)
+        roles |= {name: _mark_special(listed[name]) for name in listed if name.endswith("_token")}
+        extra, additional = _merge_extra(extra, listed, map_path), listed.get(_ADDITIONAL)
+        special = {_content(roles[name]) for name in ROLES if roles.get(name)} | {
+            _content(token) for token in (extra if isinstance(extra, list) else ())
+        }
+        added = _read_added(read_optional_object(added_path), special, added_path)
+    if isinstance(extra, dict):
+        roles, extra = {**roles, **extra}, None
+
+    def read_tokens(value: Any, path: Path) -> tuple[AddedToken, ...] | None:
+        if value is not None and not isinstance(value, list):
+            raise CheckpointError(f"{path}: its special tokens are {quote(value)}, but a list of tokens is needed")
+        return None if value is None else tuple(_read_token(token, path, special=True) for token in value)
+
+    def read_flag(name: str) -> bool | None:
+        if name in raw and raw[name] is not None and not isinstance(raw[name], bool):
+            raise CheckpointError(f"{config_path}: {name} is {quote(raw[name])}, but true or false is needed")
+        return bool(raw[name]) if name in raw else None
+
+    return TokenizerSettings(
+        special_tokens=_order_roles({name: _read_role(name, value, config_path) for name, value in roles.items()}),
+        extra_special_tokens=read_tokens(extra, config_path),
+        listed_special_tokens=read_tokens(additional, map_path),
+        added_tokens=MappingProxyType(added),
+        lists_all_added=lists_all,
+        tokenizer_class=_read_class(raw, folder),
+        add_bos_token=read_flag("add_bos_token"),
+        add_eos_token=read_flag("add_eos_token"),
+        legacy=read_flag("legacy"),
+        add_prefix_space=None if raw.get("add_prefix_space") is None else read_flag("add_prefix_space"),
+        split_special_tokens=bool(read_flag("split_special_tokens")),
+        has_config=has_config,
+    )
+
+
+def _order_roles(tokens: Mapping[str, AddedToken | None]) -> Mapping[str, AddedToken | None]:
+    names = [*(role for role in ROLES if role in tokens), *(role for role in tokens if role not in ROLES)]
+    return MappingProxyType({name: tokens[name] for name in names})
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _content(value: Any) -> str | None:
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _mark_special(value: Any) -> Any:
+    return {**value, "special": True} if isinstance(value, dict) else value
+
+
+def _merge_extra(extra: Any, listed: Mapping[str, Any], path: Path) -> Any:
+    """The extra tokens of tokenizer_config.json, and those of special_tokens_map.json that go with them."""
+    found = listed.get(_EXTRA)
+    if isinstance(found, list):
+        if isinstance(extra, list):
+            return [*extra, *(token for token in found if token not in extra)]
+        return found
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"{path}: {_EXTRA} is {quote(found)}, but a list of tokens is needed")
+    return extra if found is None else found
+
+
+def _read_role(role: str, value: Any, path: Path) -> AddedToken | None:
+    if value is None:
+        return None
+    if not _is_token(value):
+        raise CheckpointError(f"{path}: {quote(role)} is {quote(value)}, but a token is needed, as text or with its 'content'")
+    return _read_token(value, path, special=isinstance(value, str))
+
+
+def _read_token(value: Any, path: Path, *, special: bool) -> AddedToken:
+    """A token as text or as an object."""
+    raw = {"content": value} if isinstance(value, str) else value
+    if not isinstance(raw, dict) or not isinstance(raw.get("content"), str):
+        raise CheckpointError(f"{path}: {quote(value)} is listed as a token, but a text, or an object with 'content', is needed")
+    try:
+        raw["content"].encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: the token {quote(raw['content'])} holds half of a surrogate pair, which is no character") from None
+    flags = {}
+    for name in ("special", "normalized", "lstrip", "rstrip", "single_word"):
+        flag = raw.get(name)
+        if flag is not None and not isinstance(flag, bool):
+            raise CheckpointError(f"{path}: {name} of the token {quote(raw['content'])} is {quote(flag)}, but true or false is needed")
+        flags[name] = flag
+    return AddedToken(
+        content=raw["content"],
+        special=special if flags["special"] is None else flags["special"],
+        normalized=flags["normalized"],
+        lstrip=bool(flags["lstrip"]),
+        rstrip=bool(flags["rstrip"]),
+        single_word=bool(flags["single_word"]),
+    )
+
+
+def _read_decoder(raw: Any, path: Path) -> dict[int, AddedToken]:
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: {_DECODER} is {quote(raw)}, but an object of ids and tokens is needed")
+    found: dict[int, AddedToken] = {}
+    for key, value in raw.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < _MAX_ID):
+            raise CheckpointError(f"{path}: {_DECODER} has the id {quote(key)}, but a number from 0 to {_MAX_ID - 1} is needed")
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: {_DECODER} says {quote(value)} of id {key}, but an object with 'content' is needed")
+        found[int(key)] = _read_token(value, path, special=False)
+    return found
+
+
+def _read_added(raw: Mapping[str, Any], special: set[str | None], path: Path) -> dict[int, AddedToken]:
+    found: dict[int, AddedToken] = {}
+    for content, number in raw.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MAX_ID:
+            raise CheckpointError(f"{path}: the id of {quote(content)} is {quote(number)}, but a number from 0 to {_MAX_ID - 1} is needed")
+        if number in found:
+            raise CheckpointError(
+                f"{path} gives id {number} to {quote(found[number].content)} and to {quote(content)}: correct one of them"
+            )
+        token = _read_token({"content": content}, path, special=content in special)
+        found[number] = replace(token, normalized=not token.special)
+    return found
+
+
+def _read_class(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """The class that tokenizer_config.json names, else config.json."""
+    found = raw.get("tokenizer_class")
+    if found is None and (folder / "config.json").is_file():
+        found = read_optional_object(folder / "config.json").get("tokenizer_class")
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{folder}: tokenizer_class is {quote(found)}, but a name is needed")
+    return None if found is None else found.removesuffix("Fast")
