@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model.auto_model import AutoModel
-    from model.tokenizer import LlamaTokenizer
+    from model.text.tokenizer import LlamaTokenizer
 
 __all__ = ["AutoModel", "LlamaTokenizer"]
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return AutoModel
     if name == "LlamaTokenizer":
-        from model.tokenizer import LlamaTokenizer
+        from model.text.tokenizer import LlamaTokenizer
 
         return LlamaTokenizer
     raise AttributeError(f"module 'model' has no attribute {name!r}; it has {', '.join(__all__)}")

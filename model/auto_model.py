@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 
 from model.checkpoint.formats import open_checkpoint
-from model.config import DEFAULT_BLOCK_SIZE, build_config
-from model.generation import Engine, generate
-from model.llama import LlamaForCausalLM
-from model.loading import load_model
-from model.request import Request, plan_blocks
-from model.sampling import SamplingParams
-from model.scheme import read_scheme
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import load_model
+from model.engine.generation import Engine, generate
+from model.engine.request import Request, plan_blocks
+from model.engine.sampling import SamplingParams
+from model.spec.config import DEFAULT_BLOCK_SIZE, build_config
+from model.spec.scheme import read_scheme
 from parallel.collectives import IdentityCollectives
 from parallel.errors import RequestError
 

@@ -1,15 +1,15 @@
 """What every rank of a run will own, read and need, from sizes alone: no tensor, no file, no PyTorch.
 
-`weight_bytes` and `file_bytes` are exact. `peak_bytes` follows `model/loading.py` step by step, on top of a constant for the
+`weight_bytes` and `file_bytes` are exact. `peak_bytes` follows `model/decoder/loading.py` step by step, on top of a constant for the
 process itself; a test holds it against a real run. Knows the layout, the table of weights, and how linears are kept.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from model.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
-from model.scheme import Scheme
-from model.weights import FUSED, WeightSpec, linear_shape, plan_weights
+from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
+from model.spec.scheme import Scheme
+from model.spec.weights import FUSED, WeightSpec, linear_shape, plan_weights
 from parallel.layout import count_tiled_rows, plan_heads
 
 PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
@@ -62,7 +62,7 @@ class Workload:
     dtype: str
     """Type to compute in: a key of DTYPES."""
     kv_cache: str | None = None
-    """See `model/scheme.py`; None: in `dtype`."""
+    """See `model/spec/scheme.py`; None: in `dtype`."""
     batch_size: int = 1
     """Sequences that run together."""
     tokens: int

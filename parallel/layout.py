@@ -4,7 +4,7 @@ Pure integers: knows sizes, ranks and world sizes, no tensors, no weight names, 
 
 All splits run over output rows (dimension 0). A product's inner dimension is never cut, so a sum over it is always
 made whole, by one rank, in one order: that is what makes results equal bit for bit for every world size, and what
-leaves the quantization groups along the inner dimension whole. See `model/linear.py` for the other half of it.
+leaves the quantization groups along the inner dimension whole. See `model/layers/linear.py` for the other half of it.
 """
 
 from collections.abc import Sequence

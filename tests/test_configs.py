@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.settings import read_settings
-from model.config import LlamaConfig
+from launcher.settings.yaml_settings import read_settings
+from model.spec.config import LlamaConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 PARAMETERS = {

@@ -10,7 +10,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # A package may import itself and those below it.
 FLOORS = {"parallel": 0, "model": 1, "launcher": 2}
-ENVIRONMENT_READER = "launcher/environment.py"
+ENVIRONMENT_READER = "launcher/environment/detection.py"
 ENVIRONMENT_NAMES = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 PROCESS_MODULES = ("subprocess", "multiprocessing", "torch.multiprocessing", "pty")
 PROCESS_NAMES = {"os.system", "os.popen", "os.fork", "os.forkpty", "concurrent.futures.ProcessPoolExecutor"}
@@ -105,9 +105,9 @@ def _write(root: Path, relative: str, source: str) -> None:
 def test_a_tree_that_keeps_the_rules_is_accepted(tmp_path: Path) -> None:
     _write(tmp_path, "parallel/__init__.py", "")
     _write(tmp_path, "parallel/layout.py", '"""Integers."""\nimport os\nfrom . import slices\nos.cpu_count()\n')
-    _write(tmp_path, "model/llama.py", '"""The model."""\nfrom parallel.layout import x\nimport model.config\n')
-    _write(tmp_path, "launcher/environment.py", '"""The one reader."""\nimport os\nos.environ["RANK"]\n')
-    _write(tmp_path, "launcher/cli.py", '"""The front."""\nimport subprocess\nfrom model import llama\nimport parallel.layout\n')
+    _write(tmp_path, "model/decoder/llama.py", '"""The model."""\nfrom parallel.layout import x\nimport model.config\n')
+    _write(tmp_path, "launcher/environment/detection.py", '"""The one reader."""\nimport os\nos.environ["RANK"]\n')
+    _write(tmp_path, "launcher/cli/main.py", '"""The front."""\nimport subprocess\nfrom model import llama\nimport parallel.layout\n')
     assert violations(tmp_path) == []
 
 
@@ -116,15 +116,19 @@ def test_a_tree_that_keeps_the_rules_is_accepted(tmp_path: Path) -> None:
     [
         ("parallel/a.py", "import model", "2: parallel imports model, which lies above it"),
         ("parallel/a.py", "from model.config import C", "2: parallel imports model.config.C, which lies above it"),
-        ("model/deep/a.py", "import launcher.cli as c", "2: model imports launcher.cli, which lies above it"),
-        ("model/a.py", "def f():\n    from launcher import cli", "3: model imports launcher.cli, which lies above it"),
+        ("model/deep/a.py", "import launcher.cli.main as c", "2: model imports launcher.cli.main, which lies above it"),
+        ("model/a.py", "def f():\n    from launcher import cli", "3: model imports launcher.cli.main, which lies above it"),
         ("model/a.py", "if TYPE_CHECKING:\n    import launcher", "3: model imports launcher, which lies above it"),
-        ("model/a.py", "import importlib\nimportlib.import_module('launcher.cli')", "3: model imports launcher.cli, which lies above it"),
+        (
+            "model/a.py",
+            "import importlib\nimportlib.import_module('launcher.cli.main')",
+            "3: model imports launcher.cli.main, which lies above it",
+        ),
         ("model/a.py", "__import__('launcher')", "2: model imports launcher, which lies above it"),
-        ("launcher/cli.py", "import os\nos.environ.get('RANK')", "3: os.environ is used outside launcher/environment.py"),
-        ("launcher/cli.py", "import os as o\no.getenv('RANK')", "3: os.getenv is used outside launcher/environment.py"),
-        ("model/a.py", "from os import environb as e", "2: os.environb is used outside launcher/environment.py"),
-        ("model/a.py", "from os import *", "2: os.environ is used outside launcher/environment.py"),
+        ("launcher/cli/main.py", "import os\nos.environ.get('RANK')", "3: os.environ is used outside launcher/environment/detection.py"),
+        ("launcher/cli/main.py", "import os as o\no.getenv('RANK')", "3: os.getenv is used outside launcher/environment/detection.py"),
+        ("model/a.py", "from os import environb as e", "2: os.environb is used outside launcher/environment/detection.py"),
+        ("model/a.py", "from os import *", "2: os.environ is used outside launcher/environment/detection.py"),
         ("model/a.py", "import subprocess", "2: model uses subprocess, which starts processes"),
         ("parallel/a.py", "import torch.multiprocessing as mp", "2: parallel uses torch.multiprocessing, which starts processes"),
         ("parallel/a.py", "import os\nos.fork()", "3: parallel uses os.fork, which starts processes"),

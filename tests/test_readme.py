@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from launcher.cli import app
+from launcher.cli.main import app
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 TEXT = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,8 +20,8 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
-from model.quoting import quote
-from model.scheme import LinearScheme, read_flag
+from model.spec.quoting import quote
+from model.spec.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 

@@ -6,7 +6,7 @@
     X.g_idx    int32 [inputs]; GPTQ only
     X.bias     float [outputs]; zeros, which AutoGPTQ stores for every linear
 
-They come out under the names of `model/scheme.py`. A rank's output rows are columns here, so bytes are read by column.
+They come out under the names of `model/spec/scheme.py`. A rank's output rows are columns here, so bytes are read by column.
 Knows the tensors and where settings lie; not what the settings mean, nor how integers lie in words.
 """
 
@@ -19,11 +19,11 @@ import torch
 
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, check_link
 from model.checkpoint.source import TensorInfo
-from model.config import build_config, read_config
-from model.packing import unpack_integers
-from model.quoting import quote
-from model.scheme import LinearScheme, Scheme, declare_scheme
-from model.weights import FLOAT_DTYPES, linear_names
+from model.spec.config import build_config, read_config
+from model.spec.packing import unpack_integers
+from model.spec.quoting import quote
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.weights import FLOAT_DTYPES, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
 

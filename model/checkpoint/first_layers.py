@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo
-from model.config import LlamaConfig
+from model.spec.config import LlamaConfig
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader, StoredRows
 

@@ -1,6 +1,6 @@
 """A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
 
-Knows llama.cpp's names and layouts; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/tokenizer.py`).
+Knows llama.cpp's names and layouts; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/text/tokenizer.py`).
 Only float types and the blocks Q8_0, Q4_0 and Q4_1 are read: these are what `read_rows` can give exactly.
 """
 
@@ -17,8 +17,8 @@ from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.source import TensorInfo
-from model.config import RopeScaling, scale_frequency
-from model.quoting import quote
+from model.spec.config import RopeScaling, scale_frequency
+from model.spec.quoting import quote
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

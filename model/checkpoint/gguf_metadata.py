@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.quoting import quote
+from model.spec.quoting import quote
 from parallel.errors import CheckpointError
 
 _MAX_WHOLE, _MAX_FLOAT32 = (1 << 31) - 1, 3.4e38

@@ -11,8 +11,8 @@ import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.safetensors_file import StoredTensor, read_header
-from model.config import read_config
-from model.quoting import quote, quote_name
+from model.spec.config import read_config
+from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

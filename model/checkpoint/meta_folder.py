@@ -1,7 +1,7 @@
 """Meta's Llama 1, 2 and 3 downloads as a checkpoint: params.json beside consolidated.NN.pth, one file a model-parallel rank.
 
 Knows Meta's names and how its ranks cut tensors; no bytes of the files (`torch_header.py`), no keys of params.json (`meta_params.py`),
-no tokenizers (`model/tokenizer.py`). Norms, which every file holds whole, come from the first: comparing them would read at opening.
+no tokenizers (`model/text/tokenizer.py`). Norms, which every file holds whole, come from the first: comparing them would read at opening.
 """
 
 import re

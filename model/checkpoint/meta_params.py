@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.source import TensorInfo
-from model.config import RopeScaling, read_config
-from model.quoting import quote
+from model.spec.config import RopeScaling, read_config
+from model.spec.quoting import quote
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")

@@ -1,13 +1,13 @@
-"""How MindFormers and Golden Stick 0.6 name the tensors of a Llama, and what each is under Hugging Face's and `model/scheme.py`'s names.
+"""How MindFormers and Golden Stick 0.6 name the tensors of a Llama, and what each is under Hugging Face's and `model/spec/scheme.py`'s names.
 
-Knows names; no files, no ranks. Linears without their role stand in `MINDFORMERS_NAMES` of `model/weights.py`.
+Knows names; no files, no ranks. Linears without their role stand in `MINDFORMERS_NAMES` of `model/spec/weights.py`.
 """
 
 import re
 from collections.abc import Mapping
 
-from model.scheme import LinearScheme
-from model.weights import MINDFORMERS_NAMES
+from model.spec.scheme import LinearScheme
+from model.spec.weights import MINDFORMERS_NAMES
 
 PLAIN_NAMES: Mapping[str, str] = {
     "tok_embeddings.embedding_weight": "embed_tokens.weight",

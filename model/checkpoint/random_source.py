@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import Checksum, TensorInfo
-from model.config import build_config
-from model.scheme import read_scheme
-from model.weights import plan_weights
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
+from model.spec.weights import plan_weights
 from parallel.file_slices import FileReader, StoredRows
 
 _BLOCK_ELEMENTS = 1_048_573

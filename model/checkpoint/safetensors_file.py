@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.source import TensorInfo
-from model.quoting import is_plain, quote, quote_name
+from model.spec.quoting import is_plain, quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
 

@@ -1,6 +1,6 @@
 """Holds the files of an opened checkpoint against what was recorded of them, and looks at every element of its tensors.
 
-Knows sources, checksums and tensors; no formats, no config: whether tensors fit a model is `model/weights.py`'s business.
+Knows sources, checksums and tensors; no formats, no config: whether tensors fit a model is `model/spec/weights.py`'s business.
 """
 
 import hashlib

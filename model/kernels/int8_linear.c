@@ -1,4 +1,4 @@
-/* Rows of activations times an int8 weight, in exact integers; the formula stands in model/int8.py.
+/* Rows of activations times an int8 weight, in exact integers; the formula stands in model/layers/int8.py.
 
    The weight stays as it is stored: row after row, one signed byte each. A tile is a few tokens with all
    their slices times four rows of the weight, held in registers over all columns of a group; one token reads the

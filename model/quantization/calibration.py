@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from model.checkpoint.source import CheckpointSource
-from model.config import LlamaConfig
-from model.llama import DecoderLayer, LlamaForCausalLM
-from model.loading import ModelLoader
+from model.decoder.llama import DecoderLayer, LlamaForCausalLM
+from model.decoder.loading import ModelLoader
 from model.quantization.awq import dequantize
 from model.quantization.layer_rounding import LayerRounder, RoundedLayer
 from model.quantization.observing import InputObserver, Observations, choose_kept_tokens, run_samples
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
-from model.scheme import Scheme
-from model.weights import FUSED, plan_weights
+from model.spec.config import LlamaConfig
+from model.spec.scheme import Scheme
+from model.spec.weights import FUSED, plan_weights
 from parallel.collectives import Collectives
 from parallel.file_slices import FileReader
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from parallel.errors import CheckpointError, ConfigError, RequestError
 
 BOOLQ_PROMPT = (

@@ -1,7 +1,7 @@
 """Turns the linears of one decoder layer into integers, as a recipe says, from what a calibration saw.
 
 Every rank rounds its own rows; what spans all rows (the largest weights of an input channel, errors) is exchanged.
-Results are unpacked: `X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as model/scheme.py
+Results are unpacked: `X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as model/spec/scheme.py
 names it. Knows tensors and names; no files.
 """
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from model.config import LlamaConfig
-from model.linear import float_linear
+from model.layers.linear import float_linear
 from model.quantization.awq import dequantize, search_scale, sum_columns
 from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.observing import InputObserver, Observations
 from model.quantization.recipe import Recipe
 from model.quantization.rounding import asymmetric_scale, quantize_groups, quantize_rows, symmetric_scale
 from model.quantization.smoothing import smooth_scale
-from model.scheme import Scheme
-from model.weights import FUSED
+from model.spec.config import LlamaConfig
+from model.spec.scheme import Scheme
+from model.spec.weights import FUSED
 from parallel.collectives import Collectives
 
 _PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}

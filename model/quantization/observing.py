@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from model.batch import Span
-from model.llama import DecoderLayer, LlamaForCausalLM
-from model.weights import FUSED
+from model.decoder.llama import DecoderLayer, LlamaForCausalLM
+from model.layers.batch import Span
+from model.spec.weights import FUSED
 
 PASS_TOKENS = 512
 """Tokens of several samples that go through a layer together, unless one sample alone has more: bounds the activations."""

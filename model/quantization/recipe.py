@@ -5,9 +5,9 @@ Knows schemes; no tensors, no files, no command line.
 
 from dataclasses import dataclass, replace
 
-from model.config import LlamaConfig
-from model.scheme import LinearScheme, Scheme
-from model.weights import find_not_converted, linear_names, linear_shape
+from model.spec.config import LlamaConfig
+from model.spec.scheme import LinearScheme, Scheme
+from model.spec.weights import find_not_converted, linear_names, linear_shape
 from parallel.errors import ConfigError
 
 METHODS = ("rtn", "gptq", "awq")
@@ -22,7 +22,7 @@ class Recipe:
     linear: LinearScheme | None
     """What linears become; None: they stay float. `smooth` says that smooth scales are stored beside them."""
     kv_cache: str | None = None
-    """A kv_cache word of model/scheme.py."""
+    """A kv_cache word of model/spec/scheme.py."""
     method: str = "rtn"
     """How weights are rounded: one of METHODS."""
     smooth: bool = False

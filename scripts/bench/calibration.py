@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from growth_points import SHAPES, Point
-from model.config import LlamaConfig, build_config, read_config
 from model.planning import Workload, plan_ranks
-from model.scheme import Scheme
+from model.spec.config import LlamaConfig, build_config, read_config
+from model.spec.scheme import Scheme
 from simulate import Machine, build_scheme, count_multiplied_weights, simulate_decode
 
 _MOST_CROWDED = 2.0

@@ -46,7 +46,7 @@ class Run:
         for pid in find_processes(self.mark):
             variables = read_environ(pid)
             if (
-                b"launcher.rank_process" in read_file(pid, "cmdline")
+                b"launcher.supervision.rank_process" in read_file(pid, "cmdline")
                 and "RANK" in variables
                 and read_file(pid, "stat").split()[2:3] != [b"Z"]
             ):

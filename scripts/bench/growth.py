@@ -24,7 +24,7 @@ from typing import Any
 from calibration import Check, check_points, fit_machine
 from chart import Line, Panel, draw_panels, load_pyplot
 from growth_points import BATCH_SIZES, LARGE, LARGE_LAYERS, SHAPES, SMALL, AnswerFile, Point, list_points, read_speed, scale_layers
-from model.config import build_config, read_config
+from model.spec.config import build_config, read_config
 from quiet_machine import BUSY, wait_until_quiet
 from simulate import Machine, build_scheme, simulate_decode
 from tandem_bench import OWN_COMMAND, BenchError, name_machine, slug

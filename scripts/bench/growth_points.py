@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import read_config
+from model.spec.config import read_config
 from tandem_bench import DECODE_PROMPT_TOKENS, OWN_COMMAND, BenchCall
 
 SHAPES = Path(__file__).resolve().with_name("shapes")

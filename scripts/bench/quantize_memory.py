@@ -72,7 +72,7 @@ def watch(command: list[str]) -> dict[str, int]:
                     words = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
                 except OSError:
                     continue
-                kind = "parent" if entry.name == str(process.pid) else "rank" if b"launcher.rank_process" in words else None
+                kind = "parent" if entry.name == str(process.pid) else "rank" if b"launcher.supervision.rank_process" in words else None
                 if kind:
                     peaks[kind] = max(peaks[kind], read_anonymous(entry / "status"))
             time.sleep(0.01)
@@ -89,7 +89,7 @@ def watch(command: list[str]) -> dict[str, int]:
 
 def idle_bytes() -> int:
     """Anonymous memory of a process that has imported what a rank imports."""
-    code = "import launcher.worker, pathlib; print(pathlib.Path('/proc/self/status').read_text())"
+    code = "import launcher.worker.run, pathlib; print(pathlib.Path('/proc/self/status').read_text())"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return parse_anonymous(text)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from model.config import LlamaConfig, build_config, read_config
+from model.spec.config import LlamaConfig, build_config, read_config
 
 _BLOCK, _BLOCK_BYTES = 32, 34
 """Weights in a block of Q8_0, and its bytes: a float16 scale and the int8 weights."""

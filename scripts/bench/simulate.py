@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.approaches import QuantizeOptions, check_words, plan_recipe
-from model.config import DTYPES, LlamaConfig, build_config, read_config
+from launcher.settings.approaches import QuantizeOptions, check_words, plan_recipe
 from model.planning import RankPlan, Workload, plan_ranks
-from model.scheme import Scheme
+from model.spec.config import DTYPES, LlamaConfig, build_config, read_config
+from model.spec.scheme import Scheme
 
 GATHERS_PER_LAYER = 4
 GATHERS_PER_STEP = 2

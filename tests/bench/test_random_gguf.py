@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from model.config import build_config
+from model.spec.config import build_config
 from random_gguf import write_random_gguf
 
 RAW = {

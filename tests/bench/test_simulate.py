@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from model.config import LlamaConfig, build_config, read_config
 from model.planning import Workload, plan_ranks
-from model.scheme import Scheme
+from model.spec.config import LlamaConfig, build_config, read_config
+from model.spec.scheme import Scheme
 from parallel.errors import LayoutError
 from simulate import Machine, build_scheme, count_multiplied_weights, count_received_elements, main, simulate_decode
 

@@ -110,7 +110,7 @@ class Running:
         """Process id of each rank."""
         ranks = {}
         for pid in self.find_processes():
-            if "launcher.rank_process" in _read(pid, "cmdline"):
+            if "launcher.supervision.rank_process" in _read(pid, "cmdline"):
                 variables = dict(entry.split("=", 1) for entry in _read(pid, "environ").split("\0") if "=" in entry)
                 if "RANK" in variables:
                     ranks[int(variables["RANK"])] = pid
@@ -289,9 +289,9 @@ def refuse(
             monkeypatch.delenv(variable)
         monkeypatch.setattr(sys, "argv", ["tandem", *map(str, command)])
         for name in ("join_ranks", "spawn_ranks", "serve_ranks"):
-            monkeypatch.setattr(f"launcher.running.{name}", _start_nothing)
+            monkeypatch.setattr(f"launcher.commands.run_ranks.{name}", _start_nothing)
         monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
-        from launcher.cli import main
+        from launcher.cli.main import main
 
         with pytest.raises(SystemExit) as ended:
             main()

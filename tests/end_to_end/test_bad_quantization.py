@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from model.scheme import LinearScheme, Scheme, write_scheme
+from model.spec.scheme import LinearScheme, Scheme, write_scheme
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from launcher.benchmarking import RESULT_NAMES
-from model.native import find_kernels
+from launcher.commands.bench import RESULT_NAMES
+from model.kernels.library import find_kernels
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
@@ -35,7 +35,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 WITHOUT_KERNELS = """
 import sys
 
-if "launcher.rank_process" in " ".join(sys.orig_argv):
+if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
     import model.native
 
     model.native._aside = True

@@ -20,7 +20,7 @@ import pytest
 import typer
 import yaml
 
-from launcher.cli import app
+from launcher.cli.main import app
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Running, Tandem

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launcher.graceful_stop import GRACE_SECONDS
+from launcher.supervision.signals import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Running, Tandem
@@ -111,17 +111,17 @@ def _check_records(decoding: Decoding, tandem: "Tandem", checkpoints: "Checkpoin
 
 
 FAULTS = {
-    "stuck in a loop": ("model.generation", "Engine.step", "while True: pass", "--timeout"),
-    "os._exit": ("model.generation", "Engine.step", "os._exit(7)", ""),
-    "exception": ("model.generation", "Engine.step", "raise ValueError('boom')", "ValueError: boom"),
+    "stuck in a loop": ("model.engine.generation", "Engine.step", "while True: pass", "--timeout"),
+    "os._exit": ("model.engine.generation", "Engine.step", "os._exit(7)", ""),
+    "exception": ("model.engine.generation", "Engine.step", "raise ValueError('boom')", "ValueError: boom"),
     "no memory": (
-        "model.generation",
+        "model.engine.generation",
         "Engine.step",
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 34,) * 2); bytearray(1 << 36)",
         "MemoryError",
     ),
     "exception while loading": (
-        "model.loading",
+        "model.decoder.loading",
         "load_model",
         "raise OSError(5, 'Input/output error')",
         "OSError: [Errno 5] Input/output error",
@@ -132,7 +132,7 @@ FAULTS = {
 FAULTY = """
 import os, resource, signal, sys
 
-if os.environ.get("RANK") == "1" and "launcher.rank_process" in " ".join(sys.orig_argv):
+if os.environ.get("RANK") == "1" and "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
     import {module} as module
 
     *owners, name = "{function}".split(".")
@@ -173,7 +173,7 @@ def test_the_verdict_says_what_went_wrong_inside_a_rank(tandem: "Tandem", checkp
     assert (verdict["first_failed_rank"], verdict["signal"]) == (1, None)
     assert verdict["exit_code"] == {"stuck in a loop": None, "os._exit": 7}.get(name, 1)
     assert verdict["others_waiting_in"].keys() == {"0"}
-    assert verdict["others_waiting_in"]["0"] in (("loading", "barrier") if module == "model.loading" else ("gather_columns",))
+    assert verdict["others_waiting_in"]["0"] in (("loading", "barrier") if module == "model.decoder.loading" else ("gather_columns",))
     if words:
         assert words in verdict["exception"] and words in stderr
         assert "go_wrong" in verdict["traceback_tail"]
@@ -215,7 +215,7 @@ def test_the_verdict_on_a_rank_that_the_kernel_ended_tells_the_limit_of_memory(
     tandem: "Tandem", checkpoints: "Checkpoints", memory_limit: MemoryLimit, tmp_path: Path
 ) -> None:
     fault = "import time; kept = [bytes([1]) * (1 << 24) for _ in range(1 << 8)]; time.sleep(60)"
-    paths = _plant(tmp_path, FAULTY.format(module="model.generation", function="Engine.step", fault=fault))
+    paths = _plant(tmp_path, FAULTY.format(module="model.engine.generation", function="Engine.step", fault=fault))
     folder = tandem.new_folder()
     command = tandem.predict_command(folder, *_arguments(checkpoints), "--max-restarts", "0")
     script = f'echo $$ > {memory_limit.folder}/cgroup.procs && exec "$@"'
@@ -267,11 +267,11 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
 FATAL = """
 import os, signal, sys
 
-if "launcher.rank_process" in " ".join(sys.orig_argv):
+if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
     import launcher.rank, parallel.progress
 
     place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
-    plain, gather = launcher.rank.load_model, parallel.progress.WatchedCollectives.gather_columns
+    plain, gather = launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns
 
     def load_model(*arguments, **options):
         if place == ("0", "1"):
@@ -283,7 +283,7 @@ if "launcher.rank_process" in " ".join(sys.orig_argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(*arguments, **options)
 
-    launcher.rank.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
+    launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
 """
 """Rank 1 is killed while the first attempt loads, rank 0 in the first prefill of the second."""
 

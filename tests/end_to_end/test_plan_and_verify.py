@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher import cli
-from launcher.approaches import APPROACHES
+from launcher.cli import main as cli
+from launcher.settings.approaches import APPROACHES
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Outcome, Tandem

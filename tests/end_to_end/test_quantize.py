@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.packing import unpack_integers
-from model.scheme import read_scheme
-from model.weights import MINDFORMERS_NAMES
+from model.spec.packing import unpack_integers
+from model.spec.scheme import read_scheme
+from model.spec.weights import MINDFORMERS_NAMES
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Outcome, Running, Tandem

@@ -81,11 +81,11 @@ def test_only_the_first_node_prints_what_is_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from launcher.cli import main
+    from launcher.cli.main import main
 
     folder = tandem.new_folder()
     (folder / "results.jsonl").write_text(undisturbed.jsonl)
-    monkeypatch.setattr("launcher.predict.run_job", lambda *arguments: 0)  # no other node is there to meet
+    monkeypatch.setattr("launcher.commands.predict.run_job", lambda *arguments: 0)  # no other node is there to meet
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
     for number, printed in (("0", undisturbed.stdout), ("1", "")):
         nodes = ("--nnodes", "2", "--node-rank", number, "--master-addr", "127.0.0.1", "--master-port", "29400")

@@ -28,8 +28,8 @@ POISON = (7, 7, 7)
 POISONED = """
 import os, signal, sys
 
-if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
-    from model.generation import Engine
+if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+    from model.engine.generation import Engine
 
     add, step, poisoned = Engine.add, Engine.step, []
 

@@ -20,13 +20,13 @@ RANKS = ("--threads-per-rank", "1", "--dtype", "float32")
 UNLOADABLE = """
 import os, sys
 
-if "launcher.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
     import launcher.rank
 
     def load_model(*arguments, **options):
         raise OSError(5, "Input/output error")
 
-    launcher.rank.load_model = load_model
+    launcher.worker.rank.load_model = load_model
 """
 
 

@@ -11,14 +11,14 @@ import torch
 import transformers
 
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.quantized_writing import write_quantized
-from model.config import build_config
-from model.llama import LlamaForCausalLM
-from model.loading import load_model
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import load_model
+from model.export.quantized_folder import write_quantized
 from model.quantization.calibration import quantize_layers
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
-from model.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.config import build_config
+from model.spec.scheme import LinearScheme, Scheme, read_scheme
 from parallel.collectives import Collectives, IdentityCollectives
 
 _SIZES: dict[str, dict[str, Any]] = {

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoint.formats import open_checkpoint
-from model.config import LlamaConfig, build_config
-from model.llama import LlamaForCausalLM
-from model.loading import load_model
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import load_model
 from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
-from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
-from model.weights import find_not_converted, linear_shape, plan_weights
+from model.spec.config import LlamaConfig, build_config
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.weights import find_not_converted, linear_shape, plan_weights
 from parallel.errors import LayoutError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
@@ -239,7 +239,7 @@ def test_more_tokens_sequences_and_threads_need_more_memory() -> None:
 
 def test_planning_imports_no_pytorch() -> None:
     """It alone would take longer than a whole plan."""
-    code = "import sys, launcher.planning; assert 'torch' not in sys.modules, sorted(sys.modules)"
+    code = "import sys, launcher.commands.plan; assert 'torch' not in sys.modules, sorted(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

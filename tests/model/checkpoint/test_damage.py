@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint.gguf_file import GgufFile
-from model.config import build_config
-from model.scheme import read_scheme
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
 from parallel.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from gguf.quants import dequantize, quantize
 
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_header import read_gguf_header
-from model.config import RopeScaling, build_config, scale_frequency
+from model.spec.config import RopeScaling, build_config, scale_frequency
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 

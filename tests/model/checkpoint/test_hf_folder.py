@@ -18,7 +18,7 @@ from model.checkpoint.gptq_folder import GptqFolder
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.safetensors_file import read_header
 from model.checkpoint.source import Checksum
-from model.config import read_config
+from model.spec.config import read_config
 from parallel.errors import CheckpointError, ConfigError
 
 PARTS = {name: f"model-0000{number}-of-00003.safetensors" for number, name in enumerate("abc", 1)}

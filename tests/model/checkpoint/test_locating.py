@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from launcher.reading_ahead import find_places, read_ahead
-from model.config import build_config
-from model.scheme import read_scheme
-from model.weights import plan_weights
+from launcher.job.prefetch import find_places, read_ahead
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
+from model.spec.weights import plan_weights
 from parallel.file_slices import FileReader
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def test_what_is_asked_for_ahead_is_what_the_ranks_read(name: str, make_checkpoi
 
 
 def test_no_more_is_asked_for_than_may_be(make_checkpoint: Callable[[str], "Checkpoint"], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.reading_ahead._MOST_BYTES", 3000)
+    monkeypatch.setattr("launcher.job.prefetch._MOST_BYTES", 3000)
     source = make_checkpoint("hf").open()
     config, scheme = build_config(source.config), read_scheme(source.config)
     assert sum(length for _, _, length in find_places(source, config, scheme, range(2), 2)) == 3000

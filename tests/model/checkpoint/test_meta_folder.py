@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.batch import Span
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.meta_params import read_meta_params
 from model.checkpoint.source import Checksum, TensorInfo
 from model.checkpoint.torch_header import StoredTensor, read_torch_header
-from model.config import build_config
-from model.llama import LlamaForCausalLM
+from model.decoder.llama import LlamaForCausalLM
+from model.layers.batch import Span
+from model.spec.config import build_config
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 

@@ -10,9 +10,9 @@ import torch
 
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.random_source import RandomSource
-from model.config import build_config
-from model.loading import check_checkpoint
-from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.decoder.loading import check_checkpoint
+from model.spec.config import build_config
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles, rank_file_name, write_rank_files
-from model.config import build_config
-from model.loading import check_checkpoint
-from model.scheme import Scheme, read_scheme
+from model.decoder.loading import check_checkpoint
+from model.spec.config import build_config
+from model.spec.scheme import Scheme, read_scheme
 from parallel.errors import CheckpointError, ConfigError, LayoutError
 
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"

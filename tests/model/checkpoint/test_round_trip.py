@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.formats import find_format, open_checkpoint
 from model.checkpoint.rank_files import write_rank_files
-from model.checkpoint.rewriting import convert_checkpoint
 from model.checkpoint.source import CheckpointSource
-from model.config import LlamaConfig, build_config
-from model.packing import pack_integers, unpack_integers
-from model.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
-from model.weights import WeightSpec, find_not_converted, linear_names, linear_shape, plan_weights
+from model.export.conversion import convert_checkpoint
+from model.spec.config import LlamaConfig, build_config
+from model.spec.packing import pack_integers, unpack_integers
+from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.weights import WeightSpec, find_not_converted, linear_names, linear_shape, plan_weights
 from parallel.file_slices import FileReader
 from parallel.layout import Whole
 
@@ -255,8 +255,8 @@ import sys
 from pathlib import Path
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.rank_files import write_rank_files
-from model.config import build_config
-from model.scheme import Scheme
+from model.spec.config import build_config
+from model.spec.scheme import Scheme
 
 def peak_bytes():
     # Of this program alone: what getrusage gives starts with the size of the process that started it.

@@ -1,0 +1,176 @@
+"""`tandem plan`: a dry run from config and headers alone, as a table, JSON or a picture. Starts nothing, loads nothing.
+
+Without --checkpoint it needs no PyTorch either, which alone would take longer than everything else here.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from launcher.environment.detection import decide_world_size, read_environment
+from launcher.host.atomic_write import write_whole
+from launcher.host.cores import share_cores
+from launcher.reporting.plan_drawing import draw_plan
+from launcher.settings.approaches import QuantizeOptions, check_words, plan_recipe
+from launcher.settings.options import CheckpointOptions
+from launcher.settings.yaml_settings import Settings, open_settings
+from model.planning import RankPlan, Workload, measure_balance, plan_ranks
+from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
+from model.spec.scheme import Scheme, read_scheme
+from parallel.errors import ConfigError
+
+EVEN = 0.95
+"""Mean over largest share from which a number of ranks is called even."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions(CheckpointOptions):
+    """What the command line says; None is not said."""
+
+    model_config: Path | None = None
+    workers: int | None = None
+    quantization: str | None = None
+    dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    threads_per_rank: int | None = None
+    batch_size: int = 1
+    tokens: int | None = None
+    bandwidth: float | None = None
+    """GB/s of each rank's memory."""
+    svg: Path | None = None
+    as_json: bool = False
+
+
+def plan(options: PlanOptions) -> None:
+    """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
+    settings = open_settings(options.config)
+    world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
+    config, scheme, stored = _read_model(options, settings)
+    dtype = options.dtype or settings.tandem.dtype or settings.compute_dtype or config.dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    tokens = options.tokens or min(config.max_position_embeddings, settings.seq_length or config.max_position_embeddings)
+    for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{flag} is {value}, but has to be above 0")
+    workload = Workload(
+        dtype=dtype,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        batch_size=options.batch_size,
+        tokens=tokens,
+        num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
+        block_size=settings.block_size or DEFAULT_BLOCK_SIZE,
+        num_blocks=settings.num_blocks,
+    )
+    check_blocks(workload.block_size, workload.num_blocks)
+    plans = plan_ranks(config, scheme, world_size, workload, stored)
+    result = _describe(options, config, scheme, plans, workload)
+    if options.svg:
+        title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
+        write_whole(options.svg, draw_plan(plans, title))
+        print(f"wrote {options.svg}", file=sys.stderr)
+    if options.as_json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+
+
+def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, Scheme, dict[str, str]]:
+    """The model's shape, how its weights are stored, and the types of the checkpoint's tensors."""
+    stored: dict[str, str] = {}
+    if options.checkpoint or (settings.load_checkpoint and not options.model_config):
+        from launcher.commands.run_ranks import open_model
+
+        opened = open_model(options, settings, quantized=not options.quantization)
+        config, scheme = opened.config, opened.scheme
+        stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    elif options.model_config:
+        raw = read_config(options.model_config)
+        config, scheme = build_config(raw, str(options.model_config)), read_scheme(raw)
+        settings.compare_model_config(config, str(options.model_config))
+    elif options.config:
+        config, scheme = settings.build_model_config(), Scheme()
+    else:
+        raise ConfigError("no model: give --config, --model-config or --checkpoint")
+    word = options.quantization
+    if word is None and scheme.name == "none" and settings.quantization is not None and not stored:
+        word = settings.quantization.approach
+    if word in (None, "none"):
+        return config, scheme, stored
+    if scheme.name != "none":
+        raise ConfigError(f"--quantization is {word}, but the model is quantized already ({scheme.name}); leave it out")
+    if word == "ptq" and (settings.quantization is None or settings.quantization.approach != word):
+        raise ConfigError(
+            "--quantization ptq does not say what it makes; give a YAML with its quantization_config (-c), or another approach"
+        )
+    quantize = QuantizeOptions(approach=str(word))
+    return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
+
+
+def _describe(options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: list[RankPlan], workload: Workload) -> dict[str, Any]:
+    layout = config.layout()
+    valid = range(1, layout.max_world_size + 1)
+    balance = {size: measure_balance(config, scheme, size) for size in valid}
+    speed = None
+    if options.bandwidth:
+        # A batch reads the weights once and every sequence's keys and values.
+        slowest = max(rank.streamed_bytes + rank.kv_cache_bytes for rank in plans)
+        speed = options.batch_size * options.bandwidth * 1e9 / slowest
+    return {
+        "workers": len(plans),
+        "quantization": scheme.name,
+        "dtype": workload.dtype,
+        "kv_cache": workload.kv_cache or workload.dtype,
+        "batch_size": workload.batch_size,
+        "tokens": workload.tokens,
+        "threads_per_rank": workload.num_threads,
+        "valid_workers": list(valid),
+        "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
+        "balance": balance,
+        "bandwidth_gb_per_second": options.bandwidth,
+        "tokens_per_second": speed,
+        "file_bytes": sum(rank.file_bytes for rank in plans),
+        "peak_bytes": sum(rank.peak_bytes for rank in plans),
+        "ranks": [asdict(rank) for rank in plans],
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table("rank", "heads", "KV heads", "intermediate", "vocabulary", "reads", "weights", "KV cache", "activations", "peak")
+    for rank in result["ranks"]:
+        ranges = [f"{rank[name][0]}-{rank[name][1] - 1}" for name in ("heads", "kv_heads", "intermediate_rows", "vocab_rows")]
+        sizes = [_size(rank[f"{name}_bytes"]) for name in ("file", "weight", "kv_cache", "activation", "peak")]
+        table.add_row(str(rank["rank"]), *ranges, *sizes)
+    print(
+        f"{result['workers']} ranks, quantization {result['quantization']}, compute {result['dtype']}, cache {result['kv_cache']}, "
+        f"{result['batch_size']} x {result['tokens']} tokens"
+    )
+    Terminal(width=130).print(table)
+    print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
+    even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
+    print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")
+    if result["tokens_per_second"]:
+        print(
+            f"at most {result['tokens_per_second']:.1f} tokens/s at {result['bandwidth_gb_per_second']:g} GB/s a rank, "
+            f"at {result['tokens']} tokens of context"
+        )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 5 as 1-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,162 @@
+"""`tandem predict`: decides a whole job from options, YAML, environment and headers, then runs it.
+
+Everything that can be wrong is found here, before any process starts. Knows no typer: options come as a plain value.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
+from launcher.reporting.console import RunConsole
+from launcher.reporting.results import ResultsFile, read_results
+from launcher.settings.options import RunOptions
+from launcher.settings.yaml_settings import Settings
+from model.engine.request import Request, check_memory, check_request
+from model.engine.sampling import SamplingParams
+from model.text.tokenizer import Tokenizer
+from parallel.errors import RequestError, RunError
+
+DEFAULT_PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
+"""MindFormers' run_llama2_generate.py's."""
+DEFAULT_MAX_LENGTH = 1024
+"""MindFormers' LlamaConfig.max_decode_length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictOptions(RunOptions):
+    """What the command line says; None is not said."""
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    output: Path | None = None
+    resume: bool = False
+    stats: Path | None = None
+
+
+def predict(options: PredictOptions) -> None:
+    """Run the main job. Raises InputError before anything starts, RanksFailedError when ranks failed."""
+    run = open_run(options)
+    tokenizer = run.read_tokenizer()
+    prompts = read_prompts(options)
+    requests = plan_requests(options, run, tokenizer, prompts)
+    if options.resume and options.output is None:
+        raise RequestError("--resume skips what is in the file of --output; give --output")
+    # A launcher that has restarted this rank wants it to go on where the attempt before it was.
+    again = run.environment.restart_count > 0 and options.output is not None
+    resume = options.resume or again
+    vocab_size = run.opened.config.vocab_size
+    done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
+    output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
+    console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done)
+    job = build_job(run, console.plan_task())
+    if job.num_blocks is not None:
+        for request in requests:
+            check_memory(request, job.num_blocks, job.block_size)
+    if output is not None and run.environment.is_rank and run.environment.rank == 0:
+        output.begin()  # the launcher may start this rank again
+    restarts = 0
+    try:
+        if not run.environment.rank and not run.nodes.node_rank:
+            console.print_done(again=not again)
+        if console.is_done and run.nodes.num_nodes == 1 and not run.environment.is_rank:
+            print(f"nothing to do: all {len(prompts)} prompts are in {options.output}", file=sys.stderr)
+        else:
+            restarts = run_job(run, job, console)
+    finally:
+        console.close()
+    if run.environment.rank or run.nodes.node_rank:
+        return  # rank 0 and its parent have the results
+    if not console.is_done:
+        raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
+    console.write(options.stats, restarts)
+
+
+def read_prompts(options: PredictOptions) -> list[str]:
+    """The prompts of the options, of the file, or the original's three. Raises RequestError for a file without any."""
+    prompts = list(options.prompts)
+    path = options.prompts_file
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise RequestError(f"the prompts file {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"the prompts file {path} cannot be read: {error}") from None
+        found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+        if not found:
+            raise RequestError(f"the prompts file {path} holds no prompt: write one a line")
+        prompts += found
+    return prompts or list(DEFAULT_PROMPTS)
+
+
+def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, prompts: list[str]) -> list[Request]:
+    """Prompts as ids, each with how it goes on. Options go over the YAML, the YAML over defaults. Raises InputError."""
+    settings, sampling, context = run.settings, run.settings.sampling, run.context_tokens
+    prompt_ids = [tuple(tokenizer.encode(prompt)) for prompt in prompts]
+    lengths = plan_lengths(options, settings, [len(ids) for ids in prompt_ids], context)
+    requests = []
+    for index, (ids, new_tokens) in enumerate(zip(prompt_ids, lengths, strict=True)):
+        params = SamplingParams(
+            max_new_tokens=new_tokens,
+            do_sample=first_said(options.do_sample, sampling.do_sample, False),
+            temperature=first_said(options.temperature, sampling.temperature, 1.0),
+            top_k=first_said(options.top_k, sampling.top_k, 50),
+            top_p=first_said(options.top_p, sampling.top_p, 1.0),
+            repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
+            seed=first_said(options.seed, settings.seed, 0),
+            ignore_eos=options.ignore_eos,
+            logprobs=options.logprobs,
+        )
+        requests.append(Request(index, ids, params))
+        check_request(requests[-1], context, run.opened.config.vocab_size)
+    said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
+    if said and not requests[0].params.do_sample:
+        print(f"warning: {', '.join(said)} without --do-sample change nothing: the likeliest token is taken", file=sys.stderr)
+    return requests
+
+
+def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int], context: int) -> list[int]:
+    """New tokens of each prompt, from its length; cut, with a warning, where the context ends."""
+    new_tokens = first_said(options.max_new_tokens, None if options.max_length else settings.tandem.max_new_tokens)
+    longest = max(lengths)
+    if longest >= context:
+        raise RequestError(f"prompt {lengths.index(longest)} has {longest} tokens, but the model's context is {context}: shorten it")
+    if new_tokens is not None:
+        if new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {new_tokens}, but has to be at least 1")
+        if longest + new_tokens > context:
+            print(f"warning: {longest} prompt tokens and {new_tokens} new ones exceed the context of {context}; cut there", file=sys.stderr)
+        return [min(new_tokens, context - length) for length in lengths]
+    max_length: int = first_said(options.max_length, settings.sampling.max_length, min(DEFAULT_MAX_LENGTH, context))
+    if max_length > context:
+        print(f"warning: max_length {max_length} exceeds the context of {context}; cut there", file=sys.stderr)
+        max_length = context
+    if longest >= max_length:
+        raise RequestError(
+            f"prompt {lengths.index(longest)} has {longest} tokens, but max_length is {max_length}; set a larger --max-length"
+        )
+    return [max_length - length for length in lengths]
+
+
+def _read_prompt(line: str, path: Path, number: int) -> str:
+    if path.suffix != ".jsonl":
+        return line
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise RequestError(f'{path}, line {number}: a JSON object with "prompt" is needed')
+    return prompt

@@ -1,0 +1,1 @@
+"""A run as a value: what the ranks do, and whether it fits in memory."""

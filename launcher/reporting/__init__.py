@@ -1,0 +1,1 @@
+"""What people see: console, results file, plan drawing."""

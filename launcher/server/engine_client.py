@@ -1,0 +1,248 @@
+"""The parent's side of a server: follows the ranks, hands tokens to the callers, knows how everything stands.
+
+Events come from a thread of the run; all that concerns callers happens on the event loop of the HTTP server. Knows no HTTP.
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.job.job import Job
+from launcher.job.observer import RunObserver, Send
+from launcher.job.tasks import Serve, Task
+from launcher.reporting.console import loading_progress
+from launcher.server.inflight_requests import MAX_FAILURES, Journal
+from launcher.server.metrics import ServeMetrics
+from launcher.server.queue import Dispatcher
+from model.planning import RankPlan
+from model.spec.config import LlamaConfig
+
+MAX_FAILED_STARTS = 3
+"""After so many attempts in a row that did not come to serve, another one would not either."""
+_SILENT_SECONDS = 10.0
+"""Without a sign of the ranks, and longer than a few of their slowest steps, they are taken for stuck."""
+_END_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What is served."""
+
+    name: str
+    """What callers call it."""
+    version: str
+    config: LlamaConfig
+    job: Job
+    plans: Sequence[RankPlan]
+    """What each rank owns."""
+    num_blocks: int
+    max_waiting: int
+    drain_seconds: float
+    """How long running answers may take when the server is asked to end."""
+
+
+class ServeFront(RunObserver):
+    """One server."""
+
+    redone = "running answers go on"
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.metrics = served, ServeMetrics()
+        self._journal = Journal()
+        self.dispatcher = Dispatcher(self._journal, self.metrics, max_running=served.job.max_batch_size, max_waiting=served.max_waiting)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Of the HTTP server, as soon as it runs."""
+        self.stop_number: int | None = None
+        """The signal that asked for the end."""
+        self._began = time.monotonic()
+        self.created = int(time.time())
+        self._progress = loading_progress(served.job.world_size)
+        self._phase, self._loaded = "loading", (0, 0)
+        self._kernel: dict[str, Any] = {}
+        self._report: dict[str, Any] = {}
+        self._heard = 0.0
+        self._slowest_seconds = 0.0
+        self._prefilled = 0
+        self._failed_starts = self._restarts = 0
+        self._last_failure: str | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self.answered_once = threading.Event()
+        """Set when the ranks serve for the first time."""
+
+    # What the run says. -------------------------------------------------------------------------------------------------------------
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take one event of rank 0."""
+        kind, now = event["event"], time.monotonic()
+        if kind == "tokens":
+            tokens = self._journal.take(event["tokens"])
+            if tokens:
+                self._on_loop(self.dispatcher.deliver, tokens)
+        elif kind == "report":
+            self._take_report(event, now)
+        elif kind == "loading":
+            self._loaded = event["done"], event["total"]
+            self._progress(event["done"], event["total"])
+        elif kind == "serving":
+            self._kernel, self._phase, self._heard, self._failed_starts = event, "ready", now, 0
+            self._prefilled = 0
+            if self.answered_once.is_set():
+                print("the ranks are back; running answers go on", file=sys.stderr, flush=True)
+            self.answered_once.set()
+        elif kind == "warning":
+            print(f"warning: {event['message']}", file=sys.stderr)
+
+    def connect(self, send: Send) -> None:
+        """Rank 0 of a new attempt is there."""
+        self._journal.connect(send)
+        if self.dispatcher.is_draining and not self.dispatcher.num_running:
+            self._journal.end()
+
+    def continue_task(self, task: Task) -> Task:
+        """Every request that has not ended, with its tokens."""
+        assert isinstance(task, Serve)
+        return replace(task, requests=self._journal.list_unfinished())
+
+    def note_failure(self, cause: str, at_seconds: float) -> None:
+        """A rank failed, and all start again."""
+        served = self._phase == "ready"
+        self._count_failed_start()
+        self._phase, self._last_failure, self._report = "recovering", cause, {}
+        self._restarts += 1
+        self.metrics.count_restart()
+        self._progress.close()
+        hopeless = self._journal.note_failure(served=served)
+        if hopeless:
+            self._on_loop(self.dispatcher.give_up, hopeless, MAX_FAILURES)
+
+    def may_restart(self) -> bool:
+        """No, where the last attempts have not come to serve."""
+        return self._failed_starts + (self._phase != "ready") < MAX_FAILED_STARTS
+
+    def _count_failed_start(self) -> None:
+        self._failed_starts = 0 if self._phase == "ready" else self._failed_starts + 1
+
+    def ask_to_stop(self, number: int) -> float | None:
+        """Answer what has been asked, then end."""
+        if self.stop_number is not None or self.loop is None:
+            return None
+        self.stop_number = number
+        if self._phase == "loading" or (self._phase == "recovering" and not self.dispatcher.num_running):
+            self._on_loop(self.dispatcher.fail_all)
+            return None
+        self._on_loop(self._begin_drain)
+        return self.served.drain_seconds + _END_SECONDS
+
+    def close(self) -> None:
+        """The run is over: whoever still waits gets an error."""
+        self._progress.close()
+        self._phase = "draining"
+        self._on_loop(self.dispatcher.fail_all)
+
+    # How it stands. -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """loading, ready, recovering or draining."""
+        return "draining" if self.dispatcher.is_draining or self.stop_number is not None else self._phase
+
+    @property
+    def health(self) -> str:
+        """ok while every rank answered lately; else what is the matter."""
+        state = self.state
+        if state != "ready":
+            return state
+        return "silent" if time.monotonic() - self._heard > max(_SILENT_SECONDS, 4 * self._slowest_seconds) else "ok"
+
+    def update_metrics(self) -> None:
+        """Those that go up and down."""
+        metrics, report = self.metrics, self._report
+        metrics.set("running", self.dispatcher.num_running)
+        metrics.set("waiting", self.dispatcher.num_waiting)
+        metrics.set("kv_blocks", self.served.num_blocks)
+        metrics.set("kv_blocks_used", report.get("blocks_used", 0))
+        metrics.set("healthy", self.health == "ok")
+        for rank, row in enumerate(report.get("ranks", ())):
+            for name, value in row.items():
+                metrics.set_rank(rank, name, value)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that the page shows."""
+        served, job, report, kernel, metrics = self.served, self.served.job, self._report, self._kernel, self.metrics
+        ready = self._phase == "ready"
+        return {
+            "model": served.name,
+            "version": served.version,
+            "state": self.state,
+            "uptime_seconds": time.monotonic() - self._began,
+            "world_size": job.world_size,
+            "num_layers": served.config.num_hidden_layers,
+            "dtype": job.dtype,
+            "quantization": kernel.get("quantization"),
+            "kernel": kernel.get("kernel"),
+            "collectives": kernel.get("collectives"),
+            "threads_per_rank": kernel.get("threads_per_rank"),
+            "context_tokens": job.context_tokens,
+            "loading": None if ready else {"done_bytes": self._loaded[0], "total_bytes": self._loaded[1]},
+            "running": self.dispatcher.num_running,
+            "max_running": self.dispatcher.max_running,
+            "waiting": self.dispatcher.num_waiting,
+            "max_waiting": self.dispatcher.max_waiting,
+            "blocks_used": report.get("blocks_used", 0),
+            "blocks_total": served.num_blocks,
+            "block_size": job.block_size,
+            "tokens_per_second": metrics.tokens.read(),
+            "prompt_tokens_per_second": metrics.prefill.read(),
+            "time_to_first_token_seconds": metrics.first_token_seconds,
+            "requests_total": metrics.num_requests,
+            "tokens_total": metrics.num_tokens,
+            "restarts": self._restarts,
+            "last_failure": self._last_failure,
+            "ranks": [self._describe_rank(plan, report, ready) for plan in served.plans],
+        }
+
+    def _describe_rank(self, plan: RankPlan, report: dict[str, Any], ready: bool) -> dict[str, Any]:
+        rank, kernel = plan.rank, self._kernel if ready else {}
+        row = report["ranks"][rank] if report else {}
+        step = row.get("step_seconds")
+        memory = kernel.get("memory_bytes_per_second")
+        return {
+            "rank": rank,
+            "host": kernel["hosts"][rank] if kernel else None,
+            "pid": kernel["pids"][rank] if kernel else None,
+            "heads": plan.heads,
+            "kv_heads": plan.kv_heads,
+            "hidden_rows": plan.hidden_rows,
+            "intermediate_rows": plan.intermediate_rows,
+            "vocab_rows": plan.vocab_rows,
+            "weight_bytes": plan.weight_bytes,
+            "kv_cache_bytes": plan.kv_cache_bytes,
+            "rss_bytes": row.get("rss_bytes"),
+            "step_seconds": step,
+            "gather_seconds": row.get("gather_seconds"),
+            "bytes_per_second": plan.streamed_bytes / step if step else None,
+            "memory_bytes_per_second": memory / self.served.job.world_size if memory else None,
+        }
+
+    def _take_report(self, event: dict[str, Any], now: float) -> None:
+        self._heard, self._report = now, event
+        self._slowest_seconds = event["slowest_seconds"]
+        self._on_loop(self.metrics.prefill.add, max(0, event["prefill_tokens"] - self._prefilled))
+        self._prefilled = event["prefill_tokens"]
+
+    def _begin_drain(self) -> None:
+        async def drain() -> None:
+            await self.dispatcher.drain(self.served.drain_seconds)
+            self._journal.end()
+
+        self._drain_task = asyncio.create_task(drain())
+
+    def _on_loop(self, function: Any, *arguments: Any) -> None:
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the HTTP server has ended
+                self.loop.call_soon_threadsafe(function, *arguments)

@@ -1,0 +1,192 @@
+"""Who of a server's callers comes next: a bounded queue, fair between callers, deadlines, cancellation. Lives on one event loop.
+
+The ranks get as many sequences as they run together; all others wait here, where they cost nothing. Knows ids and callers' names; no
+text, no HTTP.
+"""
+
+import asyncio
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from launcher.server.errors import ServiceError, draining, ended, queue_full, ranks_failed, timed_out, too_many
+from launcher.server.inflight_requests import Journal, NewToken
+from launcher.server.metrics import ServeMetrics
+from model.engine.request import Request
+from model.engine.sampling import SamplingParams
+
+_USUAL_SECONDS = 5.0
+"""How long an answer is taken to need before there was one."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """The sequences of one call, and what comes of them."""
+
+    caller: str
+    num_open: int
+    """Sequences that have not ended."""
+    asked_at: float
+    """time.monotonic()."""
+    events: "asyncio.Queue[tuple[int, NewToken] | ServiceError]" = field(default_factory=asyncio.Queue)
+    """(number of the sequence in the call, its next token); an error ends the call."""
+    deadline: asyncio.TimerHandle | None = None
+    told_first: bool = False
+    last_token_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequence:
+    ticket: Ticket
+    number: int
+    request: Request
+
+
+class Dispatcher:
+    """The queue of one server."""
+
+    def __init__(self, journal: Journal, metrics: ServeMetrics, *, max_running: int, max_waiting: int) -> None:
+        self._journal, self._metrics = journal, metrics
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self._next_index = 0
+        self._waiting: OrderedDict[str, deque[_Sequence]] = OrderedDict()
+        """By caller; the one whose turn it is first."""
+        self._running: dict[int, _Sequence] = {}
+        self._drained: asyncio.Event | None = None
+        self._answer_seconds = _USUAL_SECONDS
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that the ranks have."""
+        return len(self._running)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._drained is not None
+
+    def submit(self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float) -> Ticket:
+        """Queue the sequences of a call. Raises ServiceError when the server drains or too many wait."""
+        if self.is_draining:
+            raise draining()
+        self.check_count(len(wanted))
+        free = self.max_running - len(self._running)
+        if self.num_waiting + len(wanted) > self.max_waiting + free:
+            raise queue_full(self.num_waiting, len(wanted), self.max_waiting, self._estimate_wait_seconds())
+        ticket = Ticket(caller, len(wanted), time.monotonic())
+        ticket.deadline = asyncio.get_running_loop().call_later(deadline_seconds, self._fail, ticket, timed_out(deadline_seconds))
+        mine = self._waiting.setdefault(caller, deque())
+        for number, (prompt_ids, params) in enumerate(wanted):
+            mine.append(_Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
+            self._next_index += 1
+        self._fill()
+        return ticket
+
+    def check_count(self, sequences: int) -> None:
+        """Raise ServiceError for a call that could never be queued."""
+        if sequences > self.max_running + self.max_waiting:
+            raise too_many(sequences, self.max_running + self.max_waiting)
+
+    def close(self, ticket: Ticket) -> None:
+        """Nobody waits for the rest of it any longer."""
+        if ticket.deadline is not None:
+            ticket.deadline.cancel()
+            ticket.deadline = None
+        if not ticket.num_open:
+            return
+        ticket.num_open = 0
+        for index in [index for index, sequence in self._running.items() if sequence.ticket is ticket]:
+            del self._running[index]
+            self._journal.cancel(index)
+        mine = self._waiting.get(ticket.caller)
+        if mine is not None:
+            left = deque(sequence for sequence in mine if sequence.ticket is not ticket)
+            if left:
+                self._waiting[ticket.caller] = left
+            else:
+                del self._waiting[ticket.caller]
+        self._fill()
+
+    def end_choice(self, ticket: Ticket, number: int) -> None:
+        """Nobody needs more of one sequence of a call: its text has come to a stop."""
+        found = [index for index, one in self._running.items() if one.ticket is ticket and one.number == number]
+        for index in found:
+            del self._running[index]
+            ticket.num_open -= 1
+            self._journal.cancel(index)
+        self._fill()
+
+    def deliver(self, tokens: Iterable[tuple[int, NewToken]]) -> None:
+        """Hand tokens on to their callers."""
+        now, has_ended = time.monotonic(), False
+        for index, token in tokens:
+            sequence = self._running.get(index)
+            if sequence is None:
+                continue
+            ticket = sequence.ticket
+            ticket.events.put_nowait((sequence.number, token))
+            self._metrics.count_token(now - ticket.last_token_at if ticket.told_first else None)
+            if not ticket.told_first:
+                ticket.told_first = True
+                self._metrics.note_first_token(now - ticket.asked_at)
+            ticket.last_token_at = now
+            if token.finish_reason:
+                has_ended = True
+                del self._running[index]
+                ticket.num_open -= 1
+                if not ticket.num_open:
+                    self._answer_seconds += 0.1 * (now - ticket.asked_at - self._answer_seconds)
+        if has_ended:
+            self._fill()
+
+    def give_up(self, indices: Sequence[int], failures: int) -> None:
+        """The ranks failed so often with these that they do not get them again."""
+        for index in indices:
+            sequence = self._running.pop(index, None)
+            if sequence is not None:
+                self._fail(sequence.ticket, ranks_failed(failures))
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new; return when all is answered, or after so many seconds, when the rest gets an error."""
+        self._drained = asyncio.Event()
+        self._fill()
+        try:
+            await asyncio.wait_for(self._drained.wait(), seconds)
+        except asyncio.TimeoutError:
+            self.fail_all()
+
+    def fail_all(self) -> None:
+        """End every call with an error, and take nothing new."""
+        self._drained = self._drained or asyncio.Event()
+        tickets = {sequence.ticket for some in (*self._waiting.values(), self._running.values()) for sequence in some}
+        for ticket in tickets:
+            self._fail(ticket, ended())
+
+    def _fail(self, ticket: Ticket, error: ServiceError) -> None:
+        ticket.events.put_nowait(error)
+        self.close(ticket)
+
+    def _fill(self) -> None:
+        """Give the ranks what they have room for, one sequence of each caller in turn."""
+        while self._waiting and len(self._running) < self.max_running:
+            caller, mine = next(iter(self._waiting.items()))
+            sequence = mine.popleft()
+            if mine:
+                self._waiting.move_to_end(caller)
+            else:
+                del self._waiting[caller]
+            self._running[sequence.request.index] = sequence
+            self._journal.add(sequence.request)
+        if self._drained is not None and not self._running and not self._waiting:
+            self._drained.set()
+
+    def _estimate_wait_seconds(self) -> int:
+        """Until a place in the queue is free, by what answers have taken so far."""
+        return max(1, min(60, math.ceil(self._answer_seconds / max(1, self.max_running))))

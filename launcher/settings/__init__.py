@@ -1,0 +1,1 @@
+"""Options, MindFormers YAML and quantization settings."""

@@ -1,0 +1,276 @@
+"""The keys of a MindFormers YAML file: which ones shape a run, of which type, and which ones mean nothing here.
+
+Knows names, types and ranges; not what the values do (`launcher/settings/yaml_settings.py`), no files, no tensors.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from model.spec.config import DTYPES
+from parallel.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A key that shapes the run. Null, also spelled None, is always accepted and means 'not said'."""
+
+    types: tuple[type, ...]
+    """Accepted types; a whole number passes for a float."""
+    at_least: float | None = None
+    """Smallest number."""
+    above: float | None = None
+    """Every number must be larger than this."""
+    at_most: float | None = None
+    """Largest number."""
+    choices: tuple[Any, ...] | None = None
+    """The only values beside null."""
+    items: type | None = None
+    """Type of every item, where the value is a list."""
+    hint: str = ""
+    """What to do about a value that is not accepted."""
+
+    def __post_init__(self) -> None:
+        assert self.types, "a key without types would accept nothing"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the run can use this value."""
+        if not any(_has_type(value, kind) for kind in self.types):
+            return False
+        if self.choices is not None:
+            return value in self.choices
+        if not isinstance(value, list):
+            return self._within_bounds(value)
+        return all((self.items is None or _has_type(item, self.items)) and self._within_bounds(item) for item in value)
+
+    def _within_bounds(self, value: Any) -> bool:
+        if not isinstance(value, (int, float)):
+            return True
+        at_least, above, at_most = self.at_least, self.above, self.at_most
+        return (at_least is None or value >= at_least) and (above is None or value > above) and (at_most is None or value <= at_most)
+
+    def describe(self) -> str:
+        """What is accepted, in words."""
+        if self.choices is not None:
+            return " or ".join(repr(choice) for choice in (*self.choices, None))
+        words = " or ".join(_TYPE_WORDS[kind] for kind in self.types)
+        bounds = (("of at least", self.at_least), ("above", self.above), ("of at most", self.at_most))
+        limits = " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
+        return " ".join(filter(None, (words, limits, f"(every item: {_TYPE_WORDS[self.items]})" if self.items else "")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ignored:
+    """A key that MindFormers knows and that means nothing here, whatever stands under it."""
+
+    warning: str = ""
+    """What its user should know; empty when there is nothing to lose."""
+    harmless: tuple[Any, ...] = (None, False, 0, "", "None", {}, [])
+    """Values that need no warning."""
+
+
+Schema: TypeAlias = "Mapping[str, Value | Ignored | Schema]"
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
+
+
+def _ignore(names: str) -> dict[str, Ignored]:
+    return {name: Ignored() for name in names.split()}
+
+
+_TEXT = Value(types=(str,))
+_FLAG = Value(types=(bool,))
+_COUNT = Value(types=(int,), at_least=1)
+_NATURAL = Value(types=(int,), at_least=0)
+_POSITIVE = Value(types=(float,), above=0)
+_DTYPE = Value(types=(str,), choices=tuple(DTYPES))
+
+_QUANTIZATION_CONFIG: Schema = {
+    "quant_method": _TEXT,
+    "weight_dtype": _TEXT,
+    "activation_dtype": _TEXT,
+    "kvcache_dtype": _TEXT,
+    "outliers_suppression": _TEXT,
+    "modules_to_not_convert": Value(types=(list,), items=str),
+    "algorithm_args": Value(types=(dict,)),
+}
+
+_MODEL_CONFIG: Schema = {
+    "type": Value(types=(str,), choices=("LlamaConfig",)),
+    "seq_length": _COUNT,
+    "hidden_size": _COUNT,
+    "num_layers": _COUNT,
+    "num_heads": _COUNT,
+    "n_kv_heads": _COUNT,
+    "vocab_size": _COUNT,
+    "max_position_embedding": _COUNT,
+    "intermediate_size": _COUNT,
+    "multiple_of": _COUNT,
+    "ffn_dim_multiplier": _POSITIVE,
+    "rms_norm_eps": _POSITIVE,
+    "theta": _POSITIVE,
+    "tie_word_embeddings": _FLAG,
+    "bos_token_id": _NATURAL,
+    "eos_token_id": Value(types=(int, list), at_least=0, items=int),
+    "pad_token_id": _NATURAL,
+    "compute_dtype": _DTYPE,
+    "max_decode_length": _COUNT,
+    "block_size": _COUNT,
+    "num_blocks": _COUNT,
+    "do_sample": _FLAG,
+    "top_k": _NATURAL,
+    "top_p": Value(types=(float,), above=0, at_most=1),
+    "repetition_penalty": _POSITIVE,
+    "quantization_config": _QUANTIZATION_CONFIG,
+    "extend_method": Value(types=(str,), choices=(), hint="stretching of the rotary positions is not supported"),
+    "qkv_has_bias": Value(types=(bool,), choices=(False,), hint="biases of the projections are not supported"),
+    "pet_config": Ignored(warning="adapters are not supported, so the base model runs alone"),
+    "moe_config": Ignored(warning="experts are not supported, so the dense model runs"),
+    **_ignore(
+        "batch_size ignore_token_id layernorm_compute_type softmax_compute_type rotary_dtype param_init_type embedding_init_type"
+        " router_dense_type qkv_concat use_past scaling_factor is_dynamic use_rope_slice use_flash_attention use_attn_mask_compression"
+        " use_ring_attention use_eod_attn_mask_compression fused_rms_norm parallel_optimizer fine_grain_interleave pp_interleave_num"
+        " offset init_method_std parallel_config checkpoint_name_or_path quant parallel_decoding_params"
+        " return_extra_loss llm_backend boost_model_name"
+    ),
+}
+
+SCHEMA: Schema = {
+    "seed": _NATURAL,
+    "load_checkpoint": _TEXT,
+    "base_config": Value(types=(str, list, dict), choices=(), hint="files are not included; write its keys into this one"),
+    "parallel_config": {
+        "model_parallel": _COUNT,
+        "pipeline_stage": Ignored(warning="only model_parallel splits the model over ranks", harmless=(None, "None", 0, 1)),
+        **_ignore(
+            "data_parallel context_parallel expert_parallel micro_batch_num seq_split_num recompute use_seq_parallel optimizer_shard"
+            " gradient_aggregation_group vocab_emb_dp context_parallel_algo ulysses_degree_in_cp mem_coeff"
+        ),
+    },
+    "model": {
+        "model_config": _MODEL_CONFIG,
+        "arch": {"type": Value(types=(str,), choices=("LlamaForCausalLM", "ParallelLlamaForCausalLM"))},
+    },
+    "processor": {
+        "tokenizer": {
+            "vocab_file": _TEXT,
+            **_ignore(
+                "type unk_token bos_token eos_token pad_token add_bos_token add_eos_token tokenizer_file model_max_length max_length"
+                " padding padding_side truncation_side chat_template legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
+            ),
+        },
+        **_ignore("type return_tensors image_processor audio_processor"),
+    },
+    "tandem": {
+        "threads_per_rank": _COUNT,
+        "collectives": Value(types=(str,), choices=("auto", "shm", "gloo", "nccl")),
+        "device": Value(types=(str,), choices=("auto", "cpu", "cuda", "npu")),
+        "dtype": _DTYPE,
+        "temperature": _POSITIVE,
+        "max_batch_size": _COUNT,
+        "prefix_cache": _FLAG,
+        "speculate": _FLAG,
+        "max_restarts": _NATURAL,
+        "timeout_seconds": _POSITIVE,
+        "max_new_tokens": _COUNT,
+        "log_dir": _TEXT,
+    },
+    **_ignore(
+        "output_dir run_mode use_parallel parallel context trainer runner_config runner_wrapper optimizer lr_schedule metric callbacks"
+        " eval_callbacks train_dataset train_dataset_task eval_dataset eval_dataset_task do_eval eval_step_interval eval_epoch_interval"
+        " recompute_config swap_config moe_config micro_batch_interleave_num resume_training resume_by_meta ignore_data_skip"
+        " data_skip_steps src_strategy_path_or_dir auto_trans_ckpt only_save_strategy transform_process_num transform_by_rank"
+        " npu_num_per_node load_ckpt_format load_ckpt_async save_file input_data predict_batch_size adapter_id auto_tune filepath_prefix"
+        " autotune_per_step profile profile_start_step profile_stop_step profile_rank_ids profile_pipeline profile_level"
+        " profile_communication profile_memory init_start_profile layer_scale layer_decay lr_scale lr_scale_factor remote_save_url"
+        " print_separate_loss infer_precision_sync train_precision_sync postprocess_use_numpy exclude_cann_cpu"
+    ),
+}
+"""Every known key of the file, nested as the file is."""
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value says nothing: null, or the word None, which YAML reads as text."""
+    return value is None or value == "None"
+
+
+def check_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the keys that mean nothing here, in the order of the file.
+
+    Raises ConfigError for a key that is not known and for a value that the run cannot use.
+    """
+    ignored = []
+    for path, node, value in _walk(raw, SCHEMA, ""):
+        if isinstance(node, Ignored):
+            ignored.append(path)
+        elif not is_null(value) and not node.accepts(value):
+            raise ConfigError(_explain(path, node, value))
+    return ignored
+
+
+def list_warnings(raw: Mapping[str, Any]) -> list[str]:
+    """What the user should know about ignored keys. Takes a mapping that `check_keys` has accepted."""
+    return [
+        f"{path} is ignored: {node.warning}"
+        for path, node, value in _walk(raw, SCHEMA, "")
+        if isinstance(node, Ignored) and node.warning and value not in node.harmless
+    ]
+
+
+def _walk(raw: Any, schema: Schema, prefix: str) -> Iterator[tuple[str, Value | Ignored, Any]]:
+    if is_null(raw):
+        return
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is {raw!r}, but a mapping is needed")
+    for key, value in raw.items():
+        path = f"{prefix}{key}"
+        if key not in schema:
+            raise ConfigError(f"{path} is not a known key; {_suggest(str(key), schema, prefix)}")
+        node = schema[key]
+        if isinstance(node, Mapping):
+            yield from _walk(value, node, f"{path}.")
+        else:
+            yield path, node, value
+
+
+def _suggest(key: str, schema: Schema, prefix: str) -> str:
+    everywhere = {path.rpartition(".")[2]: path for path in _list_paths(SCHEMA, "")}
+    near_here = difflib.get_close_matches(key, schema, n=1)
+    near_anywhere = difflib.get_close_matches(key, everywhere, n=1)
+    if near_here and key not in everywhere:
+        return f"did you mean {prefix}{near_here[0]}?"
+    if near_anywhere:
+        return f"did you mean {everywhere[near_anywhere[0]]}?"
+    return "no known key is near it: remove it, or see configs/ for examples"
+
+
+def _list_paths(schema: Schema, prefix: str) -> Iterator[str]:
+    for key, node in schema.items():
+        yield f"{prefix}{key}"
+        if isinstance(node, Mapping):
+            yield from _list_paths(node, f"{prefix}{key}.")
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:  # the bounds also turn away nan and the infinities
+        return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    return isinstance(value, kind)
+
+
+def _explain(path: str, node: Value, value: Any) -> str:
+    hint = node.hint
+    if isinstance(value, str) and float in node.types and _reads_as_number(value):
+        hint = f"YAML takes {value} for text: write a number with a point, as in 1.0e-5"
+    return f"{path} is {value!r} ({type(value).__name__}), but {node.describe()} is needed" + (f"; {hint}" if hint else "")
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

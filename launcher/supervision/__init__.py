@@ -1,0 +1,1 @@
+"""Starts, watches and ends ranks, and writes the verdict."""

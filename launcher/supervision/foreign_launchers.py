@@ -1,0 +1,264 @@
+"""A process that a launcher has made a rank (torchrun, Slurm, MPI, msrun): it joins the others, and tells what went wrong if it fails.
+
+No parent of ours watches these ranks: the one that fails says why, or else one of those that wait for it does.
+Knows the launch environment and the log folder; not what ranks do.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from launcher.environment.detection import LaunchEnvironment
+from launcher.job.job import Job
+from launcher.job.observer import RunObserver
+from launcher.job.tasks import read_task, write_task
+from launcher.rendezvous.key_value_store import connect_store, open_store
+from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
+from launcher.rendezvous.placement import Seat, find_alone, meet
+from launcher.supervision.rank_failure import RankFailure
+from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
+from launcher.supervision.signals import GRACE_SECONDS, StoppedError
+from launcher.supervision.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
+from launcher.worker.rank import StopAsked
+from launcher.worker.run import run_rank
+from launcher.worker.service import Message
+from parallel.errors import PeerError, RunError
+from parallel.progress import Progress
+
+_SECONDS_FOR_THE_CULPRIT = 2.0
+"""A rank that lost a peer lets the peer say why first."""
+_STOPPING_FILE = ".stopping"
+"""Left by rank 0 when it was asked to stop: the others of its host, who see it end, know then that it has not failed."""
+_FAREWELL_SECONDS = 10.0
+_FAILED_FAREWELL_SECONDS = 1.0
+"""How long the store's host waits for the others to need it no more."""
+_STACK_SECONDS = 1.0
+
+
+def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer: RunObserver) -> None:
+    """Be the rank that the environment says; rank 0's observer follows the run.
+
+    Raises RanksFailedError with the verdict, RunError where another rank has given it, StoppedError on SIGTERM and SIGINT.
+    """
+    rank = environment.rank
+    assert rank is not None
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_dir.chmod(0o700)
+    stopping = log_dir / _STOPPING_FILE
+    if rank == 0:
+        for left in (log_dir / VERDICT_FILE, stopping):
+            left.unlink(missing_ok=True)
+    progress = Progress()
+    signals = _Signals(progress, rank, stopping, observer)
+    signals.install()
+    stack_path = log_dir / f"stack_{rank}.txt"
+    with stack_path.open("w") as stack:
+        faulthandler.enable(stack)
+        faulthandler.register(STACK_SIGNAL, stack)
+        joining = _Joining(environment, job, rank, progress)
+        try:
+            joining.run(observer)
+            joining.say_bye(0)
+        except BaseException as error:
+            # Launchers end the other ranks with SIGTERM when one has failed: that one is the cause, if it went before rank 0 stopped.
+            if signals.number is not None and (not joining.find_dead() or (rank != 0 and stopping.exists())):
+                joining.say_bye(1)
+                raise StoppedError(signals.number) from None
+            if isinstance(error, StopAsked):
+                peer = joining.find_dead()[0]
+                error = PeerError(f"rank {peer} died while rank 0 went on", progress.operation, peer=peer, died=True)
+            refusal = _explain(error, joining, log_dir)
+            joining.say_bye(1)
+            raise refusal from None
+        finally:
+            faulthandler.unregister(STACK_SIGNAL)
+            faulthandler.enable(sys.stderr)
+    if not stack_path.stat().st_size:
+        stack_path.unlink()
+
+
+class _Joining:
+    """The rank's way from the store to the end of its work."""
+
+    def __init__(self, environment: LaunchEnvironment, job: Job, rank: int, progress: Progress) -> None:
+        self.environment, self.job, self.rank, self.progress = environment, job, rank, progress
+        self.seat: Seat | None = None
+        self._raw: Store | None = None
+        self._store: Store | None = None
+
+    def run(self, observer: RunObserver) -> None:
+        """Meet the others and run."""
+        environment, job = self.environment, self.job
+        address, port, world_size = environment.master_addr, environment.master_port, environment.world_size
+        assert world_size is not None
+        if world_size == 1:
+            self.seat = find_alone()
+        else:
+            assert address is not None and port is not None
+            if self.rank == 0 and environment.store_host == "rank 0":
+                self._raw, _ = open_store(address, port)
+            else:
+                self._raw = connect_store(address, port, job.timeout_seconds)
+            # The agent's store outlives a restart; what the ranks of an earlier attempt left in it must not be found.
+            self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
+            if environment.store_host == "scheduler":
+                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
+            if self.rank == 0:
+                self._store.set("task", json.dumps(write_task(job.task)))
+            self.seat = meet(self._store, self.rank, world_size, address, job.digest, job.timeout_seconds)
+            # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
+            job = replace(job, task=read_task(json.loads(self._store.get("task"))))
+        said: SimpleQueue[Message] = SimpleQueue()
+        if self.rank == 0:
+            observer.connect(said.put)
+        emit = observer.on_event if self.rank == 0 else _silent
+        run_rank(job, self.seat, self._store, self.progress, emit, partial(_receive, said), wait_seconds=job.timeout_seconds)
+
+    def find_dead(self) -> list[int]:
+        """The ranks of this host whose processes have ended."""
+        seat = self.seat
+        return [rank for rank in seat.local_ranks if read_state(seat.pids[rank]) in ("", "Z", "X")] if seat else []
+
+    def say_bye(self, code: int) -> None:
+        """Tell the store's host that this rank needs the store no more; the host itself waits for the others."""
+        store, seat = self._store, self.seat
+        if store is None:
+            return
+        with suppress(RuntimeError):
+            store.set(bye_key(self.rank), str(code))
+            if self.rank == 0 and self.environment.store_host == "rank 0":
+                keys = [bye_key(rank) for rank in range(seat.world_size if seat else 0)]
+                deadline = time.monotonic() + (_FAREWELL_SECONDS if code == 0 else _FAILED_FAREWELL_SECONDS)
+                while time.monotonic() < deadline and not all(store.check([key]) for key in keys):
+                    time.sleep(0.02)
+
+    def _show_life(self, address: str, port: int) -> None:
+        beats = 0
+        with suppress(RuntimeError, RunError):
+            store = PrefixStore(f"tandem/attempt_{self.environment.restart_count}", connect_store(address, port, self.job.timeout_seconds))
+            while True:
+                beats += 1
+                store.set(alive_key(self.rank), str(beats))
+                time.sleep(BEAT_SECONDS)
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """Ranks above 0 report nothing."""
+
+
+def _receive(said: "SimpleQueue[Message]", wait_seconds: float) -> list[Message]:
+    """What the observer in this process has said; waits so long for the first of it."""
+    messages: list[Message] = []
+    with suppress(Empty):
+        while True:
+            messages.append(said.get(block=not messages and wait_seconds > 0, timeout=wait_seconds or None))
+    return messages
+
+
+class _Signals:
+    """The launcher's SIGTERM or SIGINT: rank 0 finishes the current token, or what its observer wants to; the others go on until it has;
+    a second ends at once."""
+
+    def __init__(self, progress: Progress, rank: int, stopping: Path, observer: RunObserver) -> None:
+        self._progress, self._rank, self._stopping, self._observer = progress, rank, stopping, observer
+        self.number: int | None = None
+
+    def install(self) -> None:
+        """Take over the two signals, in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        seconds = self._observer.ask_to_stop(number)
+        if self._rank == 0:
+            self._stopping.touch()
+            if seconds is None:
+                self._progress.ask_to_stop()
+        # A rank that waits for another, which got no signal, may reach no end of a token.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+        signal.alarm(ceil(GRACE_SECONDS if seconds is None else seconds))
+
+
+def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exception:
+    """The verdict on this rank, or on the one that it waited for; or that another rank has given it."""
+    account, rank, seat = RankFailure.of(error), joining.rank, joining.seat
+    if not isinstance(error, RunError):
+        traceback.print_exception(error)
+    own_name = os.uname().nodename
+    restarts = joining.environment.restart_count
+    if not account.is_echo:
+        verdict = Verdict(
+            first_failed_rank=rank,
+            host=own_name,
+            pid=os.getpid(),
+            exit_code=1,
+            signal=None,
+            exception=account.exception,
+            traceback_tail=account.traceback_tail,
+            restarts_used=restarts,
+        )
+        return _give(verdict, log_dir, rank)
+    assert isinstance(error, PeerError)
+    peer = error.peer
+    number: str | None = None
+    trace: str | None = None
+    if not error.died and peer is not None and seat is not None:
+        number, trace = _look_at(peer, seat, log_dir)
+    # A rank of this host that ended has said why before, or never will.
+    deadline = time.monotonic() + (0 if error.died else _SECONDS_FOR_THE_CULPRIT)
+    while time.monotonic() < deadline and not (log_dir / VERDICT_FILE).exists():
+        time.sleep(0.05)
+    verdict = Verdict(
+        first_failed_rank=peer,
+        host=seat.host_names[peer] if seat and peer is not None else own_name,
+        pid=seat.pids[peer] if seat and peer is not None else None,
+        exit_code=None,
+        signal=number,
+        exception=account.exception,
+        traceback_tail=trace,
+        others_waiting_in={rank: error.operation},
+        restarts_used=restarts,
+    )
+    return _give(verdict, log_dir, rank)
+
+
+def _give(verdict: Verdict, log_dir: Path, rank: int) -> Exception:
+    if verdict.claim(log_dir):
+        return RanksFailedError(verdict)
+    return RunError(f"rank {rank} ended since another rank failed first: see {log_dir / VERDICT_FILE}")
+
+
+def _look_at(peer: int, seat: Seat, log_dir: Path) -> tuple[str | None, str | None]:
+    """Whether a rank of this host that does not get on was stopped, and else its stack."""
+    if peer not in seat.local_ranks:
+        return None, None
+    pid = seat.pids[peer]
+    if read_state(pid) in ("T", "t"):
+        return "SIGSTOP", None
+    path = log_dir / f"stack_{peer}.txt"
+    deadline = time.monotonic() + _STACK_SECONDS
+    with suppress(OSError):
+        os.kill(pid, STACK_SIGNAL)
+        while time.monotonic() < deadline and not path.stat().st_size:
+            time.sleep(0.02)
+        time.sleep(0.02)  # the rest of it
+        return None, shorten_stack(path.read_text(encoding="utf-8", errors="replace"))
+    return None, None

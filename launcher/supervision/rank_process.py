@@ -1,0 +1,99 @@
+"""The program of a rank that our own parent started: `python -m launcher.supervision.rank_process FOLDER`.
+
+Reads the job from FOLDER, reports to the parent through the socket and the board in it, and ends with the parent.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore
+
+from launcher.environment.detection import read_environment
+from launcher.job.job import Job
+from launcher.rendezvous.key_value_store import connect_store
+from launcher.rendezvous.placement import find_alone, meet
+from launcher.supervision.rank_failure import RankFailure
+from launcher.supervision.rank_watch import STACK_SIGNAL, error_file, stack_file
+from launcher.worker.rank import Emit, StopAsked
+from launcher.worker.run import run_rank
+from launcher.worker.service import Inbox, Message
+from parallel.progress import Progress, ProgressBoard
+
+JOB_FILE = "job.json"
+SOCKET_FILE = "events.sock"
+BOARD_FILE = "board"
+_PR_SET_PDEATHSIG = 1
+_SLACK_SECONDS = 15.0
+"""How much longer than the parent, who can name the culprit, a rank waits for another."""
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """Ranks above 0 report nothing."""
+
+
+def _hear_nothing(wait_seconds: float) -> list[Message]:
+    """Nobody speaks to ranks above 0."""
+    return []
+
+
+def _connect_to_parent(folder: Path) -> tuple[Emit, Inbox]:
+    connection = Client(str(folder / SOCKET_FILE), "AF_UNIX")
+
+    def emit(event: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(event).encode())
+
+    def receive(wait_seconds: float) -> list[Message]:
+        messages: list[Message] = []
+        while connection.poll(0.0 if messages else wait_seconds):
+            messages.append(json.loads(connection.recv_bytes()))
+        return messages
+
+    return emit, receive
+
+
+def main() -> None:
+    """Run this rank to its end."""
+    os.dup2(2, 1)  # standard error is the log file; results go through the socket
+    # A parent that is killed cannot stop its ranks; the kernel does.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    folder = Path(sys.argv[1])
+    environment = read_environment()
+    rank, local_rank, world_size = environment.rank, environment.local_rank, environment.world_size
+    assert rank is not None and local_rank is not None and world_size is not None and environment.local_world_size is not None
+    attempt = environment.restart_count
+    with stack_file(folder, attempt, local_rank).open("w") as stack:
+        faulthandler.enable(stack)
+        faulthandler.register(STACK_SIGNAL, stack)
+        progress = Progress(ProgressBoard(folder / BOARD_FILE, environment.local_world_size).line(local_rank))
+        job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
+        try:
+            if world_size == 1:
+                seat, store = find_alone(), None
+            else:
+                address, port = environment.master_addr, environment.master_port
+                assert address is not None and port is not None
+                wait_seconds = job.timeout_seconds + _SLACK_SECONDS
+                store = PrefixStore(f"tandem/ranks_{attempt}", connect_store(address, port, wait_seconds))
+                seat = meet(store, rank, world_size, address, "", wait_seconds)
+            emit, inbox = _connect_to_parent(folder) if rank == 0 else (_silent, _hear_nothing)
+            run_rank(job, seat, store, progress, emit, inbox, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
+        except StopAsked:
+            signal.pause()  # the parent has what it wants, and ends all ranks
+        except BaseException as error:
+            traceback.print_exc()
+            RankFailure.of(error).write(error_file(folder, attempt, local_rank))
+            sys.stderr.flush()
+            # Without the interpreter's long farewell: peers and parent are waiting to hear of it.
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Starts the ranks of a job on this host with PyTorch's elastic agent, and sees them to the end.
+
+The agent starts and restarts processes and meets other nodes; the watch beside it tells who failed first. This file gives them the
+job, the log files, and makes one verdict of what they found.
+"""
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+
+from launcher.host.control_groups import read_memory_group
+from launcher.host.run_folder import open_run_folder
+from launcher.job.job import Job
+from launcher.job.observer import RunObserver
+from launcher.job.tasks import Task, read_task, write_task
+from launcher.rendezvous.key_value_store import StoreError
+from launcher.rendezvous.nodes import Nodes
+from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
+from launcher.supervision.node_consensus import RanksEnded, agree, judge, say_stopped
+from launcher.supervision.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
+from launcher.supervision.rank_watch import RankWatch
+from launcher.supervision.signals import GRACE_SECONDS, GracefulStop, StoppedError
+from launcher.supervision.verdict import RanksFailedError
+from parallel.progress import ProgressBoard
+
+_SHUTDOWN_SECONDS = 5
+_MONITOR_SECONDS = 0.1
+_EXIT_BARRIER_SECONDS = 30.0
+
+
+def spawn_ranks(
+    job: Job,
+    nodes: Nodes,
+    log_dir: Path,
+    max_restarts: int,
+    observer: RunObserver,
+    on_restart: Callable[[int, str, float], None],
+) -> int:
+    """Run `job` on new processes of this node; give the number of restarts that it took.
+
+    `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
+    StoppedError on SIGINT and SIGTERM. When it returns or raises, no rank is left.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_dir.chmod(0o700)
+    # The agent's own words would stand between the results; what matters of them is in the verdict.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    memory = read_memory_group()
+    with open_run_folder() as folder:
+        board = ProgressBoard(folder / BOARD_FILE, nodes.local_workers, create=True)
+        watch = RankWatch(board, folder, job.timeout_seconds)
+
+        def ask_to_stop(number: int) -> float:
+            seconds = observer.ask_to_stop(number)
+            if seconds is None:
+                board.ask_to_stop(0)
+            return GRACE_SECONDS if seconds is None else seconds
+
+        stop = GracefulStop(ask_to_stop)
+        rendezvous: NodeRendezvous | None = None
+        agent: _Agent | None = None
+        with Listener(str(folder / SOCKET_FILE), "AF_UNIX") as listener, stop:
+            receiver = _Receiver(listener, observer, stop)
+            receiver.start()
+            try:
+                rendezvous = NodeRendezvous(
+                    nodes.node_rank, nodes.num_nodes, nodes.master_addr, nodes.master_port, job.timeout_seconds, _greet(job, nodes)
+                )
+                agent = _Agent(job, nodes, rendezvous, watch, stop, board, folder, log_dir, max_restarts, observer, on_restart)
+                watch.start()
+                result = agent.run()
+                if result.is_failed():
+                    raise RanksEnded(result.failures)
+            except SignalException as error:
+                if receiver.error is None:
+                    number = stop.number or int(error.sigval)
+                    say_stopped(rendezvous, number, nodes)
+                    raise StoppedError(number) from None
+            except (RanksEnded, StoreError, NodesError, RunOver, DistError) as error:
+                watch.end_all()
+                receiver.finish()
+                verdict, is_echo = judge(error, watch, nodes, rendezvous, log_dir, memory)
+                raise RanksFailedError(agree(verdict, is_echo, rendezvous)) from None
+            finally:
+                watch.end_all()
+                receiver.finish()
+                watch.close()
+                if rendezvous is not None:
+                    rendezvous.shutdown()
+        if receiver.error is not None:
+            raise receiver.error
+    return agent.num_restarts if agent else 0
+
+
+class _Agent(LocalElasticAgent):
+    """The elastic agent, handing every attempt its job and its processes to the watch."""
+
+    def __init__(
+        self,
+        job: Job,
+        nodes: Nodes,
+        rendezvous: NodeRendezvous,
+        watch: RankWatch,
+        stop: GracefulStop,
+        board: ProgressBoard,
+        folder: Path,
+        log_dir: Path,
+        max_restarts: int,
+        observer: RunObserver,
+        on_restart: Callable[[int, str, float], None],
+    ) -> None:
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=nodes.local_workers,
+            entrypoint=sys.executable,
+            args=("-m", "launcher.supervision.rank_process", str(folder)),
+            rdzv_handler=rendezvous,
+            max_restarts=max_restarts,
+            monitor_interval=_MONITOR_SECONDS,
+        )
+        logs = _RankLogs(log_dir, folder)
+        super().__init__(spec, logs, exit_barrier_timeout=_EXIT_BARRIER_SECONDS, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._job, self._logs, self._rendezvous_handler, self._watch, self._board = job, logs, rendezvous, watch, board
+        self._stopping = stop
+        self._folder, self._observer, self._on_restart = folder, observer, on_restart
+        self.first_rank = 0
+        self.num_restarts = 0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        attempt = self._rendezvous_handler.attempt
+        if attempt:
+            self.num_restarts = attempt
+            self._on_restart(attempt, *self._describe_failure())
+        self.first_rank = worker_group.workers[0].global_rank
+        self._logs.attempt = attempt
+        self._board.reset()
+        job = replace(self._job, task=self._share_task(attempt))
+        (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._stopping.take_over()  # the agent has put its own handlers in place
+        self._watch.follow(attempt, pids)
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._watch.look_again()  # before the agent takes the exit codes, and ends the others
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed() and not self._observer.may_restart():
+            self._remaining_restarts = 0
+        return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        self._watch.end_all()  # a rank that is stopped would not heed SIGTERM
+        super()._shutdown(death_sig, timeout)
+
+    def _describe_failure(self) -> tuple[str, float]:
+        failure = self._watch.look_again()
+        if failure is None or failure.is_echo:
+            return "a rank failed on another node", time.time()
+        return f"rank {self.first_rank + failure.local_rank} failed ({failure.describe()})", failure.at_seconds
+
+    def _share_task(self, attempt: int) -> Task:
+        """What the first node has left to do: only it hears rank 0."""
+        handler = self._rendezvous_handler
+        if handler.num_nodes == 1:
+            return self._observer.continue_task(self._job.task)
+        key = f"task/{attempt}"
+        if handler.node == 0:
+            handler.share(key, json.dumps(write_task(self._observer.continue_task(self._job.task))))
+        return read_task(json.loads(handler.wait_for(key)))
+
+
+class _RankLogs(LogsSpecs):
+    """worker_N.log for standard error, to which a rank joins its standard output; the log of an attempt that failed is kept."""
+
+    def __init__(self, log_dir: Path, folder: Path) -> None:
+        super().__init__(str(log_dir))
+        self.attempt = 0
+        self._log_dir, self._folder = log_dir, folder
+
+    @property
+    def root_log_dir(self) -> str:
+        """Where the logs are."""
+        return str(self._log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Name the files of one attempt; the agent asks before it starts the processes of each."""
+        logs = {}
+        for local_rank, env in envs.items():
+            log = self._log_dir / f"worker_{env['RANK']}.log"
+            if self.attempt and log.exists():
+                log.rename(self._log_dir / f"worker_{env['RANK']}.attempt_{self.attempt - 1}.log")
+            logs[local_rank] = str(log)
+            # The nodes count attempts together; an agent counts only those in which a rank of its own failed.
+            env["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
+        unused = dict.fromkeys(envs, str(self._folder / "unused"))
+        return LogsDest(dict.fromkeys(envs, ""), logs, {}, {}, unused, unused[0], unused[0])
+
+
+class _Receiver(threading.Thread):
+    """Hands rank 0's events on; a rank that was restarted connects anew."""
+
+    def __init__(self, listener: Listener, observer: RunObserver, stop: GracefulStop) -> None:
+        super().__init__(daemon=True)
+        self._listener, self._observer, self._stopping = listener, observer, stop
+        self.error: Exception | None = None
+        self._finished = threading.Event()
+
+    def run(self) -> None:
+        """Until `finish`, or until the parent closes the listener."""
+        while not self._finished.is_set():
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                self._receive(connection)
+
+    def finish(self) -> None:
+        """Return when all that was sent has been handed on: the ranks have ended, so their connection has."""
+        if self._finished.is_set():
+            return
+        self._finished.set()
+        with suppress(OSError):
+            Client(self._listener.address).close()  # wakes `accept`
+        self.join()
+
+    def _receive(self, connection: Connection) -> None:
+        # A rank in a long step does not listen; whoever has something to say must not wait for it.
+        outbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
+        sender.start()
+        if not self._finished.is_set():
+            self._observer.connect(outbox.put)
+        try:
+            self._hear(connection)
+        finally:
+            outbox.put(None)
+
+    def _hear(self, connection: Connection) -> None:
+        while True:
+            try:
+                event = json.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                return
+            if event["event"] == "stopped":
+                self._stopping.answer()
+            elif self.error is None:
+                try:
+                    self._observer.on_event(event)
+                except Exception as error:  # raised again by the parent when the ranks have ended
+                    self.error = error
+                    self._stopping.end_now()
+
+
+def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None]") -> None:
+    with suppress(OSError):  # a rank that has died does not listen; the watch knows
+        while (message := outbox.get()) is not None:
+            connection.send_bytes(json.dumps(message).encode())
+
+
+def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
+    """What every node of a run has to have alike; paths may differ, and what is to be done is the first node's to say."""
+    return {
+        "world_size": job.world_size,
+        "dtype": job.dtype,
+        "device": job.device,
+        "kv_cache": job.kv_cache,
+        "context_tokens": job.context_tokens,
+        "max_batch_size": job.max_batch_size,
+        "collectives": job.collectives,
+        "local_workers": nodes.local_workers,
+    }

@@ -1,0 +1,124 @@
+"""One verdict on a run that failed: which rank first, why, what the others waited in, where its log is.
+
+Knows what watchers and ranks found out; starts and ends nothing.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from launcher.host.atomic_write import write_whole
+from launcher.host.control_groups import MemoryGroup
+from launcher.supervision.rank_watch import FirstFailure
+from parallel.errors import TandemError
+
+VERDICT_FILE = "verdict.json"
+_TAIL_LINES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Why a run failed."""
+
+    first_failed_rank: int | None
+    """None when no rank did: the ranks never met."""
+    host: str
+    pid: int | None = None
+    exit_code: int | None = None
+    """None when a signal ended it, or nothing has."""
+    signal: str | None = None
+    """SIGKILL and so on, when a signal ended or stopped it."""
+    exception: str | None = None
+    """Type and message, when it raised one; else what was seen of it from outside."""
+    traceback_tail: str | None = None
+    """The last lines of its traceback, or of its stack where it was stuck or crashed."""
+    others_waiting_in: dict[int, str] = field(default_factory=dict)
+    """The operation that each other rank was in when the first failed."""
+    log_file: str | None = None
+    restarts_used: int = 0
+
+    def describe(self) -> str:
+        """Three lines for people."""
+        ended = f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}"
+        cause = self.exception or ended
+        if self.exception and self.signal and self.signal not in self.exception:
+            cause = f"{ended}: {self.exception}"
+        who = "the run failed" if self.first_failed_rank is None else f"rank {self.first_failed_rank} failed first"
+        where = f"pid {self.pid} on {self.host}" if self.pid is not None else f"on {self.host}"
+        others = "; ".join(f"rank {rank} was in {name}" for rank, name in self.others_waiting_in.items())
+        return "\n".join(
+            (
+                f"{who} ({where}): {cause}",
+                f"others: {others or 'nothing known of other ranks'}",
+                f"restarts used: {self.restarts_used}; log: {self.log_file or 'none here'}",
+            )
+        )
+
+    def to_json(self) -> str:
+        """For `from_json`, and for the file."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Verdict":
+        """The inverse of `to_json`."""
+        raw = json.loads(text)
+        return cls(**{**raw, "others_waiting_in": {int(rank): words for rank, words in raw["others_waiting_in"].items()}})
+
+    def write(self, log_dir: Path) -> None:
+        """Leave verdict.json in the log folder."""
+        write_whole(log_dir / VERDICT_FILE, self.to_json() + "\n")
+
+    def claim(self, log_dir: Path) -> bool:
+        """Leave verdict.json unless another process of this run has; whether this one was first."""
+        temporary = log_dir / f".{VERDICT_FILE}.{self.host}.{os.getpid()}"
+        write_whole(temporary, self.to_json() + "\n")
+        try:
+            os.link(temporary, log_dir / VERDICT_FILE)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+
+class RanksFailedError(TandemError):
+    """The ranks failed and the restarts are used up."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.describe())
+        self.verdict = verdict
+
+
+def shorten_stack(stack: str | None) -> str | None:
+    """The innermost lines of the current thread in what faulthandler writes: innermost first, other threads before or after it."""
+    lines = (stack or "").splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith("Current thread")), 0)
+    return "\n".join(lines[first : first + _TAIL_LINES]) or None
+
+
+def judge_failure(
+    failure: FirstFailure, *, first_rank: int, host: str, log_dir: Path, restarts: int, before: MemoryGroup, now: MemoryGroup
+) -> Verdict:
+    """The verdict on the first failure of a host whose ranks start at `first_rank`.
+
+    `before` and `now`: the control group at the start of the run and after the failure.
+    """
+    account, rank = failure.account, first_rank + failure.local_rank
+    exception = failure.stuck or (account.exception if account else None)
+    if failure.signal == "SIGKILL" and now.num_kills > before.num_kills:
+        limit = f"its limit is {now.limit_bytes / 1e9:.1f} GB" if now.limit_bytes else "the machine's memory was used up"
+        exception = f"out of memory: the kernel ended it ({limit}); tandem plan tells what each rank needs"
+    trace = account.traceback_tail if account else shorten_stack(failure.stack)
+    return Verdict(
+        first_failed_rank=rank,
+        host=host,
+        pid=failure.pid,
+        exit_code=failure.exit_code,
+        signal=failure.signal,
+        exception=exception,
+        traceback_tail=trace,
+        others_waiting_in={first_rank + other: words for other, words in sorted(failure.waiting.items())},
+        log_file=str(log_dir / f"worker_{rank}.log"),
+        restarts_used=restarts,
+    )

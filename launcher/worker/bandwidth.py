@@ -1,0 +1,38 @@
+"""What memory gives to the ranks of a run: all read at once, each with all of its threads. Knows collectives and clocks; no model."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from launcher.job.memory_forecast import read_available_bytes
+from parallel.collectives import Collectives
+
+_BLOCK_BYTES, _BLOCK_BYTES_A_THREAD = 512 << 20, 64 << 20
+"""Several times as large as the last-level cache of processors that have up to 12 MiB of it a core."""
+_SUMS, _TRIES = 4, 6
+"""Sums in a try, so that barriers count for nothing beside them."""
+
+
+def measure_bandwidth(
+    collectives: Collectives,
+    gather: Callable[[list[int]], list[list[int]]],
+    device: torch.device,
+    num_local: int,
+    threads: int,
+    block_bytes: int = _BLOCK_BYTES,
+) -> float:
+    """Bytes a second that all ranks read together; the best of several tries. `num_local`: ranks on this host."""
+    size = max(block_bytes, _BLOCK_BYTES_A_THREAD * threads)
+    if device.type == "cpu" and (available := read_available_bytes()) is not None:
+        size = min(size, available // (4 * num_local))
+    block = torch.ones(max(1, size // 4), device=device)
+    seconds = []
+    for _ in range(_TRIES):
+        collectives.barrier()
+        started = time.perf_counter()
+        for _ in range(_SUMS):
+            block.sum().item()
+        collectives.barrier()
+        seconds.append(time.perf_counter() - started)
+    return _SUMS * sum(row[0] for row in gather([block.nbytes])) / min(seconds)

@@ -1,0 +1,45 @@
+"""Which collectives the ranks of a run speak through, decided from where they sit. Knows the job and seats; not what ranks do."""
+
+import os
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from launcher.job.job import Job
+from launcher.rendezvous.placement import Seat
+from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
+from parallel.errors import RunError
+from parallel.node_collectives import NodeCollectives
+from parallel.shared_memory import SharedMemoryCollectives
+
+
+def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> Collectives:
+    """The collectives of this rank: those that the job names, or the best ones for where the ranks are."""
+    if seat.world_size == 1:
+        return IdentityCollectives()
+    assert store is not None
+    name = job.collectives
+    if name == "auto":
+        name = choose_collectives(job.device, seat)
+    if name == "shm+gloo":
+        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address)
+    if name == "shm":
+        if seat.num_nodes > 1:
+            raise RunError(f"collectives shm work inside one host, but the ranks are on {seat.num_nodes}; use --collectives auto")
+        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds)
+    return DistributedCollectives(store, seat.rank, seat.world_size, name, wait_seconds, seat.address)
+
+
+def choose_collectives(device: str, seat: Seat) -> str:
+    """Shared memory for CPU ranks on one x86-64 host, gloo between such hosts; else torch.distributed's default of the device."""
+    if device == "cpu" and shared_memory_works():
+        if seat.num_nodes == 1:
+            return "shm"
+        if seat.num_nodes < seat.world_size:
+            return "shm+gloo"
+    return torch.distributed.get_default_backend_for_device(torch.device(device))
+
+
+def shared_memory_works() -> bool:
+    """Whether this processor keeps plain stores in order and this system has what the back needs."""
+    return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")

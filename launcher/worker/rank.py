@@ -1,0 +1,96 @@
+"""One rank as its tasks see it: its job, its place, its peers, whom it reports to; and how it loads the model. Knows no task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from launcher.host.process_memory import give_back_memory
+from launcher.job.job import Job
+from launcher.rendezvous.placement import Seat
+from launcher.worker.service import Inbox
+from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.source import CheckpointSource
+from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import load_model
+from model.kernels.library import explain_absence, find_kernels
+from model.layers.linear import keeps_bits
+from model.spec.config import build_config
+from model.spec.scheme import read_scheme
+from parallel.collectives import Collectives
+from parallel.progress import Progress
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class StopAsked(Exception):
+    """This rank was asked to stop, and has finished what it was at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a task is run with."""
+
+    job: Job
+    collectives: Collectives
+    device: torch.device
+    threads: int
+    started: float
+    """time.perf_counter() when the rank began."""
+    emit: Emit
+    """Reports to the parent; of ranks above 0, nothing."""
+    inbox: Inbox
+    """What a server has to say."""
+    progress: Progress
+    seat: Seat
+
+    def report(self, event: str) -> Callable[[int, int], None]:
+        """Sends (done, total) under this name, and tells the watcher and the peers that this rank gets on."""
+
+        def send(done: int, total: int) -> None:
+            self.collectives.beat()
+            self.heed_stop()
+            self.emit({"event": event, "done": done, "total": total})
+
+        return send
+
+    def heed_stop(self) -> None:
+        """Raise StopAsked when this rank was asked to stop."""
+        if self.progress.asked_to_stop:
+            self.emit({"event": "stopped"})
+            raise StopAsked
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The whole numbers of every rank, a row each."""
+        mine = torch.tensor([values], dtype=torch.float64, device=self.device)
+        sizes = [len(values)] * self.job.world_size
+        return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
+
+
+def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCausalLM, int]:
+    """The model with this rank's part of the checkpoint, or of `source`, and the bytes that were read."""
+    give_back_memory()
+    me.progress.set_operation("loading")
+    job = me.job
+    source = source or open_checkpoint(job.path, job.opening)
+    config = replace(
+        build_config(source.config),
+        max_position_embeddings=job.context_tokens,
+        eos_token_ids=job.eos_token_ids,
+        pad_token_id=job.pad_token_id,
+    )
+    scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
+    model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
+    read_bytes = load_model(model, source, me.report("loading"))
+    if me.device.type == "cpu" and (absence := explain_absence()):
+        me.emit({"event": "warning", "message": absence})
+    if not _is_reproducible(me.device, model.dtype, me.threads):
+        me.emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
+    me.collectives.barrier()
+    return model, read_bytes
+
+
+def _is_reproducible(device: torch.device, dtype: torch.dtype, threads: int) -> bool:
+    """The kernels are by their making; else CPUs are tried. An accelerator's products are not known to keep their bits."""
+    return find_kernels(device.type) is not None or (device.type == "cpu" and keeps_bits(dtype, threads))

@@ -1,0 +1,40 @@
+"""One rank: joins the others, does its part of the task, reports. The same code under our own parent and under torchrun.
+
+Knows a Job and who it is; what is reported goes to `emit`, on rank 0 only.
+"""
+
+import time
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from launcher.host.cores import bind_cores, count_cores, share_cores
+from launcher.job.job import Job
+from launcher.rendezvous.placement import Seat
+from launcher.worker.collectives import connect
+from launcher.worker.rank import Emit, Rank
+from launcher.worker.service import Inbox
+from launcher.worker.tasks import run_task
+from parallel.progress import Progress, WatchedCollectives
+
+
+def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit: Emit, inbox: Inbox, *, wait_seconds: float) -> None:
+    """Run `job` as the rank that sits there. `emit` gets events: progress, tokens, and what came of it at the end.
+
+    `inbox` gives what a server has to say.
+    `wait_seconds`: how long to wait for a peer that does not get on. Raises StopAsked after the current token when asked to.
+    """
+    started = time.perf_counter()
+    if job.bind_cores:
+        bind_cores(seat.local_rank, len(seat.local_ranks))
+        threads = job.threads_per_rank or count_cores()
+    else:
+        threads = job.threads_per_rank or (share_cores(len(seat.local_ranks)) if seat.shares_cores else count_cores())
+    torch.set_num_threads(threads)
+    device = torch.device(job.device) if job.device == "cpu" else torch.device(job.device, seat.local_rank)
+    collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
+    me = Rank(job, collectives, device, threads, started, emit, inbox, progress, seat)
+    run_task(me)
+    collectives.barrier()
+    collectives.close()
+    progress.set_operation("done")

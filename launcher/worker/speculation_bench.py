@@ -1,0 +1,111 @@
+"""What guessing tokens gains: real prompts, decoded one at a time with `speculate` and without, in turns.
+
+The gain depends on the text, so there are two prompts: one whose answer stands in it for the most part, and one that is gone on with
+freely. Knows these texts, the engine and its clock; not how the model came to be, nor where the result is printed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from model.decoder.llama import LlamaForCausalLM
+from model.engine.generation import Engine, generate
+from model.engine.request import Request, check_request
+from model.engine.sampling import SamplingParams
+from model.text.tokenizer import Tokenizer
+from parallel.collectives import Collectives
+from parallel.errors import RunError
+
+_PASSAGE = """The old ferry leaves the harbour at seven every morning. Anna, who has steered it for twenty years, checks the ropes, \
+greets the baker with his two baskets of bread, and waits for the last children on their way to school. When the bell rings, the boat \
+turns slowly around the lighthouse and crosses the bay in half an hour. On windy days the waves wash over the deck, and the passengers \
+stand close together in the small cabin, drink hot tea from paper cups, and tell each other what they have heard about the new bridge."""
+PROMPTS = {
+    "copy": f"Original text:\n\n{_PASSAGE}\n\nThe same text again, word for word, but the name Anna is replaced by Maria:\n\n",
+    "free": "Once upon a time, in a small village at the foot of the mountains, there lived",
+}
+"""By the name of the row in the result."""
+NEW_TOKENS = 64
+"""That each prompt is gone on with, whatever ends a text; fewer in a short context."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """One prompt, gone on with."""
+
+    ids: tuple[int, ...]
+    """The new tokens."""
+    tokens_per_second: float
+    """Behind the first token, on this rank's clock."""
+    guessed: int
+    accepted: int
+
+
+def encode_prompts(tokenizer: Tokenizer, context_tokens: int, vocab_size: int) -> tuple[Request, ...]:
+    """PROMPTS in ids; one that is too long for the context loses its beginning. Raises RequestError for ids that the model has not."""
+    new_tokens = min(NEW_TOKENS, max(2, context_tokens // 2))  # the speed is that behind the first
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    rows = [tuple(tokenizer.encode(text)[new_tokens - context_tokens :]) for text in PROMPTS.values()]
+    requests = tuple(Request(index, row, params) for index, row in enumerate(rows))
+    for request in requests:
+        check_request(request, context_tokens, vocab_size)
+    return requests
+
+
+def measure_speculation(
+    model: LlamaForCausalLM, collectives: Collectives, requests: Sequence[Request], rounds: int, on_decoded: Callable[[], None]
+) -> list[dict[str, Any]] | None:
+    """A row for each of PROMPTS, whose `requests` are; None where this model's engine does not guess.
+
+    Raises RunError when guesses have changed a token.
+    """
+    if not Engine(model, 1, speculate=True).speculates:
+        return None
+    rows = []
+    for name, request in zip(PROMPTS, requests, strict=True):
+        plain, guessing = list[_Decoded](), list[_Decoded]()
+        for _ in range(rounds):
+            for runs, speculate in ((plain, False), (guessing, True)):
+                runs.append(_decode(model, collectives, request, speculate))
+                on_decoded()
+        rows.append(_compare(name, plain, guessing))
+    return rows
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """A row of the result for people."""
+    share = row["accepted_share"]
+    guesses = "nothing was guessed" if share is None else f"{share:.0%} of the guesses were right"
+    return (
+        f"speculate {row['tokens_per_second']:8.1f} tokens/s, {row['prompt']} prompt, batch 1: {row['gain']:.2f} times the "
+        f"{row['tokens_per_second_plain']:.1f} without; {guesses}, the tokens are the same"
+    )
+
+
+def _decode(model: LlamaForCausalLM, collectives: Collectives, request: Request, speculate: bool) -> _Decoded:
+    engine = Engine(model, 1, speculate=speculate)
+    collectives.barrier()
+    ids = tuple(event.token_id for event in generate(engine, [request]))
+    times = engine.times
+    return _Decoded(ids, times.decode_tokens / times.decode_seconds, times.speculated_tokens, times.accepted_tokens)
+
+
+def _compare(name: str, plain: Sequence[_Decoded], guessing: Sequence[_Decoded]) -> dict[str, Any]:
+    for run in (*plain, *guessing):
+        if run.ids != plain[0].ids:
+            place = next(index for index, (one, other) in enumerate(zip(run.ids, plain[0].ids, strict=True)) if one != other)
+            raise RunError(
+                f"new token {place} of the {name} prompt is {run.ids[place]} in one run and {plain[0].ids[place]} in another, which no "
+                "guess may cause: this is an error in tandem, please report it"
+            )
+    without, speed = median(run.tokens_per_second for run in plain), median(run.tokens_per_second for run in guessing)
+    guessed, accepted = (sum(getattr(run, part) for run in guessing) for part in ("guessed", "accepted"))
+    return {
+        "prompt": name,
+        "tokens_per_second_plain": without,
+        "tokens_per_second": speed,
+        "gain": speed / without,
+        "accepted_share": accepted / guessed if guessed else None,
+        "identical": True,
+    }

@@ -1,0 +1,222 @@
+"""What a rank does for each task: load the model, run it, report. All ranks do the same; rank 0's word counts.
+
+Knows what tasks mean; not who started the rank.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launcher.host.process_memory import give_back_memory, read_peak_rss_bytes
+from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Serve
+from launcher.worker.bandwidth import measure_bandwidth
+from launcher.worker.bench import RankBench, open_source
+from launcher.worker.profile import record_spans
+from launcher.worker.rank import Rank, load_rank
+from launcher.worker.service import RankService
+from model.checkpoint.formats import open_checkpoint
+from model.decoder.llama import LlamaForCausalLM
+from model.engine.generation import Engine
+from model.engine.request import plan_blocks
+from model.evaluation.scoring import boolq, perplexity
+from model.kernels.library import find_kernels
+from model.layers.int8 import choose_int8_kernel
+from model.quantization.calibration import quantize_layers
+from model.quantization.work_folder import WorkFolder
+from model.spec.config import build_config
+from parallel.recording import RecordedCollectives
+
+NO_GUESSES = "--speculate guesses nothing: here the last bits of a row depend on how many go together"
+_SERVE_BANDWIDTH_BYTES = 128 << 20
+"""Of each rank, for what a server shows: it is not to need more memory at its start than later."""
+
+
+def run_task(me: Rank) -> None:
+    """Do what the job says."""
+    task = me.job.task
+    _RUNNERS[type(task)](me, task)
+
+
+def decode(me: Rank, task: Decode) -> None:
+    job, emit = me.job, me.emit
+    model, read_bytes = load_rank(me)
+    load_seconds = time.perf_counter() - me.started
+    needed = plan_blocks(task.requests, job.max_batch_size, job.block_size)
+    engine = Engine(
+        model,
+        job.max_batch_size,
+        block_size=job.block_size,
+        num_blocks=min(needed, job.num_blocks or needed),
+        share_prefixes=job.prefix_cache,
+        speculate=job.speculate,
+        prefill_known=model.batch_invariant,
+    )
+    if job.speculate and not engine.speculates:
+        emit({"event": "warning", "message": NO_GUESSES})
+    for request in task.requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        for event in engine.step():
+            emit({"event": "token", **asdict(event)})
+        me.heed_stop()
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
+    times = engine.times
+    emit(
+        {
+            "event": "stats",
+            **_describe(me, model),
+            "load_seconds": load_seconds,
+            "prefill_tokens_per_second": _speed(times.prefill_tokens, times.prefill_seconds),
+            "decode_tokens_per_second": _speed(times.decode_tokens, times.decode_seconds),
+            "time_to_first_token_seconds": times.first_token_seconds,
+            "speculated_tokens": times.speculated_tokens,
+            "accepted_tokens": times.accepted_tokens,
+            "weight_bytes": [row[0] for row in everyone],
+            "read_bytes": [row[1] for row in everyone],
+            "peak_rss_bytes": [row[2] for row in everyone],
+            "kv_cache_dtype": "int8" if model.scheme.kv_cache else job.dtype,
+            "kv_cache_bytes_per_token": [row[3] for row in everyone],
+        }
+    )
+
+
+def serve(me: Rank, task: Serve) -> None:
+    job, collectives = me.job, me.collectives
+    bandwidth = measure_bandwidth(
+        collectives, me.gather, me.device, len(me.seat.local_ranks), me.threads, block_bytes=_SERVE_BANDWIDTH_BYTES
+    )
+    model, _ = load_rank(me)
+    engine = Engine(
+        model,
+        job.max_batch_size,
+        block_size=job.block_size,
+        num_blocks=task.num_blocks,
+        share_prefixes=job.prefix_cache,
+        speculate=job.speculate,
+        prefill_tokens=task.prefill_tokens,
+        prefill_known=True,
+    )
+    if not model.batch_invariant:
+        me.emit({"event": "warning", "message": "here the last bits of an answer may depend on what runs beside it"})
+    if job.speculate and not engine.speculates:
+        me.emit({"event": "warning", "message": NO_GUESSES})
+    for request in task.requests:
+        engine.add(request)
+    me.emit(
+        {
+            "event": "serving",
+            **_describe(me, model),
+            "memory_bytes_per_second": bandwidth,
+            "hosts": me.seat.host_names,
+            "pids": me.seat.pids,
+        }
+    )
+    RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit).run()
+
+
+def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
+    """What ran, as it stands in stats."""
+    job, kernels = me.job, "native" if find_kernels(me.device.type) is not None else "torch"
+    return {
+        "world_size": job.world_size,
+        "threads_per_rank": me.threads,
+        "device": job.device,
+        "dtype": job.dtype,
+        "quantization": model.scheme.name,
+        "kernel": choose_int8_kernel(me.device.type).name if model.scheme.linear is not None else f"{kernels}-{job.dtype}",
+        "collectives": me.collectives.name,
+    }
+
+
+def bench(me: Rank, task: Bench) -> None:
+    recorded, seat = RecordedCollectives(me.collectives), me.seat
+    if task.profile:
+        me = replace(me, collectives=recorded)
+    model, read_bytes = load_rank(me, open_source(me.job, task))
+    load_seconds = time.perf_counter() - me.started
+    measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
+    bench = RankBench(task, model, me.collectives, measure, me.report("progress"))
+    measured = bench.measure()
+    if task.speculated and measured["speculation"] is None:
+        me.emit({"event": "warning", "message": NO_GUESSES})
+    everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
+    result = {
+        **_describe(me, model),
+        "weight_bytes": [row[0] for row in everyone],
+        "decode_bytes_per_step": sum(row[3] for row in everyone),
+        "load_seconds": load_seconds,
+        "read_bytes": [row[1] for row in everyone],
+        **measured,
+        "peak_rss_bytes": [row[2] for row in everyone],
+    }
+    if task.profile:
+        result["profile"] = record_spans(bench, model, recorded, one_host=seat.num_nodes == 1)
+    me.emit({"event": "result", **result})
+
+
+def evaluate(me: Rank, task: Evaluate) -> None:
+    model, _ = load_rank(me)
+    started = time.perf_counter()
+    batch, report = me.job.max_batch_size, me.report("progress")
+    result = (
+        asdict(perplexity(model, task.rows, batch_size=batch, on_progress=report))
+        if task.name == "perplexity"
+        else asdict(boolq(model, task.rows, task.answers, choices=task.choices, batch_size=batch, on_progress=report))
+    )
+    tokens, seconds = sum(map(len, task.rows)), time.perf_counter() - started
+    me.emit(
+        {
+            "event": "result",
+            **result,
+            "quantization": model.scheme.name,
+            "dtype": me.job.dtype,
+            "world_size": me.job.world_size,
+            "seconds": seconds,
+            "tokens_per_second": _speed(tokens, seconds),
+        }
+    )
+
+
+def quantize(me: Rank, task: Quantize) -> None:
+    give_back_memory()
+    source = open_checkpoint(me.job.path, me.job.opening)
+    work = WorkFolder(Path(task.work_folder), me.job.world_size)
+    resumed, before = work.count_done(), read_peak_rss_bytes()
+    quantize_layers(
+        source,
+        build_config(source.config),
+        task.recipe,
+        task.samples,
+        me.collectives,
+        work,
+        dtype=me.job.dtype,
+        device=me.device,
+        num_threads=me.threads,
+        on_progress=me.report("progress"),
+    )
+    everyone = me.gather([before, read_peak_rss_bytes()])
+    me.emit(
+        {
+            "event": "result",
+            "seconds": time.perf_counter() - me.started,
+            "resumed_layers": resumed,
+            "rss_bytes_before": [row[0] for row in everyone],
+            "peak_rss_bytes": [row[1] for row in everyone],
+        }
+    )
+
+
+def _speed(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds else 0.0
+
+
+_RUNNERS: Mapping[type, Callable[[Rank, Any], None]] = {
+    Decode: decode,
+    Serve: serve,
+    Evaluate: evaluate,
+    Quantize: quantize,
+    Bench: bench,
+}

@@ -1,0 +1,202 @@
+"""Fills a model on meta with this rank's rows of a checkpoint, one layer at a time; strictly.
+
+Knows the names of weights and the rows of a rank; not the format of the files.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.checkpoint.source import CheckpointSource
+from model.decoder.llama import DecoderLayer, LlamaForCausalLM
+from model.kernels.library import find_kernels
+from model.layers.linear import ColumnParallelLinear
+from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
+from model.spec.config import LlamaConfig
+from model.spec.packing import unpack_integers
+from model.spec.scheme import Scheme, read_scheme
+from model.spec.weights import FUSED, compare_tensors, plan_weights
+from parallel.errors import CheckpointError
+from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
+
+_PART_BYTES = 8 << 20
+
+
+def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
+    """Raise CheckpointError, listing ten of each kind, unless the checkpoint holds exactly what the model needs."""
+    report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
+    words = report.describe()
+    if words:
+        raise CheckpointError(f"{source.path} does not fit its config.json: {words}")
+
+
+def load_model(
+    model: LlamaForCausalLM, source: CheckpointSource, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Read this rank's rows into `model`; give the bytes that were read.
+
+    `on_progress` gets (bytes of tensors read, bytes in all). Raises CheckpointError when a tensor is missing, unexpected or of
+    another shape or type, and when a file is short.
+    """
+    # The checkpoint's own scheme: a model may run with another key-value cache.
+    check_checkpoint(source, model.config, read_scheme(source.config))
+    # The project's kernels take weights as they are stored; where others pack them, that is what there is to share.
+    packs = find_kernels(model.device.type) is None
+    loader = ModelLoader(model, source, **{"num_packers" if packs else "num_readers": model.num_threads})
+    on_progress(0, loader.total_bytes)
+    # The largest tensor first: what it takes on the way is free again for the layers.
+    loader.load_embedding()
+    for index in range(len(model.layers)):
+        loader.load_layer(index)
+        on_progress(loader.done_bytes, loader.total_bytes)
+    loader.load_head()
+    loader.finish()
+    on_progress(loader.total_bytes, loader.total_bytes)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, left
+    return loader.reader.read_bytes
+
+
+class ModelLoader:
+    """Reads this rank's rows of one checkpoint, and gives them to the layers of one model.
+
+    Rows go from the file straight to their place in the product that they belong to, where the format has them as they are kept.
+    With packers, threads of their own pack what was read (one product each) while the next is read: layers are whole only
+    after `finish`.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, source: CheckpointSource, *, num_readers: int = 1, num_packers: int = 0) -> None:
+        self.reader = FileReader(num_readers)
+        self._num_packers, self._packing = num_packers, deque[Future[None]]()
+        self._pool = ThreadPoolExecutor(num_packers, initializer=torch.set_num_threads, initargs=(1,)) if num_packers else None
+        self._model, self._source = model, source
+        self._specs = plan_weights(model.config, model.scheme)
+        self._rank, self._world_size = model.shares.rank, model.shares.world_size
+        self.done_bytes = 0
+        self.total_bytes = sum(self._count_bytes(name) for name in plan_weights(model.config, read_scheme(source.config)))
+
+    def load_embedding(self) -> None:
+        """The vocabulary rows, which a tied head shares."""
+        weight = self._read_joined(["model.embed_tokens.weight"], self._model.config.hidden_size, self._model.dtype)
+        self._model.embed_tokens.assign(weight, self._model.device)
+
+    def load_layer(self, index: int) -> None:
+        """One decoder layer."""
+        layer, prefix = self._model.layers[index], f"model.layers.{index}"
+        assert isinstance(layer, DecoderLayer)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            getattr(layer, norm).assign(self.read(f"{prefix}.{norm}.weight"), self._model.device)
+        for attribute, names in FUSED.items():
+            self._fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
+        if f"{prefix}.self_attn.k_scale" in self._specs:
+            scales = [self.read(f"{prefix}.self_attn.{name}") for name in ("k_scale", "v_scale")]
+            layer.assign_cache_scales(scales[0], scales[1], self._model.device)
+
+    def load_head(self) -> None:
+        """The last norm, and the output head where it is not the embedding."""
+        self._model.norm.assign(self.read("model.norm.weight"), self._model.device)
+        if not self._model.config.tie_word_embeddings:
+            self._fill(self._model.lm_head, ["lm_head"])
+
+    def read(self, name: str) -> torch.Tensor:
+        """This rank's rows of a tensor, as they are stored."""
+        self.done_bytes += self._count_bytes(name)
+        return self._source.read_rows(self.reader, name, *self._rows(name))
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        return self._specs[name].rows(self._rank, self._world_size) if name in self._specs else (0, 0)
+
+    def _count_bytes(self, name: str) -> int:
+        start, stop = self._rows(name)
+        info = self._source.tensors[name]
+        return info.num_bytes // max(1, info.shape[0]) * (stop - start)
+
+    def _fill(self, module: nn.Module, names: Sequence[str]) -> None:
+        device = self._model.device
+        if isinstance(module, SeparateLinears):
+            for linear, name in zip(module.linears, names, strict=True):
+                self._fill(linear, [name])
+        elif isinstance(module, QuantizedColumnParallelLinear):
+            self._assign(module, self._read_quantized(names, module), device)
+        else:
+            assert isinstance(module, ColumnParallelLinear)
+            weights = [f"{name}.weight" for name in names]
+            self._assign(module, self._read_joined(weights, module.in_features, self._model.dtype), device)
+
+    def finish(self) -> None:
+        """Wait until everything is packed."""
+        while self._packing:
+            self._packing.popleft().result()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.reader.close()
+
+    def _assign(self, module: Any, stored: Any, device: torch.device) -> None:
+        if self._pool is None:
+            module.assign(stored, device)
+            return
+        while len(self._packing) >= self._num_packers:
+            self._packing.popleft().result()
+        self._packing.append(self._pool.submit(module.assign, stored, device))
+
+    def _read_quantized(self, names: Sequence[str], module: QuantizedColumnParallelLinear) -> StoredLinear:
+        scheme, columns, first = module.scheme, module.in_features, names[0]
+        if scheme.packed:
+            weights = [f"{name}.weight_packed" for name in names]
+            weight = self._read_joined(weights, columns, torch.int8, lambda rows: unpack_integers(rows, scheme.bits, columns))
+        else:
+            weight = self._read_joined([f"{name}.weight" for name in names], columns, torch.int8)
+        # What a linear has for its inputs it has alone: such ones are products of their own.
+        group_index = self.read(f"{first}.weight_g_idx") if scheme.act_order else None
+        if not scheme.symmetric:
+            parts = torch.split(weight, [block.num_rows for block in module.blocks])
+            for name, part in zip(names, parts, strict=True):
+                self._take_off_zero_points(name, scheme.bits, part, scheme.group_size or columns, group_index)
+        return StoredLinear(
+            weight=weight,
+            scale=torch.cat([self.read(f"{name}.weight_scale").float() for name in names]),
+            group_index=group_index,
+            input_scale=float(self.read(f"{first}.input_scale")) if scheme.activation == "tensor" else 1.0,
+            input_zero_point=int(self.read(f"{first}.input_zero_point")) if f"{first}.input_zero_point" in self._specs else 0,
+            smooth_scale=self.read(f"{first}.smooth_scale") if scheme.smooth else None,
+        )
+
+    def _take_off_zero_points(self, name: str, bits: int, weight: torch.Tensor, group: int, index: torch.Tensor | None) -> None:
+        """Subtract the zero points from 4-bit weights in place: what is left fits 8 bits."""
+        spec, per_word = self._specs[f"{name}.weight_zero_point"], 32 // bits
+        first_word, end_word = spec.rows(self._rank, self._world_size)
+        first_row, _ = self._rows(f"{name}.weight_packed")
+        packed = self.read(f"{name}.weight_zero_point")
+        zero_points = unpack_integers(packed.T, bits, (end_word - first_word) * per_word).T
+        skip = first_row - first_word * per_word
+        mine = zero_points[skip : skip + weight.shape[0]]
+        if index is None:
+            weight -= mine.repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        else:
+            weight -= mine[:, index.long()]
+
+    def _read_joined(self, names: Sequence[str], columns: int, dtype: torch.dtype, convert: Convert | None = None) -> torch.Tensor:
+        """This rank's rows of tensors under each other, converted, as `dtype`."""
+        source, rows = self._source, [self._rows(name) for name in names]
+        located = [source.locate_rows(name, *interval) for name, interval in zip(names, rows, strict=True)]
+        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype == dtype):
+            return convert(self.read(names[0])) if convert else self.read(names[0])
+        out = torch.empty((sum(stop - start for start, stop in rows), columns), dtype=dtype)
+        ask_for_huge_pages(out)
+        places = torch.split(out, [stop - start for start, stop in rows])
+        for name, (start, stop), parts, place in zip(names, rows, located, places, strict=True):
+            self.done_bytes += self._count_bytes(name)
+            if parts:
+                self.reader.read_into(place, parts, start, convert)
+                continue
+            info = source.tensors[name]
+            # Rows of another type a few at a time, so that they are not in memory twice.
+            step = stop - start if convert or info.dtype == dtype else _PART_BYTES * info.shape[0] // info.num_bytes
+            for first in range(start, stop, max(1, step)):
+                found = source.read_rows(self.reader, name, first, min(first + max(1, step), stop))
+                place[first - start : first - start + len(found)] = convert(found) if convert else found
+        return out

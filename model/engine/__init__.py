@@ -1,0 +1,1 @@
+"""Generation: scheduling, sampling, speculation, KV cache blocks."""

@@ -1,0 +1,264 @@
+"""The one token generator: sequences wait, are prefilled, decode together, and leave when they end.
+
+Every rank runs the same engine on the same requests and takes the same steps. Predict and serving consume the events of `step`.
+Who goes through a pass: `model/engine/scheduling.py`. Knows token ids only: no text, no files, no processes.
+
+A run that goes on where another one stopped takes known tokens through with their prompts (`prefill_known`). Without the project's own
+kernels, how many rows go through a product together decides its last bits: there it takes the same steps with the same rows, known
+tokens instead of choosing, and leaves out steps that nobody needs.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.decoder.llama import LlamaForCausalLM
+from model.engine.request import Request, check_memory, check_request
+from model.engine.sampling import Choice, SamplingState, sample
+from model.engine.scheduling import LiveSequence, Part, Scheduler
+from model.engine.speculation import PromptLookup
+from model.layers.batch import Span
+from model.layers.cache import KeyValueCache
+from model.spec.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token."""
+
+    index: int
+    """The request's number."""
+    token_id: int
+    """The token."""
+    logprob: float | None
+    """Its log-probability, where asked for."""
+    finish_reason: str | None
+    """"eos" or "length" with the last token."""
+    position: int
+    """How many new tokens came before it."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the likeliest tokens there, where asked for."""
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """What the engine has done, for speeds. What was known before, and steps that made nothing new, do not count as decoding.
+
+    A pass may hold parts of prompts beside tokens that decode; its seconds are split as its tokens are.
+    """
+
+    prefill_tokens: int = 0
+    """Prompt tokens that went through the model: not those whose blocks were shared, twice those that had given way."""
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    """From the engine's first step to the first token that was not known before."""
+    speculated_tokens: int = 0
+    """Guesses that went through the model."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
+
+
+class Engine:
+    """Continuous batching over one model. Requests may be added and cancelled between any two steps."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        max_batch_size: int = 16,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        share_prefixes: bool = True,
+        speculate: bool = False,
+        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_known: bool = False,
+    ) -> None:
+        """`num_blocks`: of keys and values; None has room for `max_batch_size` whole contexts, which is a lot of address space.
+
+        `share_prefixes`: keep one copy of equal beginnings. `speculate`: guess tokens of greedy sequences and verify several in a
+        pass; nothing is guessed where the model's bits depend on the rows of a pass. `prefill_tokens`: of a pass at most.
+        `prefill_known`: take known tokens through with their prompts instead of one by one, and leave out what has ended; the bits of
+        what follows are the same where the model is batch-invariant. Raises ConfigError for impossible blocks.
+        """
+        if num_blocks is None:
+            num_blocks = max_batch_size * count_blocks(model.config.max_position_embeddings, block_size)
+        self._model = model
+        self._store = model.build_store(num_blocks, block_size)
+        self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes, prefill_tokens=prefill_tokens)
+        self.speculates = speculate and model.batch_invariant
+        self._prefill_known = prefill_known
+        self._began: float | None = None
+        self.times = EngineTimes()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError when it cannot fit the model's context, or not even an empty cache."""
+        config = self._model.config
+        check_request(request, config.max_position_embeddings, config.vocab_size)
+        check_memory(request, self._store.num_blocks, self._store.block_size)
+        penalized = set(request.prompt_ids)
+        if config.pad_token_id is not None and config.pad_token_id not in config.eos_token_ids:
+            penalized.add(config.pad_token_id)  # MindFormers' rows are padded, and its penalty runs over the padded row
+        sampling = SamplingState(request.params, penalized, np.random.RandomState(request.params.seed))
+        lookup = PromptLookup() if self.speculates and not request.params.do_sample else None
+        if lookup is not None:
+            lookup.extend(request.prompt_ids)
+        sequence = LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup)
+        if self._prefill_known:
+            if request.known_reason:
+                return
+            for token in request.known_ids:
+                sampling.take(token)
+                self._go_on(sequence, token)
+        self._scheduler.add(sequence)
+
+    def cancel(self, index: int) -> None:
+        """Drop a request and free its memory; nothing happens where it has ended. No event tells of it."""
+        self._scheduler.cancel(index)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_unfinished
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of keys and values that sequences own; one that several share counts once."""
+        return self._scheduler.pool.num_used
+
+    def step(self) -> list[TokenEvent]:
+        """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given."""
+        if not self.has_unfinished:
+            return []
+        started = time.perf_counter()
+        self._began = started if self._began is None else self._began
+        parts = self._scheduler.plan()
+        assert parts, "the oldest sequence always has memory"
+        # One that has ended runs along for its row; where its own prompt was left out it sees too little, which is nobody's loss.
+        computed = self._scheduler.is_needed(parts)
+        hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
+        self._scheduler.pass_by(parts, computed=computed)
+        events = self._choose(parts, hidden)
+        ended = time.perf_counter()
+        if computed:
+            self._count(parts, events, ended - started)
+        if events and not self.times.first_token_seconds:
+            self.times.first_token_seconds = ended - self._began
+        return events
+
+    def _count(self, parts: Sequence[Part], events: Sequence[TokenEvent], seconds: float) -> None:
+        times = self.times
+        prefill = sum(part.count for part in parts if not part.decodes)
+        total = sum(part.count + len(part.drafts) for part in parts)
+        times.prefill_tokens += prefill
+        times.prefill_seconds += seconds * prefill / total
+        decoding = {part.sequence.request.index for part in parts if part.decodes}
+        decoded = sum(event.index in decoding for event in events)
+        if decoded:
+            times.decode_tokens += decoded
+            times.decode_seconds += seconds * (total - prefill) / total
+
+    def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
+        """Take the next tokens of each sequence that is through: known ones, else by the rows of `hidden`. Only the latter are events."""
+        rows: list[int] = []
+        wanted: list[tuple[int, SamplingState]] = []  # places in `rows`
+        end = 0
+        for part in parts:
+            end += part.count + len(part.drafts)
+            if part.is_last:
+                wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
+                rows.extend(range(end - len(part.drafts) - 1, end))
+        chosen: dict[int, Choice] = {}
+        if wanted:
+            assert hidden is not None, "a sequence that has ended knows all its tokens"
+            # Known rows go along: how many there are decides the last bits.
+            logits = self._model.logits_local(hidden if len(rows) == len(hidden) else hidden[rows])
+            places, states = [place for place, _ in wanted], [state for _, state in wanted]
+            logits = logits if len(places) == len(rows) else logits[places]
+            chosen = dict(zip(places, sample(logits, states, self._model.shares.vocab, self._model.collectives), strict=True))
+        events: list[TokenEvent] = []
+        place = 0
+        for part in parts:
+            if part.is_last:
+                events += self._take(part, [chosen.get(place + ahead) for ahead in range(1 + len(part.drafts))])
+                place += 1 + len(part.drafts)
+        return events
+
+    def _take(self, part: Part, chosen: Sequence[Choice | None]) -> list[TokenEvent]:
+        """Go on with the next token, and with one more for each guess that was right."""
+        sequence, events, num_right, reason = part.sequence, [], 0, None
+        for ahead, found in enumerate(chosen):
+            known = sequence.knows(0)
+            if known is not None:
+                found = Choice(known, None)
+            assert found is not None
+            token = found.token_id
+            if known is not None or part.drafts:
+                sequence.sampling.take(token)
+            reason = self._go_on(sequence, token)
+            if known is None:
+                position = sequence.num_new - 1
+                events.append(TokenEvent(sequence.request.index, token, found.logprob, reason, position, found.top_logprobs))
+            if reason or ahead == len(part.drafts) or part.drafts[ahead] != token:
+                break
+            num_right += 1
+        if part.drafts and sequence.lookup is not None:
+            sequence.lookup.judge(len(part.drafts), num_right)
+        if events:
+            self.times.speculated_tokens += len(part.drafts)
+            self.times.accepted_tokens += num_right
+        if reason:
+            self._scheduler.remove(sequence)
+        elif part.drafts:
+            sequence.cache.length = len(sequence.ids) - 1  # wrong guesses are overwritten
+        return events
+
+    def _go_on(self, sequence: LiveSequence, token: int) -> str | None:
+        """One new token; the reason, when it is the last."""
+        request, params = sequence.request, sequence.request.params
+        sequence.ids.append(token)
+        sequence.num_new += 1
+        if sequence.lookup is not None:
+            sequence.lookup.extend((token,))
+        if request.known_reason and sequence.num_new == len(request.known_ids):
+            return request.known_reason  # whatever ids end a sequence now
+        if token in self._model.config.eos_token_ids and not params.ignore_eos:
+            return "eos"
+        return "length" if sequence.num_new == params.max_new_tokens else None
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+    """Run `requests` to their ends; tokens come as they are made."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        yield from engine.step()
+
+
+def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
+    """Where, counted from the last token, the next one has to be chosen, and how; behind a guess known to be wrong nothing has to be."""
+    sequence = part.sequence
+    for ahead in range(1 + len(part.drafts)):
+        known = sequence.knows(ahead)
+        if known is None:
+            yield ahead, _expect(sequence.sampling, part.drafts, ahead)
+        elif sequence.num_new + ahead + 1 == len(sequence.request.known_ids) and sequence.is_over:
+            return
+        elif ahead < len(part.drafts) and known != part.drafts[ahead]:
+            return
+
+
+def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> SamplingState:
+    """The state as it would be behind so many right guesses, to be thrown away; without guesses the state itself."""
+    if not drafts:
+        return state
+    ahead_state = SamplingState(state.params, set(), state.generator, dict(state.counts))
+    if state.params.repetition_penalty != 1:
+        ahead_state.penalized = set(state.penalized)
+    for token in drafts[:ahead]:
+        ahead_state.note(token)
+    return ahead_state

@@ -1,0 +1,1 @@
+"""Writers that combine a checkpoint with a model: convert, quantized folders, MindSpore files."""

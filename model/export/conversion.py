@@ -1,0 +1,74 @@
+"""Rewrites a checkpoint as a Hugging Face folder, tensor by tensor: as it is, or in another float type.
+
+Knows sources and schemes; the formats' own files know bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
+from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
+from model.checkpoint.tokenizer_files import write_tokenizer
+from model.spec.weights import FLOAT_DTYPES
+from parallel.file_slices import FileReader
+
+Progress = Callable[[int, int], None]
+
+
+def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None, on_progress: Progress) -> None:
+    """Write `source` as a Hugging Face folder. `dtype`: a key of DTYPES for all float weights, None keeps each as it is."""
+
+    def info(name: str) -> TensorInfo:
+        found = source.tensors[name]
+        return TensorInfo(found.shape, getattr(torch, dtype)) if dtype and found.dtype_name in FLOAT_DTYPES else found
+
+    tensors = {name: info(name) for name in source.tensors}
+    reader = FileReader()
+
+    def read(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        shape = source.tensors[name].shape
+        for piece in read_pieces(source, reader, name, 0, shape[0] if shape else 1):
+            yield name, piece.to(tensors[name].dtype)
+
+    kinds = {found.dtype_name for found in tensors.values() if found.dtype_name in FLOAT_DTYPES}
+    config = dict(source.config)
+    if len(kinds) == 1:
+        config.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
+        config["torch_dtype"] = kinds.pop()
+    write_checkpoint(source, target, config, tensors, read, [(name, (name,)) for name in tensors], on_progress)
+
+
+def read_whole(source: CheckpointSource, reader: FileReader, name: str) -> torch.Tensor:
+    """All rows of a tensor."""
+    shape = source.tensors[name].shape
+    return source.read_rows(reader, name, 0, shape[0] if shape else 1).reshape(shape)
+
+
+def write_checkpoint(
+    source: CheckpointSource,
+    target: Path,
+    config: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    read: Callable[[str], Iterator[tuple[str, torch.Tensor]]],
+    groups: list[tuple[str, tuple[str, ...]]],
+    on_progress: Progress,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write a Hugging Face folder whole, or nothing: weights (see `write_tensors`), config.json, tokenizer, `add_files`."""
+    total, done = sum(info.num_bytes for info in tensors.values()), 0
+
+    def read_counted(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal done
+        for tensor, rows in read(name):
+            yield tensor, rows
+            done += rows.nbytes
+            on_progress(done, total)
+
+    with write_folder(target) as folder:
+        write_tensors(folder, tensors, read_counted, groups)
+        write_json(folder / "config.json", config)
+        write_tokenizer(source.tokenizer_path(), folder)
+        add_files(folder)

@@ -1,0 +1,106 @@
+"""Joins the layers that a quantization left in its work folder with what stays float, into a Hugging Face folder.
+
+Knows canonical names (model/spec/scheme.py) and rows of ranks; nothing of how the integers were found.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.folder_writing import write_json
+from model.checkpoint.source import CheckpointSource, TensorInfo
+from model.export.conversion import read_whole, write_checkpoint
+from model.quantization.work_folder import WorkFolder
+from model.spec.config import LlamaConfig
+from model.spec.packing import pack_integers
+from model.spec.scheme import Scheme, declare_scheme
+from model.spec.weights import WeightSpec, plan_weights
+from parallel.file_slices import FileReader
+
+REPORT_FILE = "quantization_report.json"
+
+
+def write_quantized(
+    source: CheckpointSource,
+    config: LlamaConfig,
+    scheme: Scheme,
+    work: WorkFolder,
+    target: Path,
+    report: dict[str, Any],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Write the checkpoint whole, or nothing. Memory: one layer as integers.
+
+    `report` is written beside it, with the bytes of the tensors under "written_bytes".
+    """
+    specs, floats = plan_weights(config, scheme), plan_weights(config, Scheme())
+    layers = {name: _layer_of(name, config) for name in specs}
+    dtypes = {name: dtype for layer in range(config.num_hidden_layers + 1) for name, dtype in work.read_dtypes(layer).items()}
+    tensors: dict[str, TensorInfo] = {}
+    groups: list[tuple[str, tuple[str, ...]]] = []
+    reader = FileReader()
+    loaded: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+
+    def info(name: str, spec: WeightSpec) -> TensorInfo:
+        dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else source.tensors[name].dtype)
+        return TensorInfo(spec.shape, torch.int32 if name.endswith("weight_zero_point") else dtype)
+
+    for layer in range(-1, config.num_hidden_layers + 1):
+        names = tuple(name for name in specs if layers[name] == layer)
+        tensors.update({name: info(name, specs[name]) for name in names})
+        groups += [(name, (name,)) for name in names]
+
+    def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
+        nonlocal loaded
+        if loaded[0] != layer:
+            loaded = (-1, {})
+            loaded = (layer, _join_ranks(work.read_ranks(layer), floats | specs))
+        return loaded[1]
+
+    def read(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        found = layer_tensors(layers[name]) if layers[name] >= 0 else {}
+        linear = name.rpartition(".")[0]
+        quantized = scheme.find_linear(linear)
+        if name in found and not name.endswith("zero_point"):
+            yield name, found[name]
+        elif name.endswith(".weight_packed") and quantized:
+            yield name, pack_integers(found[f"{linear}.weight"], quantized.bits)
+        elif name.endswith(".weight_shape"):
+            yield name, torch.tensor(found[f"{linear}.weight"].shape)
+        elif name.endswith(".weight_zero_point") and quantized:
+            yield name, pack_integers(found[name].T.contiguous(), quantized.bits).T.contiguous()
+        elif name in found:
+            yield name, found[name]
+        else:
+            yield name, read_whole(source, reader, name)
+
+    report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
+    raw = declare_scheme(source.config, scheme)
+    write_checkpoint(source, target, raw, tensors, read, groups, on_progress, lambda folder: write_json(folder / REPORT_FILE, report))
+    reader.close()
+
+
+def _layer_of(name: str, config: LlamaConfig) -> int:
+    """Number of the layer in the work folder that holds a tensor, -1 for the embedding; the head and its norm come last."""
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2])
+    return -1 if name.startswith("model.embed_tokens.") else config.num_hidden_layers
+
+
+def _join_ranks(ranks: list[dict[str, torch.Tensor]], specs: dict[str, WeightSpec]) -> dict[str, torch.Tensor]:
+    """Whole tensors of one layer. Key-value heads that several ranks keep are taken once."""
+    whole = {}
+    for name, first in ranks[0].items():
+        # Unpacked integers and zero points are dealt out as the scales are.
+        spec = specs.get(f"{name.rpartition('.')[0]}.weight_scale") if name.endswith((".weight", ".weight_zero_point")) else None
+        spec = spec or specs[name]
+        parts, end = [], 0
+        for rank, tensors in enumerate(ranks):
+            start, stop = spec.rows(rank, len(ranks))
+            if stop > end:
+                parts.append(tensors[name][end - start :])
+                end = stop
+        whole[name] = first if len(parts) == 1 else torch.cat(parts)
+    return whole

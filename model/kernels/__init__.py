@@ -1,0 +1,1 @@
+"""Native kernels: C sources and the library that calls them."""

@@ -1,0 +1,84 @@
+"""What one forward pass runs over: new tokens of sequences, and what every layer needs to know of their places.
+
+Knows caches and positions; no weights, no ranks.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.layers.cache import Cache, KeyValueCache, KeyValueStore
+from model.layers.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence."""
+
+    cache: Cache
+    """What the sequence has so far; a forward pass extends it."""
+    ids: Sequence[int]
+    """The new tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRows:
+    """Spans side by side whose caches lie in one store, as the kernels take them."""
+
+    rows: slice
+    """Their tokens among those of the pass."""
+    store: KeyValueStore
+    """Where their keys and values are."""
+    places: torch.Tensor
+    """int64 [spans, 3]: first token (of these), tokens of the sequence before it, first of its blocks in `blocks`."""
+    blocks: torch.Tensor
+    """int64: the blocks of all these sequences, one after another."""
+
+
+class Batch:
+    """The spans of one pass."""
+
+    def __init__(self, spans: Sequence[Span], rotary: Rotary, device: torch.device) -> None:
+        self.spans = spans
+        self.num_tokens = sum(len(span.ids) for span in spans)
+        positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
+        self.cos, self.sin = rotary.angles(positions, device)
+        self._stores: list[StoreRows] | None = None
+        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) for span in spans)
+        """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
+
+    def advance(self) -> None:
+        """The new tokens have gone through every layer."""
+        for span in self.spans:
+            span.cache.length += len(span.ids)
+
+    def join_stores(self) -> list[StoreRows]:
+        """The spans by the store they lie in. Made once; every layer's is the same."""
+        if self._stores is None:
+            self._stores, first = [], 0
+            for store, group in itertools.groupby(self.spans, key=lambda span: _find_cache(span).store):
+                joined = _join(list(group), store, first)
+                self._stores.append(joined)
+                first = joined.rows.stop
+        return self._stores
+
+
+def _find_cache(span: Span) -> KeyValueCache:
+    assert isinstance(span.cache, KeyValueCache), type(span.cache)
+    return span.cache
+
+
+def _join(spans: Sequence[Span], store: KeyValueStore, first: int) -> StoreRows:
+    places: list[tuple[int, int, int]] = []
+    blocks: list[int] = []
+    token = 0
+    for span in spans:
+        cache = _find_cache(span)
+        end = cache.length + len(span.ids)
+        assert end <= len(cache.blocks) * store.block_size, f"{end} tokens need more than {len(cache.blocks)} blocks of {store.block_size}"
+        places.append((token, cache.length, len(blocks)))
+        blocks.extend(cache.blocks)
+        token += len(span.ids)
+    return StoreRows(slice(first, first + token), store, torch.tensor(places), torch.tensor(blocks))

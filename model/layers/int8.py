@@ -1,0 +1,161 @@
+"""int8 weights times activations: integers as they are, or floats, which go in as int8 slices.
+
+    s = max|x| / 127 (one a row);  x / s = r0 + r1 / 254 + r2 / 254^2 + ...   each r an integer from -127 to 127
+    y = (Q(r0) + Q(r1) / 254 + ...) * s    Q: the integer product times the weight's scale, summed over the groups of columns
+
+Half types take two slices, whose error is below their own rounding; float32 takes three, since one outlier in a row of
+activations would leave the others too few digits (measured against the float product, SmolLM2-135M: logits 3e-3 off with
+two, see `tests/model/test_int8.py`).
+
+Q accumulates integers, so its result does not depend on threads, on the rows beside it, on the ranks, or on which
+kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no layers, no files.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.kernels.library import Kernels, find_kernels
+
+_EXACT_COLUMNS = 1024
+"""128 * 128 * 1024 = 2**24: an integer product this long is exact in float32, in any order."""
+_PLAIN_ROWS = 256
+"""Weight rows that the plain kernel turns to float at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Kernel:
+    """One way to multiply by an int8 matrix."""
+
+    name: str
+    """Shown in the stats."""
+    pack: Callable[[torch.Tensor, torch.Tensor], Any]
+    """(weight int8 [rows, columns], scale float32 [rows]) to whatever `multiply` takes."""
+    multiply: Callable[[torch.Tensor, Any], torch.Tensor]
+    """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer product, rounded, times the scale."""
+    whole: Kernels | None = None
+    """Where it multiplies whole weights as they are stored, with all their groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns [start, stop) of a weight whose rows have one scale each there."""
+
+    start: int
+    """First column."""
+    stop: int
+    """One past the last column."""
+    packed: Any
+    """What the kernel made of them."""
+
+
+def count_slices(dtype: torch.dtype) -> int:
+    """8-bit numbers that one of this type is cut into."""
+    return 3 if dtype == torch.float32 else 2
+
+
+def sliced_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, order: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows].
+
+    `order`: the column of x that stands first, second, … in the parts; None: as they are.
+    """
+    rows, num_slices = x.shape[0], count_slices(x.dtype)
+    scale = x.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(1e-30)
+    # Slices are made in place: on small matrices, every operator less is felt.
+    slices = torch.empty((num_slices * rows, x.shape[1]), dtype=torch.float32, device=x.device)
+    left = x / scale if order is None else x[:, order] / scale
+    for first in range(0, num_slices * rows, rows):
+        whole = slices[first : first + rows]
+        torch.round(left, out=whole)
+        left.sub_(whole).mul_(254)
+    product = one_slice_linear(slices, parts[0], kernel)
+    for part in parts[1:]:
+        product += one_slice_linear(slices, part, kernel)
+    total = product[-rows:]
+    for first in range((num_slices - 2) * rows, -1, -rows):
+        total = total.div_(254).add_(product[first : first + rows])
+    return total.mul_(scale)
+
+
+def one_slice_linear(integers: torch.Tensor, part: Part, kernel: Int8Kernel) -> torch.Tensor:
+    """integers from -128 to 127 as float32 [rows, columns of the whole weight] times one part of it: float32 [rows, weight rows]."""
+    inside = integers if part.stop - part.start == integers.shape[1] else integers[:, part.start : part.stop].contiguous()
+    return kernel.multiply(inside, part.packed)
+
+
+def _pack_plain(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight, scale
+
+
+def _multiply_plain(slices: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    weight, scale = packed
+    out = torch.empty((slices.shape[0], weight.shape[0]), dtype=torch.float32, device=slices.device)
+    for first in range(0, weight.shape[0], _PLAIN_ROWS):
+        rows = weight[first : first + _PLAIN_ROWS]
+        total = torch.zeros((slices.shape[0], rows.shape[0]), dtype=torch.float64, device=slices.device)
+        for column in range(0, weight.shape[1], _EXACT_COLUMNS):
+            part = slice(column, column + _EXACT_COLUMNS)
+            total += F.linear(slices[:, part], rows[:, part].float())
+        out[:, first : first + _PLAIN_ROWS] = total.float()
+    return out.mul_(scale)
+
+
+def _pack_fbgemm(weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    with warnings.catch_warnings():
+        # Quantized tensors are on their way out of PyTorch's eager mode; the operators under them are not.
+        warnings.simplefilter("ignore")
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _multiply_fbgemm(slices: torch.Tensor, packed: Any) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(slices, 1.0, 128, packed)
+    return product
+
+
+PLAIN = Int8Kernel("int8-plain", _pack_plain, _multiply_plain)
+FBGEMM = Int8Kernel("int8-sliced-fbgemm", _pack_fbgemm, _multiply_fbgemm)
+
+
+def choose_int8_kernel(device_type: str) -> Int8Kernel:
+    """The fastest kernel that gives exact products here; PLAIN works everywhere."""
+    kernels = find_kernels(device_type)
+    return _choose_torch_kernel(device_type) if kernels is None else _build_native(kernels)
+
+
+@functools.cache
+def _build_native(kernels: Kernels) -> Int8Kernel:
+    def multiply(integers: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        weight, scale = packed
+        starts = torch.tensor([0, weight.shape[1]])
+        return kernels.int8_linear(integers.to(torch.int8), weight, scale, starts, 0, torch.float32)
+
+    return Int8Kernel("int8-sliced-native", _pack_plain, multiply, kernels)
+
+
+@functools.cache
+def _choose_torch_kernel(device_type: str) -> Int8Kernel:
+    if device_type == "cpu" and "x86" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "x86"
+        if _is_exact(FBGEMM):
+            return FBGEMM
+    return PLAIN
+
+
+def _is_exact(kernel: Int8Kernel) -> bool:
+    """Extreme values expose processors whose 8-bit products saturate (x86 without VNNI)."""
+    values = torch.tensor([127.0, -127.0]).repeat_interleave(64)
+    weight = torch.tensor([[127], [-128]], dtype=torch.int8).expand(2, 128).contiguous()
+    slices = torch.stack((values, values.flip(0), values.abs(), -values.abs()))
+    scale = torch.tensor([0.5, 3.0])
+    try:
+        product = kernel.multiply(slices, kernel.pack(weight, scale))
+    except RuntimeError:  # an engine that this processor lacks
+        return False
+    return torch.equal(product, _multiply_plain(slices, (weight, scale)))

@@ -1,0 +1,158 @@
+"""Linears with integer weights, split over output rows: weights alone (A16W8, A16W4 in groups), or activations too (A8W8).
+
+Integer products are exact and a sum over groups runs in one order, so that no bit depends on the ranks or the kernel.
+Knows tensors and schemes; no ranks, no names, no files.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.layers.int8 import Int8Kernel, Part, choose_int8_kernel, count_slices, one_slice_linear, sliced_linear
+from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
+from model.spec.scheme import LinearScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLinear:
+    """The rows that a rank owns of one linear, or of several that are one product, as a checkpoint holds them."""
+
+    weight: torch.Tensor
+    """int8 [rows, columns], zero points taken off."""
+    scale: torch.Tensor
+    """float32 [rows, groups]."""
+    group_index: torch.Tensor | None = None
+    """int [columns]: the group of each column; None: groups lie side by side."""
+    input_scale: float = 1.0
+    """Of static activations."""
+    input_zero_point: int = 0
+    """Of static activations."""
+    smooth_scale: torch.Tensor | None = None
+    """float32 [columns]: inputs are divided by it."""
+
+
+class QuantizedColumnParallelLinear(nn.Module):
+    """The rows of one or several fused weights that this rank owns. Empty until `assign`."""
+
+    def __init__(self, in_features: int, blocks: Sequence[RowBlock], scheme: LinearScheme, kernel: Int8Kernel) -> None:
+        super().__init__()
+        self.in_features, self.blocks, self.scheme, self.kernel = in_features, tuple(blocks), scheme, kernel
+        rows = sum(block.num_rows for block in blocks)
+        self.weight_bytes = rows * (in_features + 4 * scheme.num_groups(in_features))
+        """int8 weights and float32 scales as they are kept; 4-bit weights take a byte each."""
+        self._parts: list[Part] = []
+        self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._order: torch.Tensor | None = None
+        self._divisor: torch.Tensor | None = None
+        self._input_scale, self._zero_point = 1.0, 0
+        self._correction: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one product of the whole weight with its inputs as they come."""
+        return self._whole is not None and self.scheme.activation is None and self._divisor is None and self._order is None
+
+    def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight, scales, and first column of each group, where they are kept whole."""
+        assert self._whole is not None
+        return self._whole
+
+    def assign(self, stored: StoredLinear, device: torch.device) -> None:
+        """Take the rows of all blocks, one block after another, and pack them where the kernel needs it."""
+        weight, scale = stored.weight, stored.scale.float()
+        check_rows(weight, self.blocks, self.in_features)
+        sizes = _group_sizes(self.in_features, scale.shape[1], self.scheme.group_size, stored.group_index)
+        if stored.group_index is not None:
+            order = torch.argsort(stored.group_index, stable=True)
+            weight, self._order = weight[:, order], order.to(device)
+        if self.kernel.whole is not None:
+            self._whole = weight.contiguous(), scale.contiguous(), torch.tensor([0, *itertools.accumulate(sizes)])
+        else:
+            self._parts = self._pack_parts(weight, scale, sizes, device)
+        if stored.smooth_scale is not None:
+            self._divisor = stored.smooth_scale.float().to(device)
+        self._input_scale, self._zero_point = stored.input_scale, stored.input_zero_point
+        if stored.input_zero_point:
+            sums = weight.sum(dim=1, dtype=torch.int64).double()
+            self._correction = (sums * stored.input_zero_point * scale[:, 0].double()).float().to(device)
+
+    def _pack_parts(self, weight: torch.Tensor, scale: torch.Tensor, sizes: list[int], device: torch.device) -> list[Part]:
+        parts, column = [], 0
+        for group, size in enumerate(sizes):
+            columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
+            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
+            parts.append(Part(column, column + size, packed))
+            column += size
+        return parts
+
+    def _multiply_slices(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._whole is None:
+            return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
+        assert self.kernel.whole is not None
+        return self.kernel.whole.int8_linear(x if self._order is None else x[:, self._order], *self._whole, count_slices(x.dtype), dtype)
+
+    def _multiply_integers(self, integers: torch.Tensor) -> torch.Tensor:
+        if self._whole is None:
+            return one_slice_linear(integers, self._parts[0], self.kernel)
+        assert self.kernel.whole is not None
+        return self.kernel.whole.int8_linear(integers.to(torch.int8), *self._whole, 0, torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, local rows of all blocks], in the type of x."""
+        dtype, divisor = x.dtype, self._divisor
+        if self.scheme.activation == "tensor":
+            scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
+            integers = (x.float() / scale).add_(self._zero_point).round_().clamp_(-128, 127)
+            product = self._multiply_integers(integers)
+            if self._correction is not None:
+                product.sub_(self._correction)
+            return product.mul_(self._input_scale).to(dtype)
+        if divisor is not None:
+            x = x.float() / divisor
+        if self.scheme.activation == "token":
+            # compressed-tensors' scale: 255 steps from -absmax to absmax, so that the largest value is cut by half a step.
+            row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
+            integers = (x.float() / row_scale).round_().clamp_(-128, 127)
+            return self._multiply_integers(integers).mul_(row_scale).to(dtype)
+        return self._multiply_slices(x, dtype)
+
+
+class SeparateLinears(nn.Module):
+    """Linears of one input that cannot run as one product, side by side."""
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, local rows of all linears]."""
+        return torch.cat([linear(x) for linear in self.linears], dim=1)
+
+
+def build_linear(
+    in_features: int, blocks: Sequence[RowBlock], schemes: Sequence[LinearScheme | None], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The layer for linears of one input, one block and one scheme each: one product where they are stored alike.
+
+    Inputs that each linear divides or quantizes with its own stored scale make separate products.
+    """
+    scheme = schemes[0]
+    own_input = scheme is not None and (scheme.smooth or scheme.act_order or scheme.activation == "tensor")
+    if len(schemes) > 1 and (own_input or any(other != scheme for other in schemes)):
+        alone = [build_linear(in_features, (block,), (one,), dtype, device) for block, one in zip(blocks, schemes, strict=True)]
+        return SeparateLinears(alone)
+    if scheme is None:
+        return ColumnParallelLinear(in_features, blocks, dtype)
+    return QuantizedColumnParallelLinear(in_features, blocks, scheme, choose_int8_kernel(device.type))
+
+
+def _group_sizes(columns: int, groups: int, group_size: int | None, index: torch.Tensor | None) -> list[int]:
+    if index is not None:
+        return torch.bincount(index.long(), minlength=groups).tolist()
+    if group_size is None:
+        return [columns]
+    return [min(group_size, columns - first) for first in range(0, columns, group_size)]

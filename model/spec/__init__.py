@@ -1,0 +1,1 @@
+"""Model sizes, weight names and splits, quantization schemes: no tensors are touched."""

@@ -1,0 +1,282 @@
+"""How the weights of a checkpoint are stored: float, or integers with scales; and what runs as int8 beside them.
+
+Reads and writes the `quantization_config` of config.json in compressed-tensors' form, widened where that has no word for
+what Golden Stick does: formats `smooth-…` (a divisor for each input channel of each linear), and a key beside it for int8
+key-value caches with a scale for each channel or token. Every reader gives these names, whatever its format calls them. X is a linear:
+
+    X.weight             int8 [rows, columns]                      format int-quantized
+    X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see model/spec/packing.py
+    X.weight_shape       int64 [2]                                 pack-quantized only
+    X.weight_scale       float [rows, groups]; one group where there is no group_size
+    X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, not symmetric; packed along the rows
+    X.weight_g_idx       int32 [columns]                           group of each column, act-order only
+    X.input_scale        float [1]                                 static activations
+    X.input_zero_point   int8 [1]                                  static activations, not symmetric
+    X.smooth_scale       float [columns]                           formats smooth-…: inputs are divided by it
+    A.k_scale, A.v_scale float [1] or [key-value rows]             static int8 cache; A is the layer's self_attn
+
+    weight = (integer - zero point) * scale;   input = round(x / (smooth * input_scale) + zero point)
+
+Knows no files and no ranks.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model.spec.quoting import quote
+from parallel.errors import ConfigError
+
+SMOOTH = "smooth-"
+"""Prefix of the formats that carry smooth scales. No other program reads these, and none loads them by mistake."""
+KV_CACHE_KEY = "kv_cache_quantization"
+"""Key of config.json for int8 caches that compressed-tensors has no word for."""
+_FORMATS = {"pack-quantized": True, "int-quantized": False}
+"""Format: whether integers are packed into words."""
+_ACT_ORDER = {"group": True, "dynamic": True, "weight": False, "static": False}
+"""What compressed-tensors calls them, and whether columns of a group then lie anywhere."""
+_MAX_GROUP = (1 << 31) - 1
+_MAX_PATTERN, _MAX_REPEATS = 200, 4
+"""A pattern of more could take hours to compare with one name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScheme:
+    """How the quantized linears of a checkpoint are stored and multiplied."""
+
+    bits: int = 8
+    """Of a weight: 4 or 8."""
+    group_size: int | None = None
+    """Columns that share a scale; None: the whole row."""
+    symmetric: bool = True
+    """Zero points of the weights are 0 and not stored."""
+    packed: bool = True
+    """Integers are stored in int32 words."""
+    act_order: bool = False
+    """Columns of a group lie anywhere: `weight_g_idx` says which."""
+    activation: str | None = None
+    """None: floats; "token": int8 with the scale of each row; "tensor": int8 with a stored scale."""
+    activation_symmetric: bool = True
+    """Zero points of static activations are 0 and not stored."""
+    smooth: bool = False
+    """Inputs are divided by a stored vector first."""
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in (4, 8):
+            raise ConfigError(f"quantization_config: weights of {quote(self.bits)} bits are not supported; there are 4 and 8")
+        if self.group_size is not None and (type(self.group_size) is not int or not 0 < self.group_size <= _MAX_GROUP):
+            raise ConfigError(
+                f"quantization_config: group_size is {quote(self.group_size)}, but a whole number from 1 to {_MAX_GROUP} is needed"
+            )
+        if self.activation is not None and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
+        if not self.packed and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ConfigError("quantization_config: format int-quantized needs symmetric 8-bit weights with one scale an output row")
+        if self.bits == 8 and not self.symmetric:
+            raise ConfigError("quantization_config: 8-bit weights with zero points are not supported; symmetric ones are")
+
+    def num_groups(self, columns: int) -> int:
+        """Scales of one row."""
+        return 1 if self.group_size is None else -(-columns // self.group_size)
+
+    @property
+    def name(self) -> str:
+        """A activations, W weights, each with its bits; as it stands in the stats."""
+        if self.activation is None:
+            words = "rtn-a16w8" if self.bits == 8 and self.group_size is None else f"a16w{self.bits}"
+        else:
+            words = f"a8w8-{'dynamic' if self.activation == 'token' else 'static'}"
+        return words + ("-smooth" if self.smooth else "") + (f"-g{self.group_size}" if self.group_size else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a checkpoint stores as integers, and whether its key-value cache is int8."""
+
+    linear: LinearScheme | None = None
+    """Of every linear that is not in `ignore`; None: all are float."""
+    ignore: tuple[str, ...] = ()
+    """Linears that stay float: full names, or `re:` and a pattern for the start of one."""
+    kv_cache: str | None = None
+    """None: floats; int8 with stored scales "channel" or "tensor", or "token": scales of each token, made on the way."""
+
+    @property
+    def name(self) -> str:
+        """In the stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
+        words = [self.linear.name] if self.linear else []
+        return "-".join([*words, *(["c8"] if self.kv_cache else [])]) or "none"
+
+    def find_linear(self, name: str) -> LinearScheme | None:
+        """How the linear of this full name (without `.weight`) is stored; None: float."""
+        if self.linear is None or any(_names(entry, name) for entry in self.ignore):
+            return None
+        return self.linear
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the linear of this full name is stored as integers."""
+        return self.find_linear(name) is not None
+
+
+def read_scheme(raw: Mapping[str, Any]) -> Scheme:
+    """The scheme that the values of a config.json declare.
+
+    Raises ConfigError for a scheme that is not supported, naming what is.
+    """
+    own_cache = _read_kv_cache(_read_section(raw.get(KV_CACHE_KEY), KV_CACHE_KEY))
+    quantization = _read_section(raw.get("quantization_config"), "quantization_config")
+    if not quantization:
+        return Scheme(kv_cache=own_cache)
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise ConfigError(
+            f"quantization_config: quant_method {quote(method)} is not supported; there are 'compressed-tensors', 'gptq', 'awq'"
+        )
+    groups = list(_read_section(quantization.get("config_groups"), "config_groups").values())
+    if len(groups) > 1:
+        raise ConfigError(f"quantization_config has {len(groups)} config_groups, but only 1 is supported")
+    linear = _read_linear(_read_section(groups[0], "the group of config_groups"), quantization.get("format")) if groups else None
+    kv_cache = own_cache or _read_kv_cache(_read_section(quantization.get("kv_cache_scheme"), "kv_cache_scheme"))
+    if linear is None and kv_cache is None:
+        raise ConfigError("quantization_config has neither config_groups nor kv_cache_scheme: nothing in it is quantized")
+    return Scheme(linear, _read_ignore(quantization.get("ignore")), kv_cache)
+
+
+def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+    """The values of a config.json, with `scheme` declared in them so that other programs load as much of it as they can.
+
+    They refuse caches with a scale for each channel or token, which change nothing that is stored of the weights: these
+    are declared under a key of their own, and other programs keep a float cache.
+    """
+    out = {key: value for key, value in raw.items() if key not in ("quantization_config", KV_CACHE_KEY)}
+    if scheme.kv_cache in ("channel", "token"):
+        out[KV_CACHE_KEY] = write_scheme(scheme)["kv_cache_scheme"]
+        scheme = replace(scheme, kv_cache=None)
+    if scheme.name != "none":
+        out["quantization_config"] = write_scheme(scheme)
+    return out
+
+
+def write_scheme(scheme: Scheme) -> dict[str, Any]:
+    """The `quantization_config` for config.json, as transformers and vLLM read it."""
+    linear = scheme.linear
+    format = "dense" if linear is None else f"{SMOOTH if linear.smooth else ''}{'pack' if linear.packed else 'int'}-quantized"
+    out: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {},
+        "ignore": list(scheme.ignore),
+        "kv_cache_scheme": None,
+    }
+    if linear is not None:
+        weights = _write_args(linear.bits, linear.symmetric, "channel" if linear.group_size is None else "group", dynamic=False)
+        weights.update(group_size=linear.group_size, observer="minmax")
+        if linear.act_order:
+            weights["actorder"] = "group"
+        activations = None
+        if linear.activation:
+            activations = _write_args(8, linear.activation_symmetric, linear.activation, dynamic=linear.activation == "token")
+        group = {"targets": ["Linear"], "format": format, "weights": weights, "input_activations": activations, "output_activations": None}
+        out["config_groups"] = {"group_0": group}
+    if scheme.kv_cache is not None:
+        out["kv_cache_scheme"] = _write_args(8, True, scheme.kv_cache, dynamic=scheme.kv_cache == "token")
+    return out
+
+
+def _names(entry: str, name: str) -> bool:
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+
+
+def _read_section(value: Any, name: str) -> Mapping[str, Any]:
+    """What stands under a key of config.json; empty where nothing does."""
+    if value is not None and not isinstance(value, Mapping):
+        place = name if name in ("quantization_config", KV_CACHE_KEY) else f"quantization_config: {name}"
+        raise ConfigError(f"{place} is {quote(value)}, but an object is needed")
+    return value or {}
+
+
+def read_flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A flag of `quantization_config`. Raises ConfigError for what is neither true nor false."""
+    value = section.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"quantization_config: {key} is {quote(value)}, but true or false is needed")
+    return default if value is None else value
+
+
+def _read_ignore(value: Any) -> tuple[str, ...]:
+    entries = [] if value is None else value
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(f"quantization_config: ignore is {quote(value)}, but a list of names is needed")
+    for entry in entries:
+        if entry.startswith("re:"):
+            _check_pattern(entry)
+    return tuple(entries)
+
+
+def _check_pattern(entry: str) -> None:
+    plain = re.sub(r"\\.", "", entry[3:])
+    repeats = sum(plain.count(sign) for sign in "*+{")
+    if len(entry) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
+        raise ConfigError(
+            f"quantization_config: the pattern {quote(entry)} in ignore is not supported; up to {_MAX_PATTERN} characters and "
+            f"{_MAX_REPEATS} of * and +, none behind a group, are"
+        )
+    try:
+        re.compile(entry[3:])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"quantization_config: {quote(entry)} in ignore is no pattern: {error}") from None
+
+
+def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
+    targets, format = group.get("targets"), group.get("format") or default_format or ""
+    if targets != ["Linear"]:
+        raise ConfigError(f"quantization_config: targets {quote(targets)} are not supported; only ['Linear'] is")
+    if not isinstance(format, str) or format.removeprefix(SMOOTH) not in _FORMATS:
+        raise ConfigError(f"quantization_config: format {quote(format)} is not supported; there are {', '.join(_FORMATS)}")
+    if group.get("output_activations"):
+        raise ConfigError("quantization_config: output_activations are not supported")
+    weights = _read_section(group.get("weights"), "weights")
+    activations = _read_section(group.get("input_activations"), "input_activations")
+    _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
+    if activations:
+        _check_int(activations, "input_activations", ("token", "tensor"), dynamic=(True, False))
+        if activations.get("num_bits") != 8 or bool(activations.get("dynamic")) != (activations["strategy"] == "token"):
+            raise ConfigError("quantization_config: input_activations have to be 8 bits, dynamic for each token or static for the tensor")
+    is_grouped, order = weights["strategy"] == "group", weights.get("actorder")
+    if is_grouped and weights.get("group_size") is None:
+        raise ConfigError("quantization_config: weights lack group_size, which strategy 'group' needs")
+    if order not in (None, False) and not (isinstance(order, str) and order in _ACT_ORDER):
+        raise ConfigError(f"quantization_config: actorder {quote(order)} is not supported; there are {', '.join(_ACT_ORDER)}")
+    return LinearScheme(
+        bits=weights.get("num_bits"),  # type: ignore[arg-type]  # LinearScheme refuses what is no number
+        group_size=weights["group_size"] if is_grouped else None,
+        symmetric=read_flag(weights, "symmetric", True),
+        packed=_FORMATS[format.removeprefix(SMOOTH)],
+        act_order=isinstance(order, str) and _ACT_ORDER[order],
+        activation=activations["strategy"] if activations else None,
+        activation_symmetric=read_flag(activations, "symmetric", True),
+        smooth=format.startswith(SMOOTH),
+    )
+
+
+def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
+    if not raw:
+        return None
+    _check_int(raw, "kv_cache_scheme", ("tensor", "channel", "token"), dynamic=(True, False))
+    if raw.get("num_bits") != 8 or not read_flag(raw, "symmetric", True) or bool(raw.get("dynamic")) != (raw["strategy"] == "token"):
+        raise ConfigError("quantization_config: kv_cache_scheme has to be symmetric int8, static (tensor, channel) or dynamic (token)")
+    return str(raw["strategy"])
+
+
+def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]) -> None:
+    allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
+    for key, values in allowed.items():
+        found = raw.get(key) or False if key == "dynamic" else raw.get(key)
+        if type(found) not in (str, bool) or found not in values:
+            known = " or ".join(map(repr, values))
+            raise ConfigError(f"quantization_config: {key} of {section} is {quote(found)}, but only {known} is supported (int8, int4)")
+
+
+def _write_args(bits: int, symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}

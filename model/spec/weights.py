@@ -1,0 +1,193 @@
+"""The table of a Llama model's tensors: Hugging Face names, shapes, splits. Loading, resharding and plans read it.
+
+Knows names and sizes; reads nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from model.spec.config import DTYPES, LlamaConfig
+from model.spec.quoting import quote_name
+from model.spec.scheme import Scheme
+from parallel.layout import Layout, Split
+
+if TYPE_CHECKING:
+    from model.checkpoint.source import TensorInfo
+
+FLOAT_DTYPES = tuple(DTYPES)
+"""Types in which a checkpoint may store weights that are not quantized."""
+
+_LINEARS: Mapping[str, tuple[str, str, str]] = {
+    # name in the layer: (rows, columns, split), all keys of `_sizes` and fields of Layout
+    "self_attn.q_proj": ("query", "hidden", "query"),
+    "self_attn.k_proj": ("key_value", "hidden", "key_value"),
+    "self_attn.v_proj": ("key_value", "hidden", "key_value"),
+    "self_attn.o_proj": ("hidden", "query", "hidden"),
+    "mlp.gate_proj": ("intermediate", "hidden", "intermediate"),
+    "mlp.up_proj": ("intermediate", "hidden", "intermediate"),
+    "mlp.down_proj": ("hidden", "intermediate", "hidden"),
+}
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+"""Which linears, by their names in the layer, each product of a decoder layer holds; in the order of loading."""
+MINDFORMERS_NAMES: Mapping[str, str] = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+"""Linears of a layer, by MindFormers' names for them."""
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
+"""Old exports carry rotary frequencies, and zeros for what a symmetric scheme says is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What a checkpoint has to hold under one name."""
+
+    shape: tuple[int, ...]
+    """Full shape."""
+    dtypes: tuple[str, ...]
+    """Types that can be read, by PyTorch's names."""
+    split: Split
+    """How its rows are dealt out."""
+    full_rows: int | None = None
+    """What `split` deals out, where `shape` packs several of these rows into a word."""
+    rows_a_word: int = 1
+    """Rows in one word."""
+
+    def rows(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Rows [start, stop) of `rank`; words that several ranks need belong to each of them."""
+        start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
+        return start // self.rows_a_word, -(-stop // self.rows_a_word)
+
+
+@dataclass(slots=True)
+class TensorReport:
+    """How the tensors of a checkpoint differ from those that a model needs."""
+
+    missing: list[str] = field(default_factory=list)
+    """Needed and absent."""
+    unexpected: list[str] = field(default_factory=list)
+    """Present and unknown."""
+    mismatched: list[str] = field(default_factory=list)
+    """Present with another shape or type, in words."""
+
+    def describe(self) -> str:
+        """One line a kind, ten names each; empty when nothing differs."""
+        parts = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = getattr(self, kind)
+            if names:
+                more = f", and {len(names) - 10} more" if len(names) > 10 else ""
+                shown = names[:10] if kind == "mismatched" else [quote_name(name) for name in names[:10]]
+                parts.append(f"{len(names)} {kind}: {', '.join(shown)}{more}")
+        return "; ".join(parts)
+
+
+def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
+    """Full [rows, columns] of a linear of a decoder layer, by its name in the layer."""
+    rows, columns, _ = _LINEARS[name]
+    sizes = _sizes(config)
+    return sizes[rows], sizes[columns]
+
+
+def linear_names(config: LlamaConfig) -> Iterator[str]:
+    """Full names, without `.weight`, of all linears of the decoder layers."""
+    for layer in range(config.num_hidden_layers):
+        for name in _LINEARS:
+            yield f"model.layers.{layer}.{name}"
+
+
+def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the linears, the head included, whose Hugging Face or MindFormers name contains one of `words`.
+
+    A tied head is always among them: it is the embedding.
+    """
+    found = []
+    for name in (*linear_names(config), "lm_head"):
+        layer, short = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
+        names = (name, f"{layer}.{MINDFORMERS_NAMES[short]}" if short in MINDFORMERS_NAMES else name)
+        if any(word in one for word in words for one in names) or (name == "lm_head" and config.tie_word_embeddings):
+            found.append(name)
+    return tuple(found)
+
+
+def plan_weights(config: LlamaConfig, scheme: Scheme) -> dict[str, WeightSpec]:
+    """Every tensor that a checkpoint of this model, stored in this scheme, has to hold."""
+    layout = config.layout()
+    embedding = WeightSpec((config.vocab_size, config.hidden_size), FLOAT_DTYPES, layout.vocab)
+    norm = WeightSpec((config.hidden_size,), FLOAT_DTYPES, layout.whole)
+    specs = {"model.embed_tokens.weight": embedding}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
+        for name, (_, _, split) in _LINEARS.items():
+            specs.update(_linear_specs(f"{prefix}.{name}", linear_shape(config, name), getattr(layout, split), layout, scheme))
+        if scheme.kv_cache in ("channel", "tensor"):
+            shape, kind = ((_sizes(config)["key_value"],), "key_value") if scheme.kv_cache == "channel" else ((1,), "whole")
+            cache = WeightSpec(shape, FLOAT_DTYPES, getattr(layout, kind))
+            specs.update({f"{prefix}.self_attn.{name}": cache for name in ("k_scale", "v_scale")})
+    specs["model.norm.weight"] = norm
+    if not config.tie_word_embeddings:
+        specs.update(_linear_specs("lm_head", embedding.shape, layout.vocab, layout, scheme))
+    return specs
+
+
+def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, TensorInfo]", *, tied: bool) -> TensorReport:
+    """What is missing, unexpected or different in `tensors`."""
+    report = TensorReport(missing=[name for name in specs if name not in tensors])
+    for name, info in tensors.items():
+        spec = specs.get(name)
+        if spec is None:
+            # A tied model may carry its head a second time.
+            if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
+                report.unexpected.append(name)
+        elif info.shape != spec.shape:
+            report.mismatched.append(f"{name} has shape {list(info.shape)}, config.json needs {list(spec.shape)}")
+        elif info.dtype_name not in spec.dtypes:
+            report.mismatched.append(f"{name} is {info.dtype_name}, but {' or '.join(spec.dtypes)} is needed")
+    return report
+
+
+def _sizes(config: LlamaConfig) -> dict[str, int]:
+    return {
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "query": config.num_attention_heads * config.head_dim,
+        "key_value": config.num_key_value_heads * config.head_dim,
+    }
+
+
+def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme) -> dict[str, WeightSpec]:
+    linear = scheme.find_linear(name)
+    if linear is None:
+        return {f"{name}.weight": WeightSpec(shape, FLOAT_DTYPES, split)}
+    rows, columns = shape
+    per_word, groups, whole = 32 // linear.bits, linear.num_groups(columns), layout.whole
+    specs = {f"{name}.weight_scale": WeightSpec((rows, groups), FLOAT_DTYPES, split)}
+    if linear.packed:
+        specs[f"{name}.weight_packed"] = WeightSpec((rows, -(-columns // per_word)), ("int32",), split)
+        specs[f"{name}.weight_shape"] = WeightSpec((2,), ("int64",), whole)
+    else:
+        specs[f"{name}.weight"] = WeightSpec(shape, ("int8",), split)
+    if not linear.symmetric:
+        specs[f"{name}.weight_zero_point"] = WeightSpec((-(-rows // per_word), groups), ("int32",), split, rows, per_word)
+    if linear.act_order:
+        specs[f"{name}.weight_g_idx"] = WeightSpec((columns,), ("int32",), whole)
+    if linear.activation == "tensor":
+        specs[f"{name}.input_scale"] = WeightSpec((1,), FLOAT_DTYPES, whole)
+        if not linear.activation_symmetric:
+            specs[f"{name}.input_zero_point"] = WeightSpec((1,), ("int8",), whole)
+    if linear.smooth:
+        specs[f"{name}.smooth_scale"] = WeightSpec((columns,), FLOAT_DTYPES, whole)
+    return specs

@@ -1,0 +1,90 @@
+"""The counters of a server, as Prometheus reads them."""
+
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from launcher.server.metrics import RATE_SECONDS, Rate, ServeMetrics
+
+
+def read(metrics: ServeMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Value of every sample: by name and labels."""
+    families = text_string_to_metric_families(metrics.write().decode())
+    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for family in families for sample in family.samples}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Its `now` is the time."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("launcher.server.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_rate_is_over_the_last_seconds(clock: SimpleNamespace) -> None:
+    rate = Rate()
+    assert rate.read() == 0
+    rate.add(3)
+    assert rate.read() == 3, "a server that has just begun is taken to be one second old"
+    clock.now += 2
+    rate.add(5)
+    assert rate.read() == 4
+    clock.now += RATE_SECONDS - 1
+    assert rate.read() == 5 / RATE_SECONDS, "the first ones are too long ago"
+    clock.now += RATE_SECONDS
+    assert rate.read() == 0
+
+
+def test_calls_are_counted_by_route_and_status() -> None:
+    metrics = ServeMetrics()
+    for status in (200, 200, 429):
+        metrics.count_request("/v1/completions", status)
+    found = read(metrics)
+    assert found["tandem_requests_total", (("route", "/v1/completions"), ("status", "200"))] == 2
+    assert found["tandem_requests_total", (("route", "/v1/completions"), ("status", "429"))] == 1
+    assert metrics.num_requests == 3
+
+
+def test_tokens_and_their_times_are_counted(clock: SimpleNamespace) -> None:
+    metrics = ServeMetrics()
+    metrics.count_prompt(12)
+    metrics.note_first_token(0.03)
+    metrics.count_token(None)
+    metrics.count_token(0.2)
+    metrics.count_token(0.3)
+    metrics.prefill.add(12)
+    metrics.count_restart()
+    found = read(metrics)
+    assert found["tandem_generation_tokens_total", ()] == 3
+    assert found["tandem_prompt_tokens_total", ()] == 12
+    assert found["tandem_tokens_per_second", ()] == 3
+    assert found["tandem_prompt_tokens_per_second", ()] == 12
+    assert found["tandem_restarts_total", ()] == 1
+    assert found["tandem_time_to_first_token_seconds_count", ()] == 1
+    assert found["tandem_inter_token_seconds_count", ()] == 2
+    assert found["tandem_inter_token_seconds_bucket", (("le", "0.2"),)] == 1
+    assert (metrics.num_tokens, metrics.first_token_seconds) == (3, 0.03)
+
+
+def test_gauges_show_the_last_value_and_unknown_ones_of_ranks_nothing() -> None:
+    metrics = ServeMetrics()
+    metrics.set("running", 3)
+    metrics.set("running", 2)
+    metrics.set("healthy", True)
+    metrics.set_rank(1, "step_seconds", 0.25)
+    metrics.set_rank(0, "step_seconds", None)
+    found = read(metrics)
+    assert (found["tandem_running", ()], found["tandem_healthy", ()]) == (2, 1)
+    assert found["tandem_rank_step_seconds", (("rank", "1"),)] == 0.25
+    assert ("tandem_rank_step_seconds", (("rank", "0"),)) not in found
+
+
+def test_two_servers_in_one_process_do_not_share_counters() -> None:
+    one, two = ServeMetrics(), ServeMetrics()
+    one.count_prompt(5)
+    assert read(two)["tandem_prompt_tokens_total", ()] == 0
+
+
+def test_the_process_is_told_of() -> None:
+    assert read(ServeMetrics())["process_resident_memory_bytes", ()] > 0

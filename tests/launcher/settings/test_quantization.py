@@ -1,0 +1,94 @@
+"""The quantization_config section: which words there are, and which of them go together."""
+
+from typing import Any
+
+import pytest
+
+from launcher.settings.quantization import QuantizationSettings, build_quantization
+from launcher.settings.yaml_schema import check_keys
+from parallel.errors import ConfigError
+
+
+def read_quantization(**keys: Any) -> QuantizationSettings:
+    check_keys({"model": {"model_config": {"quantization_config": keys}}})
+    quantization = build_quantization(keys)
+    assert quantization is not None
+    return quantization
+
+
+INT8, SMOOTH = "int8", "smooth"
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "activations", "cache", "outliers", "combination"),
+    [
+        ("rtn", INT8, None, None, None, "A16W8"),
+        ("rtn", None, None, INT8, None, "C8"),
+        ("rtn", INT8, None, INT8, None, "A16W8C8"),
+        ("smooth_quant", INT8, INT8, None, SMOOTH, "A8W8"),
+        ("ptq", INT8, None, None, SMOOTH, "A16W8"),
+        ("ptq", INT8, INT8, INT8, SMOOTH, "A8W8C8"),
+        ("ptq", INT8, INT8, None, None, "A8W8"),
+        ("ptq", None, None, INT8, None, "C8"),
+    ],
+)
+def test_allowed_combination_is_accepted(
+    method: str, weights: str | None, activations: str | None, cache: str | None, outliers: str | None, combination: str
+) -> None:
+    quantization = read_quantization(
+        quant_method=method,
+        weight_dtype=weights,
+        activation_dtype=activations,
+        kvcache_dtype=cache,
+        outliers_suppression=outliers,
+        algorithm_args={"alpha": 0.5},
+    )
+    assert (quantization.combination, quantization.algorithm_args) == (combination, {"alpha": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "activations", "cache", "outliers", "words"),
+    [
+        ("rtn", INT8, INT8, None, None, ["'rtn' for A8W8", "A16W8 or C8 or A16W8C8"]),
+        ("rtn", INT8, None, None, SMOOTH, ["outliers_suppression 'smooth'", "with outliers_suppression None"]),
+        ("rtn", None, None, None, None, ["'rtn' for A16W16"]),
+        ("smooth_quant", INT8, INT8, None, None, ["outliers_suppression None", "A8W8 with outliers_suppression 'smooth'"]),
+        ("smooth_quant", INT8, None, None, SMOOTH, ["'smooth_quant' for A16W8", "does A8W8"]),
+        ("smooth_quant", INT8, INT8, INT8, SMOOTH, ["'smooth_quant' for A8W8C8"]),
+        ("ptq", None, INT8, None, None, ["'ptq' for A8W16", "A16W8 or A8W8 or C8"]),
+    ],
+)
+def test_combination_that_the_method_lacks_says_what_it_does(
+    method: str, weights: str | None, activations: str | None, cache: str | None, outliers: str | None, words: list[str]
+) -> None:
+    keys = {"weight_dtype": weights, "activation_dtype": activations, "kvcache_dtype": cache, "outliers_suppression": outliers}
+    with pytest.raises(ConfigError) as refused:
+        read_quantization(quant_method=method, **keys)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("quant_method", "awq", "'ptq' or 'rtn' or 'smooth_quant'"),
+        ("weight_dtype", "int4", "None or 'int8'"),
+        ("activation_dtype", "float16", "None or 'int8'"),
+        ("kvcache_dtype", "int9", "None or 'int8'"),
+        ("outliers_suppression", "awq", "None or 'smooth'"),
+    ],
+)
+def test_unknown_quantization_word_lists_the_known_ones(key: str, value: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_quantization(**{"quant_method": "rtn", "weight_dtype": INT8, key: value})
+    assert f"model.model_config.quantization_config.{key} is {value!r}, but {allowed} is needed" in str(refused.value)
+
+
+def test_quantization_without_a_method_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lacks quant_method; 'ptq' or 'rtn' or 'smooth_quant' is needed"):
+        read_quantization(weight_dtype=INT8)
+
+
+def test_modules_to_skip_must_be_words() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_not_convert is \[3\] \(list\), but a list \(every item: text\) is needed"):
+        read_quantization(quant_method="rtn", weight_dtype=INT8, modules_to_not_convert=[3])

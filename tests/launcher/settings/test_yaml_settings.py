@@ -1,0 +1,225 @@
+"""Reading a MindFormers YAML: what each value means and how it meets the checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.settings.yaml_settings import Settings, TandemSettings, read_settings
+from parallel.errors import ConfigError
+
+ORIGINALS = (
+    "predict_llama2_13b predict_llama2_13b_ptq predict_llama2_13b_rtn predict_llama2_13b_smooth_quant predict_llama2_70b"
+    " predict_llama2_70b_rtn predict_llama2_70b_smooth_quant predict_llama2_7b predict_llama2_7b_prefixtuning"
+    " predict_llama2_7b_ptuning2 predict_llama2_7b_slora"
+).split()
+
+
+def read_text(tmp_path: Path, text: str) -> Settings:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_settings(path)
+
+
+def read_raw(tmp_path: Path, raw: dict[str, Any]) -> Settings:
+    return read_text(tmp_path, yaml.safe_dump(raw))
+
+
+def read_model(tmp_path: Path, **keys: Any) -> Settings:
+    return read_raw(tmp_path, {"model": {"model_config": keys}})
+
+
+# The files of MindFormers.
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_original_file_loads_as_it_is(shared_dir: Path, name: str) -> None:
+    settings = read_settings(shared_dir / "data/mindformers_configs" / f"{name}.yaml")
+    size = {"13b": (5120, 13824, 40), "70b": (8192, 28672, 80), "7b": (4096, 11008, 32)}[name.split("_")[2]]
+    config = settings.build_model_config()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == size
+    assert (settings.seed, settings.sampling.max_length, settings.sampling.top_k, settings.sampling.top_p) == (0, 512, 3, 1.0)
+    assert {"context", "runner_config", "use_parallel", "metric", "model.model_config.use_past"} <= set(settings.ignored)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "combination", "skipped"),
+    [
+        ("predict_llama2_13b_rtn", "rtn", "A16W8", ("lm_head",)),
+        ("predict_llama2_70b_smooth_quant", "smooth_quant", "A8W8", ("lm_head", "w2")),
+        ("predict_llama2_13b_ptq", "ptq", "A8W8C8", ("lm_head", "w2")),
+    ],
+)
+def test_original_file_says_its_quantization(shared_dir: Path, name: str, method: str, combination: str, skipped: tuple[str, ...]) -> None:
+    quantization = read_settings(shared_dir / "data/mindformers_configs" / f"{name}.yaml").quantization
+    assert quantization is not None
+    assert (quantization.quant_method, quantization.combination, quantization.modules_to_not_convert) == (method, combination, skipped)
+
+
+def test_original_file_with_adapters_warns(shared_dir: Path) -> None:
+    (warning,) = read_settings(shared_dir / "data/mindformers_configs/predict_llama2_7b_ptuning2.yaml").warnings
+    assert warning == "model.model_config.pet_config is ignored: adapters are not supported, so the base model runs alone"
+
+
+# What a value means.
+
+
+def test_file_that_says_little_leaves_the_rest_unsaid(tmp_path: Path) -> None:
+    settings = read_text(tmp_path, "run_mode: predict\n")
+    assert settings.model_values == {}
+    assert settings.sampling.do_sample is None
+    assert (settings.seq_length, settings.model_parallel, settings.compute_dtype, settings.seed) == (None, None, None, None)
+    assert (settings.quantization, settings.vocab_file, settings.load_checkpoint, settings.tandem) == (None, None, None, TandemSettings())
+    assert settings.ignored == ("run_mode",)
+
+
+@pytest.mark.parametrize("null", ["None", "null", "~", "", "'None'"])
+def test_none_in_any_spelling_says_nothing(tmp_path: Path, null: str) -> None:
+    settings = read_text(tmp_path, f"seed: {null}\nload_checkpoint: {null}\nmodel: {null}\ntandem:\n  threads_per_rank: {null}\n")
+    assert (settings.seed, settings.load_checkpoint, settings.model_values, settings.tandem.threads_per_rank) == (None, None, {}, None)
+
+
+def test_empty_checkpoint_path_says_nothing(tmp_path: Path) -> None:
+    assert read_text(tmp_path, "load_checkpoint: ''\n").load_checkpoint is None
+    assert read_text(tmp_path, "load_checkpoint: a/b\n").load_checkpoint == "a/b"
+
+
+def test_model_values_have_hugging_face_names(tmp_path: Path) -> None:
+    settings = read_model(tmp_path, num_layers=3, num_heads=4, n_kv_heads=2, theta=500000, eos_token_id=[2, 7], seq_length=64)
+    assert settings.model_values == {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 500000.0,
+        "eos_token_id": [2, 7],
+    }
+    assert settings.build_model_config().eos_token_ids == (2, 7)
+
+
+def test_own_settings_are_read(tmp_path: Path) -> None:
+    own: dict[str, Any] = {
+        "threads_per_rank": 2,
+        "collectives": "shm",
+        "device": "cpu",
+        "dtype": "float32",
+        "temperature": 2,
+        "max_batch_size": 4,
+        "max_restarts": 0,
+        "timeout_seconds": 1.5,
+        "max_new_tokens": 9,
+        "log_dir": "logs",
+    }
+    settings = read_raw(tmp_path, {"tandem": own})
+    assert settings.tandem == TandemSettings(**own)
+    assert isinstance(settings.sampling.temperature, float) and settings.sampling.temperature == 2.0
+
+
+def test_sixteen_sequences_decode_together_unless_said(tmp_path: Path) -> None:
+    assert read_text(tmp_path, "seed: 1\n").tandem.max_batch_size == 16
+
+
+def test_blocks_are_read_from_where_mindformers_has_them(shared_dir: Path) -> None:
+    settings = read_settings(shared_dir / "data/mindformers_configs/predict_llama2_7b.yaml")
+    assert (settings.block_size, settings.num_blocks) == (16, 1024)
+    assert not {"model.model_config.block_size", "model.model_config.num_blocks"} & set(settings.ignored)
+
+
+def test_sampling_and_paths_are_read(tmp_path: Path) -> None:
+    text = """
+parallel_config: {model_parallel: 4}
+model: {model_config: {max_decode_length: 30, do_sample: True, top_k: 0, top_p: 1, repetition_penalty: 1, compute_dtype: bfloat16}}
+processor: {tokenizer: {vocab_file: t.model}}
+"""
+    settings = read_text(tmp_path, text)
+    sampling = settings.sampling
+    assert (sampling.max_length, sampling.do_sample, sampling.top_k, sampling.top_p, sampling.repetition_penalty) == (30, True, 0, 1.0, 1.0)
+    assert isinstance(sampling.top_p, float)
+    assert (settings.model_parallel, settings.compute_dtype, settings.vocab_file) == (4, "bfloat16", "t.model")
+
+
+def test_ignored_keys_accept_anything_and_are_listed(tmp_path: Path) -> None:
+    text = "context: {new_key: [1]}\ncallbacks: 3\nuse_parallel: Flase\nparallel_config: {data_parallel: many}\n"
+    assert read_text(tmp_path, text).ignored == ("context", "callbacks", "use_parallel", "parallel_config.data_parallel")
+
+
+@pytest.mark.parametrize(("stages", "num_warnings"), [(1, 0), (4, 1)])
+def test_pipeline_stages_beyond_one_warn(tmp_path: Path, stages: int, num_warnings: int) -> None:
+    assert len(read_raw(tmp_path, {"parallel_config": {"pipeline_stage": stages}}).warnings) == num_warnings
+
+
+# The model's shape.
+
+
+def test_defaults_are_those_of_mindformers(tmp_path: Path) -> None:
+    config = read_text(tmp_path, "seed: 0\n").build_model_config()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4096, 32, 32, 32)
+    assert (config.vocab_size, config.intermediate_size, config.max_position_embeddings) == (32000, 11008, 2048)
+    assert (config.rms_norm_eps, config.rope_theta, config.dtype, config.tie_word_embeddings) == (1e-5, 10000.0, "float16", False)
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2,), 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "width"),
+    [
+        ({}, 11008),
+        ({"hidden_size": 5120, "num_heads": 40}, 13824),
+        ({"hidden_size": 8192, "num_heads": 64, "ffn_dim_multiplier": 1.3}, 28672),
+        ({"multiple_of": 4096}, 12288),
+        ({"intermediate_size": 100, "ffn_dim_multiplier": 1.3}, 100),
+    ],
+)
+def test_feed_forward_width_follows_mindformers(tmp_path: Path, keys: dict[str, Any], width: int) -> None:
+    assert read_model(tmp_path, **keys).build_model_config().intermediate_size == width
+
+
+def test_longest_sequence_is_the_position_table_or_else_the_sequence(tmp_path: Path) -> None:
+    assert read_model(tmp_path, seq_length=64).build_model_config().max_position_embeddings == 64
+    assert read_model(tmp_path, seq_length=64, max_position_embedding=128).build_model_config().max_position_embeddings == 128
+
+
+def test_width_that_heads_do_not_divide_names_both(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml.* 100 .* 7"):
+        read_model(tmp_path, hidden_size=100, num_heads=7).build_model_config()
+
+
+# Against the checkpoint.
+
+
+def test_file_agrees_with_its_own_config(tmp_path: Path) -> None:
+    settings = read_model(tmp_path, hidden_size=64, num_layers=2, num_heads=4, n_kv_heads=2, vocab_size=96, ffn_dim_multiplier=1.3)
+    settings.compare_model_config(settings.build_model_config(), "ckpt")
+
+
+def test_every_disagreement_is_named_with_both_values(tmp_path: Path) -> None:
+    config = read_model(tmp_path, hidden_size=576, num_layers=30, num_heads=9, vocab_size=49152).build_model_config()
+    settings = read_model(tmp_path, hidden_size=4096, num_layers=32, num_heads=9, vocab_size=32000)
+    with pytest.raises(ConfigError) as refused:
+        settings.compare_model_config(config, "folder/ckpt")
+    message = str(refused.value)
+    assert "run.yaml" in message and "folder/ckpt" in message
+    assert "hidden_size is 4096 against 576" in message
+    assert "num_layers (num_hidden_layers) is 32 against 30" in message
+    assert "vocab_size is 32000 against 49152" in message
+    assert "num_heads" not in message
+
+
+def test_feed_forward_width_is_compared_only_where_the_file_shapes_it(tmp_path: Path) -> None:
+    config = replace(read_text(tmp_path, "seed: 0\n").build_model_config(), intermediate_size=1536)
+    read_model(tmp_path, hidden_size=4096, multiple_of=256).compare_model_config(config, "ckpt")
+    for keys, width in (({"intermediate_size": 11008}, 11008), ({"ffn_dim_multiplier": 1.3}, 14336)):
+        with pytest.raises(ConfigError, match=f"intermediate_size is {width} against 1536"):
+            read_model(tmp_path, **keys).compare_model_config(config, "ckpt")
+
+
+def test_token_ids_and_sequence_length_are_not_compared(tmp_path: Path) -> None:
+    config = read_text(tmp_path, "seed: 0\n").build_model_config()
+    read_model(tmp_path, bos_token_id=7, eos_token_id=8, pad_token_id=9, seq_length=16).compare_model_config(config, "ckpt")
+
+
+def test_constant_rounded_to_float32_is_the_same_constant(tmp_path: Path) -> None:
+    config = replace(read_text(tmp_path, "seed: 0\n").build_model_config(), rms_norm_eps=9.999999747378752e-06)
+    read_model(tmp_path, rms_norm_eps=1e-5).compare_model_config(config, "ckpt")
+    with pytest.raises(ConfigError, match=r"rms_norm_eps is 1e-06 against 9\.99"):
+        read_model(tmp_path, rms_norm_eps=1e-6).compare_model_config(config, "ckpt")
