@@ -28,6 +28,7 @@ from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
+from model.backends.registry import DEVICE_TYPES, find_backend
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.verification import require_intact
@@ -41,7 +42,7 @@ DEFAULT_LOG_DIR = "output/log"
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
-DEVICES = ("auto", "cpu", "cuda", "npu")
+DEVICES = ("auto", *DEVICE_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None) -> Job:
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
     check_blocks(job.block_size, job.num_blocks)
-    if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
+    if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")

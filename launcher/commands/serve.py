@@ -20,7 +20,7 @@ from launcher.job.tasks import Serve
 from launcher.rendezvous.key_value_store import is_loopback
 from launcher.settings.options import RunOptions
 from launcher.supervision.signals import StoppedError
-from model.kernels.library import find_kernels
+from model.backends.registry import find_backend
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import PREFILL_TOKENS, count_blocks
 from parallel.errors import ConfigError, RunError
@@ -180,10 +180,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     host holds beside the weights. Warns where that is less than one context.
     """
     num_local = run.environment.local_world_size or run.world_size if run.environment.is_rank else run.nodes.local_workers
-    opened = run.opened
+    opened, backend = run.opened, find_backend(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
-        own_kernels=find_kernels(job.device) is not None,
+        own_kernels=backend.kernels is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
@@ -195,7 +195,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
     plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
-    available = read_available_bytes() if job.device == "cpu" else None
+    available = read_available_bytes() if backend.in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
         block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks
