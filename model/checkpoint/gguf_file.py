@@ -16,9 +16,9 @@ import torch
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
-from model.checkpoint.source import TensorInfo
 from model.spec.config import RopeScaling, scale_frequency
 from model.spec.quoting import quote
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

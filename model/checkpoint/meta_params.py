@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint.source import TensorInfo
 from model.spec.config import RopeScaling, read_config
 from model.spec.quoting import quote
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")

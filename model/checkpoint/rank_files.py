@@ -16,10 +16,11 @@ import torch
 from model.checkpoint.folder_writing import write_folder, write_json
 from model.checkpoint.hf_folder import SINGLE_FILE
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
-from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo, read_pieces
+from model.checkpoint.source import CheckpointSource, Checksum, read_pieces
 from model.checkpoint.tokenizer_files import write_tokenizer
 from model.spec.config import LlamaConfig, read_config
 from model.spec.scheme import Scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows

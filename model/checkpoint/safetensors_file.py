@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.source import TensorInfo
 from model.spec.quoting import is_plain, quote, quote_name
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
 

@@ -15,7 +15,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
 
-from model.checkpoint.source import TensorInfo
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

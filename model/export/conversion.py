@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
-from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
+from model.checkpoint.source import CheckpointSource, read_pieces
 from model.checkpoint.tokenizer_files import write_tokenizer
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES
 from parallel.file_slices import FileReader
 

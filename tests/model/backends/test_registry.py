@@ -9,7 +9,7 @@ from parallel.errors import ConfigError
 
 
 def test_an_unknown_device_type_is_refused_with_the_list() -> None:
-    with pytest.raises(ConfigError, match="tpu.*cpu, cuda, npu"):
+    with pytest.raises(ConfigError, match=r"tpu.*cpu, cuda, npu"):
         find_backend("tpu")
 
 
