@@ -15,7 +15,7 @@ from model.checkpoint.gguf_metadata import GGUF_KEYS  # noqa: E402
 from model.checkpoint.meta_params import META_KEYS  # noqa: E402
 from model.spec.config_keys import CONFIG_KEYS, OTHER_MODELS  # noqa: E402
 from model.spec.key_table import KeyTable  # noqa: E402
-from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, GPTQ_KEYS, GROUP_KEYS, OTHER_METHODS
+from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, GPTQ_KEYS, GROUP_KEYS, OTHER_METHODS  # noqa: E402
 from model.spec.rope_scaling import READ_KEYS  # noqa: E402
 
 PAGE = ROOT / "docs" / "formats.md"

@@ -13,9 +13,9 @@ from launcher.host.file_errors import as_run_failure
 from launcher.reporting.console import ByteProgress
 from launcher.settings.checkpoint_options import ConvertOptions, ReshardOptions
 from launcher.settings.yaml_settings import open_settings
-from model.checkpoint.rank_files import write_rank_files
 from model.export.conversion import convert_checkpoint
 from model.export.mindspore import SUFFIX, write_mindspore
+from model.export.rank_files import write_rank_files
 
 
 def convert(options: ConvertOptions) -> None:

@@ -41,12 +41,3 @@ def check_collectives(name: str, device: str) -> None:
         raise ConfigError(f"--collectives nccl needs --device cuda, but the device is {device}: use --collectives auto")
     if not torch.distributed.is_nccl_available():
         raise ConfigError("--collectives nccl needs a PyTorch build with NCCL, and this one has none: use --collectives gloo")
-
-
-def find_device(name: str, local_rank: int) -> torch.device:
-    """The device of one rank, made the current one: the only visible one, or the one with the rank's number on its host."""
-    if name == "cpu":
-        return torch.device("cpu")
-    index = 0 if torch.accelerator.device_count() == 1 else local_rank
-    torch.accelerator.set_device_index(index)
-    return torch.device(name, index)

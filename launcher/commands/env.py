@@ -60,8 +60,7 @@ def _describe_backend() -> dict[str, Any]:
     try:
         import torch
 
-        from model.kernels.library import find_kernels
-        from model.layers.int8 import choose_int8_kernel
+        from model.backends.registry import find_backend
     except (ImportError, OSError) as error:
         return {"backend": {"error": f"PyTorch cannot be imported: {error}"}, "accelerators": []}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -70,13 +69,9 @@ def _describe_backend() -> dict[str, Any]:
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     elif device is not None:
         names = [device.type] * torch.accelerator.device_count()
-    device_type = device.type if device is not None else "cpu"
+    backend = find_backend("cpu")  # what --device auto means
     return {
-        "backend": {
-            "device": device_type,
-            "kernels": "native" if find_kernels(device_type) is not None else "torch",
-            "int8_kernel": choose_int8_kernel(device_type).name,
-        },
+        "backend": {"device": "cpu", "kernels": backend.name, "int8_kernel": backend.int8_kernel.name},
         "accelerators": names,
     }
 

@@ -29,6 +29,7 @@ from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
+from model.backends.registry import DEVICE_TYPES, find_backend
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.notes import list_notes, name_settings
@@ -48,7 +49,7 @@ DEFAULT_MAX_RESTARTS = 1
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Files, sockets and processes that a run has open at least."""
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
-DEVICES = ("auto", "cpu", "cuda", "npu")
+DEVICES = ("auto", *DEVICE_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (job.device != "cpu" or not shared_memory_works()):
+    if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
 from launcher.host.cores import share_cores
+from launcher.host.loopback import is_loopback
 from launcher.host.program_version import read_version
 from launcher.job.job import Job
 from launcher.job.memory_forecast import read_available_bytes
 from launcher.job.observer import RunObserver
 from launcher.job.tasks import Serve
-from launcher.server.listening import is_loopback, listen, read_keys
+from launcher.server.listening import listen, read_keys
 from launcher.server.request_log import configure_log, log_throughput
 from launcher.settings.decode_options import ServeOptions
 from launcher.supervision.signals import StoppedError
-from model.kernels.library import find_kernels
+from model.backends.registry import find_backend
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import count_blocks
 from parallel.errors import RunError
@@ -126,10 +127,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
     host holds beside the weights. Warns where that is less than one context.
     """
-    num_local, opened = run.num_local_ranks, run.opened
+    num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
-        own_kernels=find_kernels(job.device) is not None,
+        own_kernels=backend.kernels is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
@@ -141,7 +142,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
     plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
-    available = read_available_bytes() if job.device == "cpu" else None
+    available = read_available_bytes() if backend.in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
         block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks

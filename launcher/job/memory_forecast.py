@@ -7,7 +7,7 @@ from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import share_cores
 from launcher.job.job import Job
 from launcher.job.tasks import Bench, Decode, Serve
-from model.kernels.library import find_kernels
+from model.backends.registry import find_backend
 from model.planning import Workload, plan_ranks
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
@@ -16,11 +16,11 @@ from model.spec.scheme import Scheme
 def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, str], local_workers: int) -> str | None:
     """A warning, when decoding on this host's ranks is planned to need more memory than there is; else None."""
     available = read_available_bytes()
-    sequences = _plan_sequences(job)
-    if sequences is None or job.device != "cpu" or available is None:
+    sequences, backend = _plan_sequences(job), find_backend(job.device)
+    if sequences is None or not backend.in_host_memory or available is None:
         return None
     workload = Workload(
-        own_kernels=find_kernels(job.device) is not None,
+        own_kernels=backend.kernels is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=min(job.max_batch_size, sequences[0]),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from launcher.server.listening import is_loopback
+from launcher.host.loopback import is_loopback
 from parallel.errors import RunError
 from parallel.observed_time import ObservedTime
 

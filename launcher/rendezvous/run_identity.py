@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from launcher.job.job import Job
-from model.kernels.library import find_kernels
+from model.backends.registry import find_backend
 from parallel.errors import InputError
 
 _PACKAGES = ("launcher", "model", "parallel")
@@ -59,7 +59,7 @@ def read_version() -> str:
 @cache
 def _hash_sources() -> str:
     """Tells apart checkouts of the same version."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -68,6 +68,6 @@ def _hash_sources() -> str:
 
 def _describe_kernels(device: str) -> str:
     """Native kernels give the same bits on every processor that runs them; PyTorch's depend on its instruction set."""
-    if find_kernels(device) is not None:
+    if find_backend(device).kernels is not None:
         return f"native ({platform.machine()})"
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

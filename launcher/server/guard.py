@@ -17,10 +17,10 @@ import h11
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from launcher.host.loopback import is_loopback
 from launcher.server.bounded_log import BoundedLog
 from launcher.server.connection_places import OVERFLOW_PLACES, ConnectionPlaces
 from launcher.server.errors import ServiceError, busy, server_failed, too_many_requests
-from launcher.server.listening import is_loopback
 from launcher.server.page_files import PAGE_FILES
 from launcher.server.request_log import log_request
 

@@ -1,19 +1,11 @@
 """Where a server listens: its socket, and the API keys that it needs there."""
 
-import ipaddress
 import socket
 from pathlib import Path
 
+from launcher.host.loopback import is_loopback
 from parallel.errors import ConfigError
 from parallel.regular_file import MAX_KEY_BYTES, read_text
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only processes of this host can reach the address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False  # 127.example.com is a name like any other
 
 
 def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[bytes, ...]:

@@ -117,7 +117,7 @@ class TemplateProcess:
         try:
             ours, theirs = socket.socketpair()
             with theirs:
-                root = str(Path(__file__).resolve().parent.parent)
+                root = str(Path(__file__).resolve().parents[2])
                 limits = (os.getpid(), int(self._seconds * 1e6), self._memory_bytes, self._max_characters)
                 arguments = [*map(str, limits), root, *map(os.path.abspath, sys.path)]
                 self._process = subprocess.Popen(

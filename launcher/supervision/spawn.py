@@ -41,7 +41,7 @@ from launcher.supervision.verdict import RanksFailedError
 from model.checkpoint.fingerprint import CheckpointReplacedError
 from parallel.progress import ProgressBoard
 
-_HOME = str(Path(__file__).resolve().parent.parent)
+_HOME = str(Path(__file__).resolve().parents[2])
 _START_RANK = (
     f"import sys; sys.path = [{_HOME!r}] * ({_HOME!r} not in sys.path) + [one for one in sys.path if one]; "
     "from launcher.supervision.rank_process import main; main()"

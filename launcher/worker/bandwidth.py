@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from launcher.job.memory_forecast import read_available_bytes
+from model.backends.registry import find_backend
 from parallel.collectives import Collectives
 
 _BLOCK_BYTES, _BLOCK_BYTES_A_THREAD = 512 << 20, 64 << 20
@@ -24,7 +25,7 @@ def measure_bandwidth(
 ) -> float:
     """Bytes a second that all ranks read together; the best of several tries. `num_local`: ranks on this host."""
     size = max(block_bytes, _BLOCK_BYTES_A_THREAD * threads)
-    if device.type == "cpu" and (available := read_available_bytes()) is not None:
+    if find_backend(device.type).in_host_memory and (available := read_available_bytes()) is not None:
         size = min(size, available // (4 * num_local))
     block = torch.ones(max(1, size // 4), device=device)
     seconds = []

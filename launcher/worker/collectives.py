@@ -7,6 +7,7 @@ from torch.distributed.distributed_c10d import Store
 
 from launcher.job.job import Job
 from launcher.rendezvous.placement import Seat
+from model.backends.registry import find_backend
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
 from parallel.errors import RunError
 from parallel.node_collectives import NodeCollectives
@@ -32,7 +33,7 @@ def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> C
 
 def choose_collectives(device: str, seat: Seat) -> str:
     """Shared memory for CPU ranks on one x86-64 host, gloo between such hosts; else torch.distributed's default of the device."""
-    if device == "cpu" and shared_memory_works():
+    if find_backend(device).in_host_memory and shared_memory_works():
         if seat.num_nodes == 1:
             return "shm"
         if seat.num_nodes < seat.world_size:

@@ -16,8 +16,7 @@ from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
-from model.kernels.library import explain_absence, find_kernels
-from model.layers.linear import keeps_bits
+from model.kernels.library import explain_absence
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
@@ -100,14 +99,9 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     read_bytes = load_model(model, source, me.report("loading"))
     if own:
         check_unchanged(job.fingerprint, partial(read_state, source))
-    if me.device.type == "cpu" and (absence := explain_absence()):
+    if model.backend.in_host_memory and (absence := explain_absence()):
         me.emit({"event": "warning", "message": absence})
-    if not _is_reproducible(me.device, model.dtype, me.threads):
+    if not model.backend.is_split_invariant(model.dtype, me.threads):
         me.emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
     me.collectives.barrier()
     return model, read_bytes
-
-
-def _is_reproducible(device: torch.device, dtype: torch.dtype, threads: int) -> bool:
-    """The kernels are by their making; else CPUs are tried. An accelerator's products are not known to keep their bits."""
-    return find_kernels(device.type) is not None or (device.type == "cpu" and keeps_bits(dtype, threads))

@@ -8,7 +8,6 @@ import time
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from launcher.commands.devices import find_device
 from launcher.host.cores import bind_cores, count_cores, share_cores
 from launcher.job.job import Job
 from launcher.rendezvous.placement import Seat
@@ -16,6 +15,7 @@ from launcher.worker.collectives import connect
 from launcher.worker.rank import Emit, Rank
 from launcher.worker.service import Inbox
 from launcher.worker.tasks import run_task
+from model.backends.registry import find_backend
 from parallel.progress import Progress, WatchedCollectives
 
 
@@ -32,7 +32,7 @@ def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit
     else:
         threads = job.threads_per_rank or (share_cores(len(seat.local_ranks)) if seat.shares_cores else count_cores())
     torch.set_num_threads(threads)
-    device = find_device(job.device, seat.local_rank)
+    device = find_backend(job.device).open_device(seat.local_rank)
     collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
     me = Rank(job, collectives, device, threads, started, emit, inbox, progress, seat)
     run_task(me)

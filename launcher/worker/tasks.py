@@ -22,8 +22,6 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine
 from model.engine.request import plan_blocks
 from model.evaluation.scoring import boolq, perplexity
-from model.kernels.library import find_kernels
-from model.layers.int8 import choose_int8_kernel
 from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
@@ -126,14 +124,14 @@ def serve(me: Rank, task: Serve) -> None:
 
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
     """What ran, as it stands in stats."""
-    job, kernels = me.job, "native" if find_kernels(me.device.type) is not None else "torch"
+    job, backend = me.job, model.backend
     return {
         "world_size": job.world_size,
         "threads_per_rank": me.threads,
         "device": job.device,
         "dtype": job.dtype,
         "quantization": model.scheme.name,
-        "kernel": choose_int8_kernel(me.device.type).name if model.scheme.linear is not None else f"{kernels}-{job.dtype}",
+        "kernel": backend.int8_kernel.name if model.scheme.linear is not None else f"{backend.name}-{job.dtype}",
         "collectives": me.collectives.name,
     }
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
-from model.checkpoint.source import TensorInfo
 from model.spec.config import build_config, read_config
 from model.spec.packing import unpack_integers
 from model.spec.quoting import quote
 from model.spec.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES, has_bias, linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows

@@ -22,10 +22,10 @@ from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.hf_folder import check_link
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
-from model.checkpoint.source import TensorInfo
 from model.spec.config import build_config, read_config
 from model.spec.quoting import quote, quote_name
 from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_names
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo
+from model.checkpoint.source import CheckpointSource, Checksum
 from model.spec.config import LlamaConfig
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader, StoredRows
 

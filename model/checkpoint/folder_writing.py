@@ -15,7 +15,7 @@ import torch
 
 from model.checkpoint.checksum_file import write_sha256sums
 from model.checkpoint.safetensors_file import SafetensorsWriter
-from model.checkpoint.source import TensorInfo
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
 

@@ -17,9 +17,9 @@ from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_end_tokens import find_end_ids
 from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from model.checkpoint.gguf_metadata import GgufMetadata
-from model.checkpoint.source import TensorInfo
 from model.spec.quoting import quote
 from model.spec.rope_scaling import RopeScaling, scale_frequency
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

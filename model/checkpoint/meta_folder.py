@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from model.checkpoint.meta_params import read_meta_params
-from model.checkpoint.source import Checksum, TensorInfo
+from model.checkpoint.source import Checksum
 from model.checkpoint.torch_header import StoredTensor, read_torch_header
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 from parallel.regular_file import MAX_LIST_BYTES, read_text

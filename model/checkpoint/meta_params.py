@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint.source import TensorInfo
 from model.spec.config import read_config
 from model.spec.key_table import KeyTable
 from model.spec.quoting import quote
 from model.spec.rope_scaling import RopeScaling
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import ConfigError
 
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")

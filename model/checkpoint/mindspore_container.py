@@ -19,8 +19,8 @@ from model.checkpoint.mindspore_names import CACHE_ZEROS, FORMS, FUSED_NAMES, LE
 from model.checkpoint.mindspore_order import sample_fused
 from model.checkpoint.mindspore_rows import RowRuns, build_block
 from model.checkpoint.mindspore_safetensors import read_any_header
-from model.checkpoint.source import TensorInfo
 from model.spec.quoting import quote_name
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 

@@ -1,4 +1,4 @@
-"""MindSpore `.ckpt` files of a MindFormers Llama, float or quantized by Golden Stick, under Hugging Face and `model/spec/scheme.py`'s names.
+"""MindSpore `.ckpt` files of a MindFormers Llama, float or quantized by Golden Stick, under canonical names.
 
 Knows MindFormers' and Golden Stick's names, and how MindFormers cuts tensors for `rank_N` folders; no bytes of the file
 (`mindspore_header.py`), no YAML: its values come from the caller. Golden Stick's int8 activations come as divisors for each input channel
@@ -30,9 +30,9 @@ from model.checkpoint.mindspore_names import (
 from model.checkpoint.mindspore_order import FusedRows
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header
-from model.checkpoint.source import TensorInfo
 from model.spec.config import read_config
 from model.spec.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows

@@ -1,4 +1,4 @@
-"""How MindFormers and Golden Stick 0.6 name the tensors of a Llama, and what each is under Hugging Face's and `model/spec/scheme.py`'s names.
+"""How MindFormers and Golden Stick 0.6 name the tensors of a Llama, and the canonical name of each.
 
 Knows names; no files, no ranks. Linears without their role stand in `MINDFORMERS_NAMES` of `model/spec/weights.py`.
 """

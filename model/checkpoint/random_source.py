@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.source import Checksum, TensorInfo
+from model.checkpoint.source import Checksum
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import plan_weights
 from parallel.file_slices import FileReader, StoredRows
 

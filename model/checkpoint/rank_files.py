@@ -7,20 +7,16 @@ ranks keep are stored in each file.
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.checkpoint.folder_writing import write_folder, write_json
 from model.checkpoint.hf_folder import SINGLE_FILE
-from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
-from model.checkpoint.source import CheckpointSource, Checksum, TensorInfo, read_pieces
-from model.spec.config import LlamaConfig, read_config
-from model.spec.scheme import Scheme
-from model.spec.weights import plan_weights
-from model.text.tokenizer_files import write_tokenizer
+from model.checkpoint.safetensors_file import read_header
+from model.checkpoint.source import Checksum
+from model.spec.config import read_config
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 from parallel.regular_file import MAX_INDEX_BYTES, open_regular, read_text
@@ -94,68 +90,14 @@ class RankFiles:
     def _check_fingerprints(self) -> None:
         """Files of the same shapes that were swapped or belong to another model show themselves in a few places."""
         for file, expected in zip(self.files, self.layout["fingerprints"].values(), strict=True):
-            if _read_fingerprint(file) != expected:
+            if read_sample(file) != expected:
                 raise CheckpointError(
                     f"{file} is not the file that {LAYOUT_FILE} was written for: it is damaged, swapped with another rank's, "
                     "or of another checkpoint; copy the folder again"
                 )
 
 
-def write_rank_files(
-    source: CheckpointSource,
-    config: LlamaConfig,
-    scheme: Scheme,
-    world_size: int,
-    target: Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> int:
-    """Write `source` as `world_size` rank files into the folder `target`; give the bytes that were read.
-
-    Holds a few pieces of a tensor at a time, whatever their size (see `read_pieces`). `on_progress` gets (bytes written,
-    bytes in all). Raises LayoutError when the model has too few units.
-    """
-    config.layout().check(world_size)
-    specs = plan_weights(config, scheme)
-    rows = {name: [spec.rows(rank, world_size) for rank in range(world_size)] for name, spec in specs.items()}
-    infos = [
-        {
-            name: TensorInfo((stop - start, *spec.shape[1:]), source.tensors[name].dtype)
-            for name, spec in specs.items()
-            for start, stop in [rows[name][r]]
-        }
-        for r in range(world_size)
-    ]
-    total = sum(info.num_bytes for rank in infos for info in rank.values())
-    reader, done = FileReader(), 0
-    hashes, fingerprints = {}, {}
-    with write_folder(target) as folder:
-        for rank in range(world_size):
-            file = rank_file_name(rank, world_size)
-            with SafetensorsWriter(folder / file, infos[rank]) as writer:
-                for name in infos[rank]:
-                    for piece in read_pieces(source, reader, name, *rows[name][rank]):
-                        writer.write(name, piece)
-                        done += piece.nbytes
-                        on_progress(done, total)
-            hashes[file], fingerprints[file] = writer.sha256, _read_fingerprint(folder / file)
-        write_json(
-            folder / LAYOUT_FILE,
-            {
-                "format_version": FORMAT_VERSION,
-                "world_size": world_size,
-                "scheme": scheme.name,
-                "files": hashes,
-                "fingerprints": fingerprints,
-                "tensors": {name: {"shape": list(spec.shape), "rows": [list(part) for part in rows[name]]} for name, spec in specs.items()},
-            },
-        )
-        write_json(folder / "config.json", source.config)
-        write_tokenizer(source.tokenizer_path(), folder)
-    reader.close()
-    return reader.read_bytes
-
-
-def _read_fingerprint(file: Path) -> str:
+def read_sample(file: Path) -> str:
     """A hash of a file's size and of a few places spread over it, the first and the last bytes among them."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())

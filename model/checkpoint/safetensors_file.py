@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.source import TensorInfo
 from model.spec.file_kind import describe_file
 from model.spec.quoting import is_plain, quote, quote_name
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
 from parallel.regular_file import open_regular

@@ -9,10 +9,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from model.checkpoint.source import CheckpointSource, TensorInfo
+from model.checkpoint.source import CheckpointSource
 from model.spec.config import LlamaConfig
 from model.spec.rope_scaling import compute_frequencies
 from model.spec.scheme import LinearScheme, Scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_names, linear_shape
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader

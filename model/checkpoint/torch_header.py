@@ -16,8 +16,9 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
 
-from model.checkpoint.source import Checksum, TensorInfo
+from model.checkpoint.source import Checksum
 from model.spec.file_kind import describe_file
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.regular_file import open_descriptor
 

@@ -5,20 +5,20 @@ weight and ranks gather through shared memory (or are alone). Knows the layers o
 """
 
 import ctypes
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from model.backends.int8 import count_slices
+from model.decoder.shares import Shares
 from model.kernels.library import DTYPES, Kernels
 from model.layers.batch import Batch, StoreRows
-from model.layers.int8 import count_slices
 from model.layers.linear import ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear
+from model.spec.config import LlamaConfig
+from parallel.collectives import Collectives
 from parallel.shared_memory import SharedSlots, SharesSlots
-
-if TYPE_CHECKING:
-    from model.decoder.llama import LlamaForCausalLM
 
 _TOGETHER_TOKENS = 64
 """With more tokens, layers are called one by one: a call cannot be interrupted."""
@@ -80,28 +80,35 @@ class _Pass(ctypes.Structure):
 class FusedLayers:
     """The layers of one model whose weights are all there."""
 
-    def __init__(self, model: "LlamaForCausalLM", kernels: Kernels) -> None:
-        self._model, self._run = model, kernels.run_layers
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        config: LlamaConfig,
+        shares: Shares,
+        collectives: Collectives,
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> None:
+        self._config, self._shares, self._collectives, self._dtype, self._run = config, shares, collectives, dtype, kernels.run_layers
         self._kept: list[torch.Tensor] = []  # what the structures point to
-        self._layers = (_Layer * len(model.layers))(*(self._describe(layer) for layer in model.layers))
-        shares = model.shares
+        self._layers = (_Layer * len(layers))(*(self._describe(layer) for layer in layers))
         self._widths = [torch.tensor(widths) for widths in (shares.query, shares.hidden, shares.intermediate)]
         self._check: Any = None
         self._errors: list[BaseException] = []
         self._buffers: dict[int, list[torch.Tensor]] = {}
 
     @staticmethod
-    def fits(model: "LlamaForCausalLM") -> bool:
+    def fits(layers: Iterable[Any]) -> bool:
         """Whether these layers can run so."""
         names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-        return all(_is_plain(getattr(layer, name)) for layer in model.layers for name in names)
+        return all(_is_plain(getattr(layer, name)) for layer in layers for name in names)
 
     def run(self, hidden: torch.Tensor, batch: Batch, part: StoreRows) -> torch.Tensor | None:
         """All layers on `hidden` [tokens, H], in place; gives what is left to add to it. None: these collectives cannot be used."""
-        model, tokens = self._model, hidden.shape[0]
+        tokens = hidden.shape[0]
         slots = None
-        if model.shares.world_size > 1:
-            slots = model.collectives.share_slots() if isinstance(model.collectives, SharesSlots) else None
+        if self._shares.world_size > 1:
+            slots = self._collectives.share_slots() if isinstance(self._collectives, SharesSlots) else None
             if slots is None:
                 return None
         ranks = self._describe_ranks(slots)
@@ -136,10 +143,10 @@ class FusedLayers:
         weight, scale, starts = linear.find_whole()
         self._kept += [weight, scale, starts]
         pointers = (weight.data_ptr(), scale.data_ptr(), starts.data_ptr())
-        return _Linear(*pointers, starts.shape[0] - 1, linear.in_features, weight.shape[0], count_slices(self._model.dtype))
+        return _Linear(*pointers, starts.shape[0] - 1, linear.in_features, weight.shape[0], count_slices(self._dtype))
 
     def _describe_ranks(self, slots: SharedSlots | None) -> _Ranks:
-        shares = self._model.shares
+        shares = self._shares
         if slots is None:
             return _Ranks(shares.rank, shares.world_size)
 
@@ -161,12 +168,12 @@ class FusedLayers:
     def _find_buffers(self, tokens: int) -> list[torch.Tensor]:
         buffers = self._buffers.get(tokens)
         if buffers is None:
-            shares, config = self._model.shares, self._model.config
+            shares, config = self._shares, self._config
             query, inner = sum(shares.query), sum(shares.intermediate)
             head_rows = (shares.num_heads + 2 * shares.num_kv_heads) * config.head_dim
             widest = max(query, inner, config.hidden_size)
             widths = (config.hidden_size, head_rows, widest, widest, 2 * shares.intermediate[shares.rank])
-            buffers = [torch.empty((tokens, width), dtype=self._model.dtype) for width in widths]
+            buffers = [torch.empty((tokens, width), dtype=self._dtype) for width in widths]
             if tokens <= _TOGETHER_TOKENS:
                 self._buffers[tokens] = buffers
         return buffers
@@ -174,11 +181,11 @@ class FusedLayers:
     def _describe_pass(
         self, hidden: torch.Tensor, delta: torch.Tensor, batch: Batch, part: StoreRows, work: Sequence[torch.Tensor]
     ) -> _Pass:
-        model, store = self._model, part.store
-        shares, scales = model.shares, store.scales
+        config, shares, store = self._config, self._shares, part.store
+        scales = store.scales
         return _Pass(
-            DTYPES[hidden.dtype], hidden.shape[0], hidden.shape[1], shares.num_heads, shares.num_kv_heads, model.config.head_dim,
-            model.config.rms_norm_eps, batch.cos.data_ptr(), batch.sin.data_ptr(),
+            DTYPES[hidden.dtype], hidden.shape[0], hidden.shape[1], shares.num_heads, shares.num_kv_heads, config.head_dim,
+            config.rms_norm_eps, batch.cos.data_ptr(), batch.sin.data_ptr(),
             store.data.data_ptr(), store.data.stride(0) * store.data.element_size(),
             None if scales is None else scales.data_ptr(), 0 if scales is None else scales.stride(0), store.block_size,
             part.places.data_ptr(), part.places.shape[0], part.blocks.data_ptr(),

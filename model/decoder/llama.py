@@ -9,96 +9,43 @@ Knows ranks by number and the collectives it is given; no processes, no files, n
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from model.backends.interface import Backend
+from model.backends.registry import find_backend
 from model.decoder.fused_layers import FusedLayers
-from model.kernels.library import find_kernels
+from model.decoder.shares import Shares
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
 from model.layers.cache import KeyValueCache, KeyValueStore
 from model.layers.linear import BiasedLinear, RowBlock, VocabParallelEmbedding
+from model.layers.norm import RMSNorm
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.layers.rotary import Rotary
 from model.spec.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme
 from model.spec.weights import FUSED, has_bias
 from parallel.collectives import Collectives
-from parallel.layout import plan_heads
-
-
-class Shares:
-    """What every rank owns of every split, in units of elements."""
-
-    def __init__(self, config: LlamaConfig, rank: int, world_size: int) -> None:
-        layout, ranks = config.layout(), range(world_size)
-        layout.check(world_size)
-
-        def widths(split: str, size: int) -> list[int]:
-            parts = [getattr(layout, split).interval(size, r, world_size) for r in ranks]
-            return [stop - start for start, stop in parts]
-
-        self.rank, self.world_size = rank, world_size
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        (q_start, q_stop), (kv_start, kv_stop) = plan_heads(heads, kv_heads, rank, world_size)
-        self.num_heads, self.num_kv_heads = q_stop - q_start, kv_stop - kv_start
-        self.query = widths("query", heads * config.head_dim)
-        self.hidden = widths("hidden", config.hidden_size)
-        self.intermediate = widths("intermediate", config.intermediate_size)
-        self.vocab = widths("vocab", config.vocab_size)
-        self.first_id = sum(self.vocab[:rank])
-        self.ends = [sum(self.vocab[: r + 1]) for r in ranks]
-        self.key_value = self.num_kv_heads * config.head_dim
-        self.units = {"hidden": layout.hidden.unit, "intermediate": layout.intermediate.unit, "vocab": layout.vocab.unit}
-        self.units["head"] = config.head_dim
-
-    def block(self, kind: str, unit: str | None = None) -> RowBlock:
-        """The rows that this rank owns of a split."""
-        width = getattr(self, kind)
-        return RowBlock(width if isinstance(width, int) else width[self.rank], self.units[unit or kind])
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32, as Hugging Face rounds it."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps, self._kernels = eps, find_kernels("cpu")
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
-
-    def assign(self, weight: torch.Tensor, device: torch.device) -> None:
-        """Take the weight [hidden]."""
-        assert weight.shape == self.weight.shape
-        self.weight = nn.Parameter(weight.to(device, self.weight.dtype), requires_grad=False)
-
-    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, H] to [T, H]. `delta` is added to x in place first."""
-        if self._kernels is not None and x.device.type == "cpu":
-            return self._kernels.rms_norm(x, delta, self.weight, self.eps)
-        if delta is not None:
-            x.add_(delta)
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return normed.to(x.dtype).mul_(self.weight)
 
 
 class DecoderLayer(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, prefix: str, scheme: Scheme, shares: Shares, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: LlamaConfig, prefix: str, scheme: Scheme, shares: Shares, dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
 
         def linear(in_features: int, fused: str, blocks: Sequence[RowBlock]) -> nn.Module:
             names = FUSED[fused]
-            product = build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, device)
+            product = build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, backend)
             return BiasedLinear(product, sum(block.num_rows for block in blocks), dtype) if has_bias(config, names[0]) else product
 
         self.shares, self.head_dim = shares, config.head_dim
         key_value = shares.block("key_value", "head")
         query_size = config.num_attention_heads * config.head_dim
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
         self.qkv_proj = linear(config.hidden_size, "qkv_proj", (shares.block("query", "head"), key_value, key_value))
         self.o_proj = linear(query_size, "o_proj", (shares.block("hidden"),))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
         self.gate_up_proj = linear(config.hidden_size, "gate_up_proj", (shares.block("intermediate"), shares.block("intermediate")))
         self.down_proj = linear(config.intermediate_size, "down_proj", (shares.block("hidden"),))
         self.cache_scales: torch.Tensor | None = None
@@ -125,23 +72,23 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config, self.scheme, self.collectives, self.device, self.num_threads = config, scheme, collectives, device, num_threads
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.backend = backend = find_backend(device.type)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
-        self.rotary, self.attention = Rotary(config), Attention(num_threads)
-        self._kernels = find_kernels(device.type)
+        self.rotary, self.attention = Rotary(config), Attention(num_threads, backend)
         self.fuses_layers = True
         """Whether layers may run in one call; off where each step has to be seen."""
         self._fused: FusedLayers | None = None
-        self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype)
+        self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend)
         self.lm_head: nn.Module = self.embed_tokens.rows
         if not config.tie_word_embeddings:
-            self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, device)
+            self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, backend)
 
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's results are the same bits however many rows go through a pass."""
-        return self._kernels is not None
+        return self.backend.kernels is not None
 
     @property
     def weight_bytes(self) -> int:
@@ -151,7 +98,7 @@ class LlamaForCausalLM(nn.Module):
 
     def build_layer(self, index: int) -> DecoderLayer:
         """A decoder layer without weights."""
-        return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.device)
+        return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.backend)
 
     def build_store(self, num_blocks: int, block_size: int) -> KeyValueStore:
         """Memory for keys and values of so many blocks of tokens."""
@@ -190,13 +137,14 @@ class LlamaForCausalLM(nn.Module):
 
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """All layers in one call, where these weights, caches and collectives allow it."""
-        if self._kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
+        kernels = self.backend.kernels
+        if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
             return None
         if self._fused is None:
-            self.fuses_layers = FusedLayers.fits(self)
+            self.fuses_layers = FusedLayers.fits(self.layers)
             if not self.fuses_layers:
                 return None
-            self._fused = FusedLayers(self, self._kernels)
+            self._fused = FusedLayers(list(self.layers), self.config, self.shares, self.collectives, self.dtype, kernels)
         return self._fused.run(hidden, batch, batch.join_stores()[0])
 
     def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
@@ -227,15 +175,6 @@ class LlamaForCausalLM(nn.Module):
 
     def _feed_forward(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         shares = self.shares
-        inner = self._gate(layer.gate_up_proj(x))
+        inner = self.backend.silu_multiply(layer.gate_up_proj(x))
         full = self.collectives.gather_columns(inner, shares.intermediate)
         return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)
-
-    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, gate and up of this rank]."""
-        if self._kernels is not None:
-            return self._kernels.silu_multiply(gate_up.contiguous())
-        gate, up = gate_up.chunk(2, dim=1)
-        # exp, + and / one by one: PyTorch's own silu rounds the last elements of a tensor differently.
-        wide = gate.float()
-        return (wide / torch.exp(-wide).add_(1)).mul_(up).to(gate_up.dtype)

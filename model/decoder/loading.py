@@ -13,7 +13,6 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
-from model.kernels.library import find_kernels
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
 from model.spec.config import LlamaConfig
@@ -45,7 +44,7 @@ def load_model(
     # The checkpoint's own scheme: a model may run with another key-value cache.
     check_checkpoint(source, model.config, read_scheme(source.config))
     # The project's kernels take weights as they are stored; where others pack them, that is what there is to share.
-    packs = find_kernels(model.device.type) is None
+    packs = model.backend.kernels is None
     loader = ModelLoader(model, source, **{"num_packers" if packs else "num_readers": model.num_threads})
     on_progress(0, loader.total_bytes)
     # The largest tensor first: what it takes on the way is free again for the layers.

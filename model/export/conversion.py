@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
-from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
+from model.checkpoint.source import CheckpointSource, read_pieces
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES
 from model.text.tokenizer_files import write_tokenizer
 from parallel.file_slices import FileReader

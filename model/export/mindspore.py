@@ -29,11 +29,12 @@ from model.checkpoint.mindspore_header import (
     VARINT,
 )
 from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
-from model.checkpoint.source import CheckpointSource, TensorInfo, read_pieces
+from model.checkpoint.source import CheckpointSource, read_pieces
 from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig
 from model.spec.packing import unpack_integers
 from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from model.text.tokenizer_files import write_tokenizer
 from parallel.errors import CheckpointError

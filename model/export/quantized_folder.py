@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from model.checkpoint.folder_writing import write_json
-from model.checkpoint.source import CheckpointSource, TensorInfo
+from model.checkpoint.source import CheckpointSource
 from model.export.conversion import read_whole, write_checkpoint
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import LlamaConfig
 from model.spec.packing import pack_integers
 from model.spec.scheme import Scheme, declare_scheme
+from model.spec.tensor_info import TensorInfo
 from model.spec.weights import WeightSpec, plan_weights
 from parallel.file_slices import FileReader
 

@@ -1,8 +1,7 @@
 """The project's own kernels (`model/kernels/`), where this processor has what they need and the package was built with them.
 
 Every row of every result depends on its own inputs alone, in one fixed order: not on the rows beside it, on threads or on ranks.
-Where they are not there, PyTorch's products do the same less fast; `model/layers/linear.py`, `model/layers/int8.py` and `model/layers/attention.py`
-choose. Knows tensors and C functions; no layers.
+Without them PyTorch does the same more slowly: `model/backends/registry.py` chooses. Depends on tensors and C functions only.
 """
 
 import ctypes
@@ -68,7 +67,7 @@ class Kernels:
         """x [tokens, columns] times int8 weight [rows, columns] with scale [rows, groups]: [tokens, rows] as `dtype`.
 
         `starts` int64 [groups + 1]: first column of each group. `num_slices`: into how many 8-bit numbers each of x is cut
-        (`model/layers/int8.py`); 0: x is int8 already.
+        (`model/backends/int8.py`); 0: x is int8 already.
         """
         x = x.contiguous()
         tokens, columns = x.shape
@@ -143,7 +142,7 @@ class Kernels:
 
 def explain_absence() -> str | None:
     """What to do where this processor could run the kernels but they are not there; None where all is well or nothing can be done."""
-    if find_kernels("cpu") is not None or not _NEEDED_FLAGS <= _read_processor_flags():
+    if find_kernels() is not None or not _NEEDED_FLAGS <= _read_processor_flags():
         return None
     return "the package was installed without its own kernels, which this processor could run: with a C compiler, install it again"
 
@@ -156,23 +155,23 @@ def _read_processor_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-_aside = False
+_disabled = False
 
 
-def find_kernels(device_type: str) -> Kernels | None:
-    """The kernels for tensors of this device, or None: not built, built from other sources, another processor."""
-    return None if _aside or device_type != "cpu" else _load()
+def find_kernels() -> Kernels | None:
+    """The kernels for CPU tensors, or None: not built, built from other sources, or not supported by this CPU."""
+    return None if _disabled else _load()
 
 
 @contextmanager
-def set_aside() -> Iterator[None]:
-    """Within it, what is built does without the kernels: to hold both ways together."""
-    global _aside
-    before, _aside = _aside, True
+def kernels_disabled() -> Iterator[None]:
+    """Models built inside run without native kernels: to compare both paths."""
+    global _disabled
+    before, _disabled = _disabled, True
     try:
         yield
     finally:
-        _aside = before
+        _disabled = before
 
 
 @functools.cache

@@ -8,9 +8,9 @@ pool where there is work for several. Knows the tokens of a pass and a layer's n
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.nn.functional as F
 
-from model.kernels.library import Kernels, find_kernels
+from model.backends.interface import Backend
+from model.kernels.library import Kernels
 from model.layers.batch import Batch
 from model.layers.rotary import rotate
 
@@ -21,8 +21,8 @@ _PARALLEL_WORK = 1 << 18
 class Attention:
     """Causal grouped-query attention on a fixed number of threads."""
 
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads, self._kernels = num_threads, find_kernels("cpu")
+    def __init__(self, num_threads: int, backend: Backend) -> None:
+        self._num_threads, self._backend = num_threads, backend
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) if num_threads > 1 else None
 
     def __call__(self, qkv: torch.Tensor, heads: int, kv_heads: int, layer: int, batch: Batch, scales: torch.Tensor | None) -> torch.Tensor:
@@ -30,8 +30,8 @@ class Attention:
 
         `layer`: whose keys and values these are. `scales`: stored ones of an int8 cache, float32 [2, kv_heads, 1, head_dim].
         """
-        if self._kernels is not None and batch.lies_in_stores and qkv.device.type == "cpu":
-            return _attend_natively(self._kernels, qkv, heads, kv_heads, layer, batch, scales)
+        if self._backend.kernels is not None and batch.lies_in_stores:
+            return _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, scales)
         split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
         turned = rotate(split[:, : heads + kv_heads], batch.cos, batch.sin)
         query, keys, values = turned[:, :heads], turned[:, heads:], split[:, heads + kv_heads :]
@@ -56,15 +56,25 @@ class Attention:
         if 1 < tokens < all_tokens:
             mask = torch.ones((tokens, all_tokens), dtype=torch.bool, device=query.device).tril(all_tokens - tokens)
         if self._pool is None or kv_heads == 1 or heads * tokens * all_tokens * head_dim < _PARALLEL_WORK:
-            out = _attend_alone(grouped, keys, values, mask)
+            out = self._attend_alone(grouped, keys, values, mask)
         else:
             parts = min(self._num_threads, kv_heads)
             tasks = [
-                self._pool.submit(_attend, *chunk, mask)
+                self._pool.submit(self._backend.attend, *chunk, mask)
                 for chunk in zip(grouped.chunk(parts), keys.chunk(parts), values.chunk(parts), strict=True)
             ]
             out = torch.cat([task.result() for task in tasks])
         return out.reshape(heads, tokens, head_dim).transpose(0, 1).reshape(tokens, heads * head_dim)
+
+    def _attend_alone(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return self._backend.attend(query, keys, values, mask)
+        torch.set_num_threads(1)
+        try:
+            return self._backend.attend(query, keys, values, mask)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _attend_natively(
@@ -81,29 +91,3 @@ def _attend_natively(
             qkv[rows], heads, kv_heads, angles, store.data[layer], token_scales, fixed, part.places, part.blocks, out[rows]
         )  # fmt: skip
     return out
-
-
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[kv heads, group, tokens, head_dim] over [kv heads, all tokens, head_dim]."""
-    dtype = query.dtype
-    if query.device.type == "cpu" or keys.dtype != dtype:
-        # Measured for one query over 1000 keys: bfloat16 965 us, turned to float32 first 195 us; float16 even 1643 us.
-        query, keys, values = query.float(), keys.float(), values.float()
-    shape = (keys.shape[0], query.shape[1], *keys.shape[1:])
-    causal = mask is None and query.shape[2] > 1
-    # A stride of 0 repeats a key-value head for its group without a copy.
-    out = F.scaled_dot_product_attention(
-        query, keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape), attn_mask=mask, is_causal=causal
-    )
-    return out.to(dtype)
-
-
-def _attend_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return _attend(query, keys, values, mask)
-    torch.set_num_threads(1)
-    try:
-        return _attend(query, keys, values, mask)
-    finally:
-        torch.set_num_threads(threads)

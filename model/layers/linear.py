@@ -12,15 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.kernels.library import find_kernels
+from model.backends.interface import Backend
 from parallel.layout import TILE_ROWS
-
-_ROW_TILE = {torch.float32: 8, torch.bfloat16: 16}
-"""Activation rows at which PyTorch's CPU products stop depending on the threads and on the rows beside."""
-_HALF_SINGLE_ROWS = 8
-"""float16 on a CPU: up to so many rows, row by row is faster than one product of them (measured: 25 against 3-5 GB/s)."""
-_HALF_CHUNK_ROWS = 512
-"""float16 on a CPU, many rows: weight rows that are turned to float32 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,47 +43,14 @@ def check_rows(weight: torch.Tensor, blocks: Sequence[RowBlock], in_features: in
     assert weight.shape == (sum(block.num_rows for block in blocks), in_features), (weight.shape, blocks)
 
 
-def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [rows, columns] times weight [tiled rows, columns]: bitwise the same for any split of the tiles and any threads."""
-    rows = x.shape[0]
-    if rows == 1 or x.device.type != "cpu":
-        return F.linear(x, weight)
-    if x.dtype == torch.float16:
-        if rows <= _HALF_SINGLE_ROWS:
-            return torch.cat([F.linear(row, weight) for row in torch.split(x, 1)])
-        wide = x.float()
-        return torch.cat([float_linear(wide, chunk.float()).half() for chunk in torch.split(weight, _HALF_CHUNK_ROWS)], dim=1)
-    missing = -rows % _ROW_TILE[x.dtype]
-    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows] if missing else F.linear(x, weight)
-
-
-def keeps_bits(dtype: torch.dtype, num_threads: int) -> bool:
-    """Whether this PyTorch on this processor keeps the bits of a product when its rows are split and threads change.
-
-    A small sample of what the tests hold in full: another processor or release may break it, and then a run says so.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn((6 * TILE_ROWS, 320), generator=generator).to(dtype)
-    threads, kept = torch.get_num_threads(), True
-    for rows in (1, 5, 40):
-        x = torch.randn((rows, 320), generator=generator).to(dtype)
-        torch.set_num_threads(num_threads)
-        whole = float_linear(x, weight)
-        torch.set_num_threads(1)
-        parts = torch.cat([float_linear(x, weight[: 2 * TILE_ROWS].clone()), float_linear(x, weight[2 * TILE_ROWS :].clone())], dim=1)
-        kept = kept and torch.equal(whole, parts)
-    torch.set_num_threads(threads)
-    return kept
-
-
 class ColumnParallelLinear(nn.Module):
     """The rows of one or several fused weights that this rank owns. Built on meta; `assign` gives it its weights."""
 
-    def __init__(self, in_features: int, blocks: Sequence[RowBlock], dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, blocks: Sequence[RowBlock], dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
         self.in_features, self.blocks = in_features, tuple(blocks)
         total, self._index = tile_rows(blocks)
-        self._kernels = find_kernels("cpu")
+        self._backend = backend
         self.weight = nn.Parameter(torch.empty((total, in_features), dtype=dtype, device="meta"), requires_grad=False)
 
     @property
@@ -111,8 +71,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, local rows of all blocks]."""
-        kernels = self._kernels if x.device.type == "cpu" else None
-        out = float_linear(x, self.weight) if kernels is None else kernels.float_linear(x, self.weight)
+        out = self._backend.float_linear(x, self.weight)
         return out if self._index is None else out[:, self._index]
 
 
@@ -138,10 +97,10 @@ class BiasedLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """The vocabulary rows of this rank; the same tiled rows serve as a tied output head."""
 
-    def __init__(self, hidden_size: int, first_id: int, block: RowBlock, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, first_id: int, block: RowBlock, dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
         self.first_id, self.num_ids = first_id, block.num_rows
-        self.rows = ColumnParallelLinear(hidden_size, (block,), dtype)
+        self.rows = ColumnParallelLinear(hidden_size, (block,), dtype, backend)
 
     def assign(self, weight: torch.Tensor, device: torch.device) -> None:
         """Take the local rows [ids, hidden]."""

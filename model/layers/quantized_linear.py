@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.layers.int8 import Int8Kernel, Part, choose_int8_kernel, count_slices, one_slice_linear, sliced_linear
+from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
+from model.backends.interface import Backend
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
 from model.spec.scheme import LinearScheme
 
@@ -136,7 +137,7 @@ class SeparateLinears(nn.Module):
 
 
 def build_linear(
-    in_features: int, blocks: Sequence[RowBlock], schemes: Sequence[LinearScheme | None], dtype: torch.dtype, device: torch.device
+    in_features: int, blocks: Sequence[RowBlock], schemes: Sequence[LinearScheme | None], dtype: torch.dtype, backend: Backend
 ) -> nn.Module:
     """The layer for linears of one input, one block and one scheme each: one product where they are stored alike.
 
@@ -145,11 +146,11 @@ def build_linear(
     scheme = schemes[0]
     own_input = scheme is not None and (scheme.smooth or scheme.act_order or scheme.activation == "tensor")
     if len(schemes) > 1 and (own_input or any(other != scheme for other in schemes)):
-        alone = [build_linear(in_features, (block,), (one,), dtype, device) for block, one in zip(blocks, schemes, strict=True)]
+        alone = [build_linear(in_features, (block,), (one,), dtype, backend) for block, one in zip(blocks, schemes, strict=True)]
         return SeparateLinears(alone)
     if scheme is None:
-        return ColumnParallelLinear(in_features, blocks, dtype)
-    return QuantizedColumnParallelLinear(in_features, blocks, scheme, choose_int8_kernel(device.type))
+        return ColumnParallelLinear(in_features, blocks, dtype, backend)
+    return QuantizedColumnParallelLinear(in_features, blocks, scheme, backend.int8_kernel)
 
 
 def _group_sizes(columns: int, groups: int, group_size: int | None, index: torch.Tensor | None) -> list[int]:

@@ -7,7 +7,7 @@ rank can round its own rows. Knows one matrix.
 
 import torch
 
-from model.layers.linear import float_linear
+from model.backends.float_linear import float_linear
 from model.quantization.rounding import choose_group_scales, round_to_integers
 
 _BLOCK_COLUMNS = 128

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from model.layers.linear import float_linear
+from model.backends.float_linear import float_linear
 from model.quantization.awq import dequantize, search_scale, sum_columns
 from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.observing import InputObserver, Observations

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
-from model.checkpoint.source import TensorInfo
+from model.spec.tensor_info import TensorInfo
 
 _RECIPE_FILE = "recipe.json"
 

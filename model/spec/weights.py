@@ -14,7 +14,7 @@ from model.spec.scheme import Scheme
 from parallel.layout import Layout, Split
 
 if TYPE_CHECKING:
-    from model.checkpoint.source import TensorInfo
+    from model.spec.tensor_info import TensorInfo
 
 FLOAT_DTYPES = tuple(DTYPES)
 """Types in which a checkpoint may store weights that are not quantized."""

@@ -131,7 +131,7 @@ def test_what_guesses_gain_on_two_ranks(tandem: "Tandem", checkpoints: "Checkpoi
     words = ("--checkpoint", checkpoints.int8, "--workers", "2", "--batch-size", "1", "--speculate")
     measured, stderr = _measure(tandem, *words)
     _check(measured, 2)
-    if find_kernels("cpu") is None:
+    if find_kernels() is None:
         assert measured["speculation"] is None and "warning: --speculate guesses nothing" in stderr
         return
     assert [row["prompt"] for row in measured["speculation"]] == ["copy", "free"]

@@ -304,7 +304,7 @@ FATAL = """
 import os, signal, sys
 
 if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
-    import launcher.rank, parallel.progress
+    import launcher.worker.rank, parallel.progress
 
     place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
     plain, gather = launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns

@@ -95,7 +95,7 @@ REPLACING = """
 import os, sys
 
 if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ["RANK"] == "1":
-    import launcher.rank
+    import launcher.worker.rank
 
     plain = launcher.worker.rank.{function}
 

@@ -23,7 +23,7 @@ UNLOADABLE = """
 import os, sys
 
 if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
-    import launcher.rank
+    import launcher.worker.rank
 
     def load_model(*arguments, **options):
         raise OSError(5, "Input/output error")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher.commands.devices import check_collectives, choose_device, find_device
+from launcher.commands.devices import check_collectives, choose_device
 from launcher.environment.detection import LaunchEnvironment
+from model.backends.registry import find_backend
 from parallel.errors import ConfigError
 
 ALONE = LaunchEnvironment()
@@ -37,7 +38,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, int], list
 def test_auto_is_the_cpu_whatever_the_machine_has(install: Callable[..., list[int]], kind: str | None, count: int, word: str) -> None:
     chosen = install(kind, count)
     assert choose_device(word, ALONE, 2) == "cpu"
-    assert find_device("cpu", 1) == torch.device("cpu") and chosen == []
+    assert find_backend("cpu").open_device(1) == torch.device("cpu") and chosen == []
 
 
 def test_an_explicit_device_needs_one_for_each_rank(install: Callable[..., list[int]]) -> None:
@@ -45,7 +46,10 @@ def test_an_explicit_device_needs_one_for_each_rank(install: Callable[..., list[
     assert choose_device("cuda", ALONE, 2) == "cuda"
     with pytest.raises(ConfigError, match=r"^3 rank\(s\) on this host need as many cuda devices, but 2 are visible: start at most 2"):
         choose_device("cuda", ALONE, 3)
-    assert [find_device("cuda", rank) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)] and chosen == [0, 1]
+    assert [find_backend("cuda").open_device(rank) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)] and chosen == [
+        0,
+        1,
+    ]
     with pytest.raises(ConfigError, match="--device is npu, but this PyTorch supports cuda only"):
         choose_device("npu", ALONE, 1)
     install(None, 0)
@@ -56,7 +60,7 @@ def test_an_explicit_device_needs_one_for_each_rank(install: Callable[..., list[
 def test_launchers_that_give_each_rank_its_own_device_show_it_as_the_first(install: Callable[..., list[int]]) -> None:
     chosen = install("cuda", 1)
     assert choose_device("cuda", rank_of("Slurm", local_rank=3, local_world_size=4), 4) == "cuda"
-    assert find_device("cuda", 3) == torch.device("cuda", 0) and chosen == [0]
+    assert find_backend("cuda").open_device(3) == torch.device("cuda", 0) and chosen == [0]
     with pytest.raises(ConfigError, match=r"4 rank\(s\) .* but 1 are visible"):
         choose_device("cuda", rank_of("torchrun", local_rank=0, local_world_size=4), 4)
     install("cuda", 2)

@@ -31,7 +31,8 @@ def run_shell(command: str, config: Path, **variables: str) -> subprocess.Comple
 
 def run_python(body: str, *, redirection: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `body` as a guarded command, its streams redirected by the shell."""
-    code = f"import os, sys\nfrom launcher.host.streams import guard_streams, require_stdout\n@guard_streams\ndef main():\n    {body}\nmain()\n"
+    imports = "import os, sys\nfrom launcher.host.streams import guard_streams, require_stdout"
+    code = f"{imports}\n@guard_streams\ndef main():\n    {body}\nmain()\n"
     environ = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), **variables}
     shell = ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code]
     return subprocess.run(shell, capture_output=True, text=True, encoding="latin-1", env=environ, timeout=60)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from launcher.host.loopback import is_loopback
 from launcher.rendezvous import nodes_rendezvous as rendezvous
 from launcher.rendezvous.key_value_store import StoreError, connect_store, find_own_address, open_store
 from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.rendezvous.run_identity import DifferentRunError
-from launcher.server.listening import is_loopback
 
 GREETING = {"world_size": 2, "local_workers": 1, "dtype": "float32"}
 

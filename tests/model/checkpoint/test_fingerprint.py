@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.fingerprint import CheckpointReplacedError, Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.rank_files import write_rank_files
 from model.export.mindspore import write_mindspore
+from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 

@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.meta_params import read_meta_params
-from model.checkpoint.source import Checksum, TensorInfo
+from model.checkpoint.source import Checksum
 from model.checkpoint.torch_header import StoredTensor, read_torch_header
 from model.checkpoint.verification import require_intact
 from model.decoder.llama import LlamaForCausalLM
 from model.layers.batch import Span
 from model.spec.config import build_config
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 

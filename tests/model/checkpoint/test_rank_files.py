@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.hf_folder import HuggingFaceFolder
-from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles, rank_file_name, write_rank_files
+from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles, rank_file_name
 from model.decoder.loading import check_checkpoint
+from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import Scheme, read_scheme
 from parallel.errors import CheckpointError, ConfigError, LayoutError

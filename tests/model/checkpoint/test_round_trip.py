@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint.formats import find_format, open_checkpoint
-from model.checkpoint.rank_files import write_rank_files
 from model.checkpoint.source import CheckpointSource
 from model.export.conversion import convert_checkpoint
+from model.export.rank_files import write_rank_files
 from model.spec.config import LlamaConfig, build_config
 from model.spec.packing import pack_integers, unpack_integers
 from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
@@ -254,7 +254,7 @@ WRITE_AND_MEASURE = """
 import sys
 from pathlib import Path
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.rank_files import write_rank_files
+from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import Scheme
 

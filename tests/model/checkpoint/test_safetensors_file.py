@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
-from model.checkpoint.source import TensorInfo
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore
 
 from model.decoder.llama import LlamaForCausalLM
-from model.kernels.library import find_kernels, set_aside
+from model.kernels.library import find_kernels, kernels_disabled
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 from model.spec.scheme import Scheme, write_scheme
@@ -34,7 +34,7 @@ LATER = [[11, 12, 13], [0, 1, 2], [71, 72, 73]]
 
 pytestmark = [
     pytest.mark.skipif(
-        find_kernels("cpu") is None,
+        find_kernels() is None,
         reason="no kernels: the package was built without them, or this processor lacks AVX-512 with VNNI and BF16",
     ),
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ranks share memory on x86-64 only"),
@@ -180,7 +180,7 @@ def test_plain_pytorch_gives_nearly_the_same(
     name: str, dtype: str, folder: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]
 ) -> None:
     found = torch.cat(compute(build_model(folder(name), dtype)))
-    with set_aside():
+    with kernels_disabled():
         model = build_model(folder(name), dtype)
         assert not model.batch_invariant
         expected = torch.cat(compute(model))

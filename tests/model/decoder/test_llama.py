@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint.formats import open_checkpoint
-from model.checkpoint.rank_files import rank_file_name, write_rank_files
+from model.checkpoint.rank_files import rank_file_name
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
+from model.export.rank_files import write_rank_files
 from model.layers.batch import Span
 from model.spec.config import build_config
 from model.spec.scheme import Scheme, read_scheme

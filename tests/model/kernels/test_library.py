@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.kernels.library import _MAX_COLUMNS, Kernels, find_kernels, set_aside
-from model.layers.int8 import PLAIN, Part, count_slices, one_slice_linear, sliced_linear
+from model.backends.int8 import PLAIN, Part, count_slices, one_slice_linear, sliced_linear
+from model.kernels.library import _MAX_COLUMNS, Kernels, find_kernels, kernels_disabled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COLUMNS = (1, 5, 63, 64, 65, 200, 2048)
@@ -25,7 +25,7 @@ ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    found = find_kernels("cpu")
+    found = find_kernels()
     if found is None:
         pytest.skip("no kernels: the package was built without them, or this processor lacks AVX-512 with VNNI and BF16")
     return found
@@ -84,14 +84,13 @@ def place_at_the_end(tensor: torch.Tensor) -> torch.Tensor:
     return placed.copy_(tensor)
 
 
-def test_kernels_are_for_cpu_tensors_and_can_be_set_aside(kernels: Kernels) -> None:
-    assert find_kernels("cuda") is None
-    with set_aside():
-        assert find_kernels("cpu") is None
-        with set_aside():
+def test_kernels_can_be_disabled_and_nested(kernels: Kernels) -> None:
+    with kernels_disabled():
+        assert find_kernels() is None
+        with kernels_disabled():
             pass
-        assert find_kernels("cpu") is None
-    assert find_kernels("cpu") is kernels
+        assert find_kernels() is None
+    assert find_kernels() is kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

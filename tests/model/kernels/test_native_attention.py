@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from model.backends.registry import find_backend
 from model.kernels.library import find_kernels
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
@@ -24,7 +25,7 @@ LENGTHS = (150, 37, 66)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 pytestmark = pytest.mark.skipif(
-    find_kernels("cpu") is None, reason="no kernels: the package was built without them, or this processor lacks AVX-512 with VNNI and BF16"
+    find_kernels() is None, reason="no kernels: the package was built without them, or this processor lacks AVX-512 with VNNI and BF16"
 )
 
 
@@ -76,7 +77,7 @@ class Sequences:
 
     def run(self, inputs: Sequence[torch.Tensor], passes: Sequence[Sequence[tuple[int, int]]], threads: int = 1) -> list[torch.Tensor]:
         """What comes out for each sequence [tokens, heads * head_dim]; a pass is the sequences in it and their numbers of new tokens."""
-        attention, case = Attention(threads), self.case
+        attention, case = Attention(threads, find_backend("cpu")), self.case
         parts: list[list[torch.Tensor]] = [[] for _ in inputs]
         for one in passes:
             spans = [Span(self.caches[number], [0] * count) for number, count in one]

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.layers.linear import ColumnParallelLinear, RowBlock, VocabParallelEmbedding, float_linear, tile_rows
+from model.backends.float_linear import float_linear
+from model.backends.registry import find_backend
+from model.layers.linear import ColumnParallelLinear, RowBlock, VocabParallelEmbedding, tile_rows
 from parallel.layout import Rows
 
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ def test_every_number_of_ranks_gives_the_bits_of_one(num_rows: int, unit: int, d
 
     def build(rank: int, world_size: int) -> ColumnParallelLinear:
         start, stop = Rows(unit).interval(num_rows, rank, world_size)
-        layer = ColumnParallelLinear(columns, [RowBlock(stop - start, unit)] * 2, dtype)
+        layer = ColumnParallelLinear(columns, [RowBlock(stop - start, unit)] * 2, dtype, find_backend("cpu"))
         layer.assign(torch.cat([weight[start:stop] for weight in weights]), CPU)
         return layer
 
@@ -98,7 +100,7 @@ def test_the_embedding_gives_the_rows_of_the_ids_that_it_owns(unit: int) -> None
         owners = torch.zeros(len(ids), dtype=torch.long)
         for rank in range(world_size):
             start, stop = Rows(unit).interval(97, rank, world_size)
-            layer = VocabParallelEmbedding(24, start, RowBlock(stop - start, unit), torch.bfloat16)
+            layer = VocabParallelEmbedding(24, start, RowBlock(stop - start, unit), torch.bfloat16, find_backend("cpu"))
             layer.assign(weight[start:stop], CPU)
             found, owned = layer(ids), (ids >= start) & (ids < stop)
             assert found.shape == (len(ids), 24) and ids[0] == 96

@@ -11,7 +11,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from model.layers.int8 import FBGEMM, PLAIN, Int8Kernel, choose_int8_kernel
+from model.backends.int8 import FBGEMM, PLAIN, Int8Kernel, choose_cpu_kernel
+from model.backends.registry import find_backend
 from model.layers.linear import ColumnParallelLinear, RowBlock
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear, build_linear
 from model.spec.scheme import LinearScheme
@@ -64,7 +65,7 @@ def take_rows(stored: StoredLinear, rows: slice) -> StoredLinear:
 
 def build(name: str, *stored: StoredLinear, kernel: Int8Kernel | None = None) -> QuantizedColumnParallelLinear:
     blocks = [RowBlock(len(one.weight), 16) for one in stored]
-    linear = QuantizedColumnParallelLinear(stored[0].weight.shape[1], blocks, SCHEMES[name], kernel or choose_int8_kernel("cpu"))
+    linear = QuantizedColumnParallelLinear(stored[0].weight.shape[1], blocks, SCHEMES[name], kernel or find_backend("cpu").int8_kernel)
     rows = {name: torch.cat([getattr(one, name) for one in stored]) for name in ("weight", "scale")}
     linear.assign(replace(stored[0], **rows), CPU)
     return linear
@@ -225,7 +226,7 @@ def test_rows_split_at_units_keep_their_bits_in_one_block_and_in_three(name: str
 def test_every_kernel_and_number_of_threads_gives_the_same_bits(name: str, keep_torch_threads: None) -> None:
     columns = 1100 if SCHEMES[name].group_size is None else 144
     stored = make_stored(name, 272, columns)
-    kernels = [PLAIN, FBGEMM] if choose_int8_kernel("cpu") is FBGEMM else [PLAIN]
+    kernels = [PLAIN, FBGEMM] if choose_cpu_kernel() is FBGEMM else [PLAIN]
     for rows in (1, 21):
         x, found = make_inputs(rows, columns), []
         for kernel in kernels:
@@ -250,7 +251,7 @@ def test_weight_bytes_count_integers_and_float32_scales() -> None:
 
 
 def build_three(*schemes: LinearScheme | None) -> Any:
-    return build_linear(COLUMNS, [RowBlock(16, 16), RowBlock(32, 16), RowBlock(48, 16)], schemes, torch.float32, CPU)
+    return build_linear(COLUMNS, [RowBlock(16, 16), RowBlock(32, 16), RowBlock(48, 16)], schemes, torch.float32, find_backend("cpu"))
 
 
 @pytest.mark.parametrize("name", ["a16w8", "a16w8-g32", "a16w4-g32", "a16w4-zero-points", "a8w8-token"])
@@ -284,5 +285,5 @@ def test_float_linears_are_one_product() -> None:
 
 
 def test_one_linear_with_inputs_of_its_own_is_no_list() -> None:
-    linear = build_linear(COLUMNS, [RowBlock(16, 16)], [SCHEMES["a8w8-smooth"]], torch.float32, CPU)
+    linear = build_linear(COLUMNS, [RowBlock(16, 16)], [SCHEMES["a8w8-smooth"]], torch.float32, find_backend("cpu"))
     assert isinstance(linear, QuantizedColumnParallelLinear)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
 from model.export.quantized_folder import REPORT_FILE, write_quantized
-from model.kernels.library import set_aside
+from model.kernels.library import kernels_disabled
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 from model.quantization import layer_rounding
@@ -543,7 +543,7 @@ def test_cache_scales_fit_the_keys_and_values_of_the_model_that_was_written(
     recipe: str, quantize: Callable[..., Path], build_model: Callable[..., LlamaForCausalLM]
 ) -> None:
     """Folding divides the values, so that theirs are others than the float model's. The first layer's inputs are the same."""
-    with set_aside():  # the kernels write into the cache's memory themselves
+    with kernels_disabled():  # the kernels write into the cache's memory themselves
         model = build_model(quantize("nine_heads", recipe))
     largest = []
     for sample in SAMPLES:

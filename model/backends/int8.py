@@ -5,7 +5,7 @@
 
 Half types take two slices, whose error is below their own rounding; float32 takes three, since one outlier in a row of
 activations would leave the others too few digits (measured against the float product, SmolLM2-135M: logits 3e-3 off with
-two, see `tests/model/test_int8.py`).
+two, see `tests/model/backends/test_int8.py`).
 
 Q accumulates integers, so its result does not depend on threads, on the rows beside it, on the ranks, or on which
 kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no layers, no files.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.kernels.library import Kernels, find_kernels
+from model.kernels.library import Kernels
 
 _EXACT_COLUMNS = 1024
 """128 * 128 * 1024 = 2**24: an integer product this long is exact in float32, in any order."""
@@ -123,14 +123,10 @@ PLAIN = Int8Kernel("int8-plain", _pack_plain, _multiply_plain)
 FBGEMM = Int8Kernel("int8-sliced-fbgemm", _pack_fbgemm, _multiply_fbgemm)
 
 
-def choose_int8_kernel(device_type: str) -> Int8Kernel:
-    """The fastest kernel that gives exact products here; PLAIN works everywhere."""
-    kernels = find_kernels(device_type)
-    return _choose_torch_kernel(device_type) if kernels is None else _build_native(kernels)
-
-
 @functools.cache
-def _build_native(kernels: Kernels) -> Int8Kernel:
+def build_native_kernel(kernels: Kernels) -> Int8Kernel:
+    """The native kernel, which takes weights as stored."""
+
     def multiply(integers: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         weight, scale = packed
         starts = torch.tensor([0, weight.shape[1]])
@@ -140,8 +136,9 @@ def _build_native(kernels: Kernels) -> Int8Kernel:
 
 
 @functools.cache
-def _choose_torch_kernel(device_type: str) -> Int8Kernel:
-    if device_type == "cpu" and "x86" in torch.backends.quantized.supported_engines:
+def choose_cpu_kernel() -> Int8Kernel:
+    """The fastest of PyTorch's kernels that is exact on this CPU; PLAIN works everywhere."""
+    if "x86" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "x86"
         if _is_exact(FBGEMM):
             return FBGEMM

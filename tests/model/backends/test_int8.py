@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from model.layers import int8
-from model.layers.int8 import FBGEMM, PLAIN, Int8Kernel, Part, choose_int8_kernel, sliced_linear
+from model.backends import int8
+from model.backends.int8 import FBGEMM, PLAIN, Int8Kernel, Part, choose_cpu_kernel, sliced_linear
+from model.backends.torch_backends import TorchBackend
 
 SHAPES = ((1, 1, 1), (2, 3, 5), (1, 16, 31), (3, 17, 64), (5, 33, 100), (16, 64, 129), (2, 300, 1025), (33, 48, 4099))
 KERNELS = (PLAIN, FBGEMM)
@@ -13,7 +14,7 @@ KERNELS = (PLAIN, FBGEMM)
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
 def kernel(request: pytest.FixtureRequest) -> Int8Kernel:
     """Each kernel in turn; a processor without exact 8-bit products has only the plain one."""
-    if request.param is FBGEMM and choose_int8_kernel("cpu") is not FBGEMM:
+    if request.param is FBGEMM and choose_cpu_kernel() is not FBGEMM:
         pytest.skip("FBGEMM has no exact 8-bit products on this processor")
     assert isinstance(request.param, Int8Kernel)
     return request.param
@@ -50,7 +51,7 @@ def test_products_of_extremes_do_not_saturate_or_lose_a_unit(kernel: Int8Kernel,
 
 
 def test_fbgemm_gives_the_bits_of_the_plain_kernel_for_real_activations() -> None:
-    if choose_int8_kernel("cpu") is not FBGEMM:
+    if choose_cpu_kernel() is not FBGEMM:
         pytest.skip("FBGEMM has no exact 8-bit products on this processor")
     for seed, (rows, outputs, columns) in enumerate(SHAPES):
         torch.manual_seed(seed)
@@ -136,7 +137,7 @@ def test_a_kernel_whose_products_saturate_is_not_chosen(monkeypatch: pytest.Monk
         return pairs.sum(2) * packed[1]
 
     monkeypatch.setattr(int8, "FBGEMM", Int8Kernel("saturating", PLAIN.pack, saturate))
-    assert int8._choose_torch_kernel.__wrapped__("cpu") is PLAIN
+    assert int8.choose_cpu_kernel.__wrapped__() is PLAIN
 
 
 def test_a_kernel_that_the_processor_lacks_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +145,12 @@ def test_a_kernel_that_the_processor_lacks_is_not_chosen(monkeypatch: pytest.Mon
         raise RuntimeError("Didn't find engine")
 
     monkeypatch.setattr(int8, "FBGEMM", Int8Kernel("absent", refuse, PLAIN.multiply))
-    assert int8._choose_torch_kernel.__wrapped__("cpu") is PLAIN
+    assert int8.choose_cpu_kernel.__wrapped__() is PLAIN
 
 
 def test_an_exact_kernel_is_chosen_on_a_cpu_and_the_plain_one_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Int8Kernel("exact", PLAIN.pack, PLAIN.multiply)
     monkeypatch.setattr(int8, "FBGEMM", exact)
     if "x86" in torch.backends.quantized.supported_engines:
-        assert int8._choose_torch_kernel.__wrapped__("cpu") is exact
-    assert int8._choose_torch_kernel.__wrapped__("cuda") is PLAIN
+        assert int8.choose_cpu_kernel.__wrapped__() is exact
+    assert TorchBackend("cuda").int8_kernel is PLAIN

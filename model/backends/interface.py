@@ -1,0 +1,48 @@
+"""What the layers, the loader and the commands need of a device. The decoder never asks for a device type: it asks its backend."""
+
+from typing import Protocol
+
+import torch
+
+from model.backends.int8 import Int8Kernel
+from model.kernels.library import Kernels
+
+
+class Backend(Protocol):
+    """The operations of one kind of device. Tensors are on that device; shapes: T tokens, H hidden size."""
+
+    name: str
+    """Shown in stats: "native" or "torch"."""
+    kernels: Kernels | None
+    """Native kernels: they take weights as stored, run whole layers in one call, and give a row the same bits in any batch."""
+    in_host_memory: bool
+    """Whether weights and KV cache are in host memory, so that host limits apply and ranks can share memory."""
+    int8_kernel: Int8Kernel
+    """The exact integer matmul."""
+
+    def open_device(self, local_rank: int) -> torch.device:
+        """The device of a rank, by its number among the ranks of its host."""
+        ...
+
+    def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
+        """Whether results are bitwise identical for any number of ranks."""
+        ...
+
+    def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, columns] times weight [tiled rows, columns] of the same type: [T, tiled rows]."""
+        ...
+
+    def rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm of hidden [T, H], to which `delta` is added in place first."""
+        ...
+
+    def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of each row times the second half: [T, 2 size] to [T, size]."""
+        ...
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Causal attention of query [kv heads, group, T, head_dim] over keys and values [kv heads, all tokens, head_dim].
+
+        `mask`: bool [T, all tokens]; None: a causal one where T is above 1. Gives the shape of the query.
+        """
+        ...

@@ -1,0 +1,20 @@
+"""Finds the backend of a device type. One table; a missing entry raises and lists the types that exist."""
+
+from model.backends.interface import Backend
+from model.backends.native_cpu import NativeCpuBackend
+from model.backends.torch_backends import TorchBackend, TorchCpuBackend
+from model.kernels.library import find_kernels
+from parallel.errors import ConfigError
+
+DEVICE_TYPES = ("cpu", "cuda", "npu")
+"""Device types that a run may name."""
+
+
+def find_backend(device_type: str) -> Backend:
+    """The fastest backend of a device type on this machine. Raises ConfigError for an unknown type."""
+    if device_type not in DEVICE_TYPES:
+        raise ConfigError(f"device type {device_type!r} is unknown; supported: {', '.join(DEVICE_TYPES)}")
+    if device_type != "cpu":
+        return TorchBackend(device_type)
+    kernels = find_kernels()
+    return TorchCpuBackend() if kernels is None else NativeCpuBackend(kernels)
