@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import pytest
 
 from launcher.commands.conversation import Conversation
-from model.text.chat_templates import ChatTemplate
+from model.text.chat_template import ChatTemplate, build_variables
 from parallel.errors import RequestError
 
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:", "test")
 
 
 class Letters:
@@ -29,7 +29,7 @@ class Letters:
 
 def build(context_tokens: int, system: str | None = None) -> Conversation:
     tokenizer = Letters()
-    return Conversation(ChatTemplate(TEMPLATE, tokenizer, "test"), tokenizer, context_tokens, system)
+    return Conversation(lambda messages: TEMPLATE.render(build_variables(messages, {})), tokenizer, context_tokens, system)
 
 
 def render(conversation: Conversation, text: str) -> str:
