@@ -180,7 +180,7 @@ def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes:
 
 def _report(token: int, logprobs: Floats, top: int) -> Choice:
     ids = _best(logprobs, top) if top else ()
-    return Choice(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ids))
+    return Choice(token, _read_logprob(logprobs, token), tuple((int(i), _read_logprob(logprobs, i)) for i in ids))
 
 
 def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState, logprobs: Floats | None) -> Choice:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launcher.commands.verify import verify
-from launcher.settings.options import CheckpointOptions
+from launcher.settings.checkpoint_options import VerifyOptions
 from parallel.errors import CheckpointError
 from tests.model.mindspore_files import CONFIG, add_difference, cut, fuse, interleave, make_float, make_rtn, write_ckpt
 
@@ -25,7 +25,7 @@ def check(capsys: pytest.CaptureFixture[str]) -> Check:
         capsys.readouterr()
         failed = False
         try:
-            verify(CheckpointOptions(checkpoint=path), deep=deep, as_json=True)
+            verify(VerifyOptions(checkpoint=path, deep=deep, as_json=True))
         except CheckpointError:
             failed = True
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -113,7 +113,7 @@ def test_the_order_of_fused_weights_is_reported(
     words = f"in MindFormers {order}'s row order (order 1.3 explains" if order else "in a row order that cannot be told: see --fused-order"
     assert words in found["notes"][1]
     capsys.readouterr()
-    verify(CheckpointOptions(checkpoint=file), deep=True, as_json=False)
+    verify(VerifyOptions(checkpoint=file, deep=True, as_json=False))
     assert f"note: the fused weights are {words}" in capsys.readouterr().out
     # With a config, shapes are compared, too, and an order that cannot be told is a problem.
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from launcher.commands.verify import verify
-from launcher.settings.options import CheckpointOptions
+from launcher.settings.checkpoint_options import VerifyOptions
 from parallel.errors import CheckpointError
 
 VOCABULARY = 30
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path, size: int, *added: str) -> None:
 
 def run_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    verify(CheckpointOptions(checkpoint=folder), deep=False, as_json=False)
+    verify(VerifyOptions(checkpoint=folder, deep=False, as_json=False))
     return capsys.readouterr().out.splitlines()
 
 
@@ -80,5 +80,5 @@ def test_a_damaged_tokenizer_is_a_problem(folder: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert out.endswith("not ok\n") and "problem: " in out
     with pytest.raises(CheckpointError, match=words):
-        verify(CheckpointOptions(checkpoint=folder), deep=False, as_json=True)
+        verify(VerifyOptions(checkpoint=folder, deep=False, as_json=True))
     assert json.loads(capsys.readouterr().out)["ok"] is False

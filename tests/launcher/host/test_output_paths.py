@@ -108,7 +108,7 @@ def test_an_oserror_that_nobody_expected_is_a_sentence_too(
     def fake(*_: object) -> None:
         raise OSError(number, os.strerror(number), b"\xff/file")
 
-    monkeypatch.setattr("launcher.environment.detection.read_environment", fake)
+    monkeypatch.setattr("launcher.commands.env.read_environment", fake)
     code, message = tandem("env")
     assert code == 2 and message.startswith(f"tandem: \\xff/file: {os.strerror(number)}") and message.count("\n") == 1
 
