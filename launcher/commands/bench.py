@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.env import read_processor
+from launcher.commands.preparation import writes_results
 from launcher.commands.profile_report import build_trace, print_profile
-from launcher.commands.run_ranks import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result, writes_results
+from launcher.commands.run_ranks import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result
 from launcher.host.atomic_write import write_whole
 from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.host.program_version import read_version
-from launcher.host.streams import require_stdout
 from launcher.job.tasks import Bench
 from launcher.settings.approaches import APPROACHES, check_words, plan_recipe
 from launcher.settings.checkpoint_options import QuantizeOptions
@@ -48,7 +48,6 @@ def bench(options: BenchOptions) -> None:
     _check_words(options)
     if writes_results(options):
         check_output_file("--profile", options.profile)
-        require_stdout("leave it open")
     batch_sizes = read_batch_sizes(options.batch_sizes)
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     task = plan_bench(options, run, batch_sizes)

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result, writes_results
-from launcher.host.streams import require_stdout
+from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
 from launcher.job.tasks import EVALUATIONS, Evaluate
 from launcher.settings.measure_options import EvaluateOptions
 from model.evaluation.data import encode_prompts, find_choice_ids, read_boolq, read_windows
@@ -21,8 +20,6 @@ from parallel.errors import ConfigError
 def evaluate(options: EvaluateOptions) -> None:
     """Score a checkpoint and print it. Raises InputError before anything starts, RanksFailedError when ranks failed."""
     assert options.task in EVALUATIONS and options.data is not None
-    if writes_results(options):
-        require_stdout("leave it open")
     run = open_run(options)
     task = _plan_windows(options, options.data, run) if options.task == "perplexity" else _plan_questions(options, options.data, run)
     job = build_job(run, task)

@@ -16,7 +16,6 @@ from launcher.host.atomic_write import write_whole
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
-from launcher.host.streams import require_stdout
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
@@ -33,7 +32,6 @@ EVEN = 0.95
 def plan(options: PlanOptions) -> None:
     """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
     check_output_file("--svg", options.svg)
-    require_stdout("leave it open")
     settings = open_settings(options.config, None if options.model_config else options.checkpoint)
     world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
     config, scheme, stored = _read_model(options, settings)

@@ -7,10 +7,10 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
-from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job, writes_results
+from launcher.commands.preparation import writes_results
+from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
-from launcher.host.streams import require_stdout
 from launcher.reporting.console import RunConsole
 from launcher.reporting.printed_results import build_printer
 from launcher.reporting.results import ResultsFile, hold_results, read_results
@@ -31,8 +31,6 @@ def predict(options: PredictOptions) -> None:
     if writes_results(options):
         check_output_file("--output", options.output)
         check_output_file("--stats", options.stats)
-        if options.output is None:
-            require_stdout("give --output")
     run = open_run(options)
     tokenizer = run.read_tokenizer()
     prompts = list(options.prompts)

@@ -12,12 +12,13 @@ from typing import Any
 
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
 from launcher.host.cores import count_cores
+from launcher.host.streams import require_stdout
 from launcher.rendezvous.nodes import Nodes, plan_nodes
 from launcher.server.listening import listen, read_keys
 from launcher.settings.approaches import check_words
-from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
+from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
-from launcher.settings.measure_options import BenchOptions, EvaluateOptions
+from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
 from launcher.settings.options import CheckpointOptions, RunOptions
 from launcher.settings.prompts import read_prompts
@@ -31,6 +32,7 @@ _MAX_THREADS_PER_CORE = 4
 
 def prepare(options: Any) -> Any:
     """The options with MODEL found on disk, the YAML in its folder and the prompts read. Raises InputError."""
+    _check_stdout(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
@@ -82,6 +84,13 @@ def read_run_environment(options: RunOptions) -> LaunchEnvironment:
     return environment
 
 
+def writes_results(options: RunOptions) -> bool:
+    """Whether this process is the one of its run that writes results: on the first node, or as rank 0. Paths may not exist elsewhere."""
+    if options.num_nodes or options.local_workers:
+        return not options.node_rank
+    return not read_environment().rank
+
+
 def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
     """What this node starts."""
     return plan_nodes(
@@ -96,6 +105,14 @@ def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
 
 def _needs_checkpoint(options: CheckpointOptions) -> bool:
     return not isinstance(options, PlanOptions) and not (isinstance(options, BenchOptions) and options.random_weights)
+
+
+def _check_stdout(options: Any) -> None:
+    remedy = next((words for kind, words in _PRINTS_RESULTS.items() if isinstance(options, kind)), None)
+    if remedy is None or (isinstance(options, PredictOptions) and options.output is not None):
+        return
+    if not isinstance(options, RunOptions) or writes_results(options):
+        require_stdout(remedy)
 
 
 def _check_input_files(options: CheckpointOptions) -> None:
@@ -156,6 +173,11 @@ _INPUT_FILES = {
     "data": "--data",
 }
 """Options that name a file to read, by field."""
+_PRINTS_RESULTS = {
+    PredictOptions: "give --output",
+    **dict.fromkeys((BenchOptions, EvaluateOptions, PlanOptions, VerifyOptions, EnvOptions), "leave it open"),
+}
+"""What to do about a closed standard output, by the options of the commands whose results would be lost."""
 _COMMANDS = {ChatOptions: "chat", ServeOptions: "serve", BenchOptions: "bench", EvaluateOptions: "eval", QuantizeOptions: "quantize"}
 _CHECKS: dict[type, Callable[[Any, Any], Any]] = {
     PredictOptions: _prepare_predict,

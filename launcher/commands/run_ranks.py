@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
-from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
+from launcher.environment.detection import LaunchEnvironment, decide_world_size
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.job.job import Job
@@ -138,13 +138,6 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
         print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
-
-
-def writes_results(options: RunOptions) -> bool:
-    """Whether this process is the one of its run that writes results: on the first node, or as rank 0. Paths may not exist elsewhere."""
-    if options.num_nodes or options.local_workers:
-        return not options.node_rank
-    return not read_environment().rank
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:

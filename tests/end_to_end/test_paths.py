@@ -178,7 +178,7 @@ def test_an_unusable_path_ends_with_code_2_and_a_sentence_before_anything_starts
 def test_paths_of_results_are_checked_where_they_are_written_only(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str], expected: bool
 ) -> None:
-    from launcher.commands.run_ranks import writes_results
+    from launcher.commands.preparation import writes_results
     from launcher.settings.options import RunOptions
 
     if variables:

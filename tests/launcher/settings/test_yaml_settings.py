@@ -264,14 +264,23 @@ def test_llama3_stretching_is_read_and_compared(tmp_path: Path) -> None:
 
 def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").touch()
+    (tmp_path / "recipe.yaml").write_text("seed: 2")  # of another program: it has no model
     assert open_settings(None, tmp_path).source == "no config"
-    (tmp_path / "a.yaml").write_text("seed: 3")
+    (tmp_path / "a.yaml").write_text("seed: 3\nmodel: {model_config: {num_layers: 2}}")
     for checkpoint in (tmp_path, tmp_path / "x.ckpt"):
         assert (open_settings(None, checkpoint).seed, open_settings(None, checkpoint).source) == (3, str(tmp_path / "a.yaml"))
-    (tmp_path / "b.yml").write_text("seed: 4")
+    (tmp_path / "b.yml").write_text("seed: 4\nmodel: {model_config: {}}")
     assert open_settings(tmp_path / "b.yml", tmp_path).seed == 4
-    with pytest.raises(ConfigError, match=r"holds 2 YAML files, a\.yaml and b\.yml among them: give one with -c"):
-        open_settings(None, tmp_path)
-    # A config.json is enough, and other files are none of MindFormers'.
+    for checkpoint in (tmp_path, tmp_path / "x.ckpt"):
+        with pytest.raises(ConfigError, match=r"holds 2 MindFormers YAML files \(a\.yaml, b\.yml\): choose with --config"):
+            open_settings(None, checkpoint)
+
+
+def test_a_yaml_next_to_a_config_json_is_for_the_folder_and_not_for_a_file_in_it(tmp_path: Path) -> None:
+    for name in ("x.ckpt", "model.gguf"):
+        (tmp_path / name).touch()
     (tmp_path / "config.json").write_text("{}")
-    assert open_settings(None, tmp_path).source == open_settings(None, tmp_path / "model.gguf").source == "no config"
+    (tmp_path / "a.yaml").write_text("seed: 3\nmodel: {model_config: {num_layers: 2}}")
+    assert open_settings(None, tmp_path).source == str(tmp_path / "a.yaml")
+    for name in ("x.ckpt", "model.gguf"):
+        assert open_settings(None, tmp_path / name).source == "no config"
