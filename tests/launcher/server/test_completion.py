@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,34 +33,44 @@ NEEDS_NONE = (
 )
 
 
-def build(template: str = PLAIN, *, context: int = 512, **options: Any) -> Service:
-    job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4)
-    served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100)
-    dispatcher = Dispatcher(Journal(), ServeMetrics(), max_running=4, max_waiting=100)
-    front: Any = SimpleNamespace(served=served, dispatcher=dispatcher)
-    tokenizer = ByteTokenizer()
-    return Service(front, tokenizer, build_chat(template), 60.0, **options)
+Build = Callable[..., Service]
+
+
+@pytest.fixture
+def build() -> Iterator[Build]:
+    """Builds services; they and their template processes end with the test."""
+    with ExitStack() as services:
+
+        def make(template: str = PLAIN, *, context: int = 512, **options: Any) -> Service:
+            job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4)
+            served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100)
+            dispatcher = Dispatcher(Journal(), ServeMetrics(), max_running=4, max_waiting=100)
+            front: Any = SimpleNamespace(served=served, dispatcher=dispatcher)
+            service = Service(front, ByteTokenizer(), build_chat(template), 60.0, **options)
+            services.callback(service.close)
+            return service
+
+        yield make
 
 
 def render(service: Service, messages: Any) -> str:
     """The text of a conversation, out of the ids that the ranks get."""
     asked = asyncio.run(service.plan_chat(json.dumps({"messages": messages, "max_tokens": 1}).encode()))
-    service.close()
     (ids,) = asked.prompts
     return ByteTokenizer().decode(ids)
 
 
-def test_a_history_with_tools_reaches_the_template_whole() -> None:
+def test_a_history_with_tools_reaches_the_template_whole(build: Build) -> None:
     text = render(build(WITH_TOOLS), HISTORY)
     assert text == 'user: What time is it?\nassistant: [a1 clock {"zone": "utc"}]\ntool: noona1clock\n'
 
 
-def test_a_template_that_looks_for_calls_without_a_content_gets_it() -> None:
+def test_a_template_that_looks_for_calls_without_a_content_gets_it(build: Build) -> None:
     text = render(build(NEEDS_NONE), HISTORY)
     assert text == 'user: What time is it?\nassistant: [a1 clock {"zone": "utc"}]\ntool: noon\n'
 
 
-def test_calls_that_a_template_would_drop_are_refused() -> None:
+def test_calls_that_a_template_would_drop_are_refused(build: Build) -> None:
     with pytest.raises(RequestError, match=r"^messages\.1: tool_calls are not supported by the chat template of this model"):
         render(build(), HISTORY)
     assert render(build(), HISTORY[::2]) == "user: What time is it?\ntool: noon\n"
@@ -67,12 +79,12 @@ def test_calls_that_a_template_would_drop_are_refused() -> None:
 @pytest.mark.parametrize(
     "fault", ["{{ 1 / 0 }}", "{{ messages[0].content | int / 0 }}", "{{ raise_exception('no') }}", "{{ messages.x.y }}"]
 )
-def test_a_template_that_fails_refuses_the_request(fault: str) -> None:
+def test_a_template_that_fails_refuses_the_request(build: Build, fault: str) -> None:
     with pytest.raises(RequestError, match=r"the chat template of .* does not take these messages"):
         render(build(fault), HISTORY[:1])
 
 
-def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_cannot_fit_is_not_tokenized(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     service, encoded = build(context=100), []
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, special=True: encoded.append(text) or [65])
     monkeypatch.setattr(ByteTokenizer, "token_bytes", lambda self, token_id: b"x" * (token_id % 5))
@@ -85,19 +97,17 @@ def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch: pytest.MonkeyPatch
                 with pytest.raises(RequestError, match=r"prompt [01] has 401 bytes, but this model can take at most 400: 100 tokens of"):
                     asyncio.run(plan)
     assert max(len(text.encode()) for text in encoded) == 100
-    service.close()
 
 
-def test_the_first_prompt_that_is_too_long_ends_the_tokenization(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_prompt_that_is_too_long_ends_the_tokenization(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     service, encoded = build(context=100), []
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, special=True: encoded.append(text) or [65] * len(text) * 2)
     with pytest.raises(RequestError, match="prompt 1 has 120 tokens, but the model's context is 100"):
         asyncio.run(service.plan_completion(json.dumps({"prompt": ["a", "a" * 60, "a" * 61]}).encode()))
     assert [len(text) for text in encoded] == [1, 60]
-    service.close()
 
 
-def test_unknown_fields_are_refused_where_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_fields_are_refused_where_that_was_asked_for(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     body = b'{"prompt":"a","max_tokens":1,"max_tokns":5}'
     strict, lenient = build(strict_fields=True), build()
     with pytest.raises(ServiceError, match=r"^'max_tokns' is no field of this request; did you mean 'max_tokens'\?$") as refused:
@@ -107,11 +117,9 @@ def test_unknown_fields_are_refused_where_that_was_asked_for(capsys: pytest.Capt
         asyncio.run(lenient.plan_completion(body))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: unknown field 'max_tokns' in a request is ignored; did you mean 'max_tokens'?")
-    strict.close()
-    lenient.close()
 
 
-def test_log_probabilities_of_prompts_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_of_prompts_are_limited_in_number(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.server.request_planner.MAX_PROMPT_LOGPROBS", 600)
     service = build()
     for logprobs, length, fits in ((1, 150, True), (1, 151, False), (2, 100, True), (None, 400, True)):
@@ -123,4 +131,3 @@ def test_log_probabilities_of_prompts_are_limited_in_number(monkeypatch: pytest.
         else:
             with pytest.raises(RequestError, match="asks for 604 log-probabilities of prompts, but at most 600 are given at once"):
                 asyncio.run(plan)
-    service.close()

@@ -565,7 +565,8 @@ def test_ranks_that_repeat_key_value_heads_are_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "does not exist"),
-        ("", "is not JSON"),
+        ("", "is empty: download or copy it again"),
+        ("{", "is not JSON"),
         ("[1]", "holds a list"),
         ("{}", "dim is None, but a whole number above 0"),
         (json.dumps(PARAMS | {"dim": "64"}), "dim is '64'"),

@@ -102,7 +102,9 @@ def test_the_ids_of_the_yaml_are_all_there_are(files: Files) -> None:
 
 
 def test_an_end_token_that_only_the_tokenizer_names_counts(files: Files) -> None:
-    files.name_token(IM_END, "<|im_end|>").set("tokenizer_config.json", eos_token="<|im_end|>", tokenizer_class="PreTrainedTokenizerFast")
+    files.name_token(IM_END, "<|im_end|>").set("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert files.decide().ids == (2,)
+    files.set("special_tokens_map.json", eos_token="<|im_end|>")  # which wins over tokenizer_config.json, as in transformers
     assert sorted(files.decide().ids) == [2, IM_END]
     assert files.decide(with_tokenizer=False).ids == (2,)
 
