@@ -282,9 +282,10 @@ def test_ten_thousand_layers_are_planned_as_fast_as_a_few() -> None:
     config = build_config({**UNTIED, **sizes, "num_hidden_layers": 10_000})
     scheme = Scheme(LinearScheme(), tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(0, 10_000, 2)))
     for one in (Scheme(), Scheme(LinearScheme()), scheme):
-        started = time.process_time()
+        started = time.thread_time()
         plans = plan_ranks(config, one, 8, Workload(dtype="bfloat16", tokens=100))
-        assert time.process_time() - started < 1.5
+        # 0.4 s of processor time on an idle machine, where layer by layer takes 15 s; neighbours slow a processor, too.
+        assert time.thread_time() - started < 4
         assert sum(plan.file_bytes for plan in plans) > 10_000 * 8192 * 28672
 
 
