@@ -181,7 +181,7 @@ MISTAKES = {
 
 IN_ONE_PROCESS = """
 import contextlib, io, json, sys
-from launcher.cli import main
+from launcher.cli.main import main
 results = []
 for words in json.load(sys.stdin):
     stderr, stdout = io.StringIO(), io.StringIO()
