@@ -22,7 +22,6 @@ from parallel.errors import InputError, TandemError
 app = typer.Typer(
     name="tandem",
     help="Run Llama-family models across processes and machines, bitwise identical for any number of ranks.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -160,7 +159,7 @@ def main() -> None:
     """Run a command and exit with its exit code."""
     interruption.catch()
     try:
-        code = app(_spread_words(sys.argv[1:]), standalone_mode=False)
+        code = app(_spread_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except BaseException as error:
         if interruption.number is None:
             _exit_after(error)

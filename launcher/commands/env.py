@@ -13,6 +13,7 @@ from launcher.environment.detection import read_environment
 from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import count_cores
 from launcher.host.program_version import read_version
+from launcher.host.streams import require_stdout
 from launcher.settings.measure_options import EnvOptions
 from model.spec.quoting import quote_name
 
@@ -23,6 +24,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_b
 
 def show_environment(options: EnvOptions) -> None:
     """Print the report. Raises ConfigError for variables of a launcher that cannot be used."""
+    require_stdout("leave it open")
     environment: dict[str, Any] = asdict(read_environment())
     machine = describe_machine()
     if options.as_json:

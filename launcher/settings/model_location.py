@@ -12,8 +12,9 @@ from model.checkpoint.recognition import name_path
 from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 
-_READABLE_ENDS = (".safetensors", ".gguf", ".ckpt", ".pth", ".json")
-"""Of files that a format may read."""
+_WEIGHT_ENDS = (".safetensors", ".gguf", ".ckpt", ".pth")
+"""Of files that a format may read weights from."""
+_READABLE_ENDS = (*_WEIGHT_ENDS, ".json")
 _LFS = "Git LFS"
 
 
@@ -46,12 +47,16 @@ def _name_unreadable(path: Path) -> str | None:
     if path.is_file():
         words = describe_file(path) if path.name.endswith(_READABLE_ENDS) else None
         return f"{path} {words}" if words and _LFS in words else None if path.name.endswith(_READABLE_ENDS) else name_path(path)
-    readable = [entry for entry in path.iterdir() if entry.is_dir() or entry.name.endswith(_READABLE_ENDS)]
-    for entry in readable:
-        words = describe_file(entry) if entry.is_file() else None
+    entries = list(path.iterdir())
+    for entry in entries:
+        words = describe_file(entry) if entry.name.endswith(_READABLE_ENDS) and entry.is_file() else None
         if words and _LFS in words:
             return f"{entry} {words}"
-    return None if readable else name_path(path)
+    return None if any(map(_may_hold_weights, entries)) else name_path(path)
+
+
+def _may_hold_weights(entry: Path) -> bool:
+    return entry.is_dir() or (entry.name.endswith(_WEIGHT_ENDS) and not entry.name.startswith("adapter_"))
 
 
 def _exists(path: Path) -> bool:

@@ -36,9 +36,9 @@ WITHOUT_KERNELS = """
 import sys
 
 if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
-    import model.native
+    import model.kernels.library
 
-    model.native._aside = True
+    model.kernels.library._disabled = True
 """
 """Executed by every process at its start: ranks have no kernels of their own."""
 

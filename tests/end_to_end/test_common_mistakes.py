@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     ".bin file": Mistake(
         lambda good, folder: ((folder / "model.bin").write_bytes(b"x") and ["predict", folder / "model.bin"]) or [],
-        ("PyTorch .bin", "safetensors"),
+        (r"model\.bin is a file of torch\.save", "safetensors"),
     ),
     "empty folder": Mistake(_folder(), ("is an empty folder",)),
     "LFS pointer": Mistake(_folder(config__json="{}", model__safetensors=LFS), ("is a Git LFS pointer", "git lfs pull")),
@@ -181,7 +181,7 @@ MISTAKES = {
 
 IN_ONE_PROCESS = """
 import contextlib, io, json, sys
-from launcher.cli import main
+from launcher.cli.main import main
 results = []
 for words in json.load(sys.stdin):
     stderr, stdout = io.StringIO(), io.StringIO()

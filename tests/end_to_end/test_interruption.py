@@ -83,7 +83,7 @@ PHASES: dict[str, tuple[str, Make]] = {
         lambda made, out: ["convert", made.float, out / "converted"],
     ),
     "reshard": (
-        HANG.format(module="checkpoint.rank_files", function="write_json"),
+        HANG.format(module="export.rank_files", function="write_json"),
         lambda made, out: ["reshard", made.float, out / "ranks", "--workers", "2"],
     ),
     "plan": (
@@ -91,11 +91,11 @@ PHASES: dict[str, tuple[str, Make]] = {
         lambda made, out: ["plan", "--config", made.config, "--checkpoint", made.float, "--workers", "3"],
     ),
     "predict before its ranks": (
-        HANG.format(module="loading", function="check_checkpoint"),
+        HANG.format(module="decoder.loading", function="check_checkpoint"),
         lambda made, out: ["predict", "--checkpoint", made.float, "--workers", "2", "--prompt", "a", "--log-dir", out / "log"],
     ),
     "quantize before its ranks": (
-        HANG.format(module="loading", function="check_checkpoint"),
+        HANG.format(module="decoder.loading", function="check_checkpoint"),
         lambda made, out: ["quantize", "-a", "rtn-a16w8", "--checkpoint", made.float, "--output", out / "quantized"],
     ),
 }
