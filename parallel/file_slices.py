@@ -59,7 +59,7 @@ class StoredRows:
 
 
 class FileReader:
-    """Reads rows, keeps files open and counts the bytes read. One per rank, with a single caller; large reads are split over its threads."""
+    """Reads rows, keeps files open and counts the bytes read. One per rank, with a single caller; large reads use its threads."""
 
     def __init__(self, num_threads: int = 1) -> None:
         self.read_bytes = 0

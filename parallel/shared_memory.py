@@ -227,7 +227,7 @@ class _PeerWatch:
 
 
 def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeout_seconds: float) -> mmap.mmap:
-    """Map `size` bytes of anonymous memory, created by rank 0 and opened by the others through /proc. Returns once all ranks are present."""
+    """Map `size` bytes of anonymous memory, created by rank 0 and opened by the others through /proc. Blocks until all are present."""
     if rank == 0:
         descriptor = os.memfd_create("tandem")
         os.ftruncate(descriptor, size)
