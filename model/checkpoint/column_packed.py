@@ -113,7 +113,7 @@ class ColumnPackedFolder(ABC):
         return self._folder.locate_rows(name, start, stop) if owner not in self._shapes or name in self._folder.tensors else []
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self._folder.tokenizer_path()
 
     @abstractmethod

@@ -89,7 +89,7 @@ class DescribedFolder:
         self.config: dict[str, Any] = declare_scheme(config, Scheme(linear, ignore))
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         if name in self._constants:
             return self._constants[name][start:stop].clone()
         source, convert = self._convert[name]
@@ -104,7 +104,7 @@ class DescribedFolder:
         return [stored.stored_rows(file)]
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self.path
 
     def _find_forms(self, linears: list[str], description: Mapping[str, str]) -> dict[str, str]:

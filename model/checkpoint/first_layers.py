@@ -39,7 +39,7 @@ class FirstLayers:
         self.checksums: Mapping[Path, Checksum] = whole.checksums
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         return self.whole.read_rows(reader, name, start, stop)
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:

@@ -49,7 +49,7 @@ class HuggingFaceFolder:
         self.notes = self._untie_head()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
@@ -58,7 +58,7 @@ class HuggingFaceFolder:
         return [stored.stored_rows(file)]
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self.path
 
     def _untie_head(self) -> tuple[str, ...]:
