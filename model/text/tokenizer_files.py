@@ -1,7 +1,4 @@
-"""Puts a checkpoint's tokenizer into another folder: files are copied, a GGUF file's vocabulary is written out.
-
-Knows files; the vocabularies themselves stand in `gguf_vocabulary.py`.
-"""
+"""Copy a checkpoint's tokenizer to another folder; the vocabulary of a GGUF file is converted to files."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +21,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""What travels with a checkpoint besides weights and config.json."""
+"""Tokenizer files that accompany weights and config.json."""
 
 
 def write_tokenizer(source: Path | None, folder: Path) -> None:
