@@ -1,6 +1,6 @@
-"""The model: forward pass, generation, tokenizers, checkpoint formats. Starts no process and reads no environment.
+"""The model: forward pass, generation, tokenizers, checkpoint formats. Starts no process and does not read the environment.
 
-`AutoModel` and `LlamaTokenizer` are for programs that decode in their own process, in MindFormers' words.
+`AutoModel` and `LlamaTokenizer` serve programs that decode in their own process, with the API of MindFormers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["AutoModel", "LlamaTokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: a rank imports parts of this package and should not pay for tokenizers.
+    # Imported on first use: a rank imports parts of this package and should not load tokenizers.
     if name == "AutoModel":
         from model.auto_model import AutoModel
 

@@ -1,6 +1,6 @@
-"""A model in the caller's own process, in MindFormers' words: `AutoModel.from_pretrained(dir).generate(ids, ...)`.
+"""A model in the current process with the API of MindFormers: `AutoModel.from_pretrained(dir).generate(ids, ...)`.
 
-One rank, no processes started. Several ranks go through `tandem predict`.
+Runs a single rank; use `tandem predict` for several.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from parallel.collectives import IdentityCollectives
 from parallel.errors import CheckpointError, RequestError
 
 MAX_LENGTH = 20
-"""MindFormers' GenerationConfig.max_length, used when nobody gives a length."""
+"""MindFormers' GenerationConfig.max_length, the default length."""
 
 
 class AutoModel:
@@ -41,7 +41,7 @@ class AutoModel:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | None = None, device: str = "cpu") -> "AutoModel":
-        """Load a checkpoint of any readable format. `dtype`: float32, bfloat16 or float16; None takes the checkpoint's."""
+        """Load a checkpoint of any supported format. `dtype`: float32, bfloat16 or float16; None for the checkpoint's dtype."""
         source = open_checkpoint(Path(path))
         config = build_config(source.config, str(path))
         end = decide_end_of_text(source, config.vocab_size, **_read_tokenizer(source))
@@ -75,11 +75,11 @@ class AutoModel:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> list[npt.NDArray[np.int32]]:
-        """Prompts and their continuations, one int32 array a row.
+        """Return prompts with their continuations, one int32 array per row.
 
-        input_ids: one row, or rows of equal length filled up with the pad id at the right. As in MindFormers,
-        `max_length` counts the whole row, `max_new_tokens` on top of the longest prompt; a row ends there or behind its
-        end-of-sequence id. Raises RequestError for rows of different lengths and prompts beyond the length.
+        input_ids: one row, or rows of equal length padded on the right with the pad id. As in MindFormers, `max_length` is the length of
+        the whole row, and `max_new_tokens` is added to the longest prompt; a row ends there or after its end-of-sequence id. Raises
+        RequestError for rows of different lengths and for prompts beyond the maximum length.
         """
         prompts = self._strip_padding(input_ids)
         longest = max(map(len, prompts))
@@ -128,7 +128,7 @@ class AutoModel:
 
 
 def _read_tokenizer(source: CheckpointSource) -> dict[str, Any]:
-    """The tokenizer and where it lies; nothing where the checkpoint has none that can be read: ids are all that is asked of it."""
+    """Return the tokenizer and its path; None if the checkpoint has no readable one, since only ids are required."""
     path = source.tokenizer_path() or source.path
     try:
         return {"tokenizer": read_tokenizer(path), "tokenizer_path": path}

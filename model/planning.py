@@ -1,7 +1,7 @@
-"""What every rank of a run will own, read and need, from sizes alone: no tensor, no file, no PyTorch.
+"""Plan what every rank of a run will own, read and need, from sizes alone: without tensors, files or PyTorch.
 
-`weight_bytes` and `file_bytes` are exact. `peak_bytes` follows `model/decoder/loading.py` step by step, on top of a constant for the
-process itself; a test holds it against a real run. Knows the layout, the table of weights, and how linears are kept.
+`weight_bytes` and `file_bytes` are exact. `peak_bytes` models `model/decoder/loading.py` step by step, plus a constant for the process
+itself; a test compares it with a real run.
 """
 
 from collections import Counter
@@ -18,68 +18,69 @@ PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
     "bfloat16": (268_000_000, 280_000_000),
     "float16": (268_000_000, 280_000_000),
 }
-"""By compute type, a rank without its weights, in our kernels or with floats, and in PyTorch's int8 product: Python, an imported
-PyTorch 2.13 (CPU build), what the first calls of kernels take. Measured."""
+"""By compute dtype, memory of a rank without weights, with native kernels or floats, and with PyTorch's int8 matmul: Python, PyTorch 2.13
+(CPU build), and the first kernel calls. Measured.
+"""
 _PACKED_ROWS = 48
-"""PyTorch's packed int8 matrices have whole blocks of so many rows (measured)."""
+"""PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
-"""What it keeps of each row beside its weights (measured)."""
+"""Extra bytes per row in PyTorch's packed int8 matrices (measured)."""
 _BYTES: Mapping[str, int] = {**DTYPES, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
-    """One rank."""
+    """The plan of one rank."""
 
     rank: int
     heads: tuple[int, int]
     """Query heads [start, stop)."""
     kv_heads: tuple[int, int]
-    """Key-value heads [start, stop); several ranks may keep the same one."""
+    """KV heads [start, stop); several ranks may hold the same one."""
     hidden_rows: tuple[int, int]
     """Rows of the projections back into the residual stream."""
     intermediate_rows: tuple[int, int]
-    """Rows of the feed-forward's inner dimension."""
+    """Rows of the feed-forward intermediate dimension."""
     vocab_rows: tuple[int, int]
     """Rows of the embedding and of the head."""
     file_bytes: int
-    """What it reads of the checkpoint."""
+    """Bytes read from the checkpoint."""
     weight_bytes: int
-    """Its weights as they are kept."""
+    """Weights in memory."""
     streamed_bytes: int
-    """Weights that each decoded token reads."""
+    """Weights read per decoded token."""
     kv_cache_bytes: int
-    """Keys and values of all sequences at their full length."""
+    """KV cache of all sequences at full length."""
     activation_bytes: int
-    """The largest product of a prefill, with what it is made of."""
+    """Output and inputs of the largest matmul in prefill."""
     peak_bytes: int
-    """Largest resident size, on a host whose processors compute."""
+    """Maximum resident memory, on a host that computes on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a run does with a model."""
+    """The workload of a run."""
 
     dtype: str
-    """Type to compute in: a key of DTYPES."""
+    """Compute dtype: a key of DTYPES."""
     kv_cache: str | None = None
     """See `model/spec/scheme.py`; None: in `dtype`."""
     batch_size: int = 1
-    """Sequences that run together."""
+    """Concurrent sequences."""
     tokens: int
-    """Of each sequence, prompt and new ones."""
+    """Tokens per sequence, prompt and new ones."""
     num_threads: int = 1
-    """Of each rank; as many products are packed at once, where they are."""
+    """Threads per rank; as many weights are packed at once, if they need packing."""
     own_kernels: bool = True
-    """Whether weights stay as they are stored, as the project's kernels take them; PyTorch's int8 product packs them."""
+    """Whether weights stay as stored, as native kernels use them; PyTorch's int8 matmul packs them."""
     block_size: int = DEFAULT_BLOCK_SIZE
-    """Tokens of a block of keys and values; a sequence fills whole ones."""
+    """Tokens per KV cache block; a sequence occupies whole blocks."""
     num_blocks: int | None = None
-    """Such blocks at most; None: as many as the sequences fill."""
+    """Maximum number of blocks; None: as many as the sequences need."""
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that there is memory for."""
+        """Capacity of the KV cache in tokens."""
         filled = self.batch_size * count_blocks(self.tokens, self.block_size)
         return self.block_size * (filled if self.num_blocks is None else min(filled, self.num_blocks))
 
@@ -87,7 +88,7 @@ class Workload:
 def plan_ranks(
     config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, str] | None = None
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: the types of the checkpoint's tensors; None: config.json's for all that is not quantized.
+    """Plan a run. `stored`: dtypes of the checkpoint's tensors; None: that of config.json for all unquantized tensors.
 
     Raises LayoutError when the model has too few units.
     """
@@ -98,16 +99,16 @@ def plan_ranks(
 
 
 def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> float:
-    """Mean over largest share of the weights: 1 is even. From one layer, the embedding and the head."""
+    """Return the mean share of the weights over the largest: 1 is balanced. Computed from one layer, the embedding and the head."""
     specs = list(plan_weights(config, scheme, layers=(0,)).values())
     shares = [sum(_count_elements(spec, *spec.rows(rank, world_size)) for spec in specs) for rank in range(world_size)]
     return sum(shares) / world_size / max(shares)
 
 
 def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, str]) -> list[tuple[int, int]]:
-    """Runs of layers that are stored alike: (number of the first layer of that kind, length of the run).
+    """Return runs of identically stored layers: (index of the first layer of that kind, length of the run).
 
-    A model has few kinds of layers, so that each is planned once however many layers there are.
+    A model has few kinds of layers, so each kind is planned only once.
     """
     types: dict[str, list[tuple[str, str]]] = {}
     for name, kind in stored.items():
@@ -147,13 +148,13 @@ def _plan_rank(
         counts[str(layer)] += length
 
     def file_bytes(name: str, spec: WeightSpec) -> int:
-        if name.endswith(".weight_shape"):  # config.json says the same, so nobody reads it
+        if name.endswith(".weight_shape"):  # given in config.json, so not read
             return 0
         kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         times = counts[name.split(".")[2]] if name.startswith("model.layers.") else 1
         return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind] * times
 
-    # Where nothing is packed, one product is filled after another.
+    # Without packing, weights are loaded one after another.
     num_packers = 0 if workload.own_kernels else num_threads
     steps: list[tuple[_Step, int]] = []
     products: list[_Step] = []
@@ -161,7 +162,7 @@ def _plan_rank(
     for layer_steps, length in _list_steps(config, scheme, specs, runs, rank, world_size, itemsize, packs=not workload.own_kernels):
         steps += [(step, length) for step in layer_steps]
         filled = [step for step in layer_steps if step.read_bytes]
-        # Of equal layers the last ones are filled on top of the most; as many are looked at as come together in one window.
+        # Of equal layers, the last ones are loaded on top of the most memory; consider as many as fit in one window.
         looked_at = min(length, num_packers + 2)
         skipped[len(products)] = (length - looked_at) * sum(step.packed_bytes for step in filled)
         products += filled * looked_at
@@ -170,7 +171,7 @@ def _plan_rank(
         kept += skipped.get(index, 0)
         packing = products[index : index + max(1, num_packers)]
         following = products[index + num_packers : index + num_packers + 1] if num_packers else []
-        # Of those that are packed at once only the largest is taken at its worst moment.
+        # Of the weights that are packed concurrently, only the largest is counted at its peak.
         at_once = sum(other.loading_bytes for other in packing) - sum(sorted(other.read_bytes for other in packing)[:-1])
         peak = max(peak, kept + at_once + sum(other.read_bytes for other in following))
         kept += step.packed_bytes
@@ -196,16 +197,16 @@ def _plan_rank(
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One layer object that loading fills."""
+    """One layer object to load."""
 
     kept_bytes: int
-    """Weights, as the stats count them."""
+    """Weights, as counted in stats."""
     packed_bytes: int
-    """Weights with what the kernel adds."""
+    """Weights including the kernel's overhead."""
     loading_bytes: int = 0
-    """Largest need while it is filled or a thread packs it, itself included."""
+    """Peak memory while it is loaded or packed, including itself."""
     read_bytes: int = 0
-    """What is read for it; 0: it takes no more than it keeps."""
+    """Size of the data read for it; 0: no larger than the weights it keeps."""
 
 
 def _list_steps(
@@ -219,7 +220,7 @@ def _list_steps(
     *,
     packs: bool,
 ) -> Iterator[tuple[list[_Step], int]]:
-    """What `load_model` fills, in its order, and how many times in a row."""
+    """Return the loading steps of `load_model`, in order, with their repetitions."""
     layout = config.layout()
 
     def local(name: str) -> int:
@@ -248,7 +249,7 @@ def _list_steps(
             return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups
-        # The rows, joined where they are fused; a copy as the quantized tensor that the kernel packs; and packed.
+        # The rows, joined if fused; a copy as the quantized tensor to pack; and the packed weight.
         yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw)
 
     vocab = count_tiled_rows(local("model.embed_tokens"), layout.vocab.unit) * config.hidden_size * itemsize
@@ -282,13 +283,15 @@ def _count_elements(spec: WeightSpec, start: int, stop: int) -> int:
 
 
 def _count_cache_bytes(config: LlamaConfig, kv_heads: int, kv_cache: str | None, itemsize: int) -> int:
-    """Of one token in all layers."""
+    """Bytes per token over all layers."""
     values = config.head_dim * (itemsize if kv_cache is None else 1) + (4 if kv_cache == "token" else 0)
     return config.num_hidden_layers * 2 * kv_heads * values
 
 
 def _count_activation_bytes(config: LlamaConfig, scheme: Scheme, rows: Mapping[str, tuple[int, int]], tokens: int, itemsize: int) -> int:
-    """Of the feed-forward, the widest part: residual stream, both halves in float32, what is gathered, and its slices as integers."""
+    """Bytes of the feed-forward, the widest part: residual stream, both halves in float32, gathered activations,
+    and their integer slices.
+    """
     start, stop = rows["intermediate"]
     wide = config.intermediate_size * itemsize + (stop - start) * (2 * itemsize + 8)
     slices = 0 if scheme.linear is None else 4 * config.intermediate_size * (4 if itemsize == 4 else 3)

@@ -1,1 +1,1 @@
-"""Ground floor: who owns what, how ranks speak, which bytes a rank reads. Knows integers and tensors, no weight names."""
+"""Rank layout, collectives and file reads: the layer below `model`. Works on integers and tensors; does not depend on weight names."""

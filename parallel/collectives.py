@@ -1,7 +1,6 @@
-"""How ranks speak: gather what every rank computed, in rank order. Nothing is ever summed on the way.
+"""Collectives: gather every rank's columns in rank order. Nothing is ever reduced, so results do not depend on the number of ranks.
 
-One interface, three backs: identity (one rank), shared memory (`parallel/shared_memory.py`), torch.distributed.
-Knows tensors and ranks; not what they mean, and not how processes were started.
+One interface, three implementations: identity (one rank), shared memory (`parallel/shared_memory.py`), torch.distributed.
 """
 
 import ctypes
@@ -21,59 +20,58 @@ from parallel.store_waiting import StoreBarrier, StoreBeats
 
 _LOOK = timedelta(seconds=0.5)
 _NEVER = timedelta(days=1000)
-"""For gloo's own time limits, which count the time in which this process was frozen."""
+"""Disables gloo's own timeouts, which include time during which this process was frozen."""
 
 
 class Collectives(Protocol):
-    """What a rank needs of the others."""
+    """Communication between the ranks of a run."""
 
     name: str
     rank: int
     world_size: int
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]. Every rank gets the same bits."""
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]. The result is bitwise identical on every rank."""
         ...
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         ...
 
     def beat(self) -> None:
-        """Tell the peers that this rank is at work, loading or computing, so that they go on waiting for it."""
+        """Signal the peers that this rank is alive (loading or computing), so that their timeouts restart."""
         ...
 
     def close(self) -> None:
-        """Let go of what the back holds."""
+        """Release all resources."""
         ...
 
 
 class IdentityCollectives:
-    """One rank: nothing to do."""
+    """Collectives of a single rank: no communication."""
 
     name = "identity"
     rank = 0
     world_size = 1
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """The tensor itself."""
+        """Return the tensor unchanged."""
         return local
 
     def barrier(self) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
     def beat(self) -> None:
-        """Nobody waits."""
+        """Do nothing: there are no peers."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there are no resources."""
 
 
 class DistributedCollectives:
-    """torch.distributed: gloo on CPUs, the device's own backend elsewhere. Barriers go by the store, whose wait can be prolonged.
+    """torch.distributed: gloo on CPUs, the device's own backend elsewhere. Barriers go through the store, whose timeout can be extended.
 
-    `address`: of this host, on which this rank listens, and nowhere else. `ranks`: what these ranks are called in messages, where they are
-    a part of a run's.
+    `address`: the local address to listen on. `ranks`: rank numbers to use in messages when this group is only part of a run.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class DistributedCollectives:
         self._options = AllgatherOptions()
         self._options.timeout = _NEVER
         self._group: Any = None
-        # All are there before they connect to each other: what waits for a late one then is a wait that can name it.
+        # Wait until all ranks are present before connecting: only the store's wait can name a late rank.
         self._lines = PeerLines(store, me, self._ranks, address, timeout_seconds)
         self._barrier = StoreBarrier(store, me, self._ranks, timeout_seconds, self._lines.find_gone)
         try:
@@ -112,7 +110,7 @@ class DistributedCollectives:
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)].
 
-        Parts go as bytes, filled up to the widest: backends differ in the types and the uneven sizes that they take.
+        Parts are sent as bytes, padded to the widest part: backends differ in the dtypes and uneven sizes they support.
         """
         rows, widest = local.shape[0], max(sizes)
         mine = local.new_zeros((rows, widest))
@@ -129,11 +127,11 @@ class DistributedCollectives:
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         self._barrier.wait()
 
     def beat(self) -> None:
-        """Tell the peers that this rank is at work."""
+        """Signal the peers that this rank is alive."""
         self._beats.beat()
 
     def close(self) -> None:
@@ -144,7 +142,7 @@ class DistributedCollectives:
         self._group = None
 
     def _wait(self, work: Any) -> None:
-        """Return when it is done. Raises RuntimeError when it fails, or takes longer than the timeout while this process runs."""
+        """Wait for `work`. Raises RuntimeError when it fails or exceeds the timeout, not counting time in which this process was frozen."""
         clock = ObservedTime()
         while True:
             try:
@@ -154,12 +152,13 @@ class DistributedCollectives:
                 if work.is_completed():
                     raise
                 if clock.read() > self._timeout_seconds:
-                    # gloo waits for its pending work when it is destroyed, and this work may never end: let it never be destroyed.
+                    # Destroying a gloo group waits for its pending work, which may never finish here: leak a reference so that it is never
+                    # destroyed.
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
                     raise RuntimeError(f"no answer within {self._timeout_seconds:g} s") from error
 
     def _fail(self, operation: str, error: RuntimeError) -> PeerError:
         me, gone = self._ranks[self.rank], self._lines.find_gone()
-        if len(gone) == 1:  # of several, one took the others with it
+        if len(gone) == 1:  # with several, the first death caused the others
             return PeerError(f"rank {gone[0]} died while rank {me} waited for it in {operation}", operation, peer=gone[0], died=True)
         return PeerError(f"rank {me} waited in {operation} for a rank that died or stopped: {error}", operation)

@@ -1,14 +1,14 @@
-"""The errors that users meet. Every message is one or two sentences: both numbers, then what to do next.
+"""User-facing errors. A message is one or two sentences: what is wrong (with both values), then what to do.
 
 TandemError
 ├── InputError       the user's input cannot be used; found before any process starts (exit code 2)
 │   ├── LayoutError      more ranks than units
 │   ├── ConfigError      config.json, YAML or options
-│   ├── CheckpointError  files: missing, short, unexpected, of the wrong type
+│   ├── CheckpointError  files: missing, truncated, unexpected, of the wrong dtype
 │   └── RequestError     prompts and sampling options
-└── RunError         a run that had started went wrong (exit code 1)
+└── RunError         a run failed after it had started (exit code 1)
     ├── NonFiniteError   logits are NaN or infinite; every rank raises it in the same step
-    └── PeerError        another rank died or stopped answering
+    └── PeerError        another rank died or stopped responding
 """
 
 __all__ = [
@@ -25,45 +25,45 @@ __all__ = [
 
 
 class TandemError(Exception):
-    """Base of all errors that tandem raises for its users."""
+    """Base class of all user-facing errors."""
 
 
 class InputError(TandemError, ValueError):
-    """The input cannot be used; nothing has started."""
+    """The input cannot be used; no process has been started."""
 
 
 class LayoutError(InputError):
-    """This number of ranks does not fit this model."""
+    """The model cannot be split over this number of ranks."""
 
 
 class ConfigError(InputError):
-    """A setting, a config.json or a YAML key is wrong."""
+    """An option, a config.json field or a YAML key is invalid."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be read as it stands."""
+    """A checkpoint cannot be read."""
 
 
 class RequestError(InputError):
-    """A prompt or a sampling option cannot be used."""
+    """A prompt or a sampling option is invalid."""
 
 
 class RunError(TandemError, RuntimeError):
-    """A run that had started failed."""
+    """A run failed after it had started."""
 
 
 class NonFiniteError(RunError):
-    """Logits are NaN or infinite. Every rank sees the same logits, so all raise it in the same step, and a restart would not help."""
+    """Logits are NaN or infinite. All ranks see the same logits and raise it in the same step; a restart would not help."""
 
 
 class PeerError(RunError):
-    """Another rank died or stopped answering while this one waited for it."""
+    """Another rank died or stopped responding while this one waited for it."""
 
     def __init__(self, message: str, operation: str, *, peer: int | None = None, died: bool = False) -> None:
         super().__init__(message)
         self.operation = operation
-        """What this rank waited in."""
+        """The operation in which this rank was waiting."""
         self.peer = peer
-        """The rank that died or did not come; None when it is not known."""
+        """The rank that died or is late; None if unknown."""
         self.died = died
-        """Whether its process has ended."""
+        """Whether its process has exited."""

@@ -1,10 +1,10 @@
-"""Who owns what: every split dimension is a sequence of units that are never cut, and a rank owns a run of units.
+"""Tensor-parallel layout: each split dimension is a sequence of indivisible units, and a rank owns a contiguous range of them.
 
-Pure integers: knows sizes, ranks and world sizes, no tensors, no weight names, no processes.
+Pure integer arithmetic on sizes, ranks and world sizes.
 
-All splits run over output rows (dimension 0). A product's inner dimension is never cut, so a sum over it is always
-made whole, by one rank, in one order: that is what makes results equal bit for bit for every world size, and what
-leaves the quantization groups along the inner dimension whole. See `model/layers/linear.py` for the other half of it.
+All splits are over output rows (dimension 0). The inner dimension of a matmul is never split, so each sum over it is computed in full,
+on one rank, in a fixed order. This makes results bitwise identical for every world size and keeps the quantization groups along the
+inner dimension whole. `model/layers/linear.py` implements the other half of this guarantee.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from parallel.errors import LayoutError
 
 TILE_ROWS = 16
-"""A matrix product of PyTorch on a CPU keeps every bit when its output rows are split at multiples of this."""
+"""PyTorch's CPU matmul is bitwise reproducible when its output rows are split at multiples of this."""
 
 
 def split_evenly(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Run [start, stop) of `count` things that `rank` owns: as even as it goes, earlier ranks one more."""
+    """Return the range [start, stop) of `count` items that `rank` owns: balanced, with the remainder on the first ranks."""
     base, extra = divmod(count, world_size)
     start = rank * base + min(rank, extra)
     return start, start + base + (1 if rank < extra else 0)
 
 
 def count_tiled_rows(num_rows: int, unit: int) -> int:
-    """Rows that `num_rows` take when each unit of `unit` rows (the last may be shorter) is filled up to whole tiles."""
+    """Number of rows after padding each unit of `unit` rows (the last may be shorter) to whole tiles."""
 
     def fill(rows: int) -> int:
         return -(-rows // TILE_ROWS) * TILE_ROWS
@@ -34,23 +34,23 @@ def count_tiled_rows(num_rows: int, unit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """No split: every rank owns every row."""
+    """No split: every rank owns all rows."""
 
     def interval(self, size: int, rank: int, world_size: int) -> tuple[int, int]:
         """Rows [start, stop) of a dimension of `size` rows that `rank` owns."""
         return 0, size
 
     def num_units(self, size: int) -> int | None:
-        """How many ranks this split can serve; None is any number."""
+        """Maximum number of ranks; None if unlimited."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Runs of `unit` rows; the last unit may be shorter."""
+    """Contiguous ranges of `unit` rows; the last unit may be shorter."""
 
     unit: int
-    """Rows that are never separated."""
+    """Rows per indivisible unit."""
 
     def interval(self, size: int, rank: int, world_size: int) -> tuple[int, int]:
         """Rows [start, stop) of a dimension of `size` rows that `rank` owns."""
@@ -58,23 +58,23 @@ class Rows:
         return min(start * self.unit, size), min(stop * self.unit, size)
 
     def num_units(self, size: int) -> int:
-        """How many ranks this split can serve."""
+        """Maximum number of ranks."""
         return -(-size // self.unit)
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Heads of grouped-query attention, a unit being one key-value head with its query heads.
+    """Heads of grouped-query attention. A unit is one KV head with its query heads.
 
-    With more ranks than key-value heads, each rank keeps one key-value head (a copy) and a part of its query heads.
+    With more ranks than KV heads, each rank holds a copy of one KV head and part of its query heads.
     """
 
     num_heads: int
     """Query heads."""
     num_kv_heads: int
-    """Key-value heads; divides `num_heads`."""
+    """KV heads; divides `num_heads`."""
     head_dim: int
-    """Rows of one head."""
+    """Rows per head."""
     side: str
     """"query" or "key_value": which of the two this dimension holds."""
 
@@ -85,7 +85,7 @@ class Heads:
         return start * self.head_dim, stop * self.head_dim
 
     def num_units(self, size: int) -> int:
-        """How many ranks this split can serve: a query head is the smallest part."""
+        """Maximum number of ranks: a single query head is the smallest part."""
         return self.num_heads
 
 
@@ -93,10 +93,10 @@ Split = Whole | Rows | Heads
 
 
 def plan_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Query heads and key-value heads, each [start, stop), of `rank`.
+    """Return the ranges [start, stop) of query heads and KV heads of `rank`.
 
-    Up to `num_kv_heads` ranks whole groups are dealt out; beyond, ranks are dealt out to groups, and the ranks of one
-    group split its query heads and each keep its key-value head.
+    Up to `num_kv_heads` ranks, whole groups are distributed over the ranks. Beyond that, ranks are distributed over the groups: the
+    ranks of a group split its query heads, and each holds a copy of its KV head.
     """
     group = num_heads // num_kv_heads
     if world_size <= num_kv_heads:
@@ -111,14 +111,14 @@ def plan_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) ->
 
 
 def slices(shape: Sequence[int], split: Split, rank: int, world_size: int) -> tuple[slice, ...]:
-    """The part of a tensor of `shape` that `rank` owns, as one slice a dimension."""
+    """Return the part of a tensor of `shape` that `rank` owns, one slice per dimension."""
     start, stop = split.interval(shape[0], rank, world_size)
     return (slice(start, stop), *(slice(0, size) for size in shape[1:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The splits of one decoder model, one a kind of dimension."""
+    """The splits of one decoder model, one per kind of dimension."""
 
     query: Heads
     """Rows of query projections."""
@@ -127,18 +127,18 @@ class Layout:
     hidden: Rows
     """Rows of the projections back into the residual stream."""
     intermediate: Rows
-    """Rows of the feed-forward's inner dimension."""
+    """Rows of the feed-forward intermediate dimension."""
     vocab: Rows
-    """Rows of the embedding and of the output head."""
+    """Rows of the embedding and the output head."""
     whole: Whole
-    """What every rank keeps: norms."""
+    """Replicated tensors: norms."""
     max_world_size: int
-    """The largest number of ranks with a unit for each."""
+    """Largest number of ranks at which every rank owns a unit of every split."""
     reason: str
-    """What sets `max_world_size`, in words."""
+    """Description of what limits `max_world_size`."""
 
     def check(self, world_size: int) -> None:
-        """Raise LayoutError unless every rank of `world_size` has a unit of every split."""
+        """Raise LayoutError unless each of `world_size` ranks owns at least one unit of every split."""
         if world_size < 1:
             raise LayoutError(f"the number of ranks is {world_size}, but at least 1 is needed")
         if world_size > self.max_world_size:
@@ -156,11 +156,10 @@ def plan_layout(
     head_dim: int,
     group: int = 1,
 ) -> Layout:
-    """Lay out a decoder of these sizes.
+    """Plan the layout of a decoder with these sizes.
 
-    `group`: rows that a packed format stores together (1: none); units are multiples of it.
-    Units are `TILE_ROWS` rows where that leaves one for every query head, smaller in tiny models.
-    Raises LayoutError when the head counts do not divide.
+    `group`: rows that a packed format stores together (1: none); units are multiples of it. Units are `TILE_ROWS` rows where that leaves
+    at least one unit per query head, and smaller in tiny models. Raises LayoutError when the head counts do not divide.
     """
     if num_heads % num_kv_heads:
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads: it does not divide")

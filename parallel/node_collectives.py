@@ -1,6 +1,6 @@
-"""Collectives of CPU ranks on several hosts: shared memory inside a host, torch.distributed between the first ranks of the hosts.
+"""Collectives of CPU ranks on several hosts: shared memory within a host, torch.distributed between the first ranks of the hosts.
 
-Every part travels once between two hosts, however many ranks share one. Knows which rank is on which host; not what hosts are.
+Each part crosses between two hosts only once, however many ranks they run.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from parallel.store_waiting import StoreBarrier, StoreBeats
 
 
 def plan_nodes(hosts: Sequence[str]) -> list[int]:
-    """The node of every rank, numbered by first appearance, from what identifies its host."""
+    """Return the node of every rank, numbered by first appearance, given an identifier of each rank's host."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(host, len(numbers)) for host in hosts]
 
 
 class NodeCollectives:
-    """Gather inside the hosts, between them, and inside again. `nodes[r]` is the node of rank r."""
+    """Gather within each host, between the hosts, then within each host again. `nodes[r]` is the node of rank r."""
 
     name = "shm+gloo"
 
@@ -32,7 +32,7 @@ class NodeCollectives:
         mates = self._members[self._node]
         self._mates = mates
         self._beats = StoreBeats(store, rank)
-        # Between all ranks, not only the first ones: the others have nobody who would tell them of a death on another node.
+        # Connects all ranks, not only the first of each node: the others would otherwise not learn of a death on another node.
         self._lines = PeerLines(store, rank, range(self.world_size), address, timeout_seconds)
         self._barrier = StoreBarrier(store, rank, range(self.world_size), timeout_seconds, self._lines.find_gone)
         self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
@@ -45,7 +45,7 @@ class NodeCollectives:
             self._between = DistributedCollectives(
                 between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=[members[0] for members in self._members]
             )
-        # Columns come node by node; this brings them into the order of ranks.
+        # Columns arrive grouped by node; this permutation restores rank order.
         self._order = [other for members in self._members for other in members]
         self._is_ordered = self._order == sorted(self._order)
 
@@ -64,20 +64,21 @@ class NodeCollectives:
             column = whole.reshape(-1, 1)
         else:
             column = local.new_empty((local.shape[0] * total, 0))
-        # A gather in which only the first has columns hands them to all; as one column, since a row of all ranks' may exceed a slot.
+        # A gather in which only the first rank has columns is a broadcast. It is sent as a single column, since a row of all ranks' columns
+        # may exceed a slot.
         return self._local.gather_columns(column, [1, *[0] * (len(self._mates) - 1)]).view(local.shape[0], total)
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         self._barrier.wait()
 
     def beat(self) -> None:
-        """Tell the peers that this rank is at work."""
+        """Signal the peers that this rank is alive."""
         self._beats.beat()
         self._local.beat()
 
     def close(self) -> None:
-        """Let go of both backs."""
+        """Release the resources of both levels."""
         self._lines.close()
         self._local.close()
         if self._between is not None:

@@ -1,18 +1,18 @@
-"""A clock for time limits of waits: it stands still while the process that reads it does.
+"""A clock for timeouts that stops while the process reading it is stopped.
 
-A run can be frozen as a whole, by a control group's freezer, `docker pause`, Slurm's suspend or SIGSTOP. When it goes on nobody has
-been late, though much time has passed.
+A whole run can be frozen by the cgroup freezer, `docker pause`, Slurm's suspend or SIGSTOP. After it resumes, no rank should count as
+late although much wall time has passed.
 """
 
 import threading
 import time
 
 _LONGEST_GAP_SECONDS = 1.0
-"""Several times what lies between two readings of a waiting loop on a busy machine."""
+"""Several times the interval between two readings of a waiting loop on a busy machine."""
 
 
 class ObservedTime:
-    """Seconds during which the loop that reads it was running. Readings may come from several threads."""
+    """Seconds during which the polling loop was actually running. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,7 +20,7 @@ class ObservedTime:
         self._seconds = 0.0
 
     def read(self) -> float:
-        """Seconds since the start; of the time since the last reading one second at most counts."""
+        """Return the seconds since the start, counting at most one second between consecutive readings."""
         with self._lock:
             now = time.monotonic()
             self._seconds += min(now - self._last, _LONGEST_GAP_SECONDS)

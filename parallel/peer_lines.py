@@ -1,7 +1,7 @@
-"""A TCP connection between every two ranks that carries nothing: it ends when a rank's process does, and so tells of the death.
+"""An idle TCP connection between every two ranks, used to detect deaths: it closes when a rank's process exits.
 
-gloo feels a death too, but only by work of its own that is pending, and a process group with pending work cannot be let go of: a rank
-that gave up waiting would never exit. Knows ranks and addresses; a host that vanishes without a word is for time limits to find.
+gloo detects a death only through its own pending work, and a process group with pending work cannot be destroyed, so a rank that timed
+out would never exit. A host that vanishes without closing its connections is detected by timeouts only.
 """
 
 import socket
@@ -19,7 +19,7 @@ _RANK = struct.Struct("!q")
 
 
 class PeerLines:
-    """The lines of `rank` to the others of `ranks`. Listens on `address`, and only while they connect."""
+    """Connections from `rank` to the other `ranks`. Listens on `address`, only until all are connected."""
 
     def __init__(self, store: Store, rank: int, ranks: Sequence[int], address: str, timeout_seconds: float) -> None:
         self._lines: dict[int, socket.socket] = {}
@@ -28,7 +28,7 @@ class PeerLines:
             with store_errors("rendezvous"):
                 store.set(f"line/{rank}", f"{listener.getsockname()[1]} {address}")
             wait_for_ranks(store, "line", ranks, timeout_seconds, "rendezvous")
-            # A connection waits in the listener's queue until it is accepted, so all can call before any answers.
+            # Connections queue at the listener until accepted, so all ranks can connect before any of them accepts.
             for peer in (other for other in ranks if other < rank):
                 self._lines[peer] = _call(store, rank, peer, timeout_seconds)
             self._answer(listener, [other for other in ranks if other > rank], timeout_seconds)
@@ -36,11 +36,11 @@ class PeerLines:
             line.setblocking(False)
 
     def find_gone(self) -> list[int]:
-        """The peers whose processes have ended, or have let go of their lines."""
+        """Return the peers whose processes have exited or have closed their connections."""
         return [peer for peer, line in self._lines.items() if _has_ended(line)]
 
     def close(self) -> None:
-        """Let go of the lines."""
+        """Close the connections."""
         for line in self._lines.values():
             line.close()
         self._lines = {}
@@ -67,7 +67,7 @@ class PeerLines:
                 caller = -1
             if caller in missing:
                 self._lines[caller] = line
-            else:  # a stranger at the port
+            else:  # not a rank of this run
                 line.close()
 
 

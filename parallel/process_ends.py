@@ -1,12 +1,12 @@
-"""Which of some processes have ended, by their pidfds. Knows descriptors; not whose processes they are."""
+"""Detect exited processes through their pidfds."""
 
 import select
 from collections.abc import Mapping
 
 
 def find_ended(descriptors: Mapping[int, int], timeout_seconds: float = 0) -> set[int]:
-    """The keys of the pidfds whose processes have ended, zombies included; waits up to `timeout_seconds` for the first."""
-    poll = select.poll()  # select() takes no descriptor above 1023
+    """Return the keys of the pidfds whose processes have exited, zombies included; wait up to `timeout_seconds` for the first."""
+    poll = select.poll()  # select() does not support descriptors above 1023
     for descriptor in descriptors.values():
         poll.register(descriptor, select.POLLIN)
     ready = {descriptor for descriptor, _ in poll.poll(timeout_seconds * 1000)}

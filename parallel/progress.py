@@ -1,7 +1,7 @@
-"""How far every rank of a host has come, in memory that whoever watches them can read without their help.
+"""Progress of every rank of a host, in shared memory that a monitor can read without the ranks' cooperation.
 
-A board is a file with one line a rank: how often it got on, what it is in, how many collectives it has entered, how long it was in
-them. It tells even of a rank that was killed or stopped. Knows integers; not what watches, and not what ranks do.
+A board is a file with one line per rank: its progress counter, its current operation, the number of collectives it has entered and the
+time spent in them. It stays readable after a rank was killed or stopped.
 """
 
 import ctypes
@@ -18,25 +18,25 @@ from parallel.collectives import Collectives
 from parallel.shared_memory import SharedSlots, SharesSlots
 
 OPERATIONS = ("starting", "loading", "computing", "gather_columns", "barrier", "done")
-"""What a rank can be in, by the code on its line."""
+"""The operations of a rank, indexed by the code on its line."""
 _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 WAITING = ("gather_columns", "barrier")
-"""Of these, the ones in which a rank waits for others."""
+"""The operations in which a rank waits for others."""
 
-_WORDS = 8  # one 64-byte cache line a rank
+_WORDS = 8  # one 64-byte cache line per rank
 _BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What one line says."""
+    """The contents of one line."""
 
     beats: int
-    """How often the rank got on; only changes matter."""
+    """Progress counter; only changes are significant."""
     operation: str
-    """A word of OPERATIONS."""
+    """An entry of OPERATIONS."""
     entered: int
-    """Collectives that it has entered: of ranks that wait for each other, the one with fewest holds up the rest."""
+    """Number of collectives entered: of ranks that wait for each other, the one with the lowest count blocks the rest."""
 
 
 class ProgressBoard:
@@ -54,21 +54,21 @@ class ProgressBoard:
         self._words = memoryview(self._memory).cast("q")
 
     def line(self, index: int) -> memoryview:
-        """The words of one rank, for `Progress`."""
+        """Return the line of one rank, for `Progress`."""
         return self._words[index * _WORDS : (index + 1) * _WORDS]
 
     def read(self, index: int) -> Standing:
-        """What the line of a rank says now."""
+        """Read the current contents of a rank's line."""
         words = self.line(index)
         return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED])
 
     def reset(self) -> None:
-        """All lines as new: other processes take them over."""
+        """Reset all lines, for the processes of the next attempt."""
         for word in range(len(self._words)):
             self._words[word] = 0
 
     def ask_to_stop(self, index: int) -> None:
-        """Ask a rank to stop after what it is at."""
+        """Ask a rank to stop after its current step."""
         self.line(index)[_STOP] = 1
 
 
@@ -79,51 +79,51 @@ class Progress:
         self._line = memoryview(bytearray(_WORDS * 8)).cast("q") if line is None else line
 
     def beat(self) -> None:
-        """This rank got on."""
+        """Record progress of this rank."""
         self._line[_BEATS] += 1
 
     def set_operation(self, operation: str) -> None:
-        """This rank is in a word of OPERATIONS now."""
+        """Set the current operation, an entry of OPERATIONS."""
         self._line[_OPERATION] = _CODES[operation]
         self._line[_BEATS] += 1
 
     def add_gather(self, nanoseconds: int) -> None:
-        """A gather took so long."""
+        """Add the duration of a gather."""
         self._line[_GATHERED] += nanoseconds
 
     @property
     def gather_nanoseconds(self) -> int:
-        """What all gathers took so far, waiting for the other ranks included."""
+        """Total time spent in gathers, including the time waiting for other ranks."""
         return self._line[_GATHERED]
 
     def enter(self, operation: str) -> None:
-        """This rank goes into a collective."""
+        """Record that this rank enters a collective."""
         self._line[_ENTERED] += 1
         self.set_operation(operation)
 
     @property
     def addresses(self) -> tuple[int, int, int, int]:
-        """Where beats, operation, entered collectives and their nanoseconds lie, for code that keeps them itself."""
+        """Addresses of progress counter, operation, entered collectives and their nanoseconds, for native code that updates them itself."""
         first = ctypes.addressof(ctypes.c_char.from_buffer(self._line))
         return first + 8 * _BEATS, first + 8 * _OPERATION, first + 8 * _ENTERED, first + 8 * _GATHERED
 
     @property
     def operation(self) -> str:
-        """What this rank is in."""
+        """The current operation of this rank."""
         return OPERATIONS[self._line[_OPERATION]]
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether this rank shall stop after what it is at."""
+        """Whether this rank has been asked to stop after its current step."""
         return bool(self._line[_STOP])
 
     def ask_to_stop(self) -> None:
-        """Have `asked_to_stop` say so from now on."""
+        """Set `asked_to_stop`."""
         self._line[_STOP] = 1
 
 
 class WatchedCollectives:
-    """Any collectives, with this rank's line kept. A collective that fails leaves its name on the line."""
+    """Wraps any collectives and updates this rank's line. When a collective fails, the line keeps its name."""
 
     def __init__(self, inner: Collectives, progress: Progress) -> None:
         self._inner, self._progress = inner, progress
@@ -139,7 +139,7 @@ class WatchedCollectives:
         return whole
 
     def share_slots(self) -> SharedSlots | None:
-        """The inner ones' slots, with this rank's line."""
+        """Return the slots of the wrapped collectives, with the addresses of this rank's line."""
         slots = self._inner.share_slots() if isinstance(self._inner, SharesSlots) else None
         return (
             None
@@ -148,16 +148,16 @@ class WatchedCollectives:
         )
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         self._progress.enter("barrier")
         self._inner.barrier()
         self._progress.set_operation("computing")
 
     def beat(self) -> None:
-        """Tell the watcher and the peers that this rank got on."""
+        """Record progress and signal the peers."""
         self._progress.beat()
         self._inner.beat()
 
     def close(self) -> None:
-        """Let go of what the back holds."""
+        """Release the resources of the wrapped collectives."""
         self._inner.close()

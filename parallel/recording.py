@@ -1,6 +1,6 @@
-"""What one rank did when: spans of time by name, and collectives that record theirs. Knows clocks and names, not what they mean.
+"""Trace of one rank: named time spans, and collectives that record theirs.
 
-All processes of a host share the clock, so spans of several ranks lie on one time line.
+All processes of a host share the clock, so spans of several ranks can be shown on one timeline.
 """
 
 import time
@@ -16,32 +16,32 @@ GATHER, BARRIER = "gather_columns", "barrier"
 
 
 class Recorder:
-    """Spans (number of the name, start, duration; nanoseconds of CLOCK_MONOTONIC), in the order in which they end."""
+    """Spans (index of the name, start, duration; nanoseconds of CLOCK_MONOTONIC), in the order in which they end."""
 
     def __init__(self) -> None:
         self.names: list[str] = [GATHER, BARRIER]
         self.spans: list[tuple[int, int, int]] = []
 
     def number(self, name: str) -> int:
-        """The number of a name."""
+        """Return the index of a name."""
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name)
 
     def add(self, number: int, started: int) -> None:
-        """A span that ends now."""
+        """Add a span that ends now."""
         self.spans.append((number, started, time.monotonic_ns() - started))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Record what is done inside."""
+        """Record the body of the `with` statement as a span."""
         number, started = self.number(name), time.monotonic_ns()
         yield
         self.add(number, started)
 
 
 class RecordedCollectives:
-    """Any collectives; each goes to `recorder` while there is one."""
+    """Wraps any collectives and records each call while `recorder` is set."""
 
     def __init__(self, inner: Collectives) -> None:
         self._inner = inner
@@ -58,11 +58,11 @@ class RecordedCollectives:
         return whole
 
     def share_slots(self) -> SharedSlots | None:
-        """Nobody's while each gather is recorded."""
+        """Return None while recording, so that each gather goes through `gather_columns`."""
         return self._inner.share_slots() if self.recorder is None and isinstance(self._inner, SharesSlots) else None
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         if self.recorder is None:
             return self._inner.barrier()
         started = time.monotonic_ns()
@@ -70,9 +70,9 @@ class RecordedCollectives:
         self.recorder.add(1, started)
 
     def beat(self) -> None:
-        """Tell the peers that this rank is at work."""
+        """Signal the peers that this rank is alive."""
         self._inner.beat()
 
     def close(self) -> None:
-        """Let go of what the back holds."""
+        """Release the resources of the wrapped collectives."""
         self._inner.close()

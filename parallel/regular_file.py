@@ -1,6 +1,6 @@
-"""Open regular files only, without blocking: a FIFO, device, socket or folder is refused, and a text file larger than its limit.
+"""Open regular files only, without blocking: FIFOs, devices, sockets and folders are refused, and text files above a size limit.
 
-Every refusal is an OSError whose `strerror` is the reason in words, so that it reads like the system's own.
+Every refusal is an OSError whose `strerror` gives the reason, so that it reads like one raised by the system.
 """
 
 import errno
@@ -10,17 +10,17 @@ import stat
 from pathlib import Path
 
 MAX_KEY_BYTES = 1 << 20
-"""Files of keys."""
+"""Key files."""
 MAX_YAML_BYTES = 1 << 20
-"""Configs: PyYAML takes about 20 seconds a megabyte at worst."""
+"""YAML files: PyYAML takes up to about 20 seconds per MB."""
 MAX_LIST_BYTES = 1 << 24
-"""Lists of checksums: over 100,000 files."""
+"""Checksum lists: over 100,000 files."""
 MAX_INDEX_BYTES = 1 << 27
-"""JSON with an entry for each tensor."""
+"""JSON files with an entry per tensor."""
 MAX_VOCABULARY_BYTES = 1 << 28
 """Vocabularies."""
 MAX_DATA_BYTES = 1 << 31
-"""Prompts, and texts for calibration and evaluation."""
+"""Prompts, and calibration and evaluation texts."""
 
 _KINDS = (
     (stat.S_ISREG, "a file"),
@@ -33,19 +33,19 @@ _KINDS = (
 
 
 def describe_kind(mode: int) -> str:
-    """What a file of this `st_mode` is, in words."""
+    """Describe the file type of this `st_mode`."""
     return next((words for matches, words in _KINDS if matches(mode)), "a file of another kind")
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a regular file for unbuffered reading. Raises OSError for anything else; never blocks."""
+    """Open a regular file for unbuffered reading. Raises OSError for any other type of file; never blocks."""
     return io.FileIO(open_descriptor(path))
 
 
 def open_descriptor(path: Path) -> int:
-    """The descriptor of a regular file, for reading. Raises OSError for anything else; never blocks."""
+    """Open a regular file for reading and return its descriptor. Raises OSError for any other type of file; never blocks."""
     try:
-        _require_regular(path, os.stat(path).st_mode)  # before opening: to open some devices has an effect
+        _require_regular(path, os.stat(path).st_mode)  # check before opening: opening some devices has side effects
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:
         raise OSError(errno.EINVAL, "a path cannot hold a null byte", repr(str(path))) from None
@@ -58,10 +58,10 @@ def open_descriptor(path: Path) -> int:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The whole content of a regular file. Raises OSError for another kind of file, or for one of more than `max_bytes`."""
+    """Read a regular file. Raises OSError for any other type of file and for a file larger than `max_bytes`."""
     with io.BufferedReader(open_regular(path)) as file:
         size = os.fstat(file.fileno()).st_size
-        # Files of /proc have a size of 0, and others may grow.
+        # Files in /proc report a size of 0, and others may grow.
         content = b"" if size > max_bytes else file.read(max_bytes + 1)
     if size > max_bytes or len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"it has {max(size, len(content))} bytes, but at most {max_bytes} are read", str(path))
@@ -69,7 +69,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int, *, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a regular file, line ends as \\n. Raises what `read_bytes` raises, and UnicodeDecodeError."""
+    """Read a regular file as text with newlines normalized to \n. Raises the errors of `read_bytes`, and UnicodeDecodeError."""
     return io.TextIOWrapper(io.BytesIO(read_bytes(path, max_bytes)), encoding=encoding, errors=errors).read()
 
 

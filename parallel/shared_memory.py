@@ -1,8 +1,8 @@
-"""Collectives of CPU ranks on one x86-64 host: every rank writes its slot, raises its number, and reads all slots.
+"""Collectives of CPU ranks on one x86-64 host: each rank writes its slot, increments its sequence number and reads all slots.
 
-Two buffers alternate: whoever writes a buffer again knows from the numbers in between that all have read it.
-Plain loads and stores keep their order on x86-64 only; elsewhere use torch.distributed. A wait yields the processor
-and ends when a peer dies. The memory has no name in any file system: it is gone when the last rank is.
+Two buffers alternate: when a rank reuses a buffer, the sequence numbers guarantee that all peers have read it. Plain loads and stores
+are ordered on x86-64 only; use torch.distributed elsewhere. Waiting yields the CPU and ends when a peer dies. The memory is anonymous,
+so it disappears with the last rank.
 """
 
 import ctypes
@@ -22,52 +22,52 @@ from parallel.process_ends import find_ended
 from parallel.store_waiting import wait_for_ranks
 
 _SLOT_BYTES = 1 << 20
-_FLAG_WORDS = 8  # one 64-byte cache line a rank, so that ranks do not disturb each other
-_BEATS = 1  # the second word of a line; the first is the rank's number
+_FLAG_WORDS = 8  # one 64-byte cache line per rank, to avoid false sharing
+_BEATS = 1  # the second word of a line; the first is the sequence number
 _SPINS_BETWEEN_CHECKS, _SLEEPS_BETWEEN_CHECKS = 2000, 50
 _SPINS_BEFORE_SLEEP = 10_000
 _SLEEP_SECONDS = 0.0002
 _SPINS_BEFORE_LONG_SLEEP, _LONG_SLEEP_SECONDS = 10_300, 0.002
-"""A rank that has waited for a tenth of a second waits for work, as a server's ranks do: it need not look so often."""
+"""A rank that has waited for 0.1 s is idle, such as one of a server without requests: it can poll less often."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSlots:
-    """Where the gathers of a rank go on, for code that does them itself."""
+    """State that native code needs to gather on its own."""
 
     flags: int
-    """Address of the ranks' numbers, int64."""
+    """Address of the ranks' sequence numbers, int64."""
     flag_words: int
-    """From one rank's number to the next's."""
+    """Stride between the sequence numbers of two ranks, in 64-bit words."""
     slots: int
-    """Address of two times a slot for each rank."""
+    """Address of two buffers with one slot per rank."""
     slot_bytes: int
-    """Bytes of a slot."""
+    """Bytes per slot."""
     sequence: int
-    """This rank's number now."""
+    """This rank's current sequence number."""
     set_sequence: Callable[[int], None]
-    """Takes the number after it."""
+    """Set the sequence number after the native gathers."""
     check: Callable[[int], None]
-    """For a wait that takes long, with the number that it waits for: raises PeerError when a peer is gone."""
+    """Called during a long wait with the awaited sequence number; raises PeerError when a peer has died."""
     line: tuple[int, int, int, int]
-    """Addresses of beats, operation, entered collectives and nanoseconds in them, of this rank's progress line."""
+    """Addresses of progress counter, operation, entered collectives and their nanoseconds in this rank's progress line."""
     gathering: int
-    """The operation's code in a gather."""
+    """Operation code during a gather."""
     computing: int
-    """The operation's code behind it."""
+    """Operation code after a gather."""
 
 
 @runtime_checkable
 class SharesSlots(Protocol):
-    """Collectives that may lend their slots."""
+    """Collectives that can expose their slots to native code."""
 
     def share_slots(self) -> SharedSlots | None:
-        """The slots now; None when every gather has to go through `gather_columns`."""
+        """Return the current slots; None when every gather has to go through `gather_columns`."""
         ...
 
 
 class SharedMemoryCollectives:
-    """Gather through memory that all ranks of one host map. `ranks`: what these are called in messages, where they are a part."""
+    """Gather through memory shared by all ranks of one host. `ranks`: rank numbers to use in messages when this group is part of a run."""
 
     name = "shm"
 
@@ -93,9 +93,9 @@ class SharedMemoryCollectives:
         self.barrier()
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]; many rows go in several rounds."""
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]; many rows take several rounds."""
         rows, itemsize = local.shape[0], local.element_size()
-        rows_a_round = _SLOT_BYTES // max(max(sizes) * itemsize, 1)  # all can be without columns
+        rows_a_round = _SLOT_BYTES // max(max(sizes) * itemsize, 1)  # sizes may all be 0
         if rows <= rows_a_round:
             return self._gather_round(local, sizes)
         if rows_a_round == 0:
@@ -103,7 +103,7 @@ class SharedMemoryCollectives:
         return torch.cat([self._gather_round(part, sizes) for part in torch.split(local, rows_a_round)])
 
     def share_slots(self) -> SharedSlots:
-        """Where gathers go on. Whoever uses it gathers as `gather_columns` does, and gives the number back."""
+        """Return the state for native gathers. The user follows the protocol of `gather_columns` and reports the final sequence number."""
         first = ctypes.addressof(self._unwatched)
         return SharedSlots(
             flags=self._address,
@@ -128,16 +128,16 @@ class SharedMemoryCollectives:
         self._check_peers("gather_columns", self._heard[1])
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Block until every rank has reached the barrier."""
         self._sequence += 1
         self._meet("barrier")
 
     def beat(self) -> None:
-        """Tell the peers that this rank is at work."""
+        """Signal the peers that this rank is alive."""
         self._flags[self.rank * _FLAG_WORDS + _BEATS] += 1
 
     def close(self) -> None:
-        """Close what watches the peers; the memory goes with the process."""
+        """Stop watching the peers; the memory is freed with the process."""
         self._watch.close()
 
     def _gather_round(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -151,7 +151,7 @@ class SharedMemoryCollectives:
         key = (buffer, rows, tuple(sizes), dtype)
         views = self._views.get(key)
         if views is None:
-            if len(self._views) >= 256:  # prefill meets ever new row counts; decode only a few
+            if len(self._views) >= 256:  # prefill uses many different row counts, decode only a few
                 self._views.clear()
             views = [
                 slot[: rows * size * dtype.itemsize].view(dtype).view(rows, size)
@@ -161,7 +161,7 @@ class SharedMemoryCollectives:
         return views
 
     def _meet(self, operation: str) -> None:
-        """Raise this rank's number and wait until every peer's has come as far."""
+        """Increment this rank's sequence number and wait until every peer has reached it."""
         flags, sequence = self._flags, self._sequence
         flags[self.rank * _FLAG_WORDS] = sequence
         heard: dict[int, tuple[int, float]] = {}
@@ -177,9 +177,10 @@ class SharedMemoryCollectives:
                     time.sleep(_SLEEP_SECONDS if spins < _SPINS_BEFORE_LONG_SLEEP else _LONG_SLEEP_SECONDS)
 
     def _check_peers(self, operation: str, heard: dict[int, tuple[int, float]]) -> None:
-        """Raise PeerError for a peer that died, or that showed nothing for too long. `heard`: every peer's beats, and since when.
+        """Raise PeerError for a peer that has died or has been silent for too long. `heard`: each peer's last beat count and when it
+        changed.
 
-        All are looked at, whichever is waited for: one that loads must not hide one that hangs.
+        Checks all peers, not only the one being waited for: a rank that is still loading must not hide one that hangs.
         """
         me, now = self._ranks[self.rank], self._clock.read()
         for peer in self._peers:
@@ -187,7 +188,7 @@ class SharedMemoryCollectives:
             if peer not in heard or heard[peer][0] != beats:
                 heard[peer] = beats, now
             is_late = now - heard[peer][1] > self._timeout_seconds
-            # The number is read last: a peer may have come, and even gone on and ended, in the meantime.
+            # Read the sequence number last: the peer may have arrived, or even continued and exited, in the meantime.
             if not (is_dead or is_late) or self._flags[peer * _FLAG_WORDS] >= self._sequence:
                 continue
             other = self._ranks[peer]
@@ -202,7 +203,7 @@ class SharedMemoryCollectives:
 
 
 class _PeerWatch:
-    """Tells whether a peer's process has ended, zombies included."""
+    """Detects whether a peer's process has exited, zombies included."""
 
     def __init__(self, store: Store, peers: Sequence[int], names: Sequence[int]) -> None:
         self._descriptors = {}
@@ -215,7 +216,7 @@ class _PeerWatch:
                 raise PeerError(f"rank {name} died before it met the others", "rendezvous", peer=name, died=True) from None
 
     def is_dead(self, peer: int) -> bool:
-        """True when the peer's process has ended."""
+        """Return whether the peer's process has exited."""
         return bool(find_ended({peer: self._descriptors[peer]}))
 
     def close(self) -> None:
@@ -226,7 +227,7 @@ class _PeerWatch:
 
 
 def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeout_seconds: float) -> mmap.mmap:
-    """Map `size` bytes that rank 0 creates without a name and the others open through /proc. All ranks are there when it returns."""
+    """Map `size` bytes of anonymous memory, created by rank 0 and opened by the others through /proc. Blocks until all are present."""
     if rank == 0:
         descriptor = os.memfd_create("tandem")
         os.ftruncate(descriptor, size)
@@ -234,7 +235,7 @@ def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeou
     store.set(f"pid/{ranks[rank]}", str(os.getpid()))
     wait_for_ranks(store, "pid", ranks, timeout_seconds, "rendezvous")
     if rank == 0:
-        return mmap.mmap(descriptor, size)  # the descriptor stays open: the others come by it
+        return mmap.mmap(descriptor, size)  # keep the descriptor open: the others open it through /proc
     try:
         descriptor = os.open(store.get("shm").decode(), os.O_RDWR)
     except FileNotFoundError:

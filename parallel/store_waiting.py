@@ -1,7 +1,7 @@
-"""Waiting for ranks by way of the key-value store: for as long as those that are missing show that they are at work.
+"""Wait for ranks through the key-value store, for as long as the missing ones signal that they are alive.
 
-A store's own blocking calls know one fixed time limit; ranks that load take as long as their disks do. Knows keys and ranks.
-A call to a store whose host has vanished without a word can block for minutes: whoever watches the ranks has to see to that.
+A store's own blocking calls have one fixed timeout, but loading takes as long as the disk does. A call to a store whose host has
+vanished can block for minutes; the process that monitors the ranks has to handle that case.
 """
 
 import time
@@ -20,17 +20,17 @@ _BEAT_SECONDS = 1.0
 
 
 def _nothing() -> None:
-    """Waiters that look at nothing else."""
+    """Default: no additional check."""
 
 
 def wait_for_ranks(
     store: Store, name: str, ranks: Iterable[int], timeout_seconds: float, operation: str, check: Callable[[], None] = _nothing
 ) -> None:
-    """Return when every rank has set the key `name/RANK`. `check` is called while waiting, and may raise.
+    """Wait until every rank has set the key `name/RANK`. `check` is called while waiting and may raise.
 
-    Time in which this process did not run does not count. Raises PeerError, which names the first late rank, when a rank has neither
-    come nor shown that it is at work for `timeout_seconds`: each counts by itself, so that one that loads does not hide one that hangs.
-    Raises PeerError when the store's host is gone.
+    Time in which this process was stopped does not count. Raises PeerError naming the first late rank when a rank has neither arrived
+    nor signaled for `timeout_seconds`. Each rank is timed separately, so one that is loading does not hide one that hangs. Raises
+    PeerError when the store's host is gone.
     """
     missing = list(ranks)
     wanted, clock = len(missing), ObservedTime()
@@ -38,7 +38,7 @@ def wait_for_ranks(
     beats: dict[int, bytes] = {}
     next_look = 0.0
     with store_errors(operation):
-        # Every poll is one message, however many ranks are missing; looking at each of them is several, and done less often.
+        # One poll is a single message for all missing ranks; checking each rank takes several, so it is done less often.
         while missing and not store.check([f"{name}/{rank}" for rank in missing]):
             check()
             if clock.read() >= next_look:
@@ -60,16 +60,16 @@ def wait_for_ranks(
 
 @contextmanager
 def store_errors(operation: str) -> Iterator[None]:
-    """Turn what a store without a host raises into PeerError."""
+    """Convert the errors of an unreachable store to PeerError."""
     try:
         yield
     except DistError as error:
-        reason = str(error).partition("\n")[0]  # the frames of C++ follow
+        reason = str(error).partition("\n")[0]  # drop the C++ stack trace
         raise PeerError(f"the store of the ranks no longer answers, its host has ended: {reason}", operation) from error
 
 
 class StoreBarrier:
-    """Barriers of `ranks`, one after the other. `find_gone` gives the ranks whose processes are known to have ended."""
+    """Successive barriers of `ranks`. `find_gone` returns the ranks whose processes are known to have exited."""
 
     def __init__(
         self, store: Store, rank: int, ranks: Sequence[int], timeout_seconds: float, find_gone: Callable[[], Iterable[int]]
@@ -79,13 +79,13 @@ class StoreBarrier:
         self._count = 0
 
     def wait(self) -> None:
-        """Return when every rank has come here. Raises PeerError for one that died, or that `wait_for_ranks` waits for in vain."""
+        """Block until every rank has reached the barrier. Raises PeerError when a rank has died, and the errors of `wait_for_ranks`."""
         self._count += 1
         name = f"barrier_{self._count}"
 
         def check() -> None:
             for peer in self._find_gone():
-                if not self._store.check([f"{name}/{peer}"]):  # else it has been here, and gone on
+                if not self._store.check([f"{name}/{peer}"]):  # otherwise it passed this barrier before it exited
                     raise PeerError(f"rank {peer} died while rank {self._rank} waited for it in barrier", "barrier", peer=peer, died=True)
 
         with store_errors("barrier"):
@@ -94,13 +94,13 @@ class StoreBarrier:
 
 
 class StoreBeats:
-    """One rank's signs of being at work, for `wait_for_ranks`."""
+    """Liveness signals of one rank, for `wait_for_ranks`."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._rank, self._count, self._next = store, rank, 0, 0.0
 
     def beat(self) -> None:
-        """Show it; at most once a second, since every sign is a message. Raises PeerError when the store's host is gone."""
+        """Send a signal, at most once a second since each one is a message. Raises PeerError when the store's host is gone."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _BEAT_SECONDS

@@ -1,6 +1,6 @@
-"""Float matmuls of PyTorch on a CPU, in shapes whose results do not depend on the split of the rows or on the threads.
+"""Float matmuls of PyTorch on a CPU, in shapes whose results do not depend on the split of the rows or on the number of threads.
 
-Weight rows fill whole tiles of 16; activation rows are padded to a whole tile and the padding is cut off again.
+Weight rows and activation rows are padded to whole tiles, and the padding is cut off again.
 """
 
 import torch
@@ -17,7 +17,7 @@ _HALF_CHUNK_ROWS = 512
 
 
 def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [rows, columns] times weight [tiled rows, columns] on a CPU: bitwise identical for any split of the tiles and any threads."""
+    """Multiply x [rows, columns] by weight [tiled rows, columns] on a CPU: bitwise identical for any split of the tiles and any threads."""
     rows = x.shape[0]
     if rows == 1:
         return F.linear(x, weight)
@@ -31,9 +31,9 @@ def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def is_split_invariant(dtype: torch.dtype, num_threads: int) -> bool:
-    """Whether this PyTorch on this CPU gives the same bits when rows are split over ranks and the number of threads changes.
+    """Return whether this PyTorch on this CPU gives bitwise identical results when the split of the rows or the number of threads changes.
 
-    A small sample of what the tests check in full: another CPU or release may break it, and then a run prints a warning.
+    Checks a small sample of what the tests cover in full, since another CPU or release may break it; a run then prints a warning.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((6 * TILE_ROWS, 320), generator=generator).to(dtype)

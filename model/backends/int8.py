@@ -1,14 +1,14 @@
-"""int8 weights times activations: integers as they are, or floats, which go in as int8 slices.
+"""Matmuls of int8 weights with activations: integers as they are, or floats decomposed into int8 slices.
 
-    s = max|x| / 127 (one a row);  x / s = r0 + r1 / 254 + r2 / 254^2 + ...   each r an integer from -127 to 127
-    y = (Q(r0) + Q(r1) / 254 + ...) * s    Q: the integer product times the weight's scale, summed over the groups of columns
+    s = max|x| / 127 (per row);  x / s = r0 + r1 / 254 + r2 / 254^2 + ...   each r an integer from -127 to 127
+    y = (Q(r0) + Q(r1) / 254 + ...) * s    Q: integer matmul times the weight's scale, summed over the groups of columns
 
-Half types take two slices, whose error is below their own rounding; float32 takes three, since one outlier in a row of
-activations would leave the others too few digits (measured against the float product, SmolLM2-135M: logits 3e-3 off with
-two, see `tests/model/backends/test_int8.py`).
+Half types take two slices, whose error is below their own rounding error. float32 takes three, since an outlier in a row of activations
+would leave the other elements too few digits (measured against the float matmul, SmolLM2-135M: logits 3e-3 off with two, see
+`tests/model/backends/test_int8.py`).
 
-Q accumulates integers, so its result does not depend on threads, on the rows beside it, on the ranks, or on which
-kernel ran: the kernels of this file agree bit for bit. Knows matrices only: no layers, no files.
+Q accumulates integers, so its result does not depend on the threads, the batch, the ranks or the kernel: all kernels in this file are
+bitwise identical.
 """
 
 import functools
@@ -23,50 +23,50 @@ import torch.nn.functional as F
 from model.kernels.library import Kernels
 
 _EXACT_COLUMNS = 1024
-"""128 * 128 * 1024 = 2**24: an integer product this long is exact in float32, in any order."""
+"""128 * 128 * 1024 = 2**24: an integer dot product of this length is exact in float32, in any order."""
 _PLAIN_ROWS = 256
-"""Weight rows that the plain kernel turns to float at a time."""
+"""Weight rows that the plain kernel converts to float at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Kernel:
-    """One way to multiply by an int8 matrix."""
+    """One implementation of the int8 matmul."""
 
     name: str
-    """Shown in the stats."""
+    """Shown in stats."""
     pack: Callable[[torch.Tensor, torch.Tensor], Any]
-    """(weight int8 [rows, columns], scale float32 [rows]) to whatever `multiply` takes."""
+    """(weight int8 [rows, columns], scale float32 [rows]) to the input of `multiply`."""
     multiply: Callable[[torch.Tensor, Any], torch.Tensor]
-    """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer product, rounded, times the scale."""
+    """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer matmul, rounded, times the scale."""
     whole: Kernels | None = None
-    """Where it multiplies whole weights as they are stored, with all their groups."""
+    """Set if it multiplies whole weights as stored, with all their groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Columns [start, stop) of a weight whose rows have one scale each there."""
+    """Columns [start, stop) of a weight, where each row has one scale."""
 
     start: int
     """First column."""
     stop: int
     """One past the last column."""
     packed: Any
-    """What the kernel made of them."""
+    """The packed weight."""
 
 
 def count_slices(dtype: torch.dtype) -> int:
-    """8-bit numbers that one of this type is cut into."""
+    """Number of 8-bit slices for this dtype."""
     return 3 if dtype == torch.float32 else 2
 
 
 def sliced_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, order: torch.Tensor | None = None) -> torch.Tensor:
-    """x [rows, columns] of any float type times a packed int8 weight: float32 [rows, weight rows].
+    """Multiply x [rows, columns] of any float dtype by a packed int8 weight: float32 [rows, weight rows].
 
-    `order`: the column of x that stands first, second, … in the parts; None: as they are.
+    `order`: column permutation of x that matches the parts; None: identity.
     """
     rows, num_slices = x.shape[0], count_slices(x.dtype)
     scale = x.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(1e-30)
-    # Slices are made in place: on small matrices, every operator less is felt.
+    # Slices are computed in place: with small matrices, every extra operator is noticeable.
     slices = torch.empty((num_slices * rows, x.shape[1]), dtype=torch.float32, device=x.device)
     left = x / scale if order is None else x[:, order] / scale
     for first in range(0, num_slices * rows, rows):
@@ -83,7 +83,7 @@ def sliced_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, or
 
 
 def one_slice_linear(integers: torch.Tensor, part: Part, kernel: Int8Kernel) -> torch.Tensor:
-    """integers from -128 to 127 as float32 [rows, columns of the whole weight] times one part of it: float32 [rows, weight rows]."""
+    """Multiply integers from -128 to 127 as float32 [rows, all columns] by one part of the weight: float32 [rows, weight rows]."""
     inside = integers if part.stop - part.start == integers.shape[1] else integers[:, part.start : part.stop].contiguous()
     return kernel.multiply(inside, part.packed)
 
@@ -107,7 +107,7 @@ def _multiply_plain(slices: torch.Tensor, packed: tuple[torch.Tensor, torch.Tens
 
 def _pack_fbgemm(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     with warnings.catch_warnings():
-        # Quantized tensors are on their way out of PyTorch's eager mode; the operators under them are not.
+        # PyTorch is deprecating quantized tensors in eager mode, but not the operators underneath.
         warnings.simplefilter("ignore")
         zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
         quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
@@ -125,7 +125,7 @@ FBGEMM = Int8Kernel("int8-sliced-fbgemm", _pack_fbgemm, _multiply_fbgemm)
 
 @functools.cache
 def build_native_kernel(kernels: Kernels) -> Int8Kernel:
-    """The native kernel, which takes weights as stored."""
+    """Build the native kernel, which uses weights as stored."""
 
     def multiply(integers: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         weight, scale = packed
@@ -137,7 +137,7 @@ def build_native_kernel(kernels: Kernels) -> Int8Kernel:
 
 @functools.cache
 def choose_cpu_kernel() -> Int8Kernel:
-    """The fastest of PyTorch's kernels that is exact on this CPU; PLAIN works everywhere."""
+    """Return the fastest of PyTorch's kernels that is exact on this CPU; PLAIN always is."""
     if "x86" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "x86"
         if _is_exact(FBGEMM):
@@ -146,13 +146,13 @@ def choose_cpu_kernel() -> Int8Kernel:
 
 
 def _is_exact(kernel: Int8Kernel) -> bool:
-    """Extreme values expose processors whose 8-bit products saturate (x86 without VNNI)."""
+    """Check with extreme values, which expose CPUs whose 8-bit multiply-add saturates (x86 without VNNI)."""
     values = torch.tensor([127.0, -127.0]).repeat_interleave(64)
     weight = torch.tensor([[127], [-128]], dtype=torch.int8).expand(2, 128).contiguous()
     slices = torch.stack((values, values.flip(0), values.abs(), -values.abs()))
     scale = torch.tensor([0.5, 3.0])
     try:
         product = kernel.multiply(slices, kernel.pack(weight, scale))
-    except RuntimeError:  # an engine that this processor lacks
+    except RuntimeError:  # an engine that this CPU does not support
         return False
     return torch.equal(product, _multiply_plain(slices, (weight, scale)))

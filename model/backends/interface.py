@@ -1,4 +1,4 @@
-"""What the layers, the loader and the commands need of a device. The decoder never asks for a device type: it asks its backend."""
+"""The device interface of the layers, the loader and the commands. The decoder never checks the device type; it asks its backend."""
 
 from typing import Protocol
 
@@ -21,15 +21,15 @@ class Backend(Protocol):
     """The exact integer matmul."""
 
     def open_device(self, local_rank: int) -> torch.device:
-        """The device of a rank, by its number among the ranks of its host."""
+        """Open the device of a rank, given its number among the ranks of its host."""
         ...
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
-        """Whether results are bitwise identical for any number of ranks."""
+        """Return whether results are bitwise identical for any number of ranks."""
         ...
 
     def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, columns] times weight [tiled rows, columns] of the same type: [T, tiled rows]."""
+        """Multiply x [T, columns] by weight [tiled rows, columns] of the same dtype: [T, tiled rows]."""
         ...
 
     def rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -41,8 +41,8 @@ class Backend(Protocol):
         ...
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Causal attention of query [kv heads, group, T, head_dim] over keys and values [kv heads, all tokens, head_dim].
+        """Causal attention of query [KV heads, group, T, head_dim] over keys and values [KV heads, all tokens, head_dim].
 
-        `mask`: bool [T, all tokens]; None: a causal one where T is above 1. Gives the shape of the query.
+        `mask`: bool [T, all tokens]; None: causal if T > 1. Returns a tensor of the query's shape.
         """
         ...

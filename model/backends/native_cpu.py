@@ -1,4 +1,4 @@
-"""The backend of CPUs that the native kernels support."""
+"""The backend for CPUs that support the native kernels."""
 
 import torch
 
@@ -8,7 +8,7 @@ from model.kernels.library import Kernels
 
 
 class NativeCpuBackend(TorchCpuBackend):
-    """Native kernels for matmuls, norms, activations and attention over the paged KV cache; PyTorch for caches of other kinds."""
+    """Native kernels for matmuls, norms, activations and attention over the paged KV cache; PyTorch for other caches."""
 
     name = "native"
 
@@ -18,7 +18,7 @@ class NativeCpuBackend(TorchCpuBackend):
         self.int8_kernel = build_native_kernel(kernels)
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
-        """The kernels sum every row in one fixed order."""
+        """Return True: the kernels accumulate every row in a fixed order."""
         return True
 
     def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -30,5 +30,5 @@ class NativeCpuBackend(TorchCpuBackend):
         return self.kernels.rms_norm(hidden, delta, weight, eps)
 
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Activation and product in one pass."""
+        """Activation and multiplication in one pass."""
         return self.kernels.silu_multiply(gate_up.contiguous())

@@ -1,4 +1,4 @@
-"""Finds the backend of a device type. One table; a missing entry raises and lists the types that exist."""
+"""Registry of backends by device type. An unknown type raises an error that lists the known ones."""
 
 from model.backends.interface import Backend
 from model.backends.native_cpu import NativeCpuBackend
@@ -11,7 +11,7 @@ DEVICE_TYPES = ("cpu", "cuda", "npu")
 
 
 def find_backend(device_type: str) -> Backend:
-    """The fastest backend of a device type on this machine. Raises ConfigError for an unknown type."""
+    """Return the fastest backend of a device type on this machine. Raises ConfigError for an unknown type."""
     if device_type not in DEVICE_TYPES:
         raise ConfigError(f"device type {device_type!r} is unknown; supported: {', '.join(DEVICE_TYPES)}")
     if device_type != "cpu":

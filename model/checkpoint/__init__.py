@@ -1,1 +1,1 @@
-"""Checkpoint formats: one file each, told apart in `formats.py`. Only here are names other than Hugging Face's known."""
+"""Checkpoint formats, one per file, registered in `formats.py`. Only this package handles names other than Hugging Face's."""

@@ -1,8 +1,8 @@
-"""A folder that AutoAWQ wrote (version GEMM): 4-bit weights, packed along the outputs in an order of its own.
+"""A folder written by AutoAWQ (version GEMM): 4-bit weights, packed along the outputs in AWQ's interleaved order.
 
-`qweight` is int32 [inputs, outputs / 8]; the 8 nibbles of a word, lowest first, are its output rows 0, 2, 4, 6, 1, 3, 5, 7.
-`qzeros` is packed the same way and holds the zero points themselves.
-Knows AWQ's settings and words; `model/checkpoint/column_packed.py` knows the tensors.
+`qweight` is int32 [inputs, outputs / 8]; the 8 nibbles of a word, lowest first, are its output rows 0, 2, 4, 6, 1, 3, 5, 7. `qzeros` is
+packed the same way and holds the zero points without an offset. `model/checkpoint/column_packed.py` handles the tensors; this module
+handles AWQ's settings and bit order.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ _ROWS_A_WORD = 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output row of each nibble, lowest nibble first."""
 _ZERO_WORD = 0x88888888 - (1 << 32)
-"""Eight times the integer 0 (stored as 8), as an int32."""
+"""Eight times the integer 0 (stored as 8) as an int32."""
 _BLOCK_BYTES = 8 << 20
 
 
 def is_awq(path: Path) -> bool:
-    """Whether a folder declares AWQ weights; False for all that cannot be read."""
+    """Return whether a folder declares AWQ weights; False if it cannot be read."""
     return declares_method(path, "awq", SETTINGS_FILE)
 
 
 class AwqFolder(ColumnPackedFolder):
-    """Opened by its headers and its biases.
+    """An AWQ checkpoint; opening it reads the headers and biases.
 
-    Raises ConfigError for settings that are not supported, CheckpointError for files and tensors that do not fit them.
+    Raises ConfigError for unsupported settings, CheckpointError for files and tensors that contradict them.
     """
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
@@ -78,7 +78,7 @@ class AwqFolder(ColumnPackedFolder):
 
 
 def _pack_inputs(words: torch.Tensor) -> torch.Tensor:
-    """int32 [inputs, words] of 8 output rows each to int32 [8 * words, ceil(inputs / 8)] of 8 inputs each."""
+    """Repack int32 [inputs, words] of 8 output rows each to int32 [8 * words, ceil(inputs / 8)] of 8 inputs each."""
     inputs, num_words = words.shape
     padding = -inputs % _ROWS_A_WORD
     if padding:

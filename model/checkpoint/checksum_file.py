@@ -1,7 +1,4 @@
-"""SHA256SUMS: the hashes of a folder's files, one a line, as `sha256sum -c` reads them.
-
-Knows the file only; what is hashed is the caller's business.
-"""
+"""SHA256SUMS: one hash per line for the files of a folder, in the format of `sha256sum -c`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +13,7 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 
 
 def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
-    """What is recorded in `folder` of those of `files` that lie in it. Raises CheckpointError for a line that cannot be read."""
+    """Return the recorded checksums of those of `files` that are in `folder`. Raises CheckpointError for a malformed line."""
     path = folder / CHECKSUM_FILE
     if not path.exists():
         return {}
@@ -35,5 +32,5 @@ def read_sha256sums(folder: Path, files: Sequence[Path]) -> dict[Path, Checksum]
 
 
 def write_sha256sums(folder: Path, hashes: Mapping[str, str]) -> None:
-    """One line a file."""
+    """Write one line per file."""
     (folder / CHECKSUM_FILE).write_text("".join(f"{value}  {name}\n" for name, value in hashes.items()), encoding="utf-8")

@@ -1,13 +1,13 @@
-"""What GPTQ and AWQ folders share: linears stored as [inputs, outputs], their integers in int32 words, read by output row.
+"""Common base of GPTQ and AWQ folders: linears stored as [inputs, outputs] with integers packed in int32 words, read by output row.
 
-    X.qweight  int32 [inputs, outputs], one of the two packed; the format says which
+    X.qweight  int32 [inputs, outputs], packed along one of the two, depending on the format
     X.qzeros   int32 [groups, ceil(outputs * bits / 32)]
     X.scales   float [groups, outputs]
     X.g_idx    int32 [inputs]; GPTQ only
     X.bias     float [outputs]; zeros, which AutoGPTQ stores for every linear
 
-They come out under the names of `model/spec/scheme.py`. A rank's output rows are columns here, so bytes are read by column.
-Knows the tensors and where settings lie; not what the settings mean, nor how integers lie in words.
+They are exposed under the names of `model/spec/scheme.py`. A rank's output rows are columns here, so bytes are read by column. The
+meaning of the settings and the packing order are up to the formats.
 """
 
 from abc import ABC, abstractmethod
@@ -28,23 +28,23 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
 
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
-"""Tensors of a quantized linear that are not given under these names."""
+"""Stored tensors of a quantized linear, which are not exposed under these names."""
 
 
 class ColumnFolder(HuggingFaceFolder):
-    """A Hugging Face folder that also gives columns."""
+    """A Hugging Face folder that can also read columns."""
 
     def read_columns(self, reader: FileReader, name: str, first: int, last: int) -> torch.Tensor:
-        """Columns [first, last) of a tensor of two dimensions, all its rows."""
+        """Return columns [first, last) of all rows of a two-dimensional tensor."""
         file, stored = self._stored[name]
         return reader.read_columns(stored.stored_rows(file), first, last)
 
 
 class ColumnPackedFolder(ABC):
-    """A checkpoint of one of these formats, opened by its headers; its biases are read and have to be zero.
+    """A checkpoint of one of these formats; opening it reads the headers, and the biases, which have to be zero.
 
-    `linears` and `shapes` hold scheme and [output rows, inputs] of every quantized linear by its full name.
-    Raises CheckpointError for tensors that are missing, of another shape or type, and for biases that are not zero.
+    `linears` and `shapes` hold the scheme and [output rows, inputs] of every quantized linear by its full name. Raises CheckpointError
+    for tensors that are missing or have another shape or dtype, and for nonzero biases.
     """
 
     def __init__(self, folder: ColumnFolder, linears: Mapping[str, LinearScheme], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -72,9 +72,9 @@ class ColumnPackedFolder(ABC):
         self._check_biases()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor.
+        """Return rows [start, stop) of a tensor.
 
-        Raises CheckpointError when zero points or groups of the rows contradict the settings.
+        Raises CheckpointError when zero points or groups of these rows contradict the settings.
         """
         owner, _, part = name.rpartition(".")
         if owner not in self._shapes or name in self._folder.tensors:
@@ -97,7 +97,7 @@ class ColumnPackedFolder(ABC):
         return torch.tensor(self._shapes[owner])[start:stop]
 
     def check_linear(self, reader: FileReader, linear: str) -> None:
-        """Raise CheckpointError where zero points or groups of a whole linear contradict the settings."""
+        """Raise CheckpointError if zero points or groups of a linear contradict the settings."""
         if linear not in self._shapes:
             return
         rows, columns = self._shapes[linear]
@@ -108,25 +108,25 @@ class ColumnPackedFolder(ABC):
             self._read_group_index(reader, linear, 0, columns)
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
-        """Where they lie, of tensors that are not packed."""
+        """Return where the rows are stored, for tensors that are not packed."""
         owner = name.rpartition(".")[0]
         return self._folder.locate_rows(name, start, stop) if owner not in self._shapes or name in self._folder.tensors else []
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self._folder.tokenizer_path()
 
     @abstractmethod
     def _advise_zero_points(self, shifted: set[int], middle: int) -> str:
-        """What to do about zero points of a symmetric checkpoint; `shifted`: the distance from `middle` that all have, if it is one."""
+        """Advise on the zero points of a symmetric checkpoint. `shifted`: their common distance from `middle`, if there is one."""
 
     @abstractmethod
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
-        """Output rows [start, stop) packed along the inputs: int32 [stop - start, ceil(inputs * bits / 32)]."""
+        """Return output rows [start, stop) packed along the inputs: int32 [stop - start, ceil(inputs * bits / 32)]."""
 
     @abstractmethod
     def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
-        """Words of qzeros of so many bits, any columns of it, with the zero point itself of the first output row in the lowest bits."""
+        """Reorder words of qzeros (any columns) so that the zero point of the first output row, without offset, is in the lowest bits."""
 
     def _canonical_tensors(self, linear: str) -> dict[str, TensorInfo]:
         (rows, columns), per_word, groups = self._shapes[linear], 32 // self._linears[linear].bits, self._num_groups(linear)
@@ -217,7 +217,7 @@ class ColumnPackedFolder(ABC):
 
 
 def _build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
-    """The most frequent scheme for all linears, and a group for those of each other one."""
+    """Build the scheme: the most frequent linear scheme as the default, and one group per other linear scheme."""
     names: dict[LinearScheme, list[str]] = {}
     for name, linear in linears.items():
         names.setdefault(linear, []).append(name)
@@ -226,7 +226,7 @@ def _build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) 
 
 
 def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
-    """Shape of `qweight` by the full name of its linear. Raises CheckpointError for one that is not int32 [a, b]."""
+    """Return the shape of `qweight` by the full name of its linear. Raises CheckpointError for one that is not int32 [a, b]."""
     out = {}
     for name, info in folder.tensors.items():
         if name.endswith(".qweight"):
@@ -237,9 +237,9 @@ def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
 
 
 def declares_method(path: Path, method: str, settings_file: str) -> bool:
-    """Whether a folder's config.json, or else the settings file beside it, declares this `quant_method`; False for all that cannot be read.
+    """Return whether a folder's config.json, or else its settings file, declares this `quant_method`; False if it cannot be read.
 
-    A settings file need not name its method. A config.json that names one is believed.
+    A settings file need not name its method. If config.json names one, it takes precedence.
     """
     try:
         declared = read_config(path / "config.json").get("quantization_config")
@@ -252,7 +252,7 @@ def declares_method(path: Path, method: str, settings_file: str) -> bool:
 
 
 def read_settings(folder: ColumnFolder, settings_file: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json, or else the settings file beside it. Raises ConfigError when there is neither."""
+    """Return `quantization_config` of config.json, or else of the settings file. Raises ConfigError when there is neither."""
     declared = folder.config.get("quantization_config")
     if declared is not None and not isinstance(declared, dict):
         raise ConfigError(f"quantization_config is {quote(declared)}, but an object is needed")
@@ -260,7 +260,7 @@ def read_settings(folder: ColumnFolder, settings_file: str) -> dict[str, Any]:
 
 
 def read_bits(settings: Mapping[str, Any], keys: Iterable[str], allowed: tuple[int, ...]) -> int:
-    """Bits of a weight, under the first of `keys` that is there. Raises ConfigError for others than `allowed`."""
+    """Return the bits per weight, from the first of `keys` that is set. Raises ConfigError for values other than `allowed`."""
     bits = _first(settings, keys)
     if type(bits) is not int or bits not in allowed:
         words = " and ".join(map(str, allowed))
@@ -271,7 +271,7 @@ def read_bits(settings: Mapping[str, Any], keys: Iterable[str], allowed: tuple[i
 
 
 def read_group_size(settings: Mapping[str, Any], keys: Iterable[str]) -> int | None:
-    """Inputs that share a scale; None for -1, the whole row. Raises ConfigError for what is neither."""
+    """Return the number of inputs that share a scale; None for -1 (the whole row). Raises ConfigError for any other value."""
     size = _first(settings, keys)
     if type(size) is not int or (size < 1 and size != -1):
         raise ConfigError(f"quantization_config: group_size is {quote(size)}, but a whole number of at least 1 is needed, or -1")

@@ -1,13 +1,13 @@
 """Folders of Golden Stick 1.4 and ModelSlim: Hugging Face names, int8 weights, and a JSON file that describes every tensor.
 
-    X.weight         int8 [rows, columns]    W8A16, W8A8, W8A8_DYNAMIC; float where the description says FLOAT
+    X.weight         int8 [rows, columns]    W8A16, W8A8, W8A8_DYNAMIC; float if described as FLOAT
     X.weight_scale   float [rows, 1]         W8A16, W8A8_DYNAMIC
-    X.weight_offset  float [rows, 1]         zeros: only symmetric weights are read
+    X.weight_offset  float [rows, 1]         zeros: only symmetric weights are supported
     X.input_scale, X.input_offset  [1]       W8A8: activations as round(x / scale + offset)
     X.deq_scale      float32, or int64 with its bits, [rows]   W8A8: input scale times weight scale
-    X.quant_bias     int32 [rows]            W8A8: -offset times the sum of the row, which the offset itself gives here
+    X.quant_bias     int32 [rows]            W8A8: -offset times the sum of the row; implied by the offset here
 
-They come out under the names of `model/spec/scheme.py`. Depends on the description and on headers; the offsets and a few rows are read.
+They are exposed under the names of `model/spec/scheme.py`. Opening reads the description, headers, offsets and a few rows.
 """
 
 import json
@@ -37,27 +37,27 @@ _FORMS: Mapping[str, LinearScheme | None] = {
     "W8A8_DYNAMIC": LinearScheme(packed=False, activation="token"),
     "W8A8": LinearScheme(packed=False, activation="tensor", activation_symmetric=False),
 }
-"""By the word of the description; None: float."""
+"""By the value in the description; None: float."""
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "W8A16": ("weight", "weight_scale"),
     "W8A8_DYNAMIC": ("weight", "weight_scale"),
     "W8A8": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias"),
 }
-"""What a linear of each form has to have."""
+"""Required tensors of a linear of each form."""
 _OPTIONAL = ("weight_offset", "weight_scale")
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SAMPLED_ROWS = 4
 
 
 def is_described(path: Path) -> bool:
-    """Whether a folder holds safetensors and the description of its tensors."""
+    """Return whether a folder holds safetensors and a description of its tensors."""
     return path.is_dir() and _find_description(path) is not None and any(path.glob("*.safetensors"))
 
 
 class DescribedFolder:
     """Such a folder as a CheckpointSource.
 
-    Raises CheckpointError for files that are missing or short, and for forms and offsets that cannot be read; ConfigError for config.json.
+    Raises CheckpointError for missing or truncated files and for unsupported forms and offsets; ConfigError for config.json.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class DescribedFolder:
         self.config: dict[str, Any] = declare_scheme(config, Scheme(linear, ignore))
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         if name in self._constants:
             return self._constants[name][start:stop].clone()
         source, convert = self._convert[name]
@@ -97,22 +97,22 @@ class DescribedFolder:
         return convert(reader.read_rows([stored.stored_rows(file)], start, stop))
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
-        """Where they lie, of what is not converted."""
+        """Return where the rows are stored, for tensors that are not converted."""
         if name in self._constants or self._convert[name][1] is not _same:
             return []
         file, stored = self._stored[self._convert[name][0]]
         return [stored.stored_rows(file)]
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self.path
 
     def _find_forms(self, linears: list[str], description: Mapping[str, str]) -> dict[str, str]:
-        """The form of each linear that is there."""
+        """Return the form of each linear present."""
         forms: dict[str, str] = {}
         for linear in linears:
             if f"{linear}.weight" not in self._stored:
-                continue  # a tied head, or a tensor whose absence others report
+                continue  # a tied head, or a missing tensor, which is reported elsewhere
             form = description.get(f"{linear}.weight")
             if form is None:
                 raise CheckpointError(f"{self.path}: its description does not say how {linear}.weight is stored: copy the checkpoint again")
@@ -131,7 +131,7 @@ class DescribedFolder:
         return forms
 
     def _add_linears(self, forms: Mapping[str, str]) -> set[str]:
-        """Enter the tensors of quantized linears; give the stored names that they take."""
+        """Add the tensors of quantized linears; return the stored names they use."""
         taken: set[str] = set()
         reader = FileReader()
         try:
@@ -153,7 +153,7 @@ class DescribedFolder:
         return taken
 
     def _check_weight(self, reader: FileReader, linear: str) -> None:
-        """The weight is int8, and its offsets are zeros."""
+        """Check that the weight is int8 and its offsets are zero."""
         info = self._stored[f"{linear}.weight"][1].info
         if info.dtype != torch.int8 or len(info.shape) != 2:
             raise CheckpointError(
@@ -190,7 +190,7 @@ class DescribedFolder:
         self._convert[f"{linear}.weight_scale"] = (f"{linear}.deq_scale", lambda stored: decode_dequant_scale(stored).float() / divisor)
 
     def _check_bias(self, reader: FileReader, linear: str, zero: int) -> None:
-        """The bias is only what the zero point takes away: in some rows, for all would be the whole weight."""
+        """Check in a few rows that the bias only compensates for the zero point; checking all would read the whole weight."""
         file, stored = self._stored[f"{linear}.weight"]
         bias, rows = self._read(reader, f"{linear}.quant_bias").flatten(), stored.info.shape[0]
         for row in sorted({number * (rows - 1) // max(1, _SAMPLED_ROWS - 1) for number in range(_SAMPLED_ROWS)}):
@@ -227,7 +227,7 @@ def _read_description(path: Path) -> dict[str, str]:
 
 
 def _find_files(path: Path) -> list[Path]:
-    """The files of the index, else all."""
+    """Return the files of the index, or else all files."""
     indexes = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
     files = sorted(path.glob("*.safetensors"))
     if indexes:

@@ -1,10 +1,9 @@
-"""Tells whether two opened checkpoints are the same model, or one of them was replaced since, without reading it whole.
+"""Detect whether two opened checkpoints are the same model, or one was replaced in the meantime, without reading all of it.
 
-`content` covers the model's settings (config and quantization scheme), the name, shape and type of every tensor, and samples of 4 KB:
-of the first, the middle and the last row of every tensor, so that folders and rank files of the same tensors are equal; where a format
-converts its tensors, places spread evenly over its files, three for every tensor. Bytes in between are not read. `files` covers size
-and modification time of every file with tensors. So a file that is changed between the samples and keeps its size and its time to the
-nanosecond is not noticed.
+`content` covers the model's settings (config and quantization scheme), the name, shape and dtype of every tensor, and samples of 4 KB:
+of the first, the middle and the last row of every tensor, so that folders and rank files of the same tensors are equal; for formats that
+convert their tensors, positions spread evenly over the files, three per tensor. `files` covers the size and modification time of each
+file with tensors. A change between the samples that preserves size and modification time to the nanosecond goes undetected.
 """
 
 import hashlib
@@ -24,46 +23,46 @@ from parallel.errors import RunError
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 3
-"""Of each tensor."""
+"""Samples per tensor."""
 _SHOWN = 16
-"""Hexadecimal digits of a hash that are kept."""
+"""Hexadecimal digits kept of a hash."""
 
 
 class CheckpointReplacedError(RunError):
-    """The files of a checkpoint are not those that the run was started with."""
+    """The files of a checkpoint are not those with which the run was started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """One opened checkpoint."""
+    """Fingerprint of one opened checkpoint."""
 
     content: str
-    """A hash of settings, headers and samples, the same for copies on other hosts; empty: not computed."""
+    """Hash of settings, headers and samples, equal for copies on other hosts; empty: not computed."""
     config: str
-    """A hash of the values of config.json."""
+    """Hash of the values of config.json."""
     files: Mapping[str, tuple[int, int]]
-    """Size in bytes and modification time in nanoseconds of every file that holds tensors, by its path on this host."""
+    """Size in bytes and modification time in nanoseconds of each file that holds tensors, by its path on this host."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Fingerprint":
-        """The inverse of `asdict`, from JSON."""
+        """Inverse of `asdict`, from JSON."""
         return cls(raw["content"], raw["config"], {path: (size, time) for path, (size, time) in raw["files"].items()})
 
     @property
     def state(self) -> str:
-        """A hash of everything but the content."""
+        """Hash of everything but the content."""
         return _shorten(json.dumps([self.config, self.files]))
 
 
 def read_state(source: CheckpointSource) -> Fingerprint:
-    """The fingerprint without the content: a few calls of `stat`. Raises OSError for a file that is gone."""
+    """Return the fingerprint without the content, using only `stat`. Raises OSError for a missing file."""
     stats = {str(file.absolute()): file.stat() for file in source.files}
     config = _shorten(json.dumps(source.config, sort_keys=True, default=str))
     return Fingerprint("", config, {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()})
 
 
 def read_fingerprint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> Fingerprint:
-    """The whole fingerprint: three samples of each tensor are read. Raises OSError for what cannot be read."""
+    """Return the full fingerprint, reading three samples of each tensor. Raises OSError for unreadable files."""
     state, digest = read_state(source), hashlib.sha256()
     digest.update(json.dumps([asdict(config), asdict(scheme)], sort_keys=True, default=str).encode())
     for name, info in sorted(source.tensors.items()):
@@ -79,7 +78,7 @@ def read_fingerprint(source: CheckpointSource, config: LlamaConfig, scheme: Sche
 
 
 def _list_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
-    """(file, first byte, bytes) of every sample."""
+    """Return (file, first byte, bytes) of every sample."""
     places = []
     for name, info in sorted(source.tensors.items()):
         num_rows = info.shape[0] if info.shape else 1
@@ -93,7 +92,7 @@ def _list_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
 
 
 def _spread_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
-    """Places at even distances over all files, the first and the last bytes of each among them."""
+    """Return evenly spaced positions over all files, including the first and the last bytes of each."""
     sizes = {file: file.stat().st_size for file in source.files}
     step = max(_SAMPLE_BYTES, sum(sizes.values()) // (_SAMPLES * max(1, len(source.tensors))))
     for file, size in sizes.items():
@@ -102,9 +101,9 @@ def _spread_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]
 
 
 def check_unchanged(before: Fingerprint, read: Callable[[], Fingerprint]) -> None:
-    """Raise CheckpointReplacedError, naming both fingerprints and what has changed, unless `read` gives the checkpoint of `before`.
+    """Raise CheckpointReplacedError with both fingerprints and the difference, unless `read` returns the checkpoint of `before`.
 
-    Contents are compared where both have one.
+    Contents are compared if both have one.
     """
     try:
         now = read()

@@ -1,4 +1,4 @@
-"""A checkpoint of which only the first decoder layers are seen, for shapes that do not fit. Knows names; the rest is the whole one's."""
+"""A view of the first decoder layers of a checkpoint, for models that do not fit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _PREFIX = "model.layers."
 
 
 def check_num_layers(config: LlamaConfig, num_layers: int) -> None:
-    """Raise ConfigError unless the model has so many layers."""
+    """Raise ConfigError unless the model has at least this many layers."""
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise ConfigError(
             f"--num-layers is {num_layers}, but the model has {config.num_hidden_layers}; ask for 1 to {config.num_hidden_layers}"
@@ -39,13 +39,13 @@ class FirstLayers:
         self.checksums: Mapping[Path, Checksum] = whole.checksums
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         return self.whole.read_rows(reader, name, start, stop)
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
-        """Where they lie."""
+        """Return where the rows are stored."""
         return self.whole.locate_rows(name, start, stop)
 
     def tokenizer_path(self) -> Path | None:
-        """The whole one's."""
+        """Return the tokenizer of the full checkpoint."""
         return self.whole.tokenizer_path()

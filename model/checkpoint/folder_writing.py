@@ -1,7 +1,4 @@
-"""Writes a checkpoint folder so that it is there whole or not at all: a folder beside it, fsync, rename.
-
-Knows files and folders; what a tensor means is the caller's business.
-"""
+"""Atomic write of a checkpoint folder: write a temporary folder next to it, fsync, rename."""
 
 import json
 import os
@@ -20,7 +17,7 @@ from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
 
 MAX_FILE_BYTES = 5_000_000_000
-"""A Hugging Face folder is cut in files of about this size."""
+"""Approximate maximum size of a weight file in a Hugging Face folder."""
 
 
 def check_target(path: Path, *, overwrite: bool, is_file: bool = False) -> None:
@@ -34,8 +31,8 @@ def check_target(path: Path, *, overwrite: bool, is_file: bool = False) -> None:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; at the end it takes the name `path`. On an error nothing is left of it."""
-    path = Path(os.path.realpath(path))  # a link to the folder stays
+    """Yield a new folder to fill, then rename it to `path`. On an error it is removed."""
+    path = Path(os.path.realpath(path))  # preserve a link to the folder
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -70,9 +67,9 @@ def write_tensors(
     read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
     groups: Iterable[tuple[str, tuple[str, ...]]],
 ) -> None:
-    """Write a Hugging Face folder's weights: one file, or several with an index; and their hashes.
+    """Write a Hugging Face folder's weights as one file, or as several with an index; return their hashes.
 
-    `groups` pairs what to `read` next with the names that come of it, in the order in which they are given.
+    `groups` pairs what to `read` next with the names of the resulting tensors, in that order.
     """
     files: list[list[tuple[str, tuple[str, ...]]]] = [[]]
     size = 0
@@ -100,7 +97,7 @@ def write_tensors(
 
 
 def sync(path: Path) -> None:
-    """Return when what was written of a file, or the names in a folder, are on the disk."""
+    """Flush a file's data, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The table of checkpoint formats, and how one is told from another by what is in its files. One format, one file."""
+"""Registry of checkpoint formats, and detection of the format from the contents. Each format has its own module."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,18 +25,18 @@ from parallel.regular_file import describe_kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
-    """What a user may say of a checkpoint beside its path."""
+    """Options for opening a checkpoint."""
 
     format: str | None = None
-    """A key of FORMATS; None: told from the content."""
+    """A key of FORMATS; None: detect from the contents."""
     key_file: str | None = None
-    """Path of the key of an encrypted checkpoint."""
+    """Path of the key file of an encrypted checkpoint."""
     follow_links: bool = False
-    """Whether weight files may be links out of their folder."""
+    """Whether weight files may be links that lead out of their folder."""
     values: Mapping[str, Any] | None = None
-    """Values of a config.json, for formats that have none."""
+    """Values of a config.json, for formats without one."""
     fused_order: str | None = None
-    """Row order of MindFormers' fused weights: a word of ORDERS, or AUTO; None: AUTO."""
+    """Row order of MindFormers' fused weights: an entry of ORDERS, or AUTO; None: AUTO."""
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
@@ -52,16 +52,16 @@ class OpenOptions:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One readable format."""
+    """A readable format."""
 
     name: str
-    """In words, for messages."""
+    """Name for messages."""
     matches: Callable[[Path], bool]
-    """Whether what lies there is of this format; tensors are not looked at."""
+    """Return whether the path is of this format, without reading tensors."""
     open: Callable[[Path, OpenOptions], CheckpointSource]
-    """Reads the headers."""
+    """Open it, reading the headers."""
     suffix: str = "/"
-    """Files of this name's end are taken for it where no content says otherwise."""
+    """File name suffix that selects this format when the contents are inconclusive."""
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -105,11 +105,11 @@ FORMATS: Mapping[str, Format] = {
         ".ckpt",
     ),
 }
-"""By the word that `--from` takes. The first that matches is taken."""
+"""By the value of `--from`. The first match wins."""
 
 
 def find_format(path: Path) -> str:
-    """The key of FORMATS of what lies at `path`. Raises CheckpointError when it is missing or of none, listing what there is."""
+    """Return the key in FORMATS for `path`. Raises CheckpointError when it is missing or of no known format, listing what is there."""
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} does not exist")
     if not path.is_file() and not path.is_dir():
@@ -131,9 +131,9 @@ def find_format(path: Path) -> str:
 
 
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
-    """Open a checkpoint of any format in the table. A folder with one GGUF file is this file.
+    """Open a checkpoint of any registered format. A folder with a single GGUF file is treated as that file.
 
-    Raises CheckpointError for what cannot be read, and what the formats raise.
+    Raises CheckpointError for unreadable files, and the errors of the formats.
     """
     options = options or OpenOptions()
     inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -143,13 +143,13 @@ def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoin
 
 
 def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:
-    """`options` with what was found on opening, so that ranks need not find it again."""
+    """Return `options` with the values detected on opening, so that the ranks need not detect them again."""
     found = source.fused_order if isinstance(source, MindSporeFile) else None
     return replace(options, fused_order=found) if found else options
 
 
 def lacks_config(path: Path, options: OpenOptions) -> bool:
-    """Whether this is a MindSpore checkpoint with no config.json beside it. Raises what `find_format` raises."""
+    """Return whether this is a MindSpore checkpoint without a config.json. Raises the errors of `find_format`."""
     if (options.format or find_format(path)) != "mindspore":
         return False
     return not any((folder / "config.json").is_file() for folder in list_config_folders(path))

@@ -1,11 +1,11 @@
-"""Finds the row order of MindFormers' fused weights, which changed in 1.4 while names and shapes stayed.
+"""Detect the row order of MindFormers' fused weights, which changed in 1.4 while names and shapes stayed the same.
 
     order  w_qkv                                           w_gate_hidden
     1.3    all q, all k, all v                             all gate, all up
     1.4    of each KV head: its q heads, its k, its v      gate 0, up 0, gate 1, up 1, ...
 
-Trained gate rows and up rows differ in their norms. Labels of the right order therefore explain a part of the variance of the (log) row
-norms, and labels of the wrong order explain none of it. Depends on norms of sampled rows only; does not know files.
+Trained gate rows and up rows differ in their norms. Labels of the correct order therefore explain part of the variance of the log row
+norms, and labels of the wrong order explain none of it. Uses only the norms of sampled rows.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ import torch
 ORDERS = ("1.3", "1.4")
 AUTO = "auto"
 MARGIN = 4.0
-"""The right order explains at least this many times the variance that the wrong one explains."""
+"""The correct order has to explain at least this many times the variance explained by the other one."""
 _SIGMAS, _FLOOR = 6.0, 30.0
-"""Labels that mean nothing explain about 1/rows; the right ones have to explain this much more than chance (a chi-square sum)."""
+"""Meaningless labels explain about 1/rows; the correct ones have to exceed chance by this much (a chi-square sum)."""
 _STEP = 0.5
-"""Order 1.3 is a step between the halves, not a slope: the rows around the middle differ by this part of the halves' difference."""
+"""Order 1.3 is a step between the halves, not a slope: the rows around the middle have to differ by this part of the halves' difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowNorms:
-    """Norms of some rows of one fused tensor."""
+    """Norms of sampled rows of one fused tensor."""
 
     rows: torch.Tensor
-    """Their numbers, int64 [sampled], increasing."""
+    """Row indices, int64 [sampled], ascending."""
     norms: torch.Tensor
     """float32 [sampled]."""
     num_rows: int
@@ -39,24 +39,24 @@ class RowNorms:
 
 @dataclass(frozen=True, slots=True)
 class OrderEvidence:
-    """What the sampled rows say of the order."""
+    """Evidence on the order from the sampled rows."""
 
     order: str | None
-    """A word of ORDERS; None: undecided."""
+    """An entry of ORDERS; None: undecided."""
     explained: tuple[float, float]
-    """Part of the variance of row norms that the labels of each of ORDERS explain, a mean over the tensors."""
+    """Fraction of the variance of row norms explained by each of ORDERS, averaged over the tensors."""
     num_tensors: int
-    """Fused tensors that were sampled."""
+    """Number of sampled fused tensors."""
 
     def describe(self) -> str:
-        """The numbers, in words."""
+        """Describe the evidence for messages."""
         shares = [f"{100 * share:.3g} %" for share in self.explained]
         explain = f"order 1.3 explains {shares[0]} and order 1.4 explains {shares[1]} of the variance of row norms"
         return f"{explain} in {self.num_tensors} fused tensors"
 
 
 def weigh_orders(tensors: Sequence[RowNorms]) -> OrderEvidence:
-    """Decide between the orders by tensors of one kind, all w_gate_hidden or all w_qkv."""
+    """Decide between the orders, given tensors of one kind: all w_gate_hidden or all w_qkv."""
     scores, shares = [0.0, 0.0], [0.0, 0.0]
     halves, middle, count, freedom = 0.0, 0.0, 0, 0
     for tensor in tensors:
@@ -83,7 +83,7 @@ def weigh_orders(tensors: Sequence[RowNorms]) -> OrderEvidence:
 
 
 def _label_rows(tensor: RowNorms, order: str) -> torch.Tensor:
-    """Which of the fused tensors each sampled row belongs to: 0, 1, 2."""
+    """Label each sampled row with the fused tensor it belongs to: 0, 1, 2."""
     rows = tensor.rows
     if tensor.heads is None:
         return (rows >= tensor.num_rows // 2).long() if order == ORDERS[0] else rows % 2
@@ -98,7 +98,7 @@ def _label_rows(tensor: RowNorms, order: str) -> torch.Tensor:
 
 
 def _explain(logs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Part of the variance between groups; `logs` have mean 0."""
+    """Fraction of the variance between groups; `logs` have mean 0."""
     total = float((logs * logs).sum())
     if total == 0.0:
         return 0.0
@@ -107,7 +107,7 @@ def _explain(logs: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def _measure_step(logs: torch.Tensor, tensor: RowNorms) -> tuple[float, float]:
-    """Difference of means: between the halves, and between the quarters of them that meet in the middle."""
+    """Differences of means: between the halves, and between the two quarters that meet in the middle."""
     first = logs[tensor.rows < tensor.num_rows // 2]
     second = logs[tensor.rows >= tensor.num_rows // 2]
     if not len(first) or not len(second):

@@ -1,7 +1,7 @@
 """A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
 
-Knows llama.cpp's names and layouts; no bytes of the header (`gguf_header.py`), no ranks, no tokenizers (`model/text/tokenizer.py`).
-Only float types and the blocks Q8_0, Q4_0 and Q4_1 are read: these are what `read_rows` can give exactly.
+Supports float types and the block types Q8_0, Q4_0 and Q4_1, which `read_rows` can represent exactly. `gguf_header.py` parses the
+header, and `model/text/tokenizer.py` reads the tokenizer.
 """
 
 import math
@@ -26,17 +26,17 @@ from parallel.file_slices import FileReader, StoredRows
 
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """How one type of GGUF stores elements: blocks of `block_elements` in `block_bytes`."""
+    """Storage of one GGUF type: blocks of `block_elements` in `block_bytes`."""
 
     name: str
     block_elements: int
     block_bytes: int
     dtype: torch.dtype
-    """Type of the elements as read."""
+    """Element type after reading."""
     quantized: bool = False
 
     def count_bytes(self, stored: StoredTensor) -> int:
-        """What a whole tensor takes."""
+        """Return the stored size of a tensor."""
         return math.prod(stored.shape) // self.block_elements * self.block_bytes
 
 
@@ -48,7 +48,7 @@ _ENCODINGS = {
     2: _Encoding("Q4_0", 32, 18, torch.float32, quantized=True),
     3: _Encoding("Q4_1", 32, 20, torch.float32, quantized=True),
 }
-"""By the number of ggml_type."""
+"""By ggml_type number."""
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -80,7 +80,7 @@ class GgufFile:
     """A GGUF file of architecture llama as a CheckpointSource."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for another architecture, a tensor type that cannot be read, or a file that is cut off or damaged."""
+        """Raises CheckpointError for another architecture, an unsupported tensor type, or a truncated or corrupt file."""
         self.path, self.files = path, [path]
         self.checksums = read_sha256sums(path.parent, self.files)
         header = read_gguf_header(path)
@@ -103,12 +103,12 @@ class GgufFile:
         metadata.clear()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, dequantized; q and k rows in Hugging Face's order."""
+        """Return rows [start, stop) of a tensor, dequantized; q and k rows in Hugging Face's order."""
         stored = self._stored[name]
         heads = self._heads.get(name.split(".", 3)[-1])
         if heads is None:
             return _read_stored_rows(reader, self.path, stored, start, stop)
-        # llama.cpp interleaves the two halves of each head's rotary pairs; a row's place is known within whole heads only.
+        # llama.cpp interleaves the two halves of each head's rotary pairs, so rows are located by whole heads.
         head_rows = stored.shape[0] // heads
         first = start // head_rows * head_rows
         last = max(first, -(-stop // head_rows) * head_rows)
@@ -117,11 +117,11 @@ class GgufFile:
         return ordered[start - first : stop - first].contiguous()
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Nowhere as they are read: most are dequantized or in another order."""
+        """Return nothing: most rows are dequantized or reordered."""
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """The file itself, when it holds a vocabulary."""
+        """Return the file itself if it holds a vocabulary."""
         return self.path if self._has_vocabulary else None
 
     def _check_architecture(self, metadata: GgufMetadata) -> None:
@@ -136,7 +136,7 @@ class GgufFile:
             raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
 
     def _check_tensors(self, header: GgufHeader) -> None:
-        """Types can be read, and tensors lie one after another with no more between them than the alignment needs."""
+        """Check that all types are supported and that tensors are contiguous except for alignment padding."""
         for name, tensor in header.tensors.items():
             encoding = _ENCODINGS.get(tensor.type_number)
             if encoding is None:
@@ -212,7 +212,7 @@ class GgufFile:
         return config
 
     def _compare_sizes(self, metadata: GgufMetadata, config: dict[str, Any]) -> None:
-        """Sizes that the metadata names a second time. Raises CheckpointError for another value."""
+        """Check sizes that the metadata repeats. Raises CheckpointError if they differ."""
         for key, name in _SAME_SIZES.items():
             found = metadata.read(key, config[name])
             if found != config[name]:
@@ -221,8 +221,8 @@ class GgufFile:
                 )
 
     def _read_rope_scaling(self, metadata: GgufMetadata) -> dict[str, Any] | None:
-        """`rope_scaling` for config.json, from today's keys or from `scale_linear` of older files."""
-        # llama.cpp takes "linear" where no type is named.
+        """Return `rope_scaling` for config.json, from today's keys or from `scale_linear` of older files."""
+        # llama.cpp defaults to "linear" if no type is given.
         kind, factor = metadata.read("llama.rope.scaling.type", "linear"), metadata.read("llama.rope.scaling.factor", None)
         old = metadata.read("llama.rope.scale_linear", factor)
         if factor not in (None, old):
@@ -237,7 +237,7 @@ class GgufFile:
         return scaling if original is None or kind == "linear" else scaling | {"original_max_position_embeddings": original}
 
     def _add_rope_scaling(self, stored: StoredTensor) -> None:
-        """llama.cpp keeps the llama3 scaling only as divisors of the frequencies: find the constants that give them."""
+        """Recover the llama3 scaling, of which llama.cpp stores only the frequency divisors, by finding constants that reproduce them."""
         width, theta = self.config["head_dim"], self.config["rope_theta"]
         if stored.shape != (width // 2,):
             raise CheckpointError(
@@ -253,7 +253,7 @@ class GgufFile:
             raise CheckpointError(f"{self.path} holds both {_ROPE_FREQUENCIES} and a rope scaling: use the Hugging Face checkpoint")
         if not bool(torch.all((divisors > 0) & divisors.isfinite())):
             raise CheckpointError(f"{self.path}: {_ROPE_FREQUENCIES} holds what is no divisor: copy it again")
-        # Every Llama 3.1 to 3.3 has these; only the factor differs, and the longest wavelength shows it.
+        # Llama 3.1 to 3.3 share these constants; only the factor differs, and the longest wavelength reveals it.
         scaling = RopeScaling(
             factor=float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
         )
@@ -265,7 +265,7 @@ class GgufFile:
 
 
 def _unwrap(ids: list[int]) -> list[int] | int | None:
-    """As config.json writes ids: a number where there is one."""
+    """Unwrap single ids, as config.json writes them."""
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
@@ -276,18 +276,18 @@ def _read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, star
     shape = (stop - start, *stored.shape[1:])
     if not encoding.quantized or start == stop:
         return data.view(encoding.dtype).view(shape)
-    # gguf takes 0.2 s to import, which a rank that reads another format need not pay.
+    # Importing gguf takes 0.2 s, which ranks that read other formats should not pay.
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     blocks = data.numpy().reshape(stop - start, row_bytes)
-    # A scale that is no number gives elements that are none, as in any other format.
+    # A NaN scale yields NaN elements, as in any other format.
     with np.errstate(all="ignore"):
         return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(stored.type_number))).view(shape)
 
 
 def _build_name(name: str) -> str:
-    """The Hugging Face name of a llama.cpp tensor; an unknown one keeps its own."""
+    """Return the Hugging Face name of a llama.cpp tensor; unknown names are kept."""
     if name.startswith("blk."):
         layer, _, rest = name.removeprefix("blk.").partition(".")
         return f"model.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else name
@@ -301,5 +301,5 @@ def _name_type(number: int) -> str:
 
 
 def _shorten_float32(value: float) -> float:
-    """The shortest decimal that is the same float32, as the original config.json wrote it: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal of the same float32, as in the original config.json: 1e-05, not 9.999999747378752e-06."""
     return next(short for digits in range(1, 10) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == struct.pack("<f", value))

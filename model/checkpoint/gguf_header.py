@@ -1,7 +1,6 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies.
+"""The header of a GGUF file: metadata and tensor locations.
 
-Knows the bytes of GGUF 2 and 3; no architectures, no names, no element types. No count or length is believed before the
-file has been seen to have room for it.
+Parses versions 2 and 3. No count or length is trusted before checking that the file is large enough for it.
 """
 
 import mmap
@@ -16,49 +15,49 @@ from parallel.errors import CheckpointError
 from parallel.regular_file import open_regular
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""gguf_metadata_value_type to struct letters; 8 is a string and 9 an array."""
+"""gguf_metadata_value_type to struct format characters; 8 is a string and 9 an array."""
 _LAYOUTS = {kind: struct.Struct("<" + letter) for kind, letter in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
 _UINT32, _UINT64 = 4, 10
 _DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20
 _MAX_HEADER_BYTES = 1 << 26
 _MAX_ENTRIES = 1 << 17
-"""Tensors, and keys."""
+"""Maximum number of tensors, and of keys."""
 _MAX_VALUES = 1 << 21
-"""Elements of all arrays together: half as many again as the largest vocabularies need, and under 200 MB as Python values."""
+"""Maximum number of array elements in total: 1.5 times the largest vocabularies, and under 200 MB as Python values."""
 _MAX_DEPTH, _MAX_DIMENSIONS = 4, 4
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as the header describes it."""
+    """One tensor as described in the header."""
 
     shape: tuple[int, ...]
-    """Rows first (GGUF itself writes the innermost dimension first)."""
+    """Rows first (GGUF itself stores the innermost dimension first)."""
     type_number: int
-    """Number of its ggml_type."""
+    """ggml_type number."""
     offset_bytes: int
-    """Where it begins in the file."""
+    """Start offset in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a GGUF file says before its tensors."""
+    """Everything in a GGUF file before the tensor data."""
 
     metadata: dict[str, Any]
     """Key-value pairs; arrays are lists."""
     tensors: dict[str, StoredTensor]
     """By llama.cpp's names, in file order."""
     alignment: int
-    """Tensors begin at multiples of it, counted from `start_bytes`."""
+    """Tensor offsets are multiples of it, relative to `start_bytes`."""
     start_bytes: int
-    """Where the first tensor begins."""
+    """Start offset of the first tensor."""
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a GGUF file. Raises CheckpointError when it is none, of another version, cut off, or contradicts itself.
+    """Read the header of a GGUF file. Raises CheckpointError when it is not GGUF, or is of another version, truncated or inconsistent.
 
-    gguf.GGUFReader keeps an array view per string: seconds for a vocabulary of 50,000, in every rank. This takes a tenth of one.
+    gguf.GGUFReader keeps an array view per string: seconds for a vocabulary of 50,000, on every rank. This takes a tenth of a second.
     """
     try:
         with open_regular(path) as file:
@@ -73,7 +72,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _HeaderCursor:
-    """Walks over a header, little-endian as all files but those of big-endian machines."""
+    """Cursor over a header; little-endian, as all files except those of big-endian machines."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
@@ -102,7 +101,7 @@ class _HeaderCursor:
         return GgufHeader(metadata, placed, alignment, start)
 
     def _take(self, num_bytes: int, what: str) -> int:
-        """Go on by `num_bytes`; give where they begin."""
+        """Advance by `num_bytes`; return the previous position."""
         start, stop = self._at, self._at + num_bytes
         if stop > self._end:
             size = len(self._data)
@@ -168,7 +167,7 @@ class _HeaderCursor:
         return found
 
     def _tensor(self, name: str, alignment: int) -> StoredTensor:
-        """As it stands there: its offset is counted from the end of the header."""
+        """Read a tensor entry; its offset is relative to the end of the header."""
         dimensions = self._scalar(_UINT32)
         if not 0 < dimensions <= _MAX_DIMENSIONS:
             raise CheckpointError(f"{self._path}: {name} has {dimensions} dimensions, but 1 to {_MAX_DIMENSIONS} can be: copy it again")

@@ -1,7 +1,4 @@
-"""The metadata of a GGUF file, each of the type and size that its key needs.
-
-Knows which values a Llama model can have; not what they mean for it.
-"""
+"""The metadata of a GGUF file, with the type and range of each value checked."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,16 +11,16 @@ from parallel.errors import CheckpointError, ConfigError
 
 _MAX_WHOLE, _MAX_FLOAT32 = (1 << 31) - 1, 3.4e38
 NO_TOKEN = (1 << 32) - 1
-"""llama.cpp's -1 in an unsigned number: there is no such token."""
+"""llama.cpp's -1 as an unsigned number: no such token."""
 _REQUIRED = object()
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Which values are accepted."""
+    """Accepted values of a key."""
 
     words: str
-    """In a message, after "but"."""
+    """Description for messages, following "but"."""
     accepts: Callable[[Any], bool]
 
 
@@ -119,17 +116,17 @@ GGUF_KEYS = KeyTable(
     ),
     harmless_prefixes=("general.", "quantize.", "split.", "tokenizer.", "training."),
 )
-"""Keys of an architecture-llama file; the tokenizer's are read by model/text/gguf_vocabulary.py. Unknown keys are reported."""
+"""Keys of an architecture-llama file; model/text/gguf_vocabulary.py reads those of the tokenizer. Unknown keys are reported."""
 
 
 class GgufMetadata:
-    """The values of one file. Raises CheckpointError, which names the key, for one that is missing or cannot be what it is for."""
+    """The values of one file. Raises CheckpointError naming the key if it is missing or its value is invalid."""
 
     def __init__(self, values: dict[str, Any], path: Path) -> None:
         self._values, self._path = values, path
 
     def check_keys(self) -> tuple[str, ...]:
-        """Lines on keys that are not read. Raises CheckpointError for a value that changes the arithmetic and is not supported."""
+        """Return notes on unused keys. Raises CheckpointError for an unsupported value that changes the arithmetic."""
         try:
             GGUF_KEYS.check(self._values, str(self._path))
         except ConfigError as error:
@@ -140,7 +137,7 @@ class GgufMetadata:
         return key in self._values
 
     def read(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value, or the default where there is none."""
+        """Return the value, or the default if it is missing."""
         if key not in self._values:
             if default is _REQUIRED:
                 raise CheckpointError(f"{self._path} lacks the metadata key {key}: convert it again with a current llama.cpp")
@@ -151,10 +148,10 @@ class GgufMetadata:
         return value
 
     def read_token(self, key: str) -> int | None:
-        """The number of a special token; None where there is none."""
+        """Return the id of a special token, or None."""
         found = self.read(f"tokenizer.ggml.{key}_token_id", NO_TOKEN)
         return None if found == NO_TOKEN else int(found)
 
     def clear(self) -> None:
-        """Forget the values: a vocabulary alone is tens of megabytes of Python strings, in every rank."""
+        """Drop the values: a vocabulary alone takes tens of megabytes of Python strings on every rank."""
         self._values.clear()

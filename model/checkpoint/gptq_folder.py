@@ -1,8 +1,8 @@
-"""A folder that AutoGPTQ, GPTQModel or transformers wrote: GPTQ weights of 4 or 8 bits, packed along the inputs.
+"""A folder written by AutoGPTQ, GPTQModel or transformers: GPTQ weights of 4 or 8 bits, packed along the inputs.
 
-`qweight` is int32 [inputs * bits / 32, outputs], the first input in the lowest bits, so its transpose is `weight_packed` as it
-stands. `qzeros` holds each zero point minus 1 (modulo 2^bits), or the zero point itself where `checkpoint_format` is "gptq_v2".
-Knows GPTQ's settings and words; `model/checkpoint/column_packed.py` knows the tensors.
+`qweight` is int32 [inputs * bits / 32, outputs] with the first input in the lowest bits, so its transpose is `weight_packed` as is.
+`qzeros` holds each zero point minus 1 (modulo 2^bits), or the zero point itself if `checkpoint_format` is "gptq_v2".
+`model/checkpoint/column_packed.py` handles the tensors; this module handles GPTQ's settings and bit order.
 """
 
 import re
@@ -32,14 +32,14 @@ _DYNAMIC_KEYS = ("bits", "group_size", "sym", "desc_act")
 
 
 def is_gptq(path: Path) -> bool:
-    """Whether a folder declares GPTQ weights; False for all that cannot be read."""
+    """Return whether a folder declares GPTQ weights; False if it cannot be read."""
     return declares_method(path, "gptq", SETTINGS_FILE)
 
 
 class GptqFolder(ColumnPackedFolder):
-    """Opened by its headers and its biases.
+    """A GPTQ checkpoint; opening it reads the headers and biases.
 
-    Raises ConfigError for settings that are not supported, CheckpointError for files and tensors that do not fit them.
+    Raises ConfigError for unsupported settings, CheckpointError for files and tensors that contradict them.
     """
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
@@ -67,7 +67,7 @@ class GptqFolder(ColumnPackedFolder):
         return f": the weights are not symmetric; set sym to false in {self.settings_name}"
 
     def _read_weight(self, reader: FileReader, linear: str, start: int, stop: int) -> torch.Tensor:
-        # Both sides keep q = integer + 2^(bits - 1), the first input lowest: whole words change place.
+        # Both formats store q = integer + 2^(bits - 1) with the first input lowest, so whole words are transposed.
         return self._folder.read_columns(reader, f"{linear}.qweight", start, stop).T.contiguous()
 
     def _order_zero_points(self, words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -76,14 +76,14 @@ class GptqFolder(ColumnPackedFolder):
         stored = words.contiguous().view(torch.uint8)
         if bits == 8:
             return (stored + 1).view(torch.int32)
-        # Adding 16 to the byte is adding 1 to its upper half, and leaves the lower one.
+        # Adding 16 to the byte adds 1 to its upper nibble and does not affect the lower one.
         return (((stored + 1) & 0x0F) | ((stored + 0x10) & 0xF0)).view(torch.int32)
 
 
 def _read_linears(settings: Mapping[str, Any]) -> Callable[[str], LinearScheme]:
-    """How the linear of a name is stored. `dynamic` gives linears settings of their own: of its patterns, the first that matches counts.
+    """Return the scheme of a linear by name. `dynamic` gives linears individual settings; the first matching pattern applies.
 
-    A pattern behind "-:" names linears that are not quantized, which their tensors show.
+    A pattern that starts with "-:" names linears that are not quantized, which is evident from their tensors.
     """
     dynamic = settings.get("dynamic") or {}
     if not isinstance(dynamic, dict):
@@ -112,7 +112,7 @@ def _read_linear(settings: Mapping[str, Any]) -> LinearScheme:
         bits=read_bits(settings, ("bits",), (4, 8)),
         group_size=group_size,
         symmetric=read_flag(settings, "sym", True),
-        # With one group there is nothing to order.
+        # A single group needs no ordering.
         act_order=read_flag(settings, "desc_act", False) and group_size is not None,
     )
 

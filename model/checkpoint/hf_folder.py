@@ -1,7 +1,4 @@
-"""A Hugging Face folder: config.json beside one safetensors file, or several with an index.
-
-Knows the folder's files; not what its tensors are for.
-"""
+"""A Hugging Face folder: config.json with one safetensors file, or several with an index."""
 
 import json
 import re
@@ -29,10 +26,10 @@ _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 class HuggingFaceFolder:
-    """Opened by its headers. Raises CheckpointError for files that are missing or short, ConfigError for config.json."""
+    """A folder opened by reading its headers. Raises CheckpointError for missing or truncated files, ConfigError for config.json."""
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
-        """`follow_links`: whether weights may lie outside the folder, see `check_link`."""
+        """`follow_links`: whether weights may be outside the folder, see `check_link`."""
         self.path = path
         self.config = read_config(path / "config.json")
         check_method(path, self.config)
@@ -52,20 +49,20 @@ class HuggingFaceFolder:
         self.notes = self._untie_head()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Where they lie."""
+        """Return where the rows are stored."""
         file, stored = self._stored[name]
         return [stored.stored_rows(file)]
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self.path
 
     def _untie_head(self) -> tuple[str, ...]:
-        """As transformers does, use a stored head that differs from the embedding although the config ties them."""
+        """Like transformers, use a stored head that differs from the embedding even if the config ties them."""
         head, embedding = (self._stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
         if self.config.get("tie_word_embeddings") is not True or not head or not embedding or _have_same_bytes(head, embedding):
             return ()
@@ -96,12 +93,12 @@ def _weight_files(path: Path, *, follow_links: bool) -> list[Path]:
 
 
 def list_shards(path: Path) -> list[Path]:
-    """The safetensors files of a folder, without those of adapters."""
+    """Return the safetensors files of a folder, except those of adapters."""
     return sorted(file for file in path.glob("*.safetensors") if file.is_file() and not file.name.startswith("adapter_"))
 
 
 def _check_parts(path: Path, files: list[Path]) -> None:
-    """Every part that a name such as model-00001-of-00002 counts is there: no index says so."""
+    """Check that all parts counted by names such as model-00001-of-00002 exist, when there is no index."""
     names = {file.name for file in files}
     for file in files:
         part = _PART.fullmatch(file.name)
@@ -127,9 +124,9 @@ def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTe
 
 
 def check_link(file: Path, *, follow_links: bool = False) -> None:
-    """Raise CheckpointError for a link out of its folder, unless asked to follow it.
+    """Raise CheckpointError for a link that leads out of its folder, unless `follow_links`.
 
-    A link may always lead within the folder, and from a snapshot of the Hugging Face cache into the same model's blobs.
+    Always allowed are links within the folder, and links from a snapshot of the Hugging Face cache to the blobs of the same model.
     """
     if follow_links:
         return

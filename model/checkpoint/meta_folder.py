@@ -1,7 +1,7 @@
-"""Meta's Llama 1, 2 and 3 downloads as a checkpoint: params.json beside consolidated.NN.pth, one file a model-parallel rank.
+"""Meta's Llama 1, 2 and 3 downloads as a checkpoint: params.json and consolidated.NN.pth, one file per model-parallel rank.
 
-Knows Meta's names and how its ranks cut tensors; no bytes of the files (`torch_header.py`), no keys of params.json (`meta_params.py`),
-no tokenizers (`model/text/tokenizer.py`). Norms, which every file holds whole, come from the first: comparing them would read at opening.
+Handles Meta's names and tensor slices; `torch_header.py` parses the files, `meta_params.py` params.json. Norms, which every file holds
+in full, are read from the first: comparing them would read data at opening.
 """
 
 import re
@@ -29,7 +29,7 @@ _TOP_NAMES: Mapping[str, tuple[str, int | None]] = {
     "norm.weight": ("model.norm.weight", None),
     _HEAD: ("lm_head.weight", 0),
 }
-"""Hugging Face names, and the dimension that is cut; None: every file holds the whole. Llama 1 and 2 cut the embedding's columns."""
+"""Hugging Face names and the sliced dimension; None: replicated in every file. Llama 1 and 2 slice the embedding's columns."""
 _LAYER_NAMES: Mapping[str, tuple[str, int | None]] = {
     "attention.wq.weight": ("self_attn.q_proj.weight", 0),
     "attention.wk.weight": ("self_attn.k_proj.weight", 0),
@@ -49,21 +49,20 @@ _WHOLE_MODEL = "copy the files of all ranks, and the params.json of this model"
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """One tensor of all files."""
+    """One tensor assembled from all files."""
 
     blocks: list[list[StoredRows]]
-    """Beside each other; the rows of each under each other."""
+    """Outer list: joined by column; inner lists: joined by row."""
     head_rows: int
-    """Rows of a head whose rotary pairs are interleaved; 1: rows are in their order."""
+    """Rows per head with interleaved rotary pairs; 1: rows are in order."""
 
 
 class MetaFolder:
-    """A folder of Meta's as a CheckpointSource, opened by its headers."""
+    """A Meta folder as a CheckpointSource, opened by reading its headers."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for files that are missing, damaged, not of one model, or want to run code.
-
-        ConfigError for params.json.
+        """Raises CheckpointError for files that are missing, corrupt, of different models, or that would execute code; ConfigError for
+        params.json.
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is no folder: give the one that holds {_PARAMS}")
@@ -78,7 +77,7 @@ class MetaFolder:
         self.checksums = directories | _read_checksums(path / _CHECKLIST, self.files)
         _check_ranks(self.files, headers)
         if all(header.get(_HEAD) == header.get(_EMBEDDING) for header in headers):
-            # The same bytes under both names.
+            # The same data under both names.
             for header in headers:
                 header.pop(_HEAD, None)
         self.tensors: dict[str, TensorInfo] = {}
@@ -90,11 +89,11 @@ class MetaFolder:
         self.config = self._params.build_config(embedding, gate.shape[0], tied=_TOP_NAMES[_HEAD][0] not in self.tensors)
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor; q and k rows in Hugging Face's order."""
+        """Return rows [start, stop) of a tensor; q and k rows in Hugging Face's order."""
         joined = self._joined[name]
         if joined.head_rows == 1 or start == stop:
             return _read_blocks(reader, joined, start, stop)
-        # Meta interleaves the two halves of each head's rotary pairs; a row's place is known within whole heads only.
+        # Meta interleaves the two halves of each head's rotary pairs, so rows are located by whole heads.
         size = joined.head_rows
         first, last = start // size * size, -(-stop // size) * size
         rows = _read_blocks(reader, joined, first, last)
@@ -102,12 +101,12 @@ class MetaFolder:
         return ordered[start - first : stop - first].contiguous()
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Where they lie, of tensors whose rows are whole and in order."""
+        """Return where the rows are stored, for tensors with contiguous rows in order."""
         joined = self._joined[name]
         return joined.blocks[0] if joined.head_rows == 1 and len(joined.blocks) == 1 else []
 
     def tokenizer_path(self) -> Path | None:
-        """The folder, or the one it lies in, where downloads have it, when tokenizer.model or tokenizer.json is there."""
+        """Return the folder, or its parent as in original downloads, if it holds tokenizer.model or tokenizer.json."""
         folders = (self.path, self.path.absolute().parent)
         return next((folder for folder in folders if any((folder / name).is_file() for name in _TOKENIZERS)), None)
 
@@ -156,7 +155,7 @@ class MetaFolder:
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a folder holds params.json and a file of tensors as Meta names them."""
+    """Return whether a folder holds params.json and a tensor file named as Meta's."""
     return (path / _PARAMS).is_file() and any(_RANK_FILE.fullmatch(file.name) or file.name == _SINGLE_FILE for file in path.iterdir())
 
 
@@ -185,7 +184,7 @@ def _read_checksums(file: Path, files: Sequence[Path]) -> dict[Path, Checksum]:
 
 
 def _check_ranks(files: Sequence[Path], headers: Sequence[Mapping[str, StoredTensor]]) -> None:
-    """Every rank holds the same tensors, of the same shapes and types."""
+    """Check that every rank holds the same tensors, with the same shapes and dtypes."""
     for file, header in zip(files[1:], headers[1:], strict=True):
         for name in sorted(headers[0].keys() | header.keys()):
             expected, found = _describe(headers[0].get(name)), _describe(header.get(name))
@@ -198,7 +197,7 @@ def _describe(stored: StoredTensor | None) -> str:
 
 
 def _translate(file: Path, name: str) -> tuple[str, int | None]:
-    """The Hugging Face name, and the dimension that is cut."""
+    """Return the Hugging Face name and the sliced dimension."""
     layer = _LAYER.fullmatch(name)
     found = _LAYER_NAMES.get(layer[2]) if layer else _TOP_NAMES.get(name)
     if found is None:

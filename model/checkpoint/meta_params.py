@@ -1,7 +1,4 @@
-"""Meta's params.json as the values of a Hugging Face config.json, with what it leaves to be known or to be seen from the tensors.
-
-Knows keys and numbers; no weights but the shapes that it is given.
-"""
+"""Convert Meta's params.json to the values of a Hugging Face config.json, filling the gaps from known models and tensor shapes."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +15,12 @@ _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")
 _CONSTANTS = ("norm_eps", "rope_theta")
 _MAX_NUMBER = 1 << 53
 _CONTEXTS = {500000.0: 8192, 1000000.0: 16384}
-"""Longest sequence by rope_theta, which tells Llama 3 and Code Llama from the others."""
+"""Maximum context by rope_theta, which identifies Llama 3 and Code Llama."""
 _DEFAULT_CONTEXT, _SCALED_CONTEXT = 4096, 131072
 _TOKEN_IDS = {128256: (128000, 128001)}
-"""Begin and end of a text by the size of the vocabulary: Llama 3."""
+"""Begin and end tokens by vocabulary size: Llama 3."""
 _SMALLEST_WITH_FACTOR_8 = 4096
-"""params.json does not say the factor of the rope scaling: Llama 3.2's models are narrower than this, and have 32."""
+"""params.json does not state the rope scaling factor: Llama 3.2's models are narrower than this and use 32."""
 
 
 META_KEYS = KeyTable(
@@ -43,12 +40,12 @@ META_KEYS = KeyTable(
     },
     harmless=frozenset({"ffn_dim_multiplier", "max_batch_size", "max_seq_len", "multiple_of", "vocab_size"}),
 )
-"""Keys of params.json; the sizes of vocabulary and feed-forward are seen from the tensors."""
+"""Keys of params.json; vocabulary and feed-forward sizes are taken from the tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetaParams:
-    """What params.json says of a model; vocabulary and feed-forward are better seen from the tensors."""
+    """Contents of params.json; vocabulary and feed-forward sizes are taken from the tensors."""
 
     dim: int
     """Width of the residual stream."""
@@ -57,15 +54,15 @@ class MetaParams:
     num_heads: int
     """Query heads."""
     num_kv_heads: int
-    """Key-value heads."""
+    """KV heads."""
     norm_eps: float
     """Added to the mean square in RMSNorm."""
     rope_theta: float
     """Base of the rotary frequencies."""
     is_rope_scaled: bool
-    """The frequencies are scaled as in Llama 3.1."""
+    """Whether the frequencies are scaled as in Llama 3.1."""
     notes: tuple[str, ...] = ()
-    """Lines on keys that are not read."""
+    """Notes on unused keys."""
 
     @property
     def head_dim(self) -> int:
@@ -73,7 +70,7 @@ class MetaParams:
         return self.dim // self.num_heads
 
     def build_config(self, embedding: TensorInfo, intermediate_size: int, *, tied: bool) -> dict[str, Any]:
-        """The values of a config.json."""
+        """Return the values of a config.json."""
         bos, eos = _TOKEN_IDS.get(embedding.shape[0], (1, 2))
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
@@ -107,7 +104,7 @@ class MetaParams:
 
 
 def read_meta_params(file: Path) -> MetaParams:
-    """Raises ConfigError when the file is missing, is no JSON, or lacks a number that makes sense."""
+    """Read params.json. Raises ConfigError when it is missing, not JSON, or lacks a valid value."""
     raw = {"rope_theta": 10000.0} | read_config(file)
     META_KEYS.check(raw, str(file))
     if raw.get("n_kv_heads") is None:

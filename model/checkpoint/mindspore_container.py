@@ -1,6 +1,6 @@
-"""A MindSpore checkpoint without a config: the tensors of its files under their own names, and what is wrong with them by themselves.
+"""A MindSpore checkpoint without a config: its tensors under their own names, and the inconsistencies detectable without a config.
 
-Depends on headers and names; shapes are not compared with any model's.
+Shapes are not compared with those of any model.
 """
 
 import re
@@ -25,13 +25,13 @@ from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
 _FRAME = ("model.tok_embeddings.embedding_weight", "model.norm_out.weight")
-"""What every model has beside its layers."""
+"""Required outside the layers in every model."""
 
 
 class MindSporeContainer:
-    """The files of a checkpoint as a CheckpointSource of raw tensors; names of several files follow the file's name.
+    """The files of a checkpoint as a CheckpointSource of raw tensors. With several files, names start with the file's name.
 
-    Raises CheckpointError for files that are missing, damaged or cannot be decrypted.
+    Raises CheckpointError for files that are missing, corrupt or cannot be decrypted.
     """
 
     def __init__(self, path: Path, key_file: Path | None = None) -> None:
@@ -54,21 +54,21 @@ class MindSporeContainer:
         self.tensors = {name: TensorInfo(stored.dims, ELEMENT_TYPES[stored.tensor_type]) for name, (_, stored) in self._stored.items()}
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor; a scalar is one row."""
+        """Return rows [start, stop) of a tensor; a scalar is one row."""
         file, stored = self._stored[name]
         rows = StoredTensor(stored.dims or (1,), stored.tensor_type, stored.slices)
         return build_block([(file, rows, RowRuns(start, stop - start))], self._encrypted).read(reader, 0, stop - start)
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
-        """Nowhere: encrypted files have no places."""
+        """Return nothing: encrypted files have no locations."""
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """None: a config is needed to run it, and so is a tokenizer."""
+        """Return None: running the model needs a config, and so does the tokenizer."""
         return None
 
     def list_problems(self) -> list[str]:
-        """In words, what contradicts itself: ranks that do not belong together, names that are missing from layers or that no model has."""
+        """Describe inconsistencies: ranks that do not belong together, layers with missing names, names that no model has."""
         try:
             names = list(self._arrange().parts)
         except CheckpointError as error:
@@ -76,12 +76,12 @@ class MindSporeContainer:
         return [*_find_gaps(names), *_find_unknown(names)]
 
     def examine_order(self) -> OrderEvidence | None:
-        """What the rows of w_gate_hidden say of the row order of fused weights; None where there are none."""
+        """Return the evidence of the w_gate_hidden rows on the row order of fused weights; None if there are none."""
         reader = FileReader()
         try:
             samples = sample_fused(self._arrange().parts, FUSED_NAMES[1], None, self._encrypted, reader)
         except CheckpointError:
-            return None  # a problem of its own
+            return None  # reported as a separate problem
         finally:
             reader.close()
         return weigh_orders(samples) if samples else None
@@ -95,7 +95,7 @@ class MindSporeContainer:
 
 
 def _find_gaps(names: Sequence[str]) -> list[str]:
-    """Names that layers lack: compared with other layers, and within each linear."""
+    """Return names missing from layers, compared with other layers and within each linear."""
     layers: dict[int, dict[str, set[str]]] = {}
     for name in names:
         if (match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)) and not LEFTOVERS.fullmatch(name):
@@ -133,7 +133,7 @@ def _is_known(name: str) -> bool:
 
 
 def _split_linear(rest: str) -> tuple[str, str]:
-    """A linear's name in its layer and what the tensor is of it; the whole name and nothing for others."""
+    """Split a name into the linear's name in its layer and the tensor's role; other names are returned whole, with an empty role."""
     for linear in LINEAR_NAMES:
         if rest.startswith(f"{linear}.") and (role := ROLES.get(rest[len(linear) + 1 :])):
             return linear, role

@@ -1,12 +1,12 @@
-"""Encrypted `.ckpt` files: the plaintext cut into blocks of 64 MiB, each encrypted by itself, read at any place of the plaintext.
+"""Encrypted `.ckpt` files with random access to the plaintext, which is split into separately encrypted blocks of 64 MiB.
 
-A block, all numbers uint32 little-endian:
+Layout of a block, all numbers uint32 little-endian:
 
     magic | AES-GCM: tag, 16 bytes | 24 + cipher length | 16 | IV, 16 bytes | cipher length | cipher
 
-Of AES-GCM's IV the first 12 bytes are the nonce, and nothing of a block is given before its tag was checked: it is decrypted whole, and
-the last one is kept. CBC ends each block in PKCS#7 padding and proves nothing: only what is asked for is decrypted. Knows blocks and
-ciphers; of the plaintext only its first byte. `cryptography` is imported when a file is encrypted, and only then.
+For AES-GCM, the first 12 bytes of the IV are the nonce. No plaintext is returned before the tag has been verified, so blocks are
+decrypted whole, and the last one is cached. CBC ends each block with PKCS#7 padding and has no authentication, so only the requested
+range is decrypted. `cryptography` is imported only when a file is encrypted.
 """
 
 import re
@@ -35,33 +35,33 @@ _IV_BYTES, _NONCE_BYTES, _TAG_BYTES, _CIPHER_BLOCK_BYTES = 16, 12, 16, 16
 _BLOCK_BYTES = 64 << 20
 _KEY_BYTES = {"AES-GCM": (16, 24, 32), "AES-CBC": (16, 24, 32), "SM4-CBC": (16,)}
 _CHUNK_BYTES = 1 << 20
-"""So much of a cipher is in memory at a time."""
+"""Ciphertext bytes in memory at a time."""
 _MAX_KEY_FILE_BYTES = 4096
 _FIRST_BYTE = 0x0A
-"""Of every plaintext: field 1 of a protobuf message."""
+"""First byte of every plaintext: the tag of protobuf field 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Where one block lies."""
+    """Location of one block."""
 
     offset_bytes: int
-    """Of the cipher in the file."""
+    """Offset of the ciphertext in the file."""
     length_bytes: int
-    """Of the cipher."""
+    """Length of the ciphertext."""
     iv: bytes
     tag: bytes
-    """Of AES-GCM; empty for the others."""
+    """Tag of AES-GCM; empty for other ciphers."""
 
 
 class EncryptedFile:
-    """One encrypted file, opened with its key. Several threads may read from it, each with its own reader."""
+    """One encrypted file, opened with its key. Thread-safe if each thread uses its own reader."""
 
     def __init__(self, path: Path, end: int, cipher: str, key_file: Path, reader: FileReader) -> None:
-        """The blocks lie before byte `end`.
+        """The blocks end before byte `end`.
 
-        Raises CheckpointError for a key file without a key, a key that is not this file's, damaged blocks, and ciphers that the
-        installed `cryptography` does not have.
+        Raises CheckpointError for a key file without a key, a key that does not match, corrupt blocks, and ciphers that the installed
+        `cryptography` does not support.
         """
         self._path, self._cipher = path, cipher
         self._blocks = self._locate_blocks(reader, end)
@@ -79,10 +79,10 @@ class EncryptedFile:
         for number in range(len(self._blocks)):
             self._starts.append(self._starts[-1] + self._plain_length(number, reader))
         self.size_bytes = self._starts.pop()
-        """Of the plaintext."""
+        """Size of the plaintext."""
 
     def read_into(self, reader: FileReader, offset_bytes: int, out: torch.Tensor) -> None:
-        """Fill `out`, uint8, with the plaintext from `offset_bytes` on. Raises CheckpointError for a block that is damaged."""
+        """Fill `out` (uint8) with the plaintext from `offset_bytes` on. Raises CheckpointError for a corrupt block."""
         done, number = 0, bisect_right(self._starts, offset_bytes) - 1
         while done < len(out):
             start = self._starts[number]
@@ -128,7 +128,7 @@ class EncryptedFile:
         return blocks
 
     def _fits(self, key: bytes, reader: FileReader) -> bool:
-        """Whether the first block says that this is its key."""
+        """Return whether this key decrypts the first block."""
         if self._cipher == _GCM:
             return self._decrypt_gcm(0, key, reader)
         start = torch.empty(_CIPHER_BLOCK_BYTES, dtype=torch.uint8)
@@ -144,19 +144,19 @@ class EncryptedFile:
         return self._blocks[number].length_bytes - padding
 
     def _padding(self, number: int, key: bytes, reader: FileReader) -> int | None:
-        """Bytes that CBC added to a block; None when it does not end as it has to."""
+        """Return the number of CBC padding bytes of a block; None if the padding is invalid."""
         last = torch.empty(_CIPHER_BLOCK_BYTES, dtype=torch.uint8)
         self._decrypt_cbc(number, key, reader, self._blocks[number].length_bytes - _CIPHER_BLOCK_BYTES, last)
         count = int(last[-1])
         return count if 1 <= count <= _CIPHER_BLOCK_BYTES and bool((last[-count:] == count).all()) else None
 
     def _decrypt_gcm(self, number: int, key: bytes, reader: FileReader) -> bool:
-        """Make `_buffer` hold this block; whether its tag fits."""
+        """Decrypt this block into `_buffer`; return whether its tag is valid."""
         if self._buffered == number:
             return True
         self._buffered, block, done = -1, self._blocks[number], 0
         if not self._buffer:
-            # The cipher asks for room for one more of its own blocks.
+            # The cipher needs room for one additional cipher block.
             self._buffer = bytearray(max(one.length_bytes for one in self._blocks) + _CIPHER_BLOCK_BYTES)
         decryptor = self._start(key, block.iv, block.tag)
         view = memoryview(self._buffer)
@@ -173,7 +173,7 @@ class EncryptedFile:
         return True
 
     def _decrypt_cbc(self, number: int, key: bytes, reader: FileReader, first: int, out: torch.Tensor) -> None:
-        """Fill `out` with this block's plaintext from byte `first` on; what comes before need not be decrypted."""
+        """Fill `out` with this block's plaintext from byte `first` on, without decrypting what precedes it."""
         block, unit = self._blocks[number], _CIPHER_BLOCK_BYTES
         stop = first + len(out)
         for start in range(first // unit * unit, stop, _CHUNK_BYTES):
@@ -215,9 +215,9 @@ class EncryptedFile:
 
 
 def read_keys(key_file: Path) -> Sequence[bytes]:
-    """The keys that a file may mean: its bytes, a newline at the end aside, or its hexadecimal digits.
+    """Return the possible keys in a file: its bytes without a trailing newline, or decoded from hexadecimal.
 
-    Raises CheckpointError when there is none of 16, 24 or 32 bytes.
+    Raises CheckpointError when none has 16, 24 or 32 bytes.
     """
     try:
         with open_regular(key_file) as file:

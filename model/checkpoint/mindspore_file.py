@@ -1,9 +1,8 @@
-"""MindSpore `.ckpt` files of a MindFormers Llama, float or quantized by Golden Stick, under canonical names.
+"""MindSpore checkpoints of a MindFormers Llama, float or quantized by Golden Stick, under canonical names.
 
-Knows MindFormers' and Golden Stick's names, and how MindFormers cuts tensors for `rank_N` folders; no bytes of the file
-(`mindspore_header.py`), no YAML: its values come from the caller. Golden Stick's int8 activations come as divisors for each input channel
-(`smooth_scale`) beside an input_scale of 1, so that nothing is rounded a second time; the bias that it derives from the input's zero point
-is dropped, for the zero point itself is given.
+Handles their names and the slicing into `rank_N` folders; `mindspore_header.py` parses the files, and the caller reads the YAML. The
+scales of Golden Stick's int8 activations become divisors per input channel (`smooth_scale`) with an input_scale of 1, so that nothing is
+rounded twice. The bias that it derives from the input's zero point is dropped, since the zero point itself is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,28 +39,28 @@ from parallel.file_slices import FileReader, StoredRows
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor as `read_rows` gives it."""
+    """One tensor as returned by `read_rows`."""
 
     blocks: tuple[RowBlock, ...]
-    """Beside each other."""
+    """Joined by column."""
     convert: Callable[[torch.Tensor], torch.Tensor]
-    """Of any number of rows."""
+    """Conversion; takes any number of rows."""
 
 
 class MindSporeFile:
-    """A checkpoint of MindSpore: a file, a folder of one or of several parts, or folders of ranks, as a CheckpointSource.
+    """A MindSpore checkpoint as a CheckpointSource: a file, a folder with one or several parts, or rank folders.
 
-    `fused_order` is the row order of its fused weights, a word of ORDERS; None where it has none or both orders are the same.
+    `fused_order` is the row order of its fused weights, an entry of ORDERS; None if it has none or both orders are the same.
     """
 
     def __init__(
         self, path: Path, config: Mapping[str, Any] | None = None, key_file: Path | None = None, fused_order: str | None = None
     ) -> None:
-        """`config` holds the values of a config.json, where the checkpoint has none beside it; `key_file` the key of encrypted files.
+        """`config` holds the values of a config.json if the checkpoint has none; `key_file` the key of encrypted files.
 
-        `fused_order`: a word of ORDERS; None or AUTO: found by the norms of some rows. Raises CheckpointError for files that are missing,
-        damaged, encrypted with another key or quantized in a way that cannot be read, and for fused weights whose order cannot be told;
-        ConfigError when the config is missing or lacks what the tensors need.
+        `fused_order`: an entry of ORDERS; None or AUTO: detected from the norms of some rows. Raises CheckpointError for files that are
+        missing, corrupt, encrypted with another key or quantized in an unsupported way, and for fused weights whose order cannot be
+        detected; ConfigError when the config is missing or lacks values that the tensors need.
         """
         self.path = path
         ranks = find_files(path)
@@ -84,7 +83,7 @@ class MindSporeFile:
             self._add_scheme(self._add_tensors())
         finally:
             self._reader.close()
-        # Shapes and types after the conversion are known by converting no rows.
+        # Convert zero rows to find the shapes and dtypes after conversion.
         self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._constants.items()}
         for name, tensor in self._stored.items():
             sample = self.read_rows(self._reader, name, 0, 0)
@@ -93,15 +92,15 @@ class MindSporeFile:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the checkpoint is read. With a given order, samples rows to compare it with them."""
+        """Notes for the user on how the checkpoint is read. If the order was given, compares it with sampled rows."""
         return [*self._order.list_notes(), *self._notes]
 
     def examine_order(self) -> OrderEvidence | None:
-        """What the rows of the fused weights say of their order; None where there are none."""
+        """Return the evidence of the fused weights' rows on their order; None if there are none."""
         return self._order.examine()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         if name in self._constants:
             return self._constants[name][start:stop].clone()
         tensor = self._stored[name]
@@ -109,11 +108,11 @@ class MindSporeFile:
         return tensor.convert(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1))
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Nowhere as they are read: most are put together or converted."""
+        """Return nothing: most rows are joined or converted."""
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """The folder of the file, when tokenizer.model or tokenizer.json is there."""
+        """Return the folder of the file if it holds tokenizer.model or tokenizer.json."""
         return next((f for f in self._folders if any((f / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))), None)
 
     def _read_config(self) -> dict[str, Any]:
@@ -129,7 +128,7 @@ class MindSporeFile:
         return value
 
     def _head_shares(self) -> tuple[int, int]:
-        """Query heads and KV heads of each slice."""
+        """Return the numbers of query heads and KV heads of each slice."""
         slices, heads = self._num_slices, self._require("num_attention_heads")
         kv_heads = self._require("num_key_value_heads") if self.config.get("num_key_value_heads") else heads
         if heads % slices or kv_heads % slices:
@@ -139,10 +138,10 @@ class MindSporeFile:
         return heads // slices, kv_heads // slices
 
     def _add_tensors(self) -> dict[str, LinearScheme | None]:
-        """Enter all tensors; give how each linear, by its Hugging Face name, is stored."""
+        """Add all tensors; return the storage form of each linear by its Hugging Face name."""
         linears: dict[str, dict[str, str]] = {}
         for name, ((_, stored), *_) in self._parts.items():
-            # No weight is a scalar or a text: counters and notes of a training run.
+            # Scalars and strings are never weights, but counters and notes of a training run.
             if not stored.dims or LEFTOVERS.fullmatch(name):
                 continue
             if name.endswith(CACHE_ZEROS):
@@ -161,7 +160,7 @@ class MindSporeFile:
         return {found: form for linear, roles in linears.items() for found, form in self._add_linear(linear, roles)}
 
     def _plain_axis(self, rest: str, name: str) -> int | None:
-        """The axis along which ranks hold parts of a tensor that is no part of a layer's linear; None: each holds the whole."""
+        """Return the axis along which ranks slice a tensor outside the layers' linears; None: replicated."""
         if rest.endswith("_t_scale"):
             return 0
         if self._num_slices == 1 or not rest.startswith(("tok_embeddings", "lm_head")):
@@ -202,9 +201,9 @@ class MindSporeFile:
         return given
 
     def _fused_parts(self, linear: str, name: str) -> list[tuple[str, list[RowRuns] | None]]:
-        """Hugging Face names of a linear, and the rows of each in every slice; None: all rows.
+        """Return the Hugging Face names of a linear's parts, and the rows of each in every slice; None: all rows.
 
-        A slice fuses its own parts: MindFormers fuses after slicing.
+        Each slice fuses its own parts: MindFormers fuses after slicing.
         """
         if linear == "lm_head":
             return [("lm_head", None)]
@@ -221,7 +220,7 @@ class MindSporeFile:
             rows, first = stored.dims[0], 0
             if rows % sum(shares):
                 raise CheckpointError(f"{name} has {rows} rows, which do not divide into {sum(shares)} heads or halves: check the config")
-            # Order 1.4 repeats the parts for every KV head, and for every row of the feed-forward.
+            # Order 1.4 repeats the parts for every KV head, and for every feed-forward row.
             count = 1 if self.fused_order != ORDERS[1] else max(1, kv_heads or rows // 2)
             unit = rows // sum(shares)
             for share, found in zip(shares, runs, strict=True):
@@ -243,7 +242,7 @@ class MindSporeFile:
         self._stored[target] = _Tensor(self._build_blocks(name, axis, rows), convert)
 
     def _build_blocks(self, name: str, axis: int | None, rows: Sequence[RowRuns] | None = None) -> tuple[RowBlock, ...]:
-        """The tensor whose parts the ranks hold along `axis` (None: each holds the whole), of each only `rows`."""
+        """Join the parts that the ranks hold along `axis` (None: replicated), taking only `rows` of each."""
         parts = self._parts[name]
         rows = rows or [RowRuns(0, stored.dims[0]) for _, stored in parts]
         pieces = [(file, stored, runs) for (file, stored), runs in zip(parts, rows, strict=True)]
@@ -256,7 +255,7 @@ class MindSporeFile:
         return (blocks[0],)
 
     def _check_equal(self, name: str, blocks: list[RowBlock]) -> None:
-        """Ranks that hold the whole hold the same: small ones are compared, for a rank's own scale would be wrong for the others."""
+        """Compare small replicated tensors across ranks: a wrong rank's scale would corrupt the others."""
         if any(block.shape != blocks[0].shape for block in blocks):
             found = " and ".join(str(list(block.shape)) for block in blocks)
             raise CheckpointError(f"{name} has the shapes {found} in {len(blocks)} files, but all of them should hold the whole of it")
@@ -267,7 +266,7 @@ class MindSporeFile:
             raise CheckpointError(f"{name} differs in {len(blocks)} files, but each should hold the same: give the files of one run")
 
     def _read_vector(self, name: str) -> torch.Tensor:
-        """The elements that all ranks hold, after each other."""
+        """Concatenate the elements of all ranks."""
         (block,) = self._build_blocks(name, 0)
         return block.read(self._reader, 0, block.shape[0])
 
@@ -283,7 +282,7 @@ class MindSporeFile:
     def _read_input_zero(self, name: str) -> torch.Tensor:
         zero_points = self._read_vector(name)
         if zero_points.dtype != torch.int8:
-            # Later releases then store the reciprocal of the scale.
+            # Later releases store the reciprocal of the scale in this case.
             raise CheckpointError(f"{name} is {self._parts[name][0][1].tensor_type}, but Golden Stick 0.6 writes Int8: quantize with it")
         low, high = min(zero_points.tolist(), default=0), max(zero_points.tolist(), default=0)
         if low != high:
@@ -307,7 +306,7 @@ class MindSporeFile:
             )
         has_cache = any(name.endswith((".k_scale", ".v_scale")) for name in self._stored)
         ignore = tuple(name for name in _list_linears(forms) if forms.get(name) is None) if quantized else ()
-        # A config.json beside the file may be that of the checkpoint which it was made from; only scales of tokens are not stored.
+        # config.json may be that of the original checkpoint; only per-token scales are not stored.
         declared = read_scheme({KV_CACHE_KEY: self.config.get(KV_CACHE_KEY)}).kv_cache
         kv_cache = "channel" if has_cache else declared if declared == "token" else None
         self.config = declare_scheme(self.config, Scheme(quantized[0] if quantized else None, ignore, kv_cache))
@@ -322,11 +321,11 @@ class MindSporeFile:
 
 
 def list_config_folders(path: Path) -> list[Path]:
-    """Where config.json and the tokenizer may lie. Raises CheckpointError for a folder without files."""
+    """Return the folders that may hold config.json and the tokenizer. Raises CheckpointError for a folder without files."""
     return list(dict.fromkeys([path, find_files(path)[0][0].parent])) if path.is_dir() else [path.parent]
 
 
 def _list_linears(forms: Mapping[str, LinearScheme | None]) -> list[str]:
-    """Full names of the linears of all layers that `forms` names, and of the head."""
+    """Return the full names of the linears in `forms`, over all layers, and of the head."""
     layers = dict.fromkeys(split_name(name)[0] for name in forms if name != "lm_head")
     return [layer + name for layer in layers for name in MINDFORMERS_NAMES] + ["lm_head"]

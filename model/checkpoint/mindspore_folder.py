@@ -1,6 +1,6 @@
-"""Where the files of a MindSpore checkpoint lie: one file, a folder, or folders rank_0, rank_1, …; `.ckpt` or MindFormers' safetensors.
+"""Locate the files of a MindSpore checkpoint: a file, a folder, or folders rank_0, rank_1, …; `.ckpt` or MindFormers' safetensors.
 
-Depends on names of files, on first bytes, and on the names in safetensors headers; does not read tensors.
+Depends on file names, first bytes, and the names in safetensors headers; does not read tensors.
 """
 
 import json
@@ -12,17 +12,17 @@ from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 
 NAME_MAP = "param_name_map.json"
-"""In a folder of MindFormers' safetensors: the file of each tensor."""
+"""Maps tensors to files in a folder of MindFormers' safetensors."""
 _MARKS = re.compile(rb"[\xd8-\xda]\x5e\x3a\x7f|\x0a[\x80-\xff]{0,9}[\x00-\x7f]\x0a", re.DOTALL)
-"""An encrypted file's first word, or a message (field 1 and its length) that begins with a tag (field 1)."""
+"""The first word of an encrypted file, or a message (field 1 and its length) that starts with a tag (field 1)."""
 _STEP = re.compile(r"(?P<prefix>.*?)(?:_rank_(?P<rank>\d+))?(?:_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)")
-"""What training calls a checkpoint: PREFIX_rank_R-EPOCH_STEP."""
+"""Checkpoint names written by training: PREFIX_rank_R-EPOCH_STEP."""
 _OWN_NAMES = re.compile(r"model\.(tok_embeddings|norm_out|layers\.\d+\.(attention|attention_norm|feed_forward|ffn_norm))\.")
 _SUFFIXES = (".ckpt", ".safetensors")
 
 
 def is_mindspore(path: Path) -> bool:
-    """Whether `path` is a file or folder of MindSpore's: `.ckpt` files, rank folders, or safetensors under MindFormers' names."""
+    """Return whether `path` is a MindSpore file or folder: `.ckpt` files, rank folders, or safetensors with MindFormers' names."""
     if path.is_file():
         if path.suffix == ".safetensors":
             return _has_own_names(path)
@@ -34,15 +34,15 @@ def is_mindspore(path: Path) -> bool:
 
 
 def holds_own_names(path: Path) -> bool:
-    """Whether a folder holds safetensors under MindFormers' names, whatever they are called."""
+    """Return whether a folder holds safetensors with MindFormers' tensor names, whatever the file names."""
     found = _list_files(path, ".safetensors")
     return bool(found) and _has_own_names(found[0])
 
 
 def find_files(path: Path) -> list[list[Path]]:
-    """The files of each rank, in rank order; of several training steps the newest.
+    """Return the files of each rank, in rank order; with several training steps, those of the newest.
 
-    Raises CheckpointError for none, for a rank that is missing, and for ranks at different steps.
+    Raises CheckpointError if there are none, if a rank is missing, and if ranks are at different steps.
     """
     if not path.is_dir():
         return [[path]]
@@ -68,7 +68,7 @@ def find_files(path: Path) -> list[list[Path]]:
 
 
 def check_single(files: list[Path], names: list[set[str]]) -> None:
-    """Raise CheckpointError when files of one rank hold the same tensor: they are then not parts of one model."""
+    """Raise CheckpointError when files of one rank hold the same tensor, and so are not parts of one model."""
     for number, (file, mine) in enumerate(zip(files, names, strict=True)):
         for other, theirs in zip(files[:number], names, strict=False):
             if both := mine & theirs:
@@ -79,7 +79,7 @@ def check_single(files: list[Path], names: list[set[str]]) -> None:
 
 
 def _choose_files(folder: Path) -> list[Path]:
-    """The files that make up one rank's part: those of the newest step, else all."""
+    """Return the files of one rank: those of the newest step, or else all."""
     found = next((files for suffix in _SUFFIXES if (files := _list_files(folder, suffix))), [])
     if not found:
         raise CheckpointError(f"{folder} holds no .ckpt and no .safetensors file: copy this rank's file")
@@ -142,7 +142,7 @@ def _find_rank_folders(path: Path) -> dict[int, Path]:
 
 
 def _list_files(folder: Path, suffix: str) -> list[Path]:
-    """Files of weights. Strategy files say how ranks were cut; hyper_param.safetensors is the optimizer's."""
+    """Return the weight files. Strategy files describe the slicing; hyper_param.safetensors belongs to the optimizer."""
     if not folder.is_dir():
         return []
     left_out = ("hyper_param.safetensors",)

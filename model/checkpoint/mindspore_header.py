@@ -1,7 +1,7 @@
-"""What a MindSpore `.ckpt` file holds: its tags, their shapes and types, and where their bytes lie.
+"""Parse a MindSpore `.ckpt` file: its tags, their shapes and dtypes, and the location of their bytes.
 
-Knows the bytes of the format (protobuf messages `Checkpoint`, one for each value or slice of one, and the CRC at the end); no names, no
-ranks. The contents of tensors are skipped, not read, and the CRC, which covers every byte, is given, not checked.
+The format is a sequence of protobuf messages `Checkpoint`, one per value or slice of a value, and a final CRC. Tensor contents are
+skipped; the CRC, which covers every byte, is returned but not verified.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,42 +30,42 @@ ELEMENT_TYPES: Mapping[str, torch.dtype] = {
     "Float64": torch.float64,
     "Bool": torch.bool,
     "BFloat16": torch.bfloat16,
-    # One element a byte, whatever the name says.
+    # Stored as one byte per element, despite the name.
     "Int4": torch.int8,
-    # Early releases wrote the unsigned ones so.
+    # Early releases wrote unsigned types under these names.
     "Uint8": torch.uint8,
     "Uint16": torch.uint16,
     "Uint32": torch.uint32,
     "Uint64": torch.uint64,
 }
-"""By tensor_type. There is one more, STRING, whose content is UTF-32-LE."""
+"""By tensor_type. One more type, STRING, holds UTF-32-LE text."""
 STRING = "str"
 TYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in reversed(list(ELEMENT_TYPES.items()))}
 """The tensor_type of each element type."""
 
-# Of Checkpoint, Value and TensorProto, in this order.
+# For Checkpoint, Value and TensorProto, in this order.
 VALUE = 1
 TAG, TENSOR, MAP_TENSOR = 1, 2, 3
 DIMS, TENSOR_TYPE, TENSOR_CONTENT = 1, 2, 3
 CRC_MARK, CRC_BYTES = b"crc_num", 10
-"""At the end, before the CRC32 of all bytes that come earlier, big-endian."""
+"""At the end, followed by the big-endian CRC32 of all preceding bytes."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-"""Wire types of protobuf. There are no others but groups, which this format does not have."""
+"""Wire types of protobuf. The only others are groups, which this format does not use."""
 _WINDOW_BYTES = 4096
 _MAX_TEXT_BYTES, _MAX_DIMS = 4096, 64
-"""No name is longer, and no tensor has more dimensions."""
+"""Maximum length of a name, and number of dimensions of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tag as the file describes it."""
+    """One tag as described by the file."""
 
     dims: tuple[int, ...]
     """Full shape; () for a scalar and for a `str`."""
     tensor_type: str
     """A key of ELEMENT_TYPES, or STRING."""
     slices: tuple[tuple[int, int], ...]
-    """(offset_bytes, length_bytes) in the file; joined, they are the elements, row after row. One may end inside a row."""
+    """(offset_bytes, length_bytes) in the file; concatenated, they are the elements in row-major order. A slice may end within a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +75,15 @@ class MindSporeHeader:
     tensors: Mapping[str, StoredTensor]
     """In file order."""
     checksum: Checksum | None
-    """The file's CRC; of an encrypted one there is none, for MindSpore writes 0."""
+    """The file's CRC; None for an encrypted file, where MindSpore writes 0."""
     encrypted: EncryptedFile | None
-    """Where offsets are those of the plaintext: what reads it."""
+    """If set, offsets refer to the plaintext and this reads it."""
 
 
 def read_mindspore_header(path: Path, reader: FileReader, key_file: Path | None = None) -> MindSporeHeader:
-    """Every tag of a `.ckpt` file.
+    """Read every tag of a `.ckpt` file.
 
-    Raises CheckpointError for a file that is missing, empty, cut off, damaged, none of this format, or encrypted with no key or another.
+    Raises CheckpointError for a file that is missing, empty, truncated, corrupt, of another format, or encrypted without a matching key.
     """
 
     def read_stored(at: int, length: int) -> bytes:
@@ -102,7 +102,7 @@ def read_mindspore_header(path: Path, reader: FileReader, key_file: Path | None 
         return MindSporeHeader(_Scanner(read_stored, path, end).scan(), checksum, None)
     if key_file is None:
         raise CheckpointError(f"{path} is encrypted ({cipher}); give the key with --key-file")
-    # MindSpore puts its CRC behind the blocks, where it reads it itself, inside them.
+    # MindSpore writes its CRC after the blocks, but reads it inside them.
     encrypted = EncryptedFile(path, end, cipher, key_file, reader)
 
     def read_plain(at: int, length: int) -> bytes:
@@ -115,7 +115,7 @@ def read_mindspore_header(path: Path, reader: FileReader, key_file: Path | None 
 
 
 def _find_crc(read: Callable[[int, int], bytes], size: int) -> tuple[int, str]:
-    """Where the messages end, and the CRC behind them, hexadecimal; empty where there is none."""
+    """Return the end of the messages, and the CRC after them in hexadecimal; empty if there is none."""
     end = size - len(CRC_MARK) - CRC_BYTES
     tail = read(end, size - end) if end >= 0 else b""
     if not tail.startswith(CRC_MARK):
@@ -124,10 +124,10 @@ def _find_crc(read: Callable[[int, int], bytes], size: int) -> tuple[int, str]:
 
 
 class _Scanner:
-    """Walks over the messages of a file."""
+    """Scanner over the messages of a file."""
 
     def __init__(self, read: Callable[[int, int], bytes], path: Path, end: int) -> None:
-        """`read` gives bytes of the file: from where, how many."""
+        """`read` returns bytes of the file, given offset and count."""
         self._read, self._path, self._end = read, path, end
         self._window, self._window_start = b"", 0
 
@@ -165,7 +165,7 @@ class _Scanner:
         tensor_type, content = "", (stop, 0)
         for number, wire, first, last in self._fields(start, stop):
             if number == DIMS and wire in (VARINT, BYTES):
-                # Not packed as MindSpore writes them; every protobuf reader has to take both.
+                # MindSpore writes them unpacked; protobuf readers have to accept both encodings.
                 while first < last:
                     value, first = self._varint(first, last)
                     dims.append(value - (value >> 63 << 64))
@@ -178,7 +178,7 @@ class _Scanner:
         return StoredTensor(tuple(dims), tensor_type, (content,))
 
     def _finish(self, tag: str, tensor: StoredTensor, slices: tuple[tuple[int, int], ...]) -> StoredTensor:
-        """The tensor with the shape that its bytes have, checked."""
+        """Return the tensor after checking its shape against its bytes."""
         stored = sum(length for _, length in slices)
         if tensor.tensor_type == STRING:
             return StoredTensor((), STRING, slices)
@@ -197,7 +197,7 @@ class _Scanner:
         return StoredTensor(dims, tensor.tensor_type, slices)
 
     def _fields(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(field number, wire type, first byte, one past the last byte) of each field of a message."""
+        """Yield (field number, wire type, first byte, one past the last byte) of each field of a message."""
         while start < stop:
             field = self._field(start, stop)
             yield field
@@ -222,7 +222,7 @@ class _Scanner:
         return number, wire, first, last
 
     def _varint(self, at: int, stop: int) -> tuple[int, int]:
-        """The number that begins at `at`, and where the next byte is."""
+        """Return the varint that starts at `at`, and the position after it."""
         value = 0
         for shift in range(0, 70, 7):
             if at >= stop:
@@ -243,7 +243,7 @@ class _Scanner:
             raise self._not_a_checkpoint(start) from None
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        """A few bytes; the next ones are read along with them."""
+        """Return a few bytes; the following ones are read ahead."""
         if start < self._window_start or stop > self._window_start + len(self._window):
             length = min(max(_WINDOW_BYTES, stop - start), self._end - start)
             self._window, self._window_start = self._read(start, length), start

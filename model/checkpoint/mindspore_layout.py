@@ -1,4 +1,4 @@
-"""Which ranks of a MindSpore checkpoint hold which part of it: model-parallel slices, data-parallel replicas, pipeline stages, split files.
+"""Arrange the ranks of a MindSpore checkpoint: model-parallel slices, data-parallel replicas, pipeline stages, split files.
 
 MindFormers numbers ranks by stage, then replica, then slice. Depends on names, shapes and a few bytes of each tensor.
 """
@@ -20,7 +20,7 @@ from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
 _COMPARED_BYTES = 4096
-"""Of each end of a tensor that two ranks should hold alike."""
+"""Bytes compared at each end of a tensor that two ranks should share."""
 
 _SIZES = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
 
@@ -33,13 +33,13 @@ class Arrangement:
     """The parts that make up the model."""
 
     parts: Mapping[str, Sequence[Part]]
-    """By name, the slices of each tensor in rank order; the whole tensor `num_slices` times where it is not split."""
+    """By name, the slices of each tensor in rank order; a replicated tensor is repeated `num_slices` times."""
     num_slices: int
-    """Ranks that share each tensor: `model_parallel` of the run that wrote the checkpoint."""
+    """Number of ranks that share each tensor: `model_parallel` of the run that wrote the checkpoint."""
 
 
 class _Rank:
-    """What one rank holds, in one file or several."""
+    """Contents of one rank, from one or several files."""
 
     def __init__(self, number: int, files: Sequence[Path], headers: Sequence[Header]) -> None:
         check_single(list(files), [_weights_of(header) for header in headers])
@@ -60,9 +60,9 @@ def arrange_ranks(
     encrypted: Mapping[Path, EncryptedFile],
     reader: FileReader,
 ) -> Arrangement:
-    """Tell slices, replicas and stages apart. `files`: those of each rank.
+    """Identify slices, replicas and stages. `files`: those of each rank.
 
-    Raises CheckpointError for ranks that do not belong to one model, and where slices are missing.
+    Raises CheckpointError for ranks that do not belong to the same model, and for missing slices.
     """
     ranks = [_Rank(number, one, [headers[file] for file in one]) for number, one in enumerate(files)]
     stages = _split_stages(path, ranks)
@@ -89,12 +89,12 @@ def arrange_ranks(
 
 
 def _weights_of(header: Header) -> set[str]:
-    """Names of what a model needs; any rank may carry counters and optimizer states of its own."""
+    """Return the names that a model needs; ranks may also hold their own counters and optimizer states."""
     return {name for name, stored in header.items() if stored.dims and not LEFTOVERS.fullmatch(name)}
 
 
 def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
-    """Runs of ranks that hold the same names."""
+    """Split the ranks into runs that hold the same names."""
     stages = [[ranks[0]]]
     for rank in ranks[1:]:
         if rank.names == stages[-1][0].names:
@@ -118,7 +118,7 @@ def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
 
 
 def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, Any]) -> int:
-    """How many ranks of a stage share each tensor, by the shapes of what is always split; as many as there are where no shape tells."""
+    """Return the number of ranks of a stage that share each tensor, from the shapes of tensors that are always sliced; all if unclear."""
     found = [_compare_shape(name, stored, config, linear) for linear in _ROW_PARALLEL for name, (_, stored) in stage[0].parts.items()]
     slices = next((one for one in found if one is not None), None)
     if slices is None:
@@ -133,12 +133,12 @@ def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, An
 
 
 def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], linear: str) -> int | None:
-    """Into how many slices this tensor was cut by its columns; None where its shape does not tell."""
+    """Return the number of column slices of this tensor; None if its shape does not tell."""
     if f".{linear}." not in name or not name.endswith("weight") or len(stored.dims) != 2:
         return None
     (rows, part), (hidden, heads, head_dim, width) = stored.dims, (config.get(key) for key in _SIZES)
     if type(hidden) is int and hidden != rows:
-        return None  # the config is that of another model, which is for others to say
+        return None  # the config of another model, which is reported elsewhere
     if linear == "feed_forward.w2":
         full = width
     else:
@@ -147,7 +147,7 @@ def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], l
 
 
 def _check_slices(ranks: Sequence[_Rank]) -> None:
-    """Every rank holds the same tensors, of the same type and number of dimensions."""
+    """Check that every rank holds the same tensors, with the same dtypes and numbers of dimensions."""
     first = ranks[0]
     for rank in ranks[1:]:
         for name in sorted(first.names):
@@ -167,7 +167,7 @@ def _check_replica(ranks: Sequence[_Rank], others: Sequence[_Rank], encrypted: M
 def _check_alike(
     name: str, parts: Sequence[Part], others: Sequence[Part], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
 ) -> None:
-    """Two replicas hold the same: shapes, and the bytes at both ends of each tensor."""
+    """Check that two replicas agree: shapes, and the bytes at both ends of each tensor."""
     for (file, one), (other_file, other) in zip(parts, others, strict=True):
         if (one.tensor_type, one.dims) != (other.tensor_type, other.dims):
             raise CheckpointError(

@@ -1,6 +1,6 @@
-"""How MindFormers and Golden Stick 0.6 name the tensors of a Llama, and the canonical name of each.
+"""Canonical names for the tensor names that MindFormers and Golden Stick 0.6 use for a Llama.
 
-Knows names; no files, no ranks. Linears without their role stand in `MINDFORMERS_NAMES` of `model/spec/weights.py`.
+Names of linears without their role are in `MINDFORMERS_NAMES` of `model/spec/weights.py`.
 """
 
 import re
@@ -17,22 +17,22 @@ PLAIN_NAMES: Mapping[str, str] = {
     "attention.infer_attention.paged_attention_mgr.key_t_scale": "self_attn.k_scale",
     "attention.infer_attention.paged_attention_mgr.value_t_scale": "self_attn.v_scale",
 }
-"""Tensors that are no part of a linear, by what follows `model.` or `model.layers.N.`."""
+"""Tensors outside of linears, by the name after `model.` or `model.layers.N.`."""
 LINEAR_NAMES: Mapping[str, tuple[str, ...]] = {ours: (theirs,) for theirs, ours in MINDFORMERS_NAMES.items()} | {
     "attention.w_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "feed_forward.w_gate_hidden": ("mlp.gate_proj", "mlp.up_proj"),
 }
-"""Linears of a layer, and what each holds: with qkv_concat True, several under each other."""
+"""Linears of a layer and the linears each contains: with qkv_concat True, several joined by row."""
 FUSED_NAMES = ("attention.w_qkv", "feed_forward.w_gate_hidden")
-"""Those of several, whose row order is told in `fused_order.py`."""
+"""The fused ones, whose row order is detected in `fused_order.py`."""
 ROW_PARALLEL = ("attention.wo", "feed_forward.w2")
-"""MindFormers cuts their columns, and the rows of all other linears."""
+"""Linears that MindFormers slices by column; it slices all others by row."""
 RTN_NAMES: Mapping[str, str] = {
     "weight": "_handler.weight",
     "weight_scale": "_weight_quantizer.scale",
     "weight_zero": "_weight_quantizer.zp_neg",
 }
-"""By role, what follows the name of a linear that was rounded to nearest, in the order of real files."""
+"""By role, the suffix after the name of a linear that was rounded to nearest, in the order of real files."""
 ROLES: Mapping[str, str] = {rest: role for role, rest in RTN_NAMES.items()} | {
     "weight": "float",
     "_input_quantizer.t_scale": "input_scale",
@@ -53,17 +53,17 @@ ROLES: Mapping[str, str] = {rest: role for role, rest in RTN_NAMES.items()} | {
     "_layer.matmul.smooth_scale": "smooth_scale",
     "_input_quantizer.smooth_scale": "smooth_scale",
 }
-"""What follows a linear's name, for RTN and SmoothQuant (first) and for PTQ, and what it is."""
+"""The roles of name suffixes, for RTN and SmoothQuant (first) and for PTQ."""
 FORMS: Mapping[frozenset[str], LinearScheme | None] = {
     frozenset({"float"}): None,
     frozenset({"weight", "weight_scale", "weight_zero"}): LinearScheme(packed=False),
-    # Golden Stick 1.0: activations are rounded for each token, and no zero points are stored.
+    # Golden Stick 1.0: activations are rounded per token, and no zero points are stored.
     frozenset({"weight", "weight_scale"}): LinearScheme(packed=False, activation="token"),
     frozenset({"weight", "input_scale", "input_zero", "dequant_scale"}): LinearScheme(
         packed=False, activation="tensor", activation_symmetric=False, smooth=True
     ),
 }
-"""How a linear with these roles, a bias aside, is stored; None: float."""
+"""Storage form of a linear with these roles (a bias aside); None: float."""
 LEFTOVERS = re.compile(
     r"(.*\.)?(_weight_observer_cell|_(key|value)_input_quantizer)\..*"
     r"|.*\.(key_value_t_scale|key_value_t_zp|key_cache|value_cache)"
@@ -71,13 +71,13 @@ LEFTOVERS = re.compile(
     r"|(adam_m|adam_v|moment1|moment2|moments|accum|accu_grads|stat)\..*"
     r"|(global_step|epoch_num|step_num|learning_rate|lr|loss_scale|scale_sense|beta[12]_power|(current|last_overflow)_iterator_step)"
 )
-"""What training and calibration leave in a file: nothing that a run needs, or a second copy of it."""
+"""Leftovers of training and calibration: not needed, or a second copy."""
 CACHE_ZEROS = (".paged_attention_mgr.key_t_zp", ".paged_attention_mgr.value_t_zp")
-"""Ends of the names of what has to be 0."""
+"""Suffixes of tensors that have to be 0."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`model.layers.N.` or `model.`, and the rest."""
+    """Split a name into `model.layers.N.` or `model.`, and the rest."""
     match = re.match(r"model\.(layers\.\d+\.)?", name)
     end = match.end() if match else 0
     return name[:end], name[end:]

@@ -1,7 +1,6 @@
-"""The row order of the fused weights of a MindSpore checkpoint, given or found by sampling them for `fused_order.py`.
+"""The row order of a MindSpore checkpoint's fused weights, given by the user or detected from sampled rows with `fused_order.py`.
 
-A few rows of a few layers are read, at most SAMPLE_BYTES of each kind. Depends on the names of fused weights and their scales, and on where
-ranks' parts lie.
+Reads a few rows of a few layers, at most SAMPLE_BYTES of each kind.
 """
 
 import re
@@ -20,21 +19,21 @@ from parallel.file_slices import FileReader
 
 _QKV, _GATE_HIDDEN = FUSED_NAMES
 SAMPLE_BYTES = 32 << 20
-"""Bytes that are read at most for one kind of fused weight."""
+"""Maximum bytes read for one kind of fused weight."""
 _MAX_LAYERS, _MAX_RANKS, _MAX_ROWS, _MIN_ROWS = 8, 8, 4096, 256
 _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "weight": (),
     "_handler.weight": ("_weight_quantizer.scale", "_output_quantizer.scale"),
     "_layer.weight": ("_layer.matmul.t_scale", "_layer.matmul.weight_scale", "_layer.matmul.dequant_scale"),
 }
-"""What follows the name of a fused weight, float or integer, and of its scales."""
+"""Suffixes after the name of a fused weight (float or integer) and of its scales."""
 
 Parts = Mapping[str, Sequence[tuple[Path, StoredTensor]]]
-"""By its name in the files, the parts of each tensor in rank order."""
+"""By stored name, the parts of each tensor in rank order."""
 
 
 class FusedRows:
-    """The fused weights of one checkpoint, whose order is decided."""
+    """The fused weights of one checkpoint, with their order determined."""
 
     def __init__(
         self,
@@ -44,15 +43,15 @@ class FusedRows:
         encrypted: Mapping[Path, EncryptedFile],
         given: str | None,
     ) -> None:
-        """`find_heads` gives the query heads and KV heads of a part; `given` is a word of ORDERS, or AUTO or None to find out.
+        """`find_heads` returns the query heads and KV heads of a part; `given` is an entry of ORDERS, or AUTO or None to detect it.
 
-        Raises CheckpointError where rows do not tell and none is given, and what `find_heads` raises.
+        Raises CheckpointError when the rows are inconclusive and no order is given, and the errors of `find_heads`.
         """
         self._path, self._parts, self._find_heads, self._encrypted = path, parts, find_heads, encrypted
         self._evidence: OrderEvidence | None = None
         self._is_given = given not in (None, AUTO)
         self.order = given if self._is_given else None
-        """A word of ORDERS; None where there are no fused weights or both orders are the same."""
+        """An entry of ORDERS; None if there are no fused weights or both orders are the same."""
         found = [name for name in FUSED_NAMES if any(f".{name}." in one for one in parts)]
         if not found or (found == [_QKV] and find_heads()[1] == 1):
             self.order = None
@@ -60,7 +59,7 @@ class FusedRows:
             self.order = self._find_order()
 
     def list_notes(self) -> list[str]:
-        """Which order was detected, or a warning when the given one contradicts the weights."""
+        """Report which order was detected, or warn if the given one contradicts the weights."""
         if self.order is None:
             return []
         other = ORDERS[1 - ORDERS.index(self.order)]
@@ -79,13 +78,15 @@ class FusedRows:
         return []
 
     def examine(self) -> OrderEvidence | None:
-        """What the rows say of the order; None where there is none."""
+        """Return the evidence of the rows on the order; None if there is none."""
         if self._evidence is None and self.order is not None:
             self._evidence = self._weigh()[0]
         return self._evidence
 
     def _find_order(self) -> str:
-        """The order that w_gate_hidden indicates. w_qkv, which tells less clearly, may only object, and decides where it is alone."""
+        """Return the order indicated by w_gate_hidden. The weaker evidence of w_qkv can only object, and decides if it is the only
+        evidence.
+        """
         self._evidence, cross = self._weigh()
         order = self._evidence.order
         if order is None:
@@ -101,7 +102,7 @@ class FusedRows:
         return order
 
     def _weigh(self) -> tuple[OrderEvidence, OrderEvidence]:
-        """The evidence that counts, and w_qkv's."""
+        """Return the deciding evidence, and that of w_qkv."""
         reader = FileReader()
         try:
             main = weigh_orders(sample_fused(self._parts, _GATE_HIDDEN, None, self._encrypted, reader))
@@ -115,7 +116,9 @@ class FusedRows:
 def sample_fused(
     parts: Parts, fused: str, heads: tuple[int, int] | None, encrypted: Mapping[Path, EncryptedFile], reader: FileReader
 ) -> list[RowNorms]:
-    """Row norms of the parts of `attention.w_qkv` (`heads` are those of a part) or `feed_forward.w_gate_hidden`, spread over the layers."""
+    """Return row norms of the parts of `attention.w_qkv` (`heads`: those of a part) or `feed_forward.w_gate_hidden`, over spread-out
+    layers.
+    """
     found = list(_find_tensors(parts, fused))
     layers = [found[number * len(found) // min(len(found), _MAX_LAYERS)] for number in range(min(len(found), _MAX_LAYERS))]
     units = [(weight, scale, rank) for weight, scale in layers for rank in range(min(len(parts[weight]), _MAX_RANKS))]
@@ -126,7 +129,7 @@ def sample_fused(
 
 
 def _find_tensors(parts: Parts, fused: str) -> Iterator[tuple[str, str | None]]:
-    """Names of the weights of a kind, and of their scales."""
+    """Return the names of the weights of a kind, and of their scales."""
     for name in parts:
         match = re.fullmatch(rf"(.*\.{re.escape(fused)}\.)(.*)", name)
         if match is None or match[2] not in _SUFFIXES:
@@ -148,7 +151,7 @@ def _sample(
     num_rows, columns = weight[1].dims[0], weight[1].dims[1] if len(weight[1].dims) > 1 else 1
     row_bytes = max(1, columns * ELEMENT_TYPES[weight[1].tensor_type].itemsize)
     wanted = min(_MAX_ROWS, max(_MIN_ROWS, max_bytes // row_bytes))
-    # Pairs, for what alternates; an odd distance, so that all places of a head are met.
+    # Sample pairs of rows, for alternating layouts, at an odd distance, to reach all positions within a head.
     take = 2 if heads is None else 1
     step = max(1, -(-num_rows // wanted)) | 1
     runs = RowRuns(0, take, step * take, max(0, (num_rows - take) // (step * take) + 1)) if num_rows >= take else RowRuns(0, num_rows)

@@ -1,6 +1,6 @@
-"""Rows of a MindSpore checkpoint's tensors: runs of rows, whose slices lie in one file or in the files of several ranks, encrypted or not.
+"""Read rows of a MindSpore checkpoint's tensors: runs of rows, whose slices are in one file or in several ranks' files, possibly encrypted.
 
-Depends on slices, bytes and the encoding of scales; does not know names.
+Depends on slices, bytes and the encoding of scales; does not depend on tensor names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,27 +16,27 @@ from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
 _SHORT_BYTES = 64
-"""Shorter runs are read with what lies between them: a system call each would cost more than the bytes."""
+"""Shorter runs are read together with the gaps between them: a system call each would cost more than the extra bytes."""
 _COVER_BYTES = 8 << 20
-"""At most this much is read that way at a time, unless one run is longer."""
+"""Maximum bytes per such read, unless a single run is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowRuns:
-    """Rows of a stored tensor: `count` runs of `take` rows, each `period` rows after the one before."""
+    """Rows of a stored tensor: `count` runs of `take` rows, starting `period` rows apart."""
 
     first: int
-    """Row where the first run begins."""
+    """First row of the first run."""
     take: int
-    """Rows of a run."""
+    """Rows per run."""
     period: int = 1
-    """Rows from the start of a run to the start of the next."""
+    """Distance between the starts of two runs, in rows."""
     count: int = 1
-    """Runs."""
+    """Number of runs."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of all runs."""
+        """Number of rows in all runs."""
         return self.take * self.count
 
     @property
@@ -47,22 +47,22 @@ class RowRuns:
 
 @dataclass(frozen=True, slots=True)
 class RowPiece:
-    """Rows of one file's tensor, and where they stand in the tensor that is read."""
+    """Rows of one file's tensor, and their position in the assembled tensor."""
 
     start: int
-    """First byte, counted in the tensor that is read."""
+    """First byte in the assembled tensor."""
     parts: Sequence[StoredRows]
-    """Bytes of the stored tensor, counted in it: a slice may end inside a row."""
+    """Bytes by offset in the stored tensor: a slice may end within a row."""
     runs: RowRuns
     row_bytes: int
 
     @property
     def stop(self) -> int:
-        """One past the last byte, counted in the tensor that is read."""
+        """One past the last byte in the assembled tensor."""
         return self.start + self.runs.num_rows * self.row_bytes
 
     def list_runs(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """(first byte in the stored tensor, length) of bytes [low, high) of this piece, in order."""
+        """Return (first byte in the stored tensor, length) of bytes [low, high) of this piece, in order."""
         length, period, first = self.runs.take * self.row_bytes, self.runs.period * self.row_bytes, self.runs.first * self.row_bytes
         while low < high:
             run, inside = divmod(low, length)
@@ -73,16 +73,16 @@ class RowPiece:
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Rows of a tensor, or of some of its columns, as they are stored."""
+    """Rows of a tensor, or of some of its columns, as stored."""
 
     pieces: Sequence[RowPiece]
     shape: tuple[int, ...]
     dtype: torch.dtype
     encrypted: Mapping[Path, EncryptedFile]
-    """Files whose offsets are those of the plaintext."""
+    """Files whose offsets refer to the plaintext."""
 
     def read(self, reader: FileReader, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop)."""
+        """Return rows [start, stop)."""
         row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
         first, last = start * row_bytes, stop * row_bytes
         out = torch.empty(last - first, dtype=torch.uint8)
@@ -102,7 +102,7 @@ class RowBlock:
             self._read_covered(reader, piece.parts, runs, out)
 
     def _read_covered(self, reader: FileReader, parts: Sequence[StoredRows], runs: list[tuple[int, int]], out: torch.Tensor) -> None:
-        """Runs with what lies between them, some at a time."""
+        """Read runs together with the gaps between them, in limited portions."""
         at, done = 0, 0
         while at < len(runs):
             begin, end = runs[at][0], at + 1
@@ -117,7 +117,7 @@ class RowBlock:
             at = end
 
     def _read_stored(self, reader: FileReader, parts: Sequence[StoredRows], start: int, out: torch.Tensor) -> None:
-        """Bytes of the stored tensor from `start` on."""
+        """Read bytes of the stored tensor from `start` on."""
         if not self.encrypted:
             reader.read_into(out, parts, start)
             return
@@ -133,7 +133,7 @@ class RowBlock:
 
 
 def build_block(pieces: Iterable[tuple[Path, StoredTensor, RowRuns]], encrypted: Mapping[Path, EncryptedFile]) -> RowBlock:
-    """The rows of each piece under each other. Raises CheckpointError for rows that a piece does not have."""
+    """Join the rows of the pieces. Raises CheckpointError for rows that a piece does not have."""
     found: list[RowPiece] = []
     at, rows = 0, 0
     for file, stored, runs in pieces:
@@ -153,7 +153,7 @@ def build_block(pieces: Iterable[tuple[Path, StoredTensor, RowRuns]], encrypted:
 
 
 def _locate(parts: Sequence[StoredRows], runs: Iterable[tuple[int, int]]) -> Iterator[tuple[Path, int, int]]:
-    """(file, offset, length) of runs of bytes of a stored tensor, in order."""
+    """Yield (file, offset, length) of runs of bytes of a stored tensor, in order."""
     number = 0
     for first, length in runs:
         stop = first + length
@@ -167,12 +167,12 @@ def _locate(parts: Sequence[StoredRows], runs: Iterable[tuple[int, int]]) -> Ite
 
 
 def make_column(scale: torch.Tensor) -> torch.Tensor:
-    """[rows, 1] of [rows]."""
+    """Reshape [rows] to [rows, 1]."""
     return scale.view(-1, 1) if scale.dim() == 1 else scale
 
 
 def decode_dequant_scale(stored: torch.Tensor) -> torch.Tensor:
-    """float32 [rows, 1] of int64 [rows] whose low 32 bits are those of the float32."""
+    """Convert int64 [rows], whose low 32 bits are a float32, to float32 [rows, 1]."""
     if stored.dtype not in (torch.int64, torch.uint64):
         return make_column(stored)
     return stored.view(torch.float32).view(-1, 2)[:, :1].contiguous()

@@ -1,4 +1,4 @@
-"""MindFormers' safetensors files as `mindspore_header.py` describes a `.ckpt`: the same names and layouts, another container."""
+"""MindFormers' safetensors files in the form that `mindspore_header.py` uses for `.ckpt`: same names and layouts, another container."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from parallel.file_slices import FileReader
 
 
 def read_any_header(path: Path, reader: FileReader, key_file: Path | None) -> MindSporeHeader:
-    """Every tensor of a `.ckpt` or `.safetensors` file. Raises CheckpointError for what is missing, damaged or cannot be decrypted."""
+    """Read every tensor entry of a `.ckpt` or `.safetensors` file. Raises CheckpointError if it is missing,
+    corrupt or cannot be decrypted.
+    """
     if path.suffix != ".safetensors":
         return read_mindspore_header(path, reader, key_file)
     tensors = {

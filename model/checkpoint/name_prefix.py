@@ -1,7 +1,4 @@
-"""Tensors whose names differ from Hugging Face's Llama by one prefix: `layers.0...`, `transformer.layers.0...`, and the like.
-
-Depends on names only.
-"""
+"""Tensor names that differ from Hugging Face's Llama by a common prefix: `layers.0...`, `transformer.layers.0...`, and the like."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +13,10 @@ _ADAPTER_PARTS = (".lora_A", ".lora_B", ".lora_embedding", ".base_layer.", ".ia3
 
 
 def find_names(names: Iterable[str], path: Path) -> dict[str, str]:
-    """The Hugging Face name of every tensor, by its stored name; all are their own where the usual prefix is used or none is found.
+    """Map stored names to Hugging Face names; unchanged if they have the usual prefix or none is found.
 
-    A prefix counts only when it stands before every name, the output head's excepted. Raises CheckpointError for names of adapters
-    that were not merged, and where a prefix does not stand before all.
+    A prefix is accepted only if all names have it, the output head excepted. Raises CheckpointError for unmerged adapters, and if only
+    some names have the prefix.
     """
     stored = list(names)
     adapter = next((name for name in stored if any(part in name for part in _ADAPTER_PARTS)), None)

@@ -1,7 +1,4 @@
-"""What a user is told of an opened checkpoint that is no error: keys that are not read, facts that are ignored as elsewhere.
-
-Depends on sources and the tables of keys.
-"""
+"""Notes on an opened checkpoint that are not errors: unused keys, and stored values that are ignored as in other programs."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,25 +15,25 @@ _SETTINGS = "config.json"
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A source that has lines of its own to tell."""
+    """A source with its own notes."""
 
     notes: tuple[str, ...]
 
 
 def name_settings(source: CheckpointSource) -> Path:
-    """Where the settings of a checkpoint lie, for messages: its config.json, or the checkpoint itself."""
+    """Name the file with the settings of a checkpoint for messages: its config.json, or the checkpoint itself."""
     file = source.path / _SETTINGS
     return file if file.is_file() else source.path
 
 
 def list_dropped(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> list[str]:
-    """Names of stored tensors that the model does not use; all of them are compared with what is used instead."""
+    """Return the names of stored tensors that the model does not use; each is compared with the value used instead."""
     specs = plan_weights(config, scheme)
     return [name for name in source.tensors if name not in specs]
 
 
 def list_notes(source: CheckpointSource, config: LlamaConfig) -> list[str]:
-    """One line for each kind of thing that is not used."""
+    """Return one line per kind of unused data."""
     notes = list(source.notes) if isinstance(source, HasNotes) else []
     file = name_settings(source)
     if file.name == _SETTINGS:

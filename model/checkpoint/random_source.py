@@ -1,7 +1,7 @@
-"""A checkpoint that is nowhere: weights of any shape and scheme, made up as they are read, for measuring speed.
+"""A synthetic checkpoint for benchmarks: weights of any shape and scheme, generated as they are read.
 
-Every tensor is one block of random elements laid end to end from a place that its name gives. So a row has the same bits whoever
-asks for it, and costs no more than a copy. Knows the table of weights; opens no file.
+Every tensor repeats one block of random elements, from an offset derived from its name. A row is therefore identical for every reader
+and costs no more than a copy.
 """
 
 import zlib
@@ -19,30 +19,30 @@ from model.spec.weights import plan_weights
 from parallel.file_slices import FileReader, StoredRows
 
 _BLOCK_ELEMENTS = 1_048_573
-"""A prime: rows of no usual width repeat."""
+"""A prime, so that rows of common widths do not repeat."""
 _STANDARD_DEVIATION = 0.02
-"""Of float weights: what models of this family start their training from."""
+"""Standard deviation of float weights: the usual initialization of this model family."""
 _CONSTANTS: Mapping[str, float] = {
     "norm.weight": 1,
     "smooth_scale": 1,
-    "weight_shape": 0,  # config.json says it, so nobody reads it
+    "weight_shape": 0,  # given in config.json, so not read
     "weight_zero_point": 0,
     "input_zero_point": 0,
     "input_scale": 0.05,
     "k_scale": 0.05,
     "v_scale": 0.05,
 }
-"""By the end of a tensor's name: what all of its elements are."""
+"""Constant tensors, by name suffix."""
 
 
 class RandomSource:
-    """What the values of a config.json describe, with random weights."""
+    """The model described by the values of a config.json, with random weights."""
 
     files: Sequence[Path] = ()
     checksums: Mapping[Path, Checksum] = {}
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
-        """`path`: where the values come from, for messages."""
+        """`path`: origin of the values, for messages."""
         self.path, self.config = path, dict(values)
         config, self._scheme = build_config(values, str(path)), read_scheme(values)
         specs = plan_weights(config, self._scheme)
@@ -53,12 +53,12 @@ class RandomSource:
         self._blocks: dict[torch.dtype, torch.Tensor] = {}
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor; `reader` reads nothing."""
+        """Return rows [start, stop) of a tensor; `reader` is unused."""
         info, linear = self.tensors[name], self._scheme.find_linear(name.rpartition(".")[0])
         shape = (stop - start, *info.shape[1:])
         constant = next((value for end, value in _CONSTANTS.items() if name.endswith(end)), None)
         if name.endswith("weight_scale") and linear is not None:
-            constant = _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)  # evenly spread integers come to the deviation of float weights
+            constant = _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)  # uniform integers with the standard deviation of float weights
         if constant is not None:
             return torch.full(shape, constant, dtype=info.dtype)
         if name.endswith("weight_g_idx") and linear is not None:
@@ -66,11 +66,11 @@ class RandomSource:
         return self._copy(info, zlib.crc32(name.encode()), start, shape)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Nowhere."""
+        """Return nothing."""
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """There is none."""
+        """Return None."""
         return None
 
     def _copy(self, info: TensorInfo, place: int, start: int, shape: tuple[int, ...]) -> torch.Tensor:

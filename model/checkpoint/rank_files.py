@@ -1,8 +1,7 @@
-"""Rank files: one safetensors file a rank beside layout.json, written by `tandem reshard`, read by any number of ranks.
+"""Rank files: one safetensors file per rank and layout.json, written by `tandem reshard` and readable by any number of ranks.
 
-layout.json holds the format version, the world size, the quantization scheme, the rows of every tensor that every
-rank's file holds, the sha256 of every file, and a fingerprint of it that is quick to check. Key-value heads that several
-ranks keep are stored in each file.
+layout.json holds the format version, the world size, the quantization scheme, the rows of every tensor in each rank's file, the sha256
+of every file, and a fingerprint that is quick to check. KV heads shared by several ranks are stored in each of their files.
 """
 
 import hashlib
@@ -26,21 +25,21 @@ FORMAT_VERSION = 2
 _MAX_WORLD_SIZE = 4096
 _AGAIN = "write the rank files again with tandem reshard"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-"""A file's fingerprint covers so many places of it."""
+"""Number and size of the samples in a file's fingerprint."""
 
 
 def rank_file_name(rank: int, world_size: int) -> str:
-    """rank_00_of_08.safetensors; of one rank model.safetensors, so that the folder is a Hugging Face folder again."""
+    """Return rank_00_of_08.safetensors; for one rank model.safetensors, so that the folder is a regular Hugging Face folder."""
     if world_size == 1:
         return SINGLE_FILE
     return f"rank_{rank:02d}_of_{world_size:02d}.safetensors"
 
 
 class RankFiles:
-    """A folder of rank files. A tensor's rows are looked up in whichever files hold them.
+    """A folder of rank files. Rows are read from whichever files hold them.
 
-    Raises CheckpointError when a file is missing, short, another rank's or another checkpoint's, or when the files do not
-    hold together all rows that layout.json says.
+    Raises CheckpointError when a file is missing, truncated, of another rank or another checkpoint, or when the files do not hold all
+    rows listed in layout.json.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,21 +73,21 @@ class RankFiles:
         self._check_fingerprints()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
-        """Where they lie: in the file that holds all of them if there is one."""
+        """Return where the rows are stored, preferring a single file that holds all of them."""
         parts = self._parts[name]
         whole = [part for part in parts if part.start <= start and stop <= part.stop]
         return whole[:1] or parts
 
     def tokenizer_path(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return self.path
 
     def _check_fingerprints(self) -> None:
-        """Files of the same shapes that were swapped or belong to another model show themselves in a few places."""
+        """Detect swapped files, and files of another model with the same shapes, from a few samples."""
         for file, expected in zip(self.files, self.layout["fingerprints"].values(), strict=True):
             if read_sample(file) != expected:
                 raise CheckpointError(
@@ -98,7 +97,7 @@ class RankFiles:
 
 
 def read_sample(file: Path) -> str:
-    """A hash of a file's size and of a few places spread over it, the first and the last bytes among them."""
+    """Hash a file's size and a few samples spread over it, including the first and the last bytes."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open_regular(file) as opened:
@@ -128,7 +127,7 @@ def _read_layout(path: Path) -> dict[str, Any]:
 
 
 def _check_layout(layout: Any) -> None:
-    """Raise ValueError, or what a value of the wrong type raises, unless the files are those of the world size and hold all rows."""
+    """Raise ValueError, or the error of a value of the wrong type, unless the files match the world size and hold all rows."""
     world_size = layout["world_size"]
     if type(world_size) is not int or not 1 <= world_size <= _MAX_WORLD_SIZE:
         raise ValueError(f"{world_size!r} ranks, but 1 to {_MAX_WORLD_SIZE} are possible")

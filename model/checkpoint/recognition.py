@@ -1,6 +1,6 @@
-"""Names what a path is that cannot be read as a checkpoint: other formats, other quantizations, adapters, parts of downloads.
+"""Recognize unsupported paths: other formats, other quantizations, adapters, incomplete downloads.
 
-Depends on names, first bytes and config.json; tensors are not read. Every sentence says what the path is, then what to do.
+Depends on names, first bytes and config.json; does not read tensors. Every message says what the path is, then what to do.
 """
 
 import json
@@ -28,7 +28,7 @@ _FILES = {
     ".safetensors": "is a safetensors file without a config.json next to it: give a folder that holds both",
     ".zip": "is a zip archive: unpack it first",
 }
-"""What a file is by the end of its name, where its content does not say otherwise."""
+"""Descriptions by file name suffix, for inconclusive contents."""
 _ZIPPED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip")
 _FOLDER_PARTS = (
     ("pytorch_model*.bin", f"holds pytorch_model.bin, which is not read because its pickle can run code: {_SAVE_AGAIN}"),
@@ -44,7 +44,7 @@ _ALGORITHM_KEYS = ("quant_algo", "quantization_algo")
 
 
 def name_path(path: Path) -> str | None:
-    """One sentence on a path of no readable format; None where nothing is recognized."""
+    """Describe an unsupported path in one sentence; None if it is not recognized."""
     try:
         return _name_folder(path) if path.is_dir() else _name_file(path)
     except OSError as error:
@@ -52,7 +52,7 @@ def name_path(path: Path) -> str | None:
 
 
 def check_method(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a folder of safetensors files that is a head, an adapter or of a quantization that is not supported."""
+    """Raise CheckpointError for a safetensors folder that is a model head, an adapter or of an unsupported quantization."""
     words = _name_head(config) or _name_method(path, config)
     if (path / "adapter_config.json").is_file() and any(path.glob("adapter_model.*")):
         words = "holds a LoRA adapter next to a model: merge it with merge_and_unload(), or remove adapter_config.json to leave it out"
@@ -111,7 +111,7 @@ def _name_adapter(path: Path) -> str:
 
 
 def _find_inner(path: Path) -> list[Path]:
-    """Folders below that look like checkpoints: the snapshots of a hub cache, or the folders next to each other in a download."""
+    """Return subfolders that look like checkpoints: snapshots of a hub cache, or folders of a download."""
     places = path / "snapshots" if (path / "snapshots").is_dir() else path
     marks = ("config.json", "layout.json", "params.json")
     return sorted(one for one in places.iterdir() if one.is_dir() and any((one / mark).is_file() for mark in marks))

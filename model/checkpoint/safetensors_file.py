@@ -1,7 +1,7 @@
-"""safetensors files: the header read and checked against the file's size, rows located, new files written in a stream.
+"""Read and write safetensors files: headers are checked against the file size, rows located, new files written as a stream.
 
-The safetensors library maps files and writes only what is whole in memory; a rank needs single rows, counted, and a
-70B checkpoint is rewritten tensor by tensor. Knows one file and its names; no models.
+The safetensors library maps files and writes only tensors that are entirely in memory. A rank needs single rows, counted, and a 70B
+checkpoint is rewritten tensor by tensor.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ _OTHER_DTYPES = {
     "U32": "unsigned",
     "U64": "unsigned",
 }
-"""Types of the format that no supported checkpoint has."""
+"""Types of the format that no supported checkpoint uses."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, (1 << 63) - 1
 
@@ -62,21 +62,21 @@ class StoredTensor:
     """One tensor of a file."""
 
     info: TensorInfo
-    """Shape and type."""
+    """Shape and dtype."""
     offset_bytes: int
-    """Where it begins in the file."""
+    """Start offset in the file."""
 
     def stored_rows(self, path: Path, first_row: int = 0) -> StoredRows:
-        """Its rows, counted from `first_row`."""
+        """Return its rows, numbered from `first_row`."""
         shape = self.info.shape or (1,)
         return StoredRows(path, self.offset_bytes, first_row, first_row + shape[0], shape[1:], self.info.dtype)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name.
+    """Return the tensors of a safetensors file by name.
 
-    Raises CheckpointError when the file is missing, is not safetensors, is shorter or longer than its header says, or when
-    its header contradicts itself.
+    Raises CheckpointError when the file is missing, is not safetensors, does not have the size given by its header, or has an
+    inconsistent header.
     """
     try:
         with io.BufferedReader(open_regular(path)) as file:
@@ -123,7 +123,7 @@ def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """Shape, type, and bytes [begin, end) after the header."""
+    """Return shape, dtype, and bytes [begin, end) after the header."""
     if not is_plain(name):
         raise CheckpointError(f"{path}: its header names a tensor {quote(name)}, which cannot be a name: copy it again")
     try:
@@ -149,7 +149,7 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int
 
 
 def _check_places(path: Path, tensors: Mapping[str, StoredTensor], start: int, size: int) -> None:
-    """Tensors lie one after another, and nothing lies between or behind them."""
+    """Check that the tensors are contiguous and cover the whole file."""
     end = start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset_bytes, item[1].info.num_bytes)):
         if stored.offset_bytes != end:
@@ -160,9 +160,9 @@ def _check_places(path: Path, tensors: Mapping[str, StoredTensor], start: int, s
 
 
 class SafetensorsWriter:
-    """Writes one file, tensor after tensor in the order of `tensors`; it appears under its name only when it is whole.
+    """Writes a file in the tensor order of `tensors`; an atomic write, so it appears only when complete.
 
-    What is written is hashed in a second thread, while the caller reads on.
+    A second thread hashes the data while the caller continues.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -182,7 +182,7 @@ class SafetensorsWriter:
         self._put(memoryview(struct.pack("<Q", len(text)) + text))
 
     def write(self, name: str, rows: torch.Tensor) -> None:
-        """Append the next tensor, whole or in runs of its rows. `rows` may not be changed afterwards."""
+        """Append the next tensor, whole or in runs of rows. `rows` must not be modified afterwards."""
         expected = next(iter(self._left))
         assert name == expected, (name, expected)
         info = self._infos[name]
@@ -195,7 +195,7 @@ class SafetensorsWriter:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that was written."""
+        """Return the hash of the file."""
         self._finish_hash()
         return self._hash.hexdigest()
 

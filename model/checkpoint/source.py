@@ -1,6 +1,6 @@
-"""What every checkpoint format gives: names, shapes and rows of tensors, under Hugging Face names.
+"""The interface of all checkpoint formats: names, shapes and rows of tensors, under Hugging Face names.
 
-Knows no format; `model/checkpoint/formats.py` holds the table of formats.
+`model/checkpoint/formats.py` holds the registry of formats.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,27 +14,27 @@ from model.spec.tensor_info import TensorInfo
 from parallel.file_slices import FileReader, StoredRows
 
 PIECE_BYTES = 64 << 20
-"""Whoever goes through whole checkpoints holds so much of a tensor at a time."""
+"""Bytes of a tensor in memory at a time when processing whole checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """What was recorded of a file when it was written."""
+    """A recorded checksum of a file."""
 
     algorithm: str
-    """A name of hashlib (sha256, md5), or crc32."""
+    """A name in hashlib (sha256, md5), or crc32."""
     value: str
     """Hexadecimal."""
     recorded_in: str
-    """Where it stands, for messages."""
+    """Where it was recorded, for messages."""
     length_bytes: int | None = None
-    """It covers so many bytes from the start; None: the whole file."""
+    """Number of bytes from the start that it covers; None: the whole file."""
     spans: tuple[tuple[int, int], ...] = ()
-    """First byte and length of the parts that it covers, in order: the CRC of the CRCs of each; empty: one run of bytes."""
+    """Offset and length of the spans that it covers, in order (a CRC of the spans' CRCs); empty: one contiguous range."""
 
 
 class CheckpointSource(Protocol):
-    """An opened checkpoint: headers are read, tensors are not."""
+    """An opened checkpoint: headers have been read, tensors have not."""
 
     @property
     def path(self) -> Path:
@@ -43,7 +43,7 @@ class CheckpointSource(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Values of config.json, or what the format's own metadata gives in its place."""
+        """Values of config.json, or the equivalent from the format's own metadata."""
         ...
 
     @property
@@ -58,15 +58,15 @@ class CheckpointSource(Protocol):
 
     @property
     def checksums(self) -> Mapping[Path, Checksum]:
-        """What is recorded of `files`; empty where nothing is."""
+        """Recorded checksums of `files`; empty if there are none."""
         ...
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Return rows [start, stop) of a tensor."""
         ...
 
     def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
-        """Where they lie as `read_rows` gives them, for `FileReader`; empty where they are converted or put together."""
+        """Return where the rows are stored, for `FileReader`; empty if they are converted or assembled."""
         ...
 
     def tokenizer_path(self) -> Path | None:
@@ -75,7 +75,7 @@ class CheckpointSource(Protocol):
 
 
 def read_pieces(source: CheckpointSource, reader: FileReader, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Rows [start, stop) of a tensor in runs of at most PIECE_BYTES (a longer row alone); one of no rows where there are none."""
+    """Yield rows [start, stop) of a tensor in runs of at most PIECE_BYTES (at least one row); one empty run if there are no rows."""
     info = source.tensors[name]
     rows = info.shape[0] if info.shape else 1
     step = max(1, PIECE_BYTES * rows // max(1, info.num_bytes))

@@ -1,6 +1,6 @@
-"""Compares the small tensors of a checkpoint with its settings before ranks start: scales, zero points, groups, shapes, rotary buffers.
+"""Compare a checkpoint's small tensors with its settings before ranks start: scales, zero points, groups, shapes, rotary buffers.
 
-Depends on sources, schemes and names; does not read the weights themselves.
+Does not read the weights themselves.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,32 +19,32 @@ from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
 SAMPLE_BYTES = 64 << 20
-"""Most bytes read before a run: of larger checkpoints, every n-th linear is checked here, and every one when ranks load it."""
+"""Maximum bytes read before a run. In larger checkpoints, every n-th linear is checked here, and all of them while ranks load."""
 _ZERO_POINTS = ("weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
 _INV_FREQ = "rotary_emb.inv_freq"
 _EXPONENTS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
-"""Integers of the same width, and the bits of the exponent: all set in NaN and infinities."""
+"""Integer type of the same width, and the exponent bits: all set in NaN and infinities."""
 _TOLERANCE = 2.0**-6
-"""Relative, of rotary buffers: some were saved as bfloat16."""
+"""Relative tolerance for rotary buffers, some of which were saved as bfloat16."""
 
 
 @runtime_checkable
 class ChecksLinears(Protocol):
-    """A source whose format stores facts of a linear that it does not give as tensors."""
+    """A source whose format stores properties of a linear that it does not expose as tensors."""
 
     def check_linear(self, reader: FileReader, linear: str) -> None:
-        """Raise CheckpointError where stored zero points or groups contradict the settings."""
+        """Raise CheckpointError if stored zero points or groups contradict the settings."""
         ...
 
 
 def check_facts(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, *, deep: bool = False) -> None:
-    """Raise CheckpointError at the first contradiction. `deep`: check every linear, however many bytes that reads."""
+    """Raise CheckpointError at the first contradiction. `deep`: check every linear, regardless of the bytes read."""
     for problem in find_contradictions(source, config, scheme, deep=deep):
         raise CheckpointError(problem)
 
 
 def find_contradictions(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, *, deep: bool = False) -> Iterator[str]:
-    """What stored tensors contradict of the settings, in words, one for each tensor."""
+    """Describe contradictions between stored tensors and the settings, one line per tensor."""
     reader = FileReader()
     try:
         quantized = {name: linear for name in (*linear_names(config), "lm_head") if (linear := scheme.find_linear(name)) is not None}
@@ -61,7 +61,7 @@ def find_contradictions(source: CheckpointSource, config: LlamaConfig, scheme: S
 
 
 def describe_rotary(source: CheckpointSource, config: LlamaConfig) -> list[str]:
-    """A line where stored rotary frequencies, which are computed instead, differ from those of the settings."""
+    """Return a note if stored rotary frequencies, which are computed instead, differ from those of the settings."""
     names = [name for name in source.tensors if name.endswith(_INV_FREQ)]
     width, scaling = config.head_dim, config.rope_scaling
     expected = [compute_frequencies(config.rope_theta, width, one) for one in (scaling, None)]
@@ -112,7 +112,7 @@ def _check_linear(source: CheckpointSource, reader: FileReader, config: LlamaCon
 def _check_scale(source: CheckpointSource, reader: FileReader, name: str) -> Iterator[str]:
     if name in source.tensors:
         found = _read(source, reader, name)
-        # numpy: threads of PyTorch that spin for such small work cost seconds on a busy machine.
+        # Use numpy: PyTorch threads that spin on such small work cost seconds on a busy machine.
         word, exponent = _EXPONENTS[found.dtype]
         wrong = int(np.count_nonzero((found.contiguous().view(word).numpy() & exponent) == exponent))
         if wrong:
@@ -120,7 +120,7 @@ def _check_scale(source: CheckpointSource, reader: FileReader, name: str) -> Ite
 
 
 def _check_zeros(source: CheckpointSource, reader: FileReader, name: str, linear: LinearScheme | None) -> Iterator[str]:
-    """A symmetric scheme has zero points of 0, plain or packed."""
+    """Check that the zero points of a symmetric scheme are 0, plain or packed."""
     found, zero = _read(source, reader, name), 0
     if linear is not None and name.endswith("weight_zero_point") and _is_packed(source.tensors, name, linear):
         zero = 0x88888888 - (1 << 32) if linear.bits == 4 else 0x80808080 - (1 << 32)

@@ -1,7 +1,7 @@
-"""Where the tensors of a file of torch.save lie: the zip's directory and the pickle are read and checked, no tensor is.
+"""Locate the tensors of a torch.save file by checking and reading the zip directory and the pickle, without reading tensors.
 
-Knows zip records and torch's pickles; no names. What a pickle may name is held against a list before it is loaded, and what comes out
-against the directory: nothing runs, and nothing is as large as a damaged length says.
+The globals in the pickle are verified against an allow list before it is loaded, and the result against the directory: no code is
+executed, and no corrupt length causes a large allocation.
 """
 
 import io
@@ -28,7 +28,7 @@ _LOCAL_HEADER_BYTES = 30
 _MAX_DESCRIPTOR_BYTES = 24
 _ENCRYPTED_FLAG, _DESCRIPTOR_FLAG = 1, 8
 _MAX_BYTES = 4 << 20
-"""Of the directory, and of each record that is no tensor: the pickle of 1,100 tensors has a quarter of a megabyte."""
+"""Maximum size of the directory, and of each non-tensor record: the pickle of 1,100 tensors takes 250 KB."""
 _NAMING_OPCODES = ("GLOBAL", "INST", "STACK_GLOBAL")
 _TENSOR_GLOBALS = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
@@ -38,15 +38,15 @@ class StoredTensor:
     """One tensor of a file."""
 
     info: TensorInfo
-    """Shape and type."""
+    """Shape and dtype."""
     offset_bytes: int
-    """Where it begins in the file."""
+    """Start offset in the file."""
 
 
 def read_torch_header(path: Path, ignored_suffix: str) -> tuple[dict[str, StoredTensor], Checksum]:
-    """The tensors of a file that torch.save wrote of a dictionary, but those of names that end with `ignored_suffix`; its checksum.
+    """Return the tensors of a dictionary written by torch.save, except names ending in `ignored_suffix`, and the file's checksum.
 
-    Raises CheckpointError when it is damaged, holds anything else, or wants to run code.
+    Raises CheckpointError when it is corrupt, holds anything else, or would execute code.
     """
     try:
         with _BoundedFile(open_descriptor(path)) as file:
@@ -63,14 +63,14 @@ def read_torch_header(path: Path, ignored_suffix: str) -> tuple[dict[str, Stored
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    # zipfile, pickletools and torch raise a dozen kinds for what is damaged.
+    # zipfile, pickletools and torch raise a dozen exception types for corrupt input.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path} cannot be read: {reason}. Copy it again") from None
 
 
 class _BoundedFile(io.FileIO):
-    """A file of which no length that stands in it can ask for more than _MAX_BYTES at once."""
+    """A file in which corrupt lengths cannot request more than _MAX_BYTES at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         _check_length(size or 0)
@@ -87,7 +87,7 @@ def _check_length(size: int) -> None:
 
 
 def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Checksum]:
-    """Bytes of each record, by the place where they begin, once all of them and the pickle are known to be harmless; their CRCs."""
+    """Return the bytes of each record by start offset, after checking all records and the pickle; and their CRCs."""
     size = path.stat().st_size
     if file.read(len(_START)) != _START:
         if size and (words := describe_file(path)) and "pickle" not in words:
@@ -102,7 +102,7 @@ def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Che
         if not entries:
             raise CheckpointError(f"{path} holds no records: copy it again")
         folder = entries[0].filename.lower().split("/")[0] + "/"
-        # torch looks records up in any case, and takes the folder of whichever comes first.
+        # torch ignores case when looking up records, and uses the folder of the first one.
         held = {entry.filename.lower().removeprefix(folder): entry for entry in entries if entry.filename.lower().startswith(folder)}
         if len(held) < len(entries):
             raise CheckpointError(f"{path} holds {len(entries)} records, but {len(held)} names in {folder}: save it with torch.save")
@@ -115,7 +115,7 @@ def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Che
             raise CheckpointError(f"{path} holds no data.pkl, so torch.save did not write it: save it with torch.save")
         _check_pickle(path, archive.read(held["data.pkl"]))
         order = archive.read(held["byteorder"]) if "byteorder" in held else b"little"
-    # torch would swap the bytes of storages that are not there, and crash.
+    # torch would byte-swap storages that do not exist, and crash.
     if order != b"little":
         raise CheckpointError(f"{path} is of byte order {order!r}, but only b'little' is read: save it again on a little-endian machine")
     crcs = b"".join(entry.CRC.to_bytes(4, "little") for entry in entries)
@@ -123,7 +123,7 @@ def _read_directory(path: Path, file: _BoundedFile) -> tuple[dict[int, int], Che
 
 
 def _find_record(path: Path, file: io.FileIO, entry: ZipInfo, end: int) -> int:
-    """Where the bytes of a record begin that ends before `end`."""
+    """Return the start of the bytes of a record that ends before `end`."""
     if entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & _ENCRYPTED_FLAG:
         raise CheckpointError(
             f"{path}: {entry.filename} is compressed or encrypted, but rows are read from where they lie: save it with torch.save"

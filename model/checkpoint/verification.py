@@ -1,6 +1,6 @@
-"""Holds the files of an opened checkpoint against what was recorded of them, and looks at every element of its tensors.
+"""Verify the files of an opened checkpoint against recorded checksums, and check every element of its tensors.
 
-Knows sources, checksums and tensors; no formats, no config: whether tensors fit a model is `model/spec/weights.py`'s business.
+Does not depend on formats or the config; `model/spec/weights.py` checks whether tensors match a model.
 """
 
 import hashlib
@@ -21,45 +21,45 @@ from parallel.regular_file import open_regular
 _CHUNK_BYTES = 16 << 20
 
 Progress = Callable[[int, int], None]
-"""Gets (bytes done, bytes in all)."""
+"""Called with (bytes done, total bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileCheck:
-    """One file, hashed."""
+    """Result for one hashed file."""
 
     name: str
     """Relative to the checkpoint."""
     size_bytes: int
     sha256: str
     recorded_in: str | None
-    """Where a checksum of it was recorded; None: nowhere."""
+    """Where its checksum was recorded; None: nowhere."""
     recorded: str | None
-    """What was recorded."""
+    """The recorded checksum."""
     found: str | None
-    """What the same algorithm gives now."""
+    """The current checksum by the same algorithm."""
 
     @property
     def is_intact(self) -> bool:
-        """False when it differs from what was recorded."""
+        """False when it differs from the recorded checksum."""
         return self.recorded == self.found
 
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """One tensor, read whole."""
+    """Result for one tensor, read in full."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     sha256: str
-    """Of its elements, row after row, little-endian: the same in every format that holds the same tensor."""
+    """Hash of its elements, row-major, little-endian: the same in every format with the same tensor."""
     num_nan: int
     num_infinite: int
 
 
 def check_files(source: CheckpointSource, on_progress: Progress = lambda done, total: None) -> list[FileCheck]:
-    """Read every file once, front to back."""
+    """Read and hash every file sequentially."""
     sizes = [file.stat().st_size for file in source.files]
     done, total, checks = 0, sum(sizes), []
     for file, size in zip(source.files, sizes, strict=True):
@@ -81,7 +81,7 @@ def check_files(source: CheckpointSource, on_progress: Progress = lambda done, t
 
 
 def require_intact(source: CheckpointSource, on_progress: Progress = lambda done, total: None) -> None:
-    """Raise CheckpointError when a file differs from what was recorded of it."""
+    """Raise CheckpointError when a file differs from its recorded checksum."""
     if not source.checksums:
         return
     checks = check_files(source, on_progress)
@@ -91,16 +91,16 @@ def require_intact(source: CheckpointSource, on_progress: Progress = lambda done
 
 
 def describe_damage(check: FileCheck) -> str:
-    """What is wrong with a file that is not intact."""
+    """Describe how a file is damaged."""
     return f"{check.name} is damaged: its checksum is {check.found}, but {check.recorded_in} says {check.recorded}: copy it again"
 
 
 def check_tensors(
     source: CheckpointSource, num_threads: int, *, deep: bool, on_progress: Progress = lambda done, total: None
 ) -> list[TensorCheck]:
-    """Read and hash every tensor, a piece at a time on each thread. `deep`: count what is not a number, too.
+    """Read and hash every tensor, one piece at a time per thread. `deep`: also count non-finite elements.
 
-    Raises CheckpointError for what cannot be read.
+    Raises CheckpointError for unreadable data.
     """
     names = list(source.tensors)
     total, done, checks = sum(info.num_bytes for info in source.tensors.values()), 0, []
@@ -138,7 +138,7 @@ class _Crc32:
 
 
 class _SpansCrc32:
-    """The CRC of the CRCs of parts of a file, which gets all its bytes in order."""
+    """CRC of the CRCs of spans of a file, computed from all its bytes in order."""
 
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
         self._spans, self._values, self._at, self._current = spans, [0] * len(spans), 0, 0
@@ -166,14 +166,14 @@ def _start_hash(recorded: Checksum) -> Any:
 
 
 def _read_chunks(file: Path) -> Iterator[bytes]:
-    # Plain reads: pages of a mapping would count as this process's memory.
+    # Use plain reads: mapped pages would count as memory of this process.
     with open_regular(file) as opened:
         while chunk := opened.read(_CHUNK_BYTES):
             yield chunk
 
 
 def list_not_numbers(checks: Sequence[TensorCheck]) -> list[str]:
-    """In words, the tensors that hold what is not a number."""
+    """Describe the tensors with non-finite elements."""
     return [
         f"{check.name} holds {check.num_nan} NaN and {check.num_infinite} infinite values"
         for check in checks

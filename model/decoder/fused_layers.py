@@ -1,7 +1,7 @@
-"""All decoder layers in one call of the kernels (`model/kernels/layers.c`): the same steps as LlamaForCausalLM's own, the same bits.
+"""All decoder layers in one native call (`model/kernels/layers.c`): the same steps as in LlamaForCausalLM, with bitwise identical results.
 
-On a few tokens, what Python does between kernels would cost a tenth of the time. Only where every linear is one product of a plain
-weight and ranks gather through shared memory (or are alone). Knows the layers of one model; no names of weights, no files.
+With few tokens, the Python overhead between kernels would take a tenth of the time. Requires that every linear is a single matmul with a
+plain weight, and that ranks gather through shared memory (or that there is only one rank).
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from parallel.collectives import Collectives
 from parallel.shared_memory import SharedSlots, SharesSlots
 
 _TOGETHER_TOKENS = 64
-"""With more tokens, layers are called one by one: a call cannot be interrupted."""
+"""With more tokens, layers are called one by one, since a native call cannot be interrupted."""
 _SIZE, _POINTER, _INT, _LONG = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _CHECK = ctypes.CFUNCTYPE(_INT)
 
@@ -78,7 +78,7 @@ class _Pass(ctypes.Structure):
 
 
 class FusedLayers:
-    """The layers of one model whose weights are all there."""
+    """The layers of one fully loaded model."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class FusedLayers:
         kernels: Kernels,
     ) -> None:
         self._config, self._shares, self._collectives, self._dtype, self._run = config, shares, collectives, dtype, kernels.run_layers
-        self._kept: list[torch.Tensor] = []  # what the structures point to
+        self._kept: list[torch.Tensor] = []  # keeps alive what the structures point to
         self._layers = (_Layer * len(layers))(*(self._describe(layer) for layer in layers))
         self._widths = [torch.tensor(widths) for widths in (shares.query, shares.hidden, shares.intermediate)]
         self._check: Any = None
@@ -99,12 +99,14 @@ class FusedLayers:
 
     @staticmethod
     def fits(layers: Iterable[Any]) -> bool:
-        """Whether these layers can run so."""
+        """Return whether these layers meet the requirements."""
         names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
         return all(_is_plain(getattr(layer, name)) for layer in layers for name in names)
 
     def run(self, hidden: torch.Tensor, batch: Batch, part: StoreRows) -> torch.Tensor | None:
-        """All layers on `hidden` [tokens, H], in place; gives what is left to add to it. None: these collectives cannot be used."""
+        """Run all layers on `hidden` [tokens, H] in place and return the delta left to add to it; None if the collectives do not support
+        it.
+        """
         tokens = hidden.shape[0]
         slots = None
         if self._shares.world_size > 1:
@@ -153,7 +155,7 @@ class FusedLayers:
         def check() -> int:
             try:
                 slots.check(ranks.sequence)
-            except BaseException as error:  # it is raised when the call has come back
+            except BaseException as error:  # raised again after the native call has returned
                 self._errors.append(error)
                 return 1
             return 0

@@ -1,9 +1,8 @@
-"""The forward pass of a Llama-family decoder on one rank, read top to bottom.
+"""The forward pass of a Llama-family decoder on one rank, from top to bottom.
 
-Shapes: T tokens of all sequences one after another, H the full hidden size, *_local what this rank owns.
-Each layer gathers four times: attention heads, output projection, feed-forward, down projection. Every product runs
-over its whole inner dimension, so the result does not depend on the number of ranks (see `model/layers/linear.py`).
-Knows ranks by number and the collectives it is given; no processes, no files, no environment.
+Shapes: T tokens of all sequences, concatenated; H the full hidden size; *_local the part that this rank owns. Each layer gathers four
+times: attention heads, output projection, feed-forward, down projection. Every matmul covers the whole inner dimension, so the result
+does not depend on the number of ranks (see `model/layers/linear.py`).
 """
 
 from collections.abc import Sequence
@@ -51,13 +50,13 @@ class DecoderLayer(nn.Module):
         self.cache_scales: torch.Tensor | None = None
 
     def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
-        """Take the scales of an int8 cache: [1], or one for each row of the key and value projections that is here."""
+        """Set the scales of an int8 KV cache: [1], or one per local row of the key and value projections."""
         scales = torch.stack((keys, values)).float().expand(2, self.shares.key_value)
         self.cache_scales = scales.reshape(2, -1, 1, self.head_dim).contiguous().to(device)
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder. Built on meta; `model/decoder/loading.py` fills it."""
+    """The decoder. Built on the meta device; `model/decoder/loading.py` loads its weights."""
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class LlamaForCausalLM(nn.Module):
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads, backend)
         self.fuses_layers = True
-        """Whether layers may run in one call; off where each step has to be seen."""
+        """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
@@ -87,32 +86,32 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a row's results are the same bits however many rows go through a pass."""
+        """Whether the result of a row is bitwise identical for every batch size."""
         return self.backend.kernels is not None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights that this rank keeps."""
+        """Bytes of the weights on this rank."""
         floats = sum(tensor.nbytes for tensor in self.parameters())
         return floats + sum(layer.weight_bytes for layer in self.modules() if isinstance(layer, QuantizedColumnParallelLinear))
 
     def build_layer(self, index: int) -> DecoderLayer:
-        """A decoder layer without weights."""
+        """Build a decoder layer without weights."""
         return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.backend)
 
     def build_store(self, num_blocks: int, block_size: int) -> KeyValueStore:
-        """Memory for keys and values of so many blocks of tokens."""
+        """Allocate a KV cache store of `num_blocks` blocks."""
         config, shares = self.config, self.shares
         sizes = (config.num_hidden_layers, num_blocks, block_size, shares.num_kv_heads, config.head_dim)
         return KeyValueStore(*sizes, self.dtype, self.device, self.scheme.kv_cache)
 
     def build_cache(self, capacity: int) -> KeyValueCache:
-        """An empty cache for one sequence of up to `capacity` tokens, in a store of its own."""
+        """Build an empty cache for one sequence of up to `capacity` tokens, in its own store."""
         return KeyValueCache(self.build_store(1, count_blocks(capacity, BLOCK_MULTIPLE) * BLOCK_MULTIPLE), [0])
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
-        """Hidden states [T, H] of the new tokens of all spans, after the last norm."""
+        """Return the hidden states [T, H] of the new tokens of all spans, after the final norm."""
         batch = Batch(spans, self.rotary, self.device)
         hidden = self.embed([token for span in spans for token in span.ids])
         delta = self._run_fused(hidden, batch)
@@ -125,18 +124,18 @@ class LlamaForCausalLM(nn.Module):
 
     @torch.inference_mode()
     def run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        """One layer alone: hidden states [T, H] of the new tokens of all spans to those behind the layer."""
+        """Run a single layer: hidden states [T, H] of the new tokens of all spans before the layer to those after it."""
         hidden = hidden.clone()
         return hidden + self._run_layer(index, hidden, None, Batch(spans, self.rotary, self.device))
 
     @torch.inference_mode()
     def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [rows, vocab_local] of this rank's part of the vocabulary, for hidden states [rows, H]."""
+        """Return float32 logits [rows, vocab_local] over this rank's part of the vocabulary, for hidden states [rows, H]."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits.float()
 
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        """All layers in one call, where these weights, caches and collectives allow it."""
+        """Run all layers in one native call; None if the weights, caches or collectives do not support it."""
         kernels = self.backend.kernels
         if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
             return None
@@ -148,7 +147,7 @@ class LlamaForCausalLM(nn.Module):
         return self._fused.run(hidden, batch, batch.join_stores()[0])
 
     def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Adds to `hidden` what the layer before left to add (`delta`) and its own attention; gives what is left to add then."""
+        """Add the previous layer's `delta` and this layer's attention to `hidden`; return the feed-forward output as the next delta."""
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
         attended = self._attend(layer, index, layer.input_layernorm(hidden, delta), batch)
@@ -156,7 +155,7 @@ class LlamaForCausalLM(nn.Module):
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Embeddings [T, H]. Every rank looks up all ids in its own rows; of each id, the owner's row counts."""
+        """Return embeddings [T, H]. Each rank looks up all ids in its own rows, and the owner's row is selected for each id."""
         tokens = torch.tensor(ids, device=self.device)
         local: torch.Tensor = self.embed_tokens(tokens)
         shares = self.shares

@@ -1,6 +1,6 @@
-"""Fills a model on meta with this rank's rows of a checkpoint, one layer at a time; strictly.
+"""Load this rank's rows of a checkpoint into a model on the meta device, one layer at a time, with strict checks.
 
-Knows the names of weights and the rows of a rank; not the format of the files.
+Depends on weight names and on the rows of a rank; does not depend on the file format.
 """
 
 from collections import deque
@@ -26,7 +26,9 @@ _PART_BYTES = 8 << 20
 
 
 def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
-    """Raise CheckpointError, listing ten of each kind, unless the checkpoint holds exactly what the model needs."""
+    """Raise CheckpointError unless the checkpoint holds exactly the tensors that the model needs; list up to ten
+    differences of each kind.
+    """
     report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
     words = report.describe(config)
     if words:
@@ -36,18 +38,18 @@ def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Sche
 def load_model(
     model: LlamaForCausalLM, source: CheckpointSource, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Read this rank's rows into `model`; give the bytes that were read.
+    """Load this rank's rows into `model` and return the number of bytes read.
 
-    `on_progress` gets (bytes of tensors read, bytes in all). Raises CheckpointError when a tensor is missing, unexpected or of
-    another shape or type, and when a file is short.
+    `on_progress` is called with (tensor bytes read, total bytes). Raises CheckpointError when a tensor is missing, unexpected or of
+    another shape or dtype, and when a file is truncated.
     """
-    # The checkpoint's own scheme: a model may run with another key-value cache.
+    # Use the checkpoint's own scheme: the model may run with a different KV cache type.
     check_checkpoint(source, model.config, read_scheme(source.config))
-    # The project's kernels take weights as they are stored; where others pack them, that is what there is to share.
+    # Native kernels use weights as stored; only the packing of the other kernels is worth distributing over threads.
     packs = model.backend.kernels is None
     loader = ModelLoader(model, source, **{"num_packers" if packs else "num_readers": model.num_threads})
     on_progress(0, loader.total_bytes)
-    # The largest tensor first: what it takes on the way is free again for the layers.
+    # Load the largest tensor first, so that its temporary memory is free again for the layers.
     loader.load_embedding()
     for index in range(len(model.layers)):
         loader.load_layer(index)
@@ -61,11 +63,10 @@ def load_model(
 
 
 class ModelLoader:
-    """Reads this rank's rows of one checkpoint, and gives them to the layers of one model.
+    """Reads this rank's rows of a checkpoint and assigns them to the layers of a model.
 
-    Rows go from the file straight to their place in the product that they belong to, where the format has them as they are kept.
-    With packers, threads of their own pack what was read (one product each) while the next is read: layers are whole only
-    after `finish`.
+    Rows are read directly into their place in the fused weight if the stored format is the final one. With packers, extra threads pack
+    each weight while the next one is read, so layers are complete only after `finish`.
     """
 
     def __init__(self, model: LlamaForCausalLM, source: CheckpointSource, *, num_readers: int = 1, num_packers: int = 0) -> None:
@@ -79,12 +80,12 @@ class ModelLoader:
         self.total_bytes = sum(self._count_bytes(name) for name in plan_weights(model.config, read_scheme(source.config)))
 
     def load_embedding(self) -> None:
-        """The vocabulary rows, which a tied head shares."""
+        """Load the vocabulary rows, which a tied output head shares."""
         weight = self._read_joined(["model.embed_tokens.weight"], self._model.config.hidden_size, self._model.dtype)
         self._model.embed_tokens.assign(weight, self._model.device)
 
     def load_layer(self, index: int) -> None:
-        """One decoder layer."""
+        """Load one decoder layer."""
         layer, prefix = self._model.layers[index], f"model.layers.{index}"
         assert isinstance(layer, DecoderLayer)
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -96,13 +97,13 @@ class ModelLoader:
             layer.assign_cache_scales(scales[0], scales[1], self._model.device)
 
     def load_head(self) -> None:
-        """The last norm, and the output head where it is not the embedding."""
+        """Load the final norm, and the output head unless it is tied."""
         self._model.norm.assign(self.read("model.norm.weight"), self._model.device)
         if not self._model.config.tie_word_embeddings:
             self._fill(self._model.lm_head, ["lm_head"])
 
     def read(self, name: str) -> torch.Tensor:
-        """This rank's rows of a tensor, as they are stored."""
+        """Read this rank's rows of a tensor, as stored."""
         self.done_bytes += self._count_bytes(name)
         return self._source.read_rows(self.reader, name, *self._rows(name))
 
@@ -130,7 +131,7 @@ class ModelLoader:
             self._assign(module, self._read_joined(weights, module.in_features, self._model.dtype), device)
 
     def finish(self) -> None:
-        """Wait until everything is packed."""
+        """Wait until all weights are packed."""
         while self._packing:
             self._packing.popleft().result()
         if self._pool is not None:
@@ -152,7 +153,7 @@ class ModelLoader:
             weight = self._read_joined(weights, columns, torch.int8, lambda rows: unpack_integers(rows, scheme.bits, columns))
         else:
             weight = self._read_joined([f"{name}.weight" for name in names], columns, torch.int8)
-        # What a linear has for its inputs it has alone: such ones are products of their own.
+        # Linears with their own input parameters are never fused, so those of the first linear apply to all.
         group_index = self.read(f"{first}.weight_g_idx") if scheme.act_order else None
         if not scheme.symmetric:
             parts = torch.split(weight, [block.num_rows for block in module.blocks])
@@ -168,7 +169,7 @@ class ModelLoader:
         )
 
     def _take_off_zero_points(self, name: str, bits: int, weight: torch.Tensor, group: int, index: torch.Tensor | None) -> None:
-        """Subtract the zero points from 4-bit weights in place: what is left fits 8 bits."""
+        """Subtract the zero points from 4-bit weights in place; the results fit into int8."""
         spec, per_word = self._specs[f"{name}.weight_zero_point"], 32 // bits
         first_word, end_word = spec.rows(self._rank, self._world_size)
         first_row, _ = self._rows(f"{name}.weight_packed")
@@ -182,7 +183,7 @@ class ModelLoader:
             weight -= mine[:, index.long()]
 
     def _read_joined(self, names: Sequence[str], columns: int, dtype: torch.dtype, convert: Convert | None = None) -> torch.Tensor:
-        """This rank's rows of tensors under each other, converted, as `dtype`."""
+        """Read this rank's rows of several tensors, concatenated, converted to `dtype`."""
         source, rows = self._source, [self._rows(name) for name in names]
         located = [source.locate_rows(name, *interval) for name, interval in zip(names, rows, strict=True)]
         if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype == dtype):
@@ -196,7 +197,7 @@ class ModelLoader:
                 self.reader.read_into(place, parts, start, convert)
                 continue
             info = source.tensors[name]
-            # Rows of another type a few at a time, so that they are not in memory twice.
+            # Convert rows of another dtype in small batches, so that two full copies never exist.
             step = stop - start if convert or info.dtype == dtype else _PART_BYTES * info.shape[0] // info.num_bytes
             for first in range(start, stop, max(1, step)):
                 found = source.read_rows(self.reader, name, first, min(first + max(1, step), stop))

@@ -1,6 +1,6 @@
-"""Logits that are NaN or infinite: where they come from, and what to do.
+"""Diagnosis of NaN or infinite logits: where they come from, and what to do.
 
-A float16 overflow is the usual cause: its largest number is 65504, and models trained in bfloat16 exceed it.
+The usual cause is a float16 overflow: its maximum is 65504, which models trained in bfloat16 exceed.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ _ADVICE = {
 
 
 def explain(dtype: torch.dtype, where: str, layer: str | None = None) -> str:
-    """One sentence. `where` it was seen; `layer`: see `find_first_layer`."""
+    """Describe the failure in one sentence. `where`: where it was detected; `layer`: see `find_first_layer`."""
     first = f", first behind {layer}" if layer else ""
     return f"the logits are NaN or infinite in {str(dtype).removeprefix('torch.')} {where}{first}: {_ADVICE[dtype]}"
 
 
 def find_first_layer(model: LlamaForCausalLM, ids: Sequence[int]) -> str | None:
-    """What first gives a hidden state that is not finite, in words; None where that is not looked for: in more ids than a pass holds.
+    """Describe the first part of the model with a non-finite hidden state; None if there are more ids than fit a pass.
 
     Runs the whole sequence again, layer by layer. Every rank has to call this with the same ids.
     """

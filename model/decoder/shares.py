@@ -1,4 +1,4 @@
-"""The share of every split that each rank owns, in elements."""
+"""The share of each split that every rank owns, in elements."""
 
 from model.layers.linear import RowBlock
 from model.spec.config import LlamaConfig
@@ -6,7 +6,7 @@ from parallel.layout import plan_heads
 
 
 class Shares:
-    """What every rank owns of every split, in units of elements."""
+    """The share of each split that every rank owns, in elements."""
 
     def __init__(self, config: LlamaConfig, rank: int, world_size: int) -> None:
         layout, ranks = config.layout(), range(world_size)
@@ -31,6 +31,6 @@ class Shares:
         self.units["head"] = config.head_dim
 
     def block(self, kind: str, unit: str | None = None) -> RowBlock:
-        """The rows that this rank owns of a split."""
+        """Return the rows of a split that this rank owns."""
         width = getattr(self, kind)
         return RowBlock(width if isinstance(width, int) else width[self.rank], self.units[unit or kind])

@@ -1,51 +1,51 @@
-"""Who owns which block of a store: counts of owners, and prefixes that several sequences share.
+"""Ownership of KV cache blocks: reference counts, and a prefix cache that lets several sequences share blocks.
 
-A full block is known by its tokens and by the block before it, so that equal blocks have equal pasts. When nobody owns it any longer, it
-stays known until its memory is needed, the one that was given back first goes first. Knows numbers and ids; no tensors.
+A full block is identified by its tokens and its predecessor, so equal blocks have equal prefixes. A block without owners stays cached
+until its memory is needed; the least recently released is evicted first.
 """
 
 from collections.abc import Sequence
 
 ROOT = 0
-"""The place before the first block of every chain."""
+"""The predecessor of the first block of every chain."""
 
 
 class BlockPool:
-    """The blocks of one store."""
+    """The blocks of one KV cache store."""
 
     def __init__(self, num_blocks: int, block_size: int, *, share: bool) -> None:
-        """`share`: whether equal prefixes are found again."""
+        """`share`: whether to find and reuse equal prefixes."""
         self.num_blocks, self.block_size, self.share = num_blocks, block_size, share
         self.hollow: set[int] = set()
-        """Blocks that are known, but whose keys and values were left out, as those of a sequence that has ended may be."""
+        """Cached blocks whose keys and values were not computed, which may occur in the blocks of a finished sequence."""
         self._owners = [0] * num_blocks
         self._untouched = 0
-        """Blocks from here on have never been used: their memory is not there yet."""
+        """Blocks from here on have never been used, so their memory is not committed yet."""
         self._empty: list[int] = []
-        """Given back, and not known."""
+        """Released blocks that are not cached."""
         self._kept: dict[int, None] = {}
-        """Given back, and known, the longest ago first."""
-        # A chain has a number of its own, since the number of a block comes again with other tokens in it.
+        """Released blocks that are cached, least recently released first."""
+        # Chains have their own numbers, since a block number is reused with other tokens.
         self._chains: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
-        """(chain before, tokens of the block): (chain, block)."""
+        """(previous chain, tokens of the block): (chain, block)."""
         self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
-        """Of each known block."""
+        """The key in `_chains` of each cached block."""
         self._last_chain = ROOT
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken."""
+        """Number of blocks that can be allocated."""
         return len(self._empty) + len(self._kept) + self.num_blocks - self._untouched
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody owns."""
+        """Number of blocks that have owners."""
         return self.num_blocks - self.num_free
 
     def find(self, ids: Sequence[int], *, hollow: bool) -> tuple[list[int], int]:
-        """Known blocks of the longest prefix, and the end of their chain. At least one token is left over: somebody has to compute.
+        """Return the cached blocks of the longest prefix, and the end of their chain. Leaves at least one token to compute.
 
-        `hollow`: whether blocks will do whose contents were left out.
+        `hollow`: whether to accept blocks whose contents were not computed.
         """
         blocks: list[int] = []
         chain = ROOT
@@ -58,17 +58,17 @@ class BlockPool:
         return blocks, chain
 
     def count_kept(self, blocks: Sequence[int]) -> int:
-        """How many of these nobody owns: `own` makes them count no longer as free."""
+        """Count how many of these blocks have no owner; `own` removes those from the free blocks."""
         return sum(not self._owners[block] for block in blocks)
 
     def own(self, blocks: Sequence[int]) -> None:
-        """One owner more for each of these known blocks."""
+        """Increment the reference count of each of these cached blocks."""
         for block in blocks:
             self._kept.pop(block, None)
             self._owners[block] += 1
 
     def take(self) -> int:
-        """A block with nothing in it. There has to be a free one."""
+        """Allocate an empty block. At least one must be free."""
         if self._empty:
             block = self._empty.pop()
         elif self._untouched < self.num_blocks:
@@ -83,7 +83,9 @@ class BlockPool:
         return block
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """One owner less for each block of a sequence. Its last blocks will be the first to go: who knows those needs the others."""
+        """Decrement the reference count of each block of a sequence. Its last blocks are evicted first, since they are useless without the
+        earlier ones.
+        """
         for block in reversed(blocks):
             self._owners[block] -= 1
             if self._owners[block]:
@@ -94,7 +96,7 @@ class BlockPool:
                 self._empty.append(block)
 
     def know(self, chain: int, ids: Sequence[int], block: int) -> int:
-        """Make a full block known, behind a chain; give the chain that ends with it. Of two with equal pasts the first stays known."""
+        """Cache a full block after a chain and return the chain that ends with it. Of two equal blocks the first is kept."""
         if not self.share:
             return ROOT
         key = (chain, tuple(ids))

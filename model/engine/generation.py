@@ -1,11 +1,11 @@
-"""The one token generator: sequences wait, are prefilled, decode together, and leave when they end.
+"""The token generator: sequences wait, are prefilled, decode in batches, and leave when finished.
 
-Every rank runs the same engine on the same requests and takes the same steps. Predict and serving consume the events of `step`.
-Who goes through a pass: `model/engine/scheduling.py`. Knows token ids only: no text, no files, no processes.
+Every rank runs the same engine on the same requests and takes the same steps. Both predict and serve consume the events of `step`.
+`model/engine/scheduling.py` decides the contents of a pass. Works on token ids only, not text.
 
-A run that goes on where another one stopped takes known tokens through with their prompts (`prefill_known`). Without the project's own
-kernels, how many rows go through a product together decides its last bits: there it takes the same steps with the same rows, known
-tokens instead of choosing, and leaves out steps that nobody needs.
+A resumed run prefills the resumed tokens together with their prompts (`prefill_known`). Without native kernels, the low-order bits of a
+matmul depend on the batch size; the run then repeats the original steps with the same batches, takes the resumed tokens instead of
+sampling, and skips steps whose results are not needed.
 """
 
 import time
@@ -27,7 +27,7 @@ from model.spec.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
 from parallel.errors import NonFiniteError
 
 _SCORED_ROWS = 32
-"""Prompt tokens that are scored together: the logits of the whole vocabulary of each are in memory."""
+"""Prompt tokens scored at a time: their logits over the whole vocabulary are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,65 +35,65 @@ class TokenEvent:
     """One new token."""
 
     index: int
-    """The request's number."""
+    """The request's index."""
     token_id: int
     """The token."""
     logprob: float | None
-    """Its log-probability, where asked for."""
+    """Its log-probability, if requested."""
     finish_reason: str | None
-    """"eos" or "length" with the last token."""
+    """"eos" or "length" on the last token."""
     position: int
-    """How many new tokens came before it."""
+    """Number of new tokens before it."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the likeliest tokens there, where asked for."""
+    """(id, log-probability) of the most likely tokens at this position, if requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailure:
-    """A sequence that ended without its next token."""
+    """A sequence that ended with an error."""
 
     index: int
-    """The request's number."""
+    """The request's index."""
     position: int
-    """How many new tokens it has."""
+    """Number of new tokens generated so far."""
     message: str
-    """Why, and what to do."""
+    """The cause, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScore:
-    """One token of a prompt whose log-probabilities were asked for; the first token has none."""
+    """Score of one prompt token, for requests with prompt log-probabilities. The first token has none."""
 
     index: int
-    """The request's number."""
+    """The request's index."""
     position: int
-    """Of the token in the prompt."""
+    """Position of the token in the prompt."""
     choice: Choice
-    """The token with its log-probability, and the most likely ones."""
+    """The token with its log-probability, and the most likely alternatives."""
 
 
 @dataclass(slots=True)
 class EngineTimes:
-    """What the engine has done, for speeds. What was known before, and steps that made nothing new, do not count as decoding.
+    """Counters for throughput. Resumed tokens, and steps that produced nothing new, do not count as decoding.
 
-    A pass may hold parts of prompts beside tokens that decode; its seconds are split as its tokens are.
+    A pass may hold both prompt parts and decoding tokens; its time is divided in proportion to the tokens.
     """
 
     prefill_tokens: int = 0
-    """Prompt tokens that went through the model: not those whose blocks were shared, twice those that had given way."""
+    """Prompt tokens that went through the model: excludes those in shared blocks, and counts those of preempted sequences again."""
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
-    """From the engine's first step to the first token that was not known before."""
+    """Time from the engine's first step to the first new token (not a resumed one)."""
     speculated_tokens: int = 0
-    """Guesses that went through the model."""
+    """Draft tokens that went through the model."""
     accepted_tokens: int = 0
-    """Guesses that were right."""
+    """Draft tokens that were accepted."""
 
 
 class Engine:
-    """Continuous batching over one model. Requests may be added and cancelled between any two steps."""
+    """Continuous batching over one model. Requests may be added and cancelled between steps."""
 
     def __init__(
         self,
@@ -107,12 +107,12 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         prefill_known: bool = False,
     ) -> None:
-        """`num_blocks`: of keys and values; None has room for `max_batch_size` whole contexts, which is a lot of address space.
+        """`num_blocks`: size of the KV cache; None reserves address space for `max_batch_size` full contexts.
 
-        `share_prefixes`: keep one copy of equal beginnings. `speculate`: guess tokens of greedy sequences and verify several in a
-        pass; nothing is guessed where the model's bits depend on the rows of a pass. `prefill_tokens`: of a pass at most.
-        `prefill_known`: take known tokens through with their prompts instead of one by one, and leave out what has ended; the bits of
-        what follows are the same where the model is batch-invariant. Raises ConfigError for impossible blocks.
+        `share_prefixes`: store equal prefixes once. `speculate`: draft tokens for greedy sequences and verify several per pass; ignored
+        unless the model is batch-invariant. `prefill_tokens`: maximum per pass. `prefill_known`: prefill resumed tokens with their
+        prompts instead of one by one, and skip finished requests; the new tokens are bitwise identical if the model is batch-invariant.
+        Raises ConfigError for an invalid block configuration.
         """
         if num_blocks is None:
             num_blocks = max_batch_size * count_blocks(model.config.max_position_embeddings, block_size)
@@ -128,13 +128,13 @@ class Engine:
         """Sequences that the last step ended because their logits were NaN or infinite."""
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError when it cannot fit the model's context, or not even an empty cache."""
+        """Queue a request. Raises RequestError when it exceeds the model's context or the size of the KV cache."""
         config = self._model.config
         check_request(request, config.max_position_embeddings, config.vocab_size)
         check_memory(request, self._store.num_blocks, self._store.block_size)
         penalized = set(request.prompt_ids)
         if config.pad_token_id is not None and config.pad_token_id not in config.eos_token_ids:
-            penalized.add(config.pad_token_id)  # MindFormers' rows are padded, and its penalty runs over the padded row
+            penalized.add(config.pad_token_id)  # MindFormers pads rows, and its penalty covers the padding
         sampling = SamplingState(request.params, penalized, np.random.RandomState(request.params.seed))
         lookup = PromptLookup() if self.speculates and not request.params.do_sample else None
         if lookup is not None:
@@ -149,29 +149,28 @@ class Engine:
         self._scheduler.add(sequence)
 
     def cancel(self, index: int) -> None:
-        """Drop a request and free its memory; nothing happens where it has ended. No event tells of it."""
+        """Drop a request, if it is still running, and free its memory. Emits no event."""
         self._scheduler.cancel(index)
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether there is anything for `step` to do."""
         return self._scheduler.has_unfinished
 
     @property
     def num_used_blocks(self) -> int:
-        """Blocks of keys and values that sequences own; one that several share counts once."""
+        """Number of KV cache blocks in use; a shared block counts once."""
         return self._scheduler.pool.num_used
 
     def take_scores(self) -> list[PromptScore]:
-        """On rank 0, those that the steps since the last call have brought, each once; a request's last one comes no later than its
-        first token."""
+        """Return the prompt scores since the last call (rank 0 only). A request's last score comes no later than its first token."""
         scores, self._scores = self._scores, []
         return scores
 
     def step(self) -> list[TokenEvent]:
-        """One pass: tokens more for sequences that decode, and a part of waiting prompts. The tokens that are new are given.
+        """Run one pass over the decoding sequences and part of the waiting prompts, and return the new tokens.
 
-        A sequence whose logits are not finite leaves with an entry in `failures`; the others are not touched.
+        A sequence whose logits are not finite ends with an entry in `failures`; the others are unaffected.
         """
         self.failures = []
         if not self.has_unfinished:
@@ -180,7 +179,7 @@ class Engine:
         self._began = started if self._began is None else self._began
         parts = self._scheduler.plan()
         assert parts, "the oldest sequence always has memory"
-        # One that has ended runs along for its row; where its own prompt was left out it sees too little, which is nobody's loss.
+        # A finished sequence stays in the batch to preserve its size. Where its own prompt was skipped its result is wrong, but unused.
         computed = self._scheduler.is_needed(parts)
         hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
@@ -211,7 +210,7 @@ class Engine:
             times.decode_seconds += seconds * (total - prefill) / total
 
     def _score(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
-        """Log-probabilities of prompt tokens, from the rows before them."""
+        """Compute log-probabilities of prompt tokens from the rows before them."""
         wanted: list[tuple[int, LiveSequence, int]] = []  # row, sequence, position of the token
         end = 0
         for part in parts:
@@ -227,13 +226,15 @@ class Engine:
             logits = model.logits_local(hidden[[row for row, _, _ in some]])
             targets = [(sequence.ids[place], sequence.request.params.top_logprobs) for _, sequence, place in some]
             choices = score(logits, targets, model.shares.vocab, model.collectives)
-            for (_, sequence, place), choice in zip(some, choices, strict=False):  # none but on rank 0
+            for (_, sequence, place), choice in zip(some, choices, strict=False):  # empty except on rank 0
                 self._scores.append(PromptScore(sequence.request.index, place, choice))
 
     def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
-        """Take the next tokens of each sequence that is through: known ones, else by the rows of `hidden`. Only the latter are events."""
+        """Choose the next tokens of each sequence whose last token went through: resumed ones if any, otherwise sampled from `hidden`. Only
+        sampled tokens become events.
+        """
         rows: list[int] = []
-        wanted: list[tuple[int, SamplingState]] = []  # places in `rows`
+        wanted: list[tuple[int, SamplingState]] = []  # indices into `rows`
         end = 0
         for part in parts:
             end += part.count + len(part.drafts)
@@ -243,7 +244,7 @@ class Engine:
         chosen: dict[int, Choice | None] = {}
         if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
-            # Known rows go along: how many there are decides the last bits.
+            # Include the rows of resumed tokens: the low-order bits depend on the batch size.
             logits = self._model.logits_local(hidden if len(rows) == len(hidden) else hidden[rows])
             places, states = [place for place, _ in wanted], [state for _, state in wanted]
             logits = logits if len(places) == len(rows) else logits[places]
@@ -258,7 +259,7 @@ class Engine:
         return events
 
     def _take(self, part: Part, chosen: Sequence[Choice | None]) -> list[TokenEvent]:
-        """Go on with the next token, and with one more for each guess that was right."""
+        """Append the next token, and one more for each accepted draft token."""
         sequence, events, num_right, reason = part.sequence, [], 0, None
         for ahead, found in enumerate(chosen):
             known = sequence.knows(0)
@@ -285,11 +286,11 @@ class Engine:
         if reason:
             self._scheduler.remove(sequence)
         elif part.drafts:
-            sequence.cache.length = len(sequence.ids) - 1  # wrong guesses are overwritten
+            sequence.cache.length = len(sequence.ids) - 1  # rejected draft tokens are overwritten
         return events
 
     def _check_prompts(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
-        """Fail sequences with a prompt token whose hidden state [hidden] is not finite: an int8 cache would keep it as finite keys."""
+        """Fail sequences with a prompt token whose hidden state is not finite: an int8 cache would store it as finite keys."""
         if hidden.isfinite().all():
             return
         is_finite, row = hidden.isfinite().all(dim=1).tolist(), 0
@@ -301,8 +302,9 @@ class Engine:
             row += count
 
     def _fail(self, sequence: LiveSequence, position: int) -> None:
-        """Note that a sequence has no finite logits behind its token at `position`, and neither have those that share its block. They
-        leave at the end of the step."""
+        """Record a failure of this sequence at `position`, and of all that share the affected blocks. They are removed at the end of the
+        step.
+        """
         for one in self._scheduler.spoil(sequence, position):
             if not self._has_failed(one):
                 layer = find_first_layer(self._model, one.ids[: position + 1])
@@ -313,21 +315,21 @@ class Engine:
         return any(failure.index == sequence.request.index for failure in self.failures)
 
     def _go_on(self, sequence: LiveSequence, token: int) -> str | None:
-        """One new token; the reason, when it is the last."""
+        """Append a new token; return the finish reason if it is the last one."""
         request, params = sequence.request, sequence.request.params
         sequence.ids.append(token)
         sequence.num_new += 1
         if sequence.lookup is not None:
             sequence.lookup.extend((token,))
         if request.known_reason and sequence.num_new == len(request.known_ids):
-            return request.known_reason  # whatever ids end a sequence now
+            return request.known_reason  # regardless of the current stop ids
         if token in params.stop_token_ids or (token in self._model.config.eos_token_ids and not params.ignore_eos):
             return "eos"
         return "length" if sequence.num_new == params.max_new_tokens else None
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
-    """Run `requests` to their ends; tokens come as they are made. Raises NonFiniteError where one has logits that are not finite."""
+    """Run `requests` to completion and yield tokens as they are generated. Raises NonFiniteError when logits are not finite."""
     for request in requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -335,7 +337,7 @@ def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent
 
 
 def step_all(engine: Engine) -> list[TokenEvent]:
-    """`Engine.step` for callers who need every sequence. Raises NonFiniteError where one failed."""
+    """Run `Engine.step` and raise NonFiniteError if any sequence failed."""
     events = engine.step()
     if engine.failures:
         raise NonFiniteError(engine.failures[0].message)
@@ -343,7 +345,7 @@ def step_all(engine: Engine) -> list[TokenEvent]:
 
 
 def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
-    """Where, counted from the last token, the next one has to be chosen, and how; behind a guess known to be wrong nothing has to be."""
+    """Yield the offsets after the last token at which to sample, with their sampling states. Stops at a draft token known to be wrong."""
     sequence = part.sequence
     for ahead in range(1 + len(part.drafts)):
         known = sequence.knows(ahead)
@@ -356,7 +358,7 @@ def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
 
 
 def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> SamplingState:
-    """The state as it would be behind so many right guesses, to be thrown away; without guesses the state itself."""
+    """Return a temporary copy of the state after `ahead` accepted draft tokens; without draft tokens the state itself."""
     if not drafts:
         return state
     ahead_state = SamplingState(state.params, set(), state.generator, dict(state.counts))

@@ -1,9 +1,8 @@
-"""Picks the next token of every sequence, the same on every rank, from candidates that the ranks exchange.
+"""Sampling of the next token of every sequence, identical on every rank, from candidates that the ranks exchange.
 
-Each rank sends only its own best ones; whole logits travel when somebody samples without top-k, or with a large one, or asks
-for log-probabilities. Order of steps and random numbers as in MindFormers: repetition penalty, temperature, top-k, top-p,
-then one draw of a numpy generator; OpenAI's bias and penalties stand behind the repetition penalty. Knows logits and ids; no text, no
-caches.
+Each rank sends only its best candidates; full logits are gathered when a sequence samples without top-k or with a large one, or requests
+log-probabilities. The order of operations and the random numbers follow MindFormers: repetition penalty, temperature, top-k, top-p, then
+one draw from a numpy generator. OpenAI's bias and penalties are applied after the repetition penalty.
 """
 
 import math
@@ -19,9 +18,9 @@ from parallel.collectives import Collectives
 from parallel.errors import RequestError
 
 LEAST_LOGPROB = -9999.0
-"""vLLM's stand-in for the logarithm of 0, since JSON has no infinity."""
+"""vLLM's substitute for log(0), since JSON has no infinity."""
 _MOST_CANDIDATES = 2048
-"""Of each rank for one sequence. Whole logits are exchanged instead of more; a client may ask for any top_k, and candidates beyond 65,536
+"""Maximum per rank and sequence; beyond it, full logits are exchanged. A client may request any top_k, and more than 65,536 candidates
 would not fit a slot of shared memory."""
 
 Floats = npt.NDArray[np.floating]
@@ -30,42 +29,42 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one sequence goes on. Defaults are MindFormers' GenerationConfig's."""
+    """Sampling options of one sequence. The defaults are those of MindFormers' GenerationConfig."""
 
     max_new_tokens: int
-    """Tokens to add at most."""
+    """Maximum number of new tokens."""
     do_sample: bool = False
-    """Draw at random; False takes the likeliest."""
+    """Sample randomly; False means greedy."""
     temperature: float = 1.0
-    """Logits are divided by this when sampling."""
+    """Divisor of the logits when sampling."""
     top_k: int = 50
-    """Sample among the k likeliest; 0 for all."""
+    """Sample among the k most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Sample among the fewest tokens whose probabilities reach this sum."""
+    """Sample among the smallest set of most likely tokens whose probabilities reach this sum."""
     repetition_penalty: float = 1.0
-    """Logits of ids that occurred are divided by this (multiplied, when negative)."""
+    """Divisor of the logits of ids that have occurred (multiplier if the logit is negative)."""
     seed: int = 0
-    """Start of the sequence's own random numbers."""
+    """Seed of the sequence's own random numbers."""
     ignore_eos: bool = False
-    """Go on after an end-of-sequence id."""
+    """Continue after an end-of-sequence id."""
     logprobs: bool = False
-    """Report the log-probability of each new token, from the logits before any of the above and below."""
+    """Report the log-probability of each new token, computed from the unmodified logits."""
     top_logprobs: int = 0
-    """Report those of so many likeliest tokens as well."""
+    """Number of most likely tokens to report with their log-probabilities."""
     prompt_logprobs: bool = False
-    """Report the log-probability of each token of the prompt but the first, and of as many of the most likely ones."""
+    """Report the log-probability of each prompt token but the first, and of `top_logprobs` alternatives."""
     frequency_penalty: float = 0.0
-    """Taken off the logit of each new id for every time that it came, as OpenAI's."""
+    """OpenAI's: subtracted from the logit of each new id for each of its occurrences."""
     presence_penalty: float = 0.0
-    """Taken off the logit of each new id that came at all, as OpenAI's."""
+    """OpenAI's: subtracted once from the logit of each new id that has occurred."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(id, what is added to its logit)."""
+    """(id, bias to add to its logit)."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that end this sequence besides the model's, `ignore_eos` or not, as in vLLM."""
+    """Ids that end this sequence in addition to the model's; as in vLLM, `ignore_eos` does not affect them."""
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "SamplingParams":
-        """The inverse of `asdict`, from JSON."""
+        """Inverse of `asdict`, from JSON."""
         bias = tuple((int(token), float(bias)) for token, bias in raw["logit_bias"])
         return cls(**{**raw, "logit_bias": bias, "stop_token_ids": tuple(raw["stop_token_ids"])})
 
@@ -88,44 +87,44 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class SamplingState:
-    """What sampling keeps of one sequence."""
+    """Sampling state of one sequence."""
 
     params: SamplingParams
     """Its options."""
     penalized: set[int]
-    """Ids that occurred."""
+    """Ids that have occurred."""
     generator: np.random.RandomState
-    """Its random numbers: MindFormers' generator, one a sequence, so that neighbours do not matter."""
+    """Its own random numbers (MindFormers' generator), so that other sequences do not affect them."""
     counts: dict[int, int] = field(default_factory=dict)
-    """How often each new id came, where a penalty asks for it."""
+    """Number of occurrences of each new id, if a penalty needs it."""
 
     def take(self, token: int) -> None:
-        """Go on as if this token had been chosen."""
+        """Advance the state as if this token had been sampled."""
         if self.params.do_sample:
-            self.generator.random_sample()  # the one that `_draw` takes
+            self.generator.random_sample()  # the random number that `_draw` would consume
         self.note(token)
 
     def note(self, token: int) -> None:
-        """This token has been chosen."""
+        """Record that this token has been chosen."""
         self.penalized.add(token)
         if self.params.frequency_penalty or self.params.presence_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
 
 
 class Choice(NamedTuple):
-    """The next token of a sequence."""
+    """A chosen token."""
 
     token_id: int
     logprob: float | None
-    """Where asked for."""
+    """If requested."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the likeliest, likeliest first, where asked for."""
+    """(id, log-probability) of the most likely tokens in descending order, if requested."""
 
 
 def sample(
     logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives
 ) -> list[Choice | None]:
-    """The next token of every sequence; None where the largest logit is NaN or infinite, on every rank alike.
+    """Choose the next token of every sequence; None where the largest logit is NaN or infinite, identically on every rank.
 
     logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank.
     """
@@ -144,7 +143,7 @@ def sample(
         return chosen
     count = min(sum(sizes), max(state.params.top_k if state.params.do_sample else 1 for state in states))
     local = logits_local.numpy(force=True)
-    mine = np.full((len(states), 2 * count), -np.inf)  # float64 holds ids and float32 logits exactly
+    mine = np.full((len(states), 2 * count), -np.inf)  # float64 represents ids and float32 logits exactly
     for row, (values, state) in enumerate(zip(local, states, strict=True)):
         penalized = _penalize(values, state, first_id)
         ids = _best(penalized, count)
@@ -153,7 +152,7 @@ def sample(
     wide = [2 * count] * collectives.world_size
     gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
     candidates = gathered.reshape(len(states), -1, 2, count)
-    tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is a candidate of its rank, and the largest
+    tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is among its rank's candidates, as the largest
     for values, state, top in zip(candidates, states, tops, strict=True):
         if not math.isfinite(top):
             chosen.append(None)
@@ -166,10 +165,10 @@ def sample(
 
 
 def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:
-    """The log-probability of a given token in each row, before any penalty. On rank 0; nothing on the others, which nobody asks.
+    """Return the log-probability of a given token in each row, before any penalty. Rank 0 only; empty on the others.
 
-    logits_local: float32 [rows, vocab_local]; targets: (token id, number of most likely ones to report) of each row; sizes: vocab_local
-    of every rank.
+    logits_local: float32 [rows, vocab_local]; targets: (token id, number of most likely tokens to report) per row; sizes: vocab_local of
+    every rank.
     """
     full = collectives.gather_columns(logits_local, sizes)
     if collectives.rank:
@@ -184,7 +183,7 @@ def _report(token: int, logprobs: Floats, top: int) -> Choice:
 
 
 def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState, logprobs: Floats | None) -> Choice:
-    """One of the candidates; `logprobs`: of the whole vocabulary, where asked for."""
+    """Choose one of the candidates. `logprobs`: log-probabilities of the whole vocabulary, if requested."""
     token = int(_draw(ids, logits, total, state) if state.params.do_sample else ids[0])
     state.note(token)
     return Choice(token, None) if logprobs is None else _report(token, logprobs, state.params.top_logprobs)
@@ -199,7 +198,7 @@ def _needs_all(params: SamplingParams) -> bool:
 
 
 def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
-    """The logits of this part of the vocabulary after bias and penalties."""
+    """Return the logits of this part of the vocabulary after bias and penalties."""
     params = state.params
     if params.repetition_penalty == 1.0 and not params.logit_bias and not state.counts:
         return values
@@ -219,7 +218,7 @@ def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
 
 
 def _inside(ids: Sequence[int], first_id: int, count: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Places of those ids that are in [first_id, first_id + count), and which they are."""
+    """Return the ids in [first_id, first_id + count), relative to first_id, and the mask that selects them."""
     places = np.array(ids, dtype=np.int64) - first_id
     keep = (places >= 0) & (places < count)
     return places[keep], keep
@@ -229,9 +228,10 @@ _NUCLEUS = 128
 
 
 def _list_candidates(values: Floats, params: SamplingParams) -> tuple[Ids, float | None]:
-    """What may be chosen of a whole vocabulary, the likeliest first where that matters; and the sum of all weights where some are left out.
+    """List the eligible tokens of a full vocabulary, sorted by descending logit where needed, and the sum of all weights if some are
+    dropped.
 
-    A vocabulary is not sorted as a whole: that would take longer than a small model's step.
+    Never sorts the whole vocabulary: that would take longer than a small model's step.
     """
     if not params.do_sample or params.top_k:
         return _best(values, params.top_k if params.do_sample else 1), None
@@ -247,16 +247,16 @@ def _list_candidates(values: Floats, params: SamplingParams) -> tuple[Ids, float
 
 
 def _weigh(logits: Floats, temperature: float) -> npt.NDArray[np.float64]:
-    """float64 exp(logits / temperature), the largest as 1."""
+    """float64 exp(logits / temperature), scaled so that the largest is 1."""
     scaled = logits.astype(np.float64) / temperature
     weights: npt.NDArray[np.float64] = np.exp(scaled - scaled.max())
     return weights
 
 
 def _best(values: Floats, count: int) -> Ids:
-    """Ids of the `count` largest values, largest first; of equals the lowest id first. Where the largest is not finite, its id alone.
+    """Ids of the `count` largest values in descending order, ties by ascending id. If the largest is not finite, only its id.
 
-    A NaN counts as the largest: argmax is the check for it, at no further pass over the row.
+    NaN counts as the largest value, so argmax detects it without another pass over the row.
     """
     top = values.argmax()
     if count == 1 or not math.isfinite(values[top]):
@@ -271,14 +271,14 @@ def _best(values: Floats, count: int) -> Ids:
 
 
 def _draw(ids: Ids, logits: Floats, total: float | None, state: SamplingState) -> int:
-    """One id at random. With top-p the candidates are sorted by falling logits; `total`: weights of all, also of those left out."""
+    """Draw one id. With top-p the candidates are in descending order; `total`: sum of all weights, including dropped ones."""
     params = state.params
     weights = _weigh(logits, params.temperature)
     if params.top_p < 1:
         probabilities = weights / (weights.sum() if total is None else total)
-        reached = np.cumsum(probabilities) - probabilities  # the sum before each candidate
+        reached = np.cumsum(probabilities) - probabilities  # exclusive prefix sums
         ids, weights = ids[reached < params.top_p], weights[reached < params.top_p]
-    # numpy's `choice` over the whole vocabulary walks the ids upwards; candidates of probability 0 change nothing.
+    # numpy's `choice` over the whole vocabulary scans ids in ascending order; candidates of probability 0 do not change the result.
     order = np.argsort(ids)
     cumulative = np.cumsum(weights[order] / weights.sum())
     place = np.searchsorted(cumulative / cumulative[-1], state.generator.random_sample(), side="right")
@@ -286,7 +286,7 @@ def _draw(ids: Ids, logits: Floats, total: float | None, state: SamplingState) -
 
 
 def _log_probability(values: Floats) -> Floats:
-    """float32 log-softmax of the whole vocabulary, summed in float64."""
+    """float32 log-softmax over the whole vocabulary, accumulated in float64."""
     wide = values.astype(np.float64)
     top = wide.max()
     result: Floats = (wide - (top + np.log(np.exp(wide - top).sum()))).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Who goes through the next pass: sequences wait, join, leave, and give way where memory ends.
+"""Scheduler: decides which sequences go into the next pass, and admits and preempts sequences as memory allows.
 
-What a pass holds follows from the requests and their tokens alone, never from time: a run that is repeated takes the same passes, and
-so the same bits. Knows counts, blocks and ids; does not run the model and chooses no token.
+The contents of a pass depend only on the requests and their tokens, never on time: a repeated run uses the same batches and so gives
+bitwise identical results. Does not run the model or choose tokens.
 """
 
 from collections import deque
@@ -20,145 +20,146 @@ _LEAST_PREFILL_TOKENS = 16
 
 @dataclass(slots=True, eq=False)
 class LiveSequence:
-    """A request that has not ended."""
+    """An unfinished request."""
 
     request: Request
-    """What is asked."""
+    """The request."""
     sampling: SamplingState
-    """How its next token is chosen."""
+    """Sampling state."""
     cache: KeyValueCache
-    """Keys and values of its first tokens."""
+    """KV cache of its first tokens."""
     ids: list[int]
     """Prompt and new tokens."""
     lookup: PromptLookup | None = None
-    """Guesses its tokens, where it may be guessed."""
+    """Drafts its tokens, if speculation is enabled for it."""
     num_new: int = 0
-    """New tokens."""
+    """Number of new tokens."""
     hollow: bool = False
-    """Whether its keys and values were left out, somewhere."""
+    """Whether any of its keys and values were not computed."""
     chain: int = field(default=ROOT)
-    """Of its known blocks, see BlockPool."""
+    """Chain of its cached blocks, see BlockPool."""
     num_known: int = 0
-    """Blocks that are known."""
+    """Number of cached blocks."""
     num_scored: int = 0
-    """Tokens of its prompt behind which the next one has been scored, see SamplingParams.prompt_logprobs."""
+    """Prompt tokens after which the next one has been scored, see SamplingParams.prompt_logprobs."""
 
     @property
     def num_unscored(self) -> int:
-        """Tokens of its prompt behind which the next one has still to be scored."""
+        """Number of prompt tokens after which the next one still has to be scored."""
         return len(self.request.prompt_ids) - 1 - self.num_scored if self.request.params.prompt_logprobs else 0
 
     @property
     def num_pending(self) -> int:
-        """Tokens that have not been through the model; the next token comes with the last of them."""
+        """Number of tokens that have not gone through the model; the last of them yields the next token."""
         return len(self.ids) - self.cache.length
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a pass brings one token more, not a part of what is known."""
+        """Whether the next pass yields a new token, rather than processing part of the existing ones."""
         return self.num_new > 0 and self.num_pending == 1
 
     @property
     def is_over(self) -> bool:
-        """Whether an earlier attempt has come to its end, so that nobody needs what it would compute."""
+        """Whether an earlier attempt finished this request, so that its results are not needed."""
         return self.request.known_reason is not None
 
     @property
     def final_ids(self) -> tuple[int, ...]:
-        """Prompt and new tokens, as far as they are known from an earlier attempt."""
+        """Prompt and new tokens, including all resumed ones."""
         return self.request.prompt_ids + self.request.known_ids
 
     def knows(self, ahead: int) -> int | None:
-        """The new token so many places ahead, where it is known already."""
+        """Return the new token `ahead` positions ahead if it is a resumed one."""
         known, place = self.request.known_ids, self.num_new + ahead
         return known[place] if place < len(known) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one sequence has in a pass."""
+    """The tokens of one sequence in a pass."""
 
     sequence: LiveSequence
     """The sequence."""
     first: int
-    """Tokens that it has behind it."""
+    """Number of its tokens before this part."""
     count: int
-    """Tokens that go through."""
+    """Number of its tokens in the pass."""
     decodes: bool
-    """Whether this is one token more, see LiveSequence."""
+    """Whether this is a decode step, see LiveSequence."""
     drafts: tuple[int, ...] = ()
-    """Guesses that go through behind them."""
+    """Draft tokens appended to them."""
 
     @property
     def ids(self) -> list[int]:
-        """What goes through."""
+        """Token ids in the pass."""
         return [*self.sequence.ids[self.first : self.first + self.count], *self.drafts]
 
     @property
     def is_last(self) -> bool:
-        """Whether the next token comes of it."""
+        """Whether it yields the next token."""
         return self.first + self.count == len(self.sequence.ids)
 
 
 class Scheduler:
-    """The sequences of one engine, and the blocks of its store."""
+    """The sequences of one engine and the blocks of its KV cache store."""
 
     def __init__(self, store: KeyValueStore, max_batch_size: int, *, share_prefixes: bool, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self.pool = BlockPool(store.num_blocks, store.block_size, share=share_prefixes)
         self._max_batch_size, self._prefill_tokens = max_batch_size, prefill_tokens
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
-        """The longest ago first. Every one of them could end if all that came later gave way."""
+        """Oldest first. Each of them could finish if all younger ones were preempted."""
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything left to plan."""
+        """Whether any sequence is waiting or running."""
         return bool(self._waiting or self._running)
 
     def add(self, sequence: LiveSequence) -> None:
-        """Let a new sequence wait."""
+        """Queue a new sequence."""
         self._waiting.append(sequence)
 
     def remove(self, sequence: LiveSequence) -> None:
-        """A sequence has ended."""
+        """Remove a finished sequence."""
         self._running.remove(sequence)
         self._release(sequence)
 
     def cancel(self, index: int) -> None:
-        """Take the sequences of a request away; there may be none any longer."""
+        """Remove the sequences of a request, if any are left."""
         self._waiting = deque(sequence for sequence in self._waiting if sequence.request.index != index)
         for sequence in [sequence for sequence in self._running if sequence.request.index == index]:
             self.remove(sequence)
 
     def spoil(self, sequence: LiveSequence, position: int) -> list[LiveSequence]:
-        """Share nothing of what a sequence keeps from `position` on; the live sequences that have any of it, itself included."""
+        """Exclude a sequence's blocks from `position` on from sharing. Return the live sequences that use any of them, including itself."""
         blocks = set(sequence.cache.blocks[position // self.pool.block_size :])
         self.pool.hollow.update(blocks)
         return [one for one in self._running if not one.is_over and (one is sequence or blocks.intersection(one.cache.blocks))]
 
     def plan(self) -> list[Part]:
-        """The next pass: a token for every sequence that decodes, then parts of prompts, up to `prefill_tokens` in all."""
+        """Plan the next pass: one token per decoding sequence, then prompt parts, up to `prefill_tokens` in all."""
         parts: dict[LiveSequence, Part] = {}
         short = False
         for sequence in list(self._running):
-            if sequence in self._running and sequence.is_decoding:  # else it has given way
+            if sequence in self._running and sequence.is_decoding:  # otherwise it was preempted
                 if self._make_room(sequence):
                     parts[sequence] = self._take_part(sequence, 1)
                 else:
-                    short = True  # the youngest keeps what it has and waits for those before it
+                    short = True  # the youngest keeps its blocks and waits for the older ones
             short = short or sequence not in self._running
         for sequence, part in parts.items():
             if drafts := self._draft(sequence):
                 parts[sequence] = Part(sequence, part.first, 1, True, drafts)
-        # However many decode, prompts get on.
+        # Prompts always progress, however many sequences decode.
         budget = max(_LEAST_PREFILL_TOKENS, self._prefill_tokens - sum(1 + len(part.drafts) for part in parts.values()))
-        self._plan_prefill(parts, budget, admits=not short)  # who has just given way must not come back at once, nor another one
-        # A sequence may share blocks that one before it fills in the same pass, so the order matters.
+        self._plan_prefill(parts, budget, admits=not short)  # neither readmit a preempted sequence at once nor admit another one
+        # A sequence may share blocks that an earlier one fills in the same pass, so the order matters.
         return [parts[sequence] for sequence in self._running if sequence in parts]
 
     def _plan_prefill(self, parts: dict[LiveSequence, Part], budget: int, *, admits: bool) -> None:
-        """Parts of prompts. Shorter ones go before the one that came first, so that they do not wait for it; but it has a quarter of
-        every pass, so that it gets on, and what they leave."""
+        """Add prompt parts. Shorter prompts overtake the oldest one, which is guaranteed a quarter of every pass plus what the others leave
+        unused.
+        """
         others = [sequence for sequence in self._running if not sequence.is_decoding and sequence not in parts]
         if not others and admits and self._admit_next():
             others = [self._running[-1]]
@@ -186,7 +187,7 @@ class Scheduler:
             parts[first] = self._take_part(first, parts[first].count + budget)
 
     def is_needed(self, parts: Sequence[Part]) -> bool:
-        """Whether anybody needs what a pass computes: not where all of it has ended, and nobody may share its blocks."""
+        """Whether the results of a pass are needed: not if all its sequences are finished and none of their blocks can be shared."""
         if not all(part.sequence.is_over for part in parts):
             return True
         if not self.pool.share:
@@ -194,11 +195,11 @@ class Scheduler:
         size = self.pool.block_size
         ended = [part.sequence.final_ids[:size] for part in parts]
         live = [sequence.final_ids[:size] for sequence in (*self._running, *self._waiting) if not sequence.is_over]
-        # One whose first block is not full yet may come to have the same.
+        # A sequence whose first block is not full yet may still come to match.
         return any(len(one) == size and one[: len(other)] == other for one in ended for other in live)
 
     def pass_by(self, parts: Sequence[Part], *, computed: bool) -> None:
-        """A pass is over, or was left out: remember which blocks hold nothing."""
+        """Finish a pass, computed or skipped, and record the blocks that were not computed."""
         for part in parts:
             sequence = part.sequence
             if not computed:
@@ -209,14 +210,14 @@ class Scheduler:
                 self.pool.hollow.update(sequence.cache.blocks[part.first // size : count_blocks(part.first + part.count, size)])
 
     def _admit_next(self) -> bool:
-        """Let the next one that waits run, where there is a place and memory for it."""
+        """Admit the next waiting sequence if the batch and the memory allow it."""
         if not self._waiting or len(self._running) >= self._max_batch_size or not self._admit(self._waiting[0]):
             return False
         self._running.append(self._waiting.popleft())
         return True
 
     def _admit(self, sequence: LiveSequence) -> bool:
-        """Give a sequence the blocks of all that it knows, those that are shared first; not if there are too few."""
+        """Allocate the blocks for all tokens of a sequence, reusing shared ones; return False if there are too few."""
         pool = self.pool
         # Tokens in shared blocks do not go through the model, so they could not be scored.
         blocks, chain = ([], ROOT) if sequence.num_unscored else pool.find(sequence.ids, hollow=sequence.is_over)
@@ -231,7 +232,7 @@ class Scheduler:
         return True
 
     def _take_part(self, sequence: LiveSequence, budget: int) -> Part:
-        """Its next tokens. Blocks that they fill are known from here on: whoever shares them comes later in this pass, or after it."""
+        """Take its next tokens. Blocks that they fill are cached from here on: any sharer runs later in this pass or after it."""
         part = Part(sequence, sequence.cache.length, min(sequence.num_pending, budget), sequence.is_decoding)
         size = self.pool.block_size
         while (sequence.num_known + 1) * size <= part.first + part.count:
@@ -242,7 +243,7 @@ class Scheduler:
         return part
 
     def _make_room(self, sequence: LiveSequence) -> bool:
-        """Memory for one token more. The youngest give way until there is; False where that is the sequence itself."""
+        """Make room for one more token by preempting the youngest sequences; return False if the youngest is this one."""
         while sequence.num_pending + sequence.cache.length > len(sequence.cache.blocks) * self.pool.block_size:
             if self.pool.num_free:
                 sequence.cache.blocks.append(self.pool.take())
@@ -261,7 +262,7 @@ class Scheduler:
         sequence.chain, sequence.hollow = ROOT, False
 
     def _draft(self, sequence: LiveSequence) -> tuple[int, ...]:
-        """Guesses, as many as may still come and as there is free memory for."""
+        """Draft tokens, limited by the remaining new tokens and by the free memory."""
         if sequence.lookup is None:
             return ()
         drafts = sequence.lookup.draft(min(MAX_DRAFT, sequence.request.params.max_new_tokens - sequence.num_new - 1))

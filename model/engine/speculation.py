@@ -1,30 +1,30 @@
-"""Guesses the next tokens of a sequence from its own past: what followed the last time that it ended like this.
+"""Prompt-lookup speculation: draft the tokens that followed the last occurrence of a sequence's current suffix.
 
-Guesses cost rows of a pass, not truth: a token counts only where the model chooses it too. So a sequence whose guesses were wrong
-guesses less, and more seldom. Knows ids; no model, no tensors.
+Wrong draft tokens cost batch rows but never change the result, since only tokens that the model chooses are accepted. A sequence whose
+draft tokens are rejected drafts fewer, and less often.
 """
 
 MAX_DRAFT = 8
-"""Guessed tokens in a pass at most."""
+"""Maximum draft tokens per pass."""
 _LENGTHS = (3, 2, 1)
-"""Tokens that have to be the same, the longest first."""
+"""Suffix lengths to match, longest first."""
 
 
 _FREE_MISSES, _LONGEST_PAUSE = 2, 16
-"""So often in a row all guesses may be wrong; then come tokens without guesses, up to so many."""
+"""Number of consecutive fully rejected drafts before pausing, and the maximum pause in tokens."""
 
 
 class PromptLookup:
-    """The past of one sequence, by what it holds."""
+    """Index of the n-grams of one sequence."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
         self._limit, self._pause, self._misses = MAX_DRAFT, 0, 0
         self._followed_at: dict[tuple[int, ...], int] = {}
-        """Of every few tokens in a row, where the token behind their last occurrence stands."""
+        """For each n-gram, the position after its last occurrence."""
 
     def extend(self, ids: list[int] | tuple[int, ...]) -> None:
-        """The sequence goes on with these."""
+        """Append tokens of the sequence."""
         for token in ids:
             for length in _LENGTHS:
                 if length <= len(self._ids):
@@ -32,7 +32,7 @@ class PromptLookup:
             self._ids.append(token)
 
     def draft(self, count: int) -> tuple[int, ...]:
-        """Up to `count` guesses; none, where the end of the sequence is new, and for a while after wrong ones."""
+        """Return up to `count` draft tokens; none if the suffix is new, or while paused after rejections."""
         if self._pause:
             self._pause -= 1
             return ()
@@ -44,7 +44,7 @@ class PromptLookup:
         return ()
 
     def judge(self, guessed: int, right: int) -> None:
-        """So many of the last guesses were right."""
+        """Record how many of the last draft tokens were accepted."""
         self._misses = 0 if right else self._misses + 1
         self._pause = min(_LONGEST_PAUSE, 2 ** (self._misses - _FREE_MISSES)) if self._misses > _FREE_MISSES else 0
         self._limit = MAX_DRAFT if right == guessed else right + 1

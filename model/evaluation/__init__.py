@@ -1,1 +1,1 @@
-"""Scores of a checkpoint."""
+"""Evaluation of a checkpoint."""

@@ -1,7 +1,4 @@
-"""What an evaluation asks a model: BoolQ questions, and windows of a text, as token ids.
-
-Knows files, prompts and a tokenizer; no model, no scores (`model/evaluation/scoring.py` knows ids only).
-"""
+"""Evaluation inputs: BoolQ questions, and windows of a text, as token ids."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,13 +15,13 @@ class BoolqQuestion:
     """One question about a passage."""
 
     prompt: str
-    """Passage and question, up to where the answer is to follow."""
+    """Passage and question, ending where the answer follows."""
     answer: bool
-    """The right answer: yes or no."""
+    """The correct answer: yes or no."""
 
 
 def read_boolq(path: Path, limit: int | None = None) -> list[BoolqQuestion]:
-    """The first `limit` questions of a BoolQ file (JSON lines); None for all.
+    """Return the first `limit` questions of a BoolQ file (JSON lines); None for all.
 
     Raises RequestError when the file is missing, empty or malformed.
     """
@@ -36,9 +33,9 @@ def read_boolq(path: Path, limit: int | None = None) -> list[BoolqQuestion]:
 
 
 def encode_prompts(prompts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[tuple[int, ...]], int]:
-    """Ids of prompts without an end token, each cut at `max_tokens` from the right, and how many were cut.
+    """Return the ids of prompts without an end token, each truncated on the right at `max_tokens`, and the number truncated.
 
-    A cut prompt has lost its question, as in Golden Stick's evaluation; its answer says little.
+    A truncated prompt loses its question, as in Golden Stick's evaluation, so its answer is of little value.
     """
     if max_tokens < 1:
         raise RequestError(f"max_tokens is {max_tokens}, but has to be at least 1")
@@ -53,7 +50,7 @@ def encode_prompts(prompts: Iterable[str], tokenizer: Tokenizer, max_tokens: int
 
 
 def find_choice_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """First ids of "yes" and "no". Raises CheckpointError when this tokenizer does not tell them apart."""
+    """Return the first ids of "yes" and "no". Raises CheckpointError when the tokenizer does not distinguish them."""
     yes, no = (tokenizer.encode(word, add_special_tokens=False)[:1] for word in ("yes", "no"))
     if not yes or not no or yes == no:
         raise CheckpointError(f'the tokenizer begins "yes" with {yes} and "no" with {no}, but two different ids are needed for BoolQ')
@@ -61,11 +58,11 @@ def find_choice_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, window_tokens: int = 512, limit: int | None = None) -> list[tuple[int, ...]]:
-    """Windows of `window_tokens` ids of a text file that do not overlap, `limit` at most; None for all.
+    """Return non-overlapping windows of `window_tokens` ids of a text file, at most `limit`; None for all.
 
-    The text is encoded once, whole, however few windows are asked for: cut text may have other ids at the cut
-    (1.3 MB take about a second). A last shorter window counts when it has two tokens: one to predict the other from.
-    Raises RequestError when the file cannot be read or is too short, or an option is out of range.
+    The text is encoded as a whole, since splitting it may change ids at the split (1.3 MB take about a second). A shorter last window
+    counts if it has at least two tokens, so that one can be predicted. Raises RequestError when the file cannot be read or is too short,
+    or an option is out of range.
     """
     if window_tokens < 2:
         raise RequestError(f"window_tokens is {window_tokens}, but has to be at least 2: the first token only starts a window")

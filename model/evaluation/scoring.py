@@ -1,7 +1,7 @@
-"""Scores a model on one rank: perplexity of windows of ids, and yes-or-no questions.
+"""Evaluate a model on one rank: perplexity over windows of ids, and yes-or-no questions.
 
-Every rank makes the same calls and comes to the same numbers, bit for bit, however many ranks there are: whole logits are
-gathered, a few rows at a time, and what follows runs in numpy, row by row. Knows ids and logits; no text, no files.
+Every rank makes the same calls and gets bitwise identical numbers, for any number of ranks: full logits are gathered, a few rows at a
+time, and processed in numpy row by row.
 """
 
 import math
@@ -19,14 +19,14 @@ from model.spec.config import PREFILL_TOKENS
 from parallel.errors import NonFiniteError, RequestError
 
 LOGIT_ROWS = 64
-"""Rows of whole logits at a time: bounds memory, 64 x 128256 float32 are 33 MB."""
+"""Rows of full logits at a time; bounds the memory: 64 x 128256 float32 are 33 MB."""
 MIN_WINDOWS = 8
-"""With fewer windows their spread says little, and the spread of tokens is taken."""
+"""With fewer windows their variance is unreliable, and that of tokens is used."""
 _Z = 1.959963984540054
-"""95 % of a normal distribution lie within so many standard deviations."""
+"""95 % of a normal distribution are within this many standard deviations."""
 
 Progress = Callable[[int, int], None]
-"""Told (done, total) after every pass."""
+"""Called with (done, total) after every pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,40 +42,41 @@ class PerplexityResult:
     num_windows: int
     """Windows."""
     interval: tuple[float, float] | None
-    """95 % confidence interval of the perplexity; None where there is one token only."""
+    """95 % confidence interval of the perplexity; None if there is only one token."""
     interval_unit: str
-    """What was taken as independent: "window", or "token" with fewer than MIN_WINDOWS windows. Neighbouring tokens are not quite
-    independent, so that an interval from tokens is rather too narrow."""
+    """The unit assumed to be independent: "window", or "token" with fewer than MIN_WINDOWS windows. Neighboring tokens are not fully
+    independent, so an interval from tokens is too narrow.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoolqResult:
-    """How often a model answers right."""
+    """Accuracy of a model's answers."""
 
     accuracy: float
     """num_correct / num_questions."""
     num_correct: int
-    """Right answers."""
+    """Correct answers."""
     num_questions: int
     """Questions."""
     interval: tuple[float, float]
     """95 % confidence interval of the accuracy (Wilson)."""
     yes_share: float
-    """Share of "yes" among the model's answers."""
+    """Fraction of "yes" among the model's answers."""
 
 
 def perplexity(
     model: LlamaForCausalLM, windows: Sequence[Sequence[int]], *, batch_size: int = 16, on_progress: Progress | None = None
 ) -> PerplexityResult:
-    """Perplexity over windows of at least two ids; each token is predicted from those before it in its window.
+    """Compute the perplexity over windows of at least two ids; each token is predicted from those before it in its window.
 
-    A pass takes up to `batch_size` windows and about PREFILL_TOKENS tokens. Every rank has to call this with the same windows.
-    Raises RequestError for windows that `check_rows` refuses, NonFiniteError where logits are not finite.
+    A pass takes up to `batch_size` windows and about PREFILL_TOKENS tokens. Every rank has to call this with the same windows. Raises
+    RequestError for windows that `check_rows` refuses, NonFiniteError when logits are not finite.
     """
     _check_batch_size(batch_size)
     check_rows(windows, model.config.max_position_embeddings, model.config.vocab_size, min_tokens=2)
     losses: list[npt.NDArray[np.float64]] = []
-    # The last id of a window is only predicted: its own logits would belong to a token outside.
+    # The last id of a window is only a target: its own logits would predict a token outside the window.
     for group in _group([window[:-1] for window in windows], batch_size):
         members = windows[len(losses) : len(losses) + len(group)]
         targets = [target for window in members for target in window[1:]]
@@ -99,11 +100,11 @@ def boolq(
     batch_size: int = 16,
     on_progress: Progress | None = None,
 ) -> BoolqResult:
-    """Accuracy over questions: the answer is yes where yes is likelier than no as the token after the prompt; equal is no.
+    """Compute the accuracy over questions: the answer is yes if yes is more likely than no as the next token; a tie means no.
 
-    prompts: ids, at least one each; answers: the right ones; choices: ids of "yes" and "no".
-    A pass takes up to `batch_size` prompts and about PREFILL_TOKENS tokens. Every rank has to call this with the same questions.
-    Raises RequestError for ids that `check_rows` refuses, NonFiniteError where logits are not finite.
+    prompts: ids, at least one each; answers: the correct ones; choices: ids of "yes" and "no". A pass takes up to `batch_size` prompts
+    and about PREFILL_TOKENS tokens. Every rank has to call this with the same questions. Raises RequestError for ids that `check_rows`
+    refuses, NonFiniteError when logits are not finite.
     """
     _check_batch_size(batch_size)
     vocab_size = model.config.vocab_size
@@ -114,10 +115,10 @@ def boolq(
         raise RequestError(f"there are {len(prompts)} questions, but {len(answers)} answers: give one for each")
     said_yes: list[bool] = []
     for group in _group(prompts, batch_size):
-        *_, last = _forward(model, group)  # of a long prompt the last part counts
+        *_, last = _forward(model, group)  # for a long prompt, its last part
         rows = np.cumsum([len(row) for row in group]) - 1 if len(group) > 1 else [-1]
         for logits in _whole_logits(model, last[rows]):
-            # The softmax of both has one denominator.
+            # The softmax of both has the same denominator, so logits suffice.
             said_yes += [bool(row[choices[0]] > row[choices[1]]) for row in logits]
         if on_progress is not None:
             on_progress(len(said_yes), len(prompts))
@@ -132,7 +133,7 @@ def boolq(
 
 
 def check_rows(rows: Sequence[Sequence[int]], context_tokens: int, vocab_size: int, *, min_tokens: int = 1) -> None:
-    """Raise RequestError unless there are rows, each of known ids, not too short, and within the context."""
+    """Raise RequestError unless there are rows, each with valid ids, not too short, and within the context."""
     if not rows:
         raise RequestError("there is nothing to evaluate: give data with at least one row")
     for index, row in enumerate(rows):
@@ -146,12 +147,12 @@ def check_rows(rows: Sequence[Sequence[int]], context_tokens: int, vocab_size: i
 
 
 def summarize_losses(losses: Sequence[npt.NDArray[np.float64]]) -> PerplexityResult:
-    """The result from the negative log-likelihoods of the tokens of each window, at least one each."""
+    """Aggregate the negative log-likelihoods of the tokens of each window, at least one each."""
     sums, counts = np.array([math.fsum(loss) for loss in losses]), np.array([len(loss) for loss in losses])
     total = int(counts.sum())
     mean = math.fsum(sums) / total
     by_window = len(losses) >= MIN_WINDOWS
-    # A mean of tokens in clusters of unequal sizes: the deviation of a window counts by its length.
+    # A mean over tokens in clusters of unequal sizes: a window's deviation is weighted by its length.
     deviations = sums - mean * counts if by_window else np.concatenate(losses) - mean
     num = len(deviations)
     interval = None
@@ -169,16 +170,16 @@ def summarize_losses(losses: Sequence[npt.NDArray[np.float64]]) -> PerplexityRes
 
 
 def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
-    """95 % confidence interval of a share; within 0 and 1, and honest at the edges, unlike the normal one."""
+    """Return the 95 % confidence interval of a proportion; within 0 and 1, and accurate near them, unlike the normal interval."""
     share, square = num_correct / num_questions, _Z**2 / num_questions
     middle = (share + square / 2) / (1 + square)
     half = _Z * math.sqrt(share * (1 - share) / num_questions + square / (4 * num_questions)) / (1 + square)
-    # At 0 and at all the sums meet 0 and 1 but for their last bits.
+    # With none or all correct, the bounds equal 0 and 1 up to rounding.
     return 0.0 if num_correct == 0 else middle - half, 1.0 if num_correct == num_questions else middle + half
 
 
 def _group(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
-    """Rows that fit one pass together, in order; a longer one alone."""
+    """Group consecutive rows that fit a pass together; a longer row is a group of its own."""
     group: list[Sequence[int]] = []
     tokens = 0
     for row in rows:
@@ -192,7 +193,7 @@ def _group(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequ
 
 
 def _forward(model: LlamaForCausalLM, group: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """Hidden states [tokens, H] of the rows of a group, one after another; of one long row in several parts."""
+    """Return hidden states [tokens, H] of the rows of a group, concatenated; a single long row takes several passes."""
     caches = [model.build_cache(len(row)) for row in group]
     for first in range(0, max(map(len, group)), PREFILL_TOKENS):
         part = slice(first, first + PREFILL_TOKENS)
@@ -200,17 +201,17 @@ def _forward(model: LlamaForCausalLM, group: Sequence[Sequence[int]]) -> Iterato
 
 
 def _whole_logits(model: LlamaForCausalLM, hidden: torch.Tensor) -> Iterator[npt.NDArray[np.float32]]:
-    """float32 logits [up to LOGIT_ROWS, vocabulary] of hidden states [rows, H]. Raises NonFiniteError where they are not finite."""
+    """Return float32 logits [up to LOGIT_ROWS, vocabulary] of hidden states [rows, H]. Raises NonFiniteError when they are not finite."""
     for rows in torch.split(hidden, LOGIT_ROWS):
         logits: npt.NDArray[np.float32] = model.collectives.gather_columns(model.logits_local(rows), model.shares.vocab).numpy(force=True)
-        # A NaN or an infinity stays one in the largest or the smallest.
+        # NaN and infinities propagate to the maximum or the minimum.
         if not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
             raise NonFiniteError(explain(model.dtype, "in the evaluation"))
         yield logits
 
 
 def _negative_log_likelihood(logits: npt.NDArray[np.float32], target: int) -> float:
-    """-log softmax of one row at `target`, summed in float64. Row by row: one row stays in the processor's cache."""
+    """Return -log softmax of one row at `target`, accumulated in float64. One row at a time stays in the CPU cache."""
     wide = logits.astype(np.float64)
     top = wide.max()
     return float(top + np.log(np.exp(wide - top).sum()) - wide[target])

@@ -1,7 +1,4 @@
-"""Rewrites a checkpoint as a Hugging Face folder, tensor by tensor: as it is, or in another float type.
-
-Knows sources and schemes; the formats' own files know bytes.
-"""
+"""Convert a checkpoint to a Hugging Face folder, tensor by tensor, optionally to another float dtype."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 
 def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None, on_progress: Progress) -> None:
-    """Write `source` as a Hugging Face folder. `dtype`: a key of DTYPES for all float weights, None keeps each as it is."""
+    """Write `source` as a Hugging Face folder. `dtype`: a key of DTYPES for all float weights; None keeps each dtype."""
 
     def info(name: str) -> TensorInfo:
         found = source.tensors[name]
@@ -37,13 +34,13 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
     kinds = {found.dtype_name for found in tensors.values() if found.dtype_name in FLOAT_DTYPES}
     config = dict(source.config)
     if len(kinds) == 1:
-        config.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
+        config.pop("dtype", None)  # transformers 5 writes it besides or instead of torch_dtype, and it would take precedence
         config["torch_dtype"] = kinds.pop()
     write_checkpoint(source, target, config, tensors, read, [(name, (name,)) for name in tensors], on_progress)
 
 
 def read_whole(source: CheckpointSource, reader: FileReader, name: str) -> torch.Tensor:
-    """All rows of a tensor."""
+    """Read all rows of a tensor."""
     shape = source.tensors[name].shape
     return source.read_rows(reader, name, 0, shape[0] if shape else 1).reshape(shape)
 
@@ -58,7 +55,7 @@ def write_checkpoint(
     on_progress: Progress,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a Hugging Face folder whole, or nothing: weights (see `write_tensors`), config.json, tokenizer, `add_files`."""
+    """Write a Hugging Face folder atomically: weights (see `write_tensors`), config.json, tokenizer, `add_files`."""
     total, done = sum(info.num_bytes for info in tensors.values()), 0
 
     def read_counted(name: str) -> Iterator[tuple[str, torch.Tensor]]:

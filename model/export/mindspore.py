@@ -1,8 +1,7 @@
-"""Writes a checkpoint as a MindSpore `.ckpt` file under MindFormers' names: float, or rounded to int8 as Golden Stick 0.6 stores it.
+"""Write a checkpoint as a MindSpore `.ckpt` file with MindFormers' names: float, or int8 in the form of Golden Stick 0.6.
 
-Linears are written separately (qkv_concat: False): the row order of fused weights, which MindFormers changed in 1.4, then does not apply.
-
-Knows names, schemes and the bytes of the format (see `mindspore_header.py`); a piece of a tensor is in memory at a time, never the whole.
+Linears are written separately (qkv_concat: False), so the row order of fused weights, which MindFormers changed in 1.4, does not matter.
+Only one piece of a tensor is in memory at a time. See `mindspore_header.py` for the format.
 """
 
 import os
@@ -42,7 +41,7 @@ from parallel.file_slices import FileReader
 
 SUFFIX = ".ckpt"
 SLICE_BYTES = 512 << 20
-"""A longer content is cut into values of the same tag, as MindSpore cuts it."""
+"""Larger contents are split into several values with the same tag, as MindSpore does."""
 _MINDFORMERS_PLAIN = {ours: theirs for theirs, ours in PLAIN_NAMES.items()}
 _RTN = (LinearScheme(), LinearScheme(packed=False))
 
@@ -54,18 +53,18 @@ class _Entry:
     tag: str
     info: TensorInfo
     read: Callable[[], Iterator[torch.Tensor]]
-    """Its rows, in pieces."""
+    """Yields its rows in pieces."""
 
 
 def write_mindspore(
     source: CheckpointSource, config: LlamaConfig, scheme: Scheme, target: Path, dtype: str | None, on_progress: Callable[[int, int], None]
 ) -> None:
-    """Write `source`, stored in `scheme`, whole or not at all.
+    """Write `source`, stored in `scheme`, atomically.
 
-    A `target` that ends in .ckpt is the file, with a config.json beside it where there is none yet; any other is a folder of the file,
-    config.json and the tokenizer. `dtype`: a key of DTYPES for all float weights, scales aside; None keeps each as it is. `on_progress`
-    gets (bytes written, bytes in all). Raises CheckpointError for a scheme that has no names in MindFormers, and for tensors that are
-    missing or that it would have to leave out.
+    A `target` that ends in .ckpt is the file, with a config.json next to it unless one exists; any other target is a folder for the
+    file, config.json and the tokenizer. `dtype`: a key of DTYPES for all float weights except scales; None keeps each dtype.
+    `on_progress` is called with (bytes written, total bytes). Raises CheckpointError for a scheme that MindFormers has no names for, and
+    for tensors that are missing or would have to be dropped.
     """
     _check_scheme(scheme)
     if config.attention_bias or config.mlp_bias:
@@ -73,14 +72,14 @@ def write_mindspore(
     check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:
-        raw.pop("dtype", None)  # transformers 5 writes it beside or instead of torch_dtype, and it would win
+        raw.pop("dtype", None)  # transformers 5 writes it besides or instead of torch_dtype, and it would take precedence
         raw["torch_dtype"] = dtype
     reader = FileReader()
     try:
         entries = list(_list_entries(source, reader, config, scheme, dtype))
         if target.suffix == SUFFIX:
             check_target(target, overwrite=True, is_file=True)
-            target = Path(os.path.realpath(target))  # a link to the file stays
+            target = Path(os.path.realpath(target))  # preserve a link to the file
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_file(target, entries, on_progress)
             if not (target.parent / "config.json").exists():
@@ -111,7 +110,7 @@ def _check_scheme(scheme: Scheme) -> None:
 
 
 def _list_entries(source: CheckpointSource, reader: FileReader, config: LlamaConfig, scheme: Scheme, dtype: str | None) -> Iterator[_Entry]:
-    """What the file holds, in the model's order."""
+    """Return the entries of the file, in the model's order."""
 
     def read(name: str, convert: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Iterator[torch.Tensor]]:
         return lambda: map(convert, read_pieces(source, reader, name, 0, source.tensors[name].shape[0]))
@@ -156,7 +155,7 @@ def _write_file(path: Path, entries: list[_Entry], on_progress: Callable[[int, i
 
 
 class _Writer:
-    """One file, tensor after tensor; it appears under its name when it is whole, or the old one stays."""
+    """Atomic writer of a file, tensor by tensor; until it is complete, an existing file remains."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -165,12 +164,12 @@ class _Writer:
         self._tag, self._info, self._left, self._slice_left = "", TensorInfo((0,), torch.int8), 0, 0
 
     def begin(self, tag: str, info: TensorInfo) -> None:
-        """Begin the next tensor."""
+        """Start the next tensor."""
         assert self._left == 0, (self._tag, self._left)
         self._tag, self._info, self._left, self._slice_left = tag, info, info.num_bytes, 0
 
     def write(self, rows: torch.Tensor) -> None:
-        """Append rows of the tensor, any number of them."""
+        """Append any number of rows of the tensor."""
         assert rows.dtype == self._info.dtype, (self._tag, rows.dtype, self._info)
         data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert len(data) <= self._left, (self._tag, rows.shape, self._info)
@@ -207,7 +206,7 @@ class _Writer:
 
 
 def _encode_start(tag: str, info: TensorInfo, content_bytes: int) -> bytes:
-    """A message up to the content of its tensor, which is the last of all fields."""
+    """Encode a message up to the content of its tensor, which is the last field."""
     tensor = b"".join(_encode_varint(DIMS << 3 | VARINT) + _encode_varint(size) for size in info.shape)
     tensor += _encode_field(TENSOR_TYPE, TYPE_NAMES[info.dtype].encode()) + _encode_key(TENSOR_CONTENT, content_bytes)
     value = _encode_field(TAG, tag.encode()) + _encode_key(TENSOR, len(tensor) + content_bytes) + tensor

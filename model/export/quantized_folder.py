@@ -1,7 +1,4 @@
-"""Joins the layers that a quantization left in its work folder with what stays float, into a Hugging Face folder.
-
-Knows canonical names (model/spec/scheme.py) and rows of ranks; nothing of how the integers were found.
-"""
+"""Combine the quantized layers in a work folder with the tensors that stay float, into a Hugging Face folder."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +29,9 @@ def write_quantized(
     report: dict[str, Any],
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write the checkpoint whole, or nothing. Memory: one layer as integers.
+    """Write the checkpoint atomically. Memory: one layer as integers.
 
-    `report` is written beside it, with the bytes of the tensors under "written_bytes".
+    Also writes `report`, with the bytes of the tensors under "written_bytes".
     """
     specs, floats = plan_weights(config, scheme), plan_weights(config, Scheme())
     layers = {name: _layer_of(name, config) for name in specs}
@@ -87,17 +84,17 @@ def write_quantized(
 
 
 def _layer_of(name: str, config: LlamaConfig) -> int:
-    """Number of the layer in the work folder that holds a tensor, -1 for the embedding; the head and its norm come last."""
+    """Return the index of the work folder's layer that holds a tensor: -1 for the embedding; the head and its norm come last."""
     if name.startswith("model.layers."):
         return int(name.split(".")[2])
     return -1 if name.startswith("model.embed_tokens.") else config.num_hidden_layers
 
 
 def _join_ranks(ranks: list[dict[str, torch.Tensor]], specs: dict[str, WeightSpec]) -> dict[str, torch.Tensor]:
-    """Whole tensors of one layer. Key-value heads that several ranks keep are taken once."""
+    """Join the ranks' parts of one layer. KV heads held by several ranks are taken once."""
     whole = {}
     for name, first in ranks[0].items():
-        # Unpacked integers and zero points are dealt out as the scales are.
+        # Unpacked integers and zero points are split like the scales.
         spec = specs.get(f"{name.rpartition('.')[0]}.weight_scale") if name.endswith((".weight", ".weight_zero_point")) else None
         spec = spec or specs[name]
         parts, end = [], 0

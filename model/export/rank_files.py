@@ -1,4 +1,4 @@
-"""Writes rank files: one safetensors file a rank next to layout.json; `model/checkpoint/rank_files.py` reads them."""
+"""Write rank files: one safetensors file per rank and layout.json; `model/checkpoint/rank_files.py` reads them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,10 @@ def write_rank_files(
     target: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write `source` as `world_size` rank files into the folder `target`; give the bytes that were read.
+    """Write `source` as `world_size` rank files into the folder `target`; return the number of bytes read.
 
-    Holds a few pieces of a tensor at a time, whatever their size (see `read_pieces`). `on_progress` gets (bytes written,
-    bytes in all). Raises LayoutError when the model has too few units.
+    Holds only a few pieces of a tensor at a time (see `read_pieces`). `on_progress` is called with (bytes written, total bytes). Raises
+    LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
     specs = plan_weights(config, scheme)

@@ -1,7 +1,8 @@
-/* Rotation, the cache of keys and values, and causal attention, for the new tokens of many sequences in one call.
+/* Rotary embedding, KV cache update and causal attention for the new tokens of many sequences in one call.
 
-   A query head's row is computed by itself: scores summed over the head's width in order, keys taken in chunks that begin at multiples
-   of 64 of the sequence, whatever else is in the call. So a token gets the same bits alone, in a prompt, or beside others. */
+   The row of each query head is computed independently: scores are summed over the head dimension in a fixed order, and keys are
+   processed in chunks that start at multiples of 64 of the sequence, whatever else is in the call. So a token's result is bitwise
+   identical alone, in a prompt or in a batch. */
 #include "kernels.h"
 #include "vectors.h"
 
@@ -11,12 +12,12 @@ typedef struct {
     char *rows;             /* [tokens][heads + 2 kv_heads][head_dim]: query, keys, values */
     int dtype;
     size_t tokens, heads, kv_heads, head_dim;
-    const float *cosine, *sine; /* [tokens][head_dim], the sine signed */
+    const float *cosine, *sine; /* [tokens][head_dim]; the sine is signed */
     char *cache;            /* [blocks][2][kv_heads][block_size][head_dim] of one layer */
     float *token_scales;    /* [blocks][2][kv_heads][block_size], or NULL */
     const float *fixed_scales; /* [2][kv_heads][head_dim], or NULL; an int8 cache has one of the two */
     size_t block_size;
-    const int64_t *spans;   /* [num_spans][3]: first token, tokens of the sequence before it, first of its blocks in `blocks` */
+    const int64_t *spans;   /* [num_spans][3]: first token, earlier tokens of the sequence, index of its first block in `blocks` */
     size_t num_spans;
     const int64_t *blocks;
     char *out;              /* [tokens][heads * head_dim] */
@@ -33,7 +34,7 @@ INLINE Span find_span(const Call *c, size_t index) {
     return (Span){span[0], stop - span[0], span[1], c->blocks + span[2]};
 }
 
-/* Where a token of a sequence lies, in elements / head_dim: its row of the cache and its place in token_scales. */
+/* Position of a token of a sequence, in elements / head_dim: its row of the cache and its index in token_scales. */
 INLINE size_t find_place(const Call *c, const Span *s, size_t position, size_t side, size_t head) {
     return ((s->blocks[position / c->block_size] * 2 + side) * c->kv_heads + head) * c->block_size + position % c->block_size;
 }
@@ -55,12 +56,12 @@ static void rotate_row(const Call *c, size_t token, size_t at) {
     }
 }
 
-/* One token's key or value of one head into the cache; as int8 it is rounded to multiples of a scale. */
+/* Write one token's key or value of one head to the cache; in int8 it is rounded to multiples of a scale. */
 static void keep_row(const Call *c, const Span *s, size_t position, size_t side, size_t head, size_t at) {
     size_t place = find_place(c, s, position, side, head), to = place * c->head_dim;
     __m512 scale = _mm512_setzero_ps();
     if (c->token_scales) {
-        __m512i most = _mm512_setzero_si512(); /* the bits of sizes, among which NaN is the largest */
+        __m512i most = _mm512_setzero_si512(); /* compares the bits of absolute values, so that NaN is the largest */
         for (size_t i = 0; i < c->head_dim; i += 16) {
             __m512 size = _mm512_abs_ps(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)));
             most = _mm512_max_epi32(most, _mm512_castps_si512(size));
@@ -77,7 +78,7 @@ static void keep_row(const Call *c, const Span *s, size_t position, size_t side,
             continue;
         }
         if (c->fixed_scales) scale = _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i);
-        /* Cut while it is a float: what 32 bits do not hold would all become the least integer. */
+        /* Clamp before converting: values outside the 32-bit range would all become INT_MIN. */
         __m512 steps = _mm512_maskz_div_ps(mask, value, scale);
         steps = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), steps));
         _mm_mask_storeu_epi8(c->cache + to + i, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(steps)));
@@ -91,7 +92,7 @@ INLINE __m512 read_cache(const Call *c, size_t place, size_t side, size_t head, 
     return _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i));
 }
 
-/* Keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zeros behind the last. */
+/* Load keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zero-padded. */
 static void read_chunk(const Call *c, const Span *s, size_t head, size_t chunk, size_t count, float *keys, float *values, size_t padded) {
     for (size_t key = 0; key < CHUNK; key += 16) {
         size_t valid = key < count ? smaller(16, count - key) : 0;
@@ -133,7 +134,7 @@ static void score_rows(const float *query, const float *keys, size_t head_dim, s
         for (int k = 0; k < 4; k++) _mm512_store_ps(scores + r * CHUNK + 16 * k, acc[r][k]);
 }
 
-/* Scores to weights, against the largest score so far; gives the factor for what was summed before. */
+/* Convert scores to weights relative to the largest score so far; return the factor for the previous sums. */
 static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) {
     __m512 score[4], largest = _mm512_set1_ps(-INFINITY);
     for (int k = 0; k < 4; k++) {
@@ -154,7 +155,8 @@ static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) 
     return factor;
 }
 
-/* Every row takes the keys that it sees, the first one the fewest. No zero weight of a later one: an infinity there would make it NaN. */
+/* Each row attends to the keys visible to it; the first row has the fewest. Later keys are skipped, not weighted with zero: an infinity
+   there would become NaN. */
 INLINE void add_values(const float *weights, const float *values, const size_t *visible, size_t padded, size_t first, const int width,
                        const float *factors, float *out) {
     __m512 acc[TOGETHER][4];
@@ -191,7 +193,7 @@ INLINE void add_values(const float *weights, const float *values, const size_t *
 static _Thread_local void *kept;
 static _Thread_local size_t kept_bytes;
 
-/* Rows [first, first + count) of one key-value head's (token, query head) pairs. Returns 1 when memory ran out. */
+/* Process rows [first, first + count) of the (token, query head) pairs of one KV head. Returns 1 when out of memory. */
 static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t first, size_t count) {
     size_t group = c->heads / c->kv_heads, padded = (c->head_dim + 15) / 16 * 16, rows = (count + TOGETHER - 1) / TOGETHER * TOGETHER;
     float *memory = keep_bytes(&kept, &kept_bytes, 4 * (2 * TILE * padded + 2 * CHUNK * padded + TILE * CHUNK + 32 * TILE));
@@ -248,8 +250,8 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
 
 INLINE size_t count_tiles(const Call *c, const Span *s) { return (s->count * (c->heads / c->kv_heads) + TILE - 1) / TILE; }
 
-/* Turns queries and keys of `rows` in place, writes keys and values behind their sequences, and attends: the fields of Call.
-   Returns 0, or 1 when memory ran out. */
+/* Rotate queries and keys of `rows` in place, append keys and values to their sequences' caches, and attend. Arguments: see Call.
+   Returns 0, or 1 when out of memory. */
 int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
                   void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
                   const int64_t *blocks, void *out, int threads) {

@@ -1,6 +1,6 @@
-/* Rows of activations times a float weight: every element is one sum over the columns in one fixed order.
+/* Activations times a float weight: every output element is one sum over the columns in a fixed order.
 
-   bfloat16 pairs go through the processor's own dot product; float32 and float16 through float32. */
+   bfloat16 uses the CPU's dot product of pairs; float32 and float16 are computed in float32. */
 #include "kernels.h"
 #include "vectors.h"
 
@@ -95,13 +95,13 @@ static void multiply_float16(const Product *p, size_t token, size_t count, size_
     multiply_rows(p, FLOAT16, token, count, first, stop);
 }
 
-/* out [tokens, rows] = x [tokens, columns] times weight [rows, columns], all of one type. */
+/* out [tokens, rows] = x [tokens, columns] times weight [rows, columns], all of the same type. */
 void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,
                          size_t out_stride, int threads) {
     static void (*const multiply[])(const Product *, size_t, size_t, size_t, size_t) = {multiply_float32, multiply_bfloat16, multiply_float16};
     Product p = {x, weight, columns, out, out_stride};
     size_t row_bytes = columns * item_bytes(dtype), tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    /* As in int8_linear.c: few tokens stay in the cache, of many a block of the weight does. */
+    /* As in int8_linear.c: few tokens stay in the cache; with many, a block of the weight does. */
     size_t block = tokens * row_bytes <= CACHED_BYTES ? MAX_ROWS : CACHED_BYTES / row_bytes / MAX_ROWS * MAX_ROWS;
     if (block < MAX_ROWS) block = MAX_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -1,16 +1,15 @@
-/* Rows of activations times an int8 weight, in exact integers; the formula stands in model/layers/int8.py.
+/* Activations times an int8 weight, in exact integer arithmetic; see model/backends/int8.py for the formula.
 
-   The weight stays as it is stored: row after row, one signed byte each. A tile is a few tokens with all
-   their slices times four rows of the weight, held in registers over all columns of a group; one token reads the
-   weight once, as fast as memory gives it. */
+   The weight is used as stored: row-major, one signed byte per element. A tile is a few tokens with all their slices times four rows of
+   the weight, held in registers over all columns of a group. With one token the weight is read once, at memory bandwidth. */
 #include "kernels.h"
 #include "vectors.h"
 
 enum { MAX_SLICES = 6, MAX_ROWS = 4, CACHED_BYTES = 256 << 10, NEAR_BYTES = 8 << 10 };
 
 typedef struct {
-    const int8_t *slices;    /* [tokens][num_slices][padded columns], zeros behind the last column */
-    const int32_t *sums;     /* [tokens][num_slices][groups]: 128 times the sum of a slice's numbers in a group */
+    const int8_t *slices;    /* [tokens][num_slices][padded columns], zero-padded */
+    const int32_t *sums;     /* [tokens][num_slices][groups]: 128 times the sum of a slice's elements in a group */
     const float *row_scale;  /* [tokens] */
     size_t padded;
     const uint8_t *weight;   /* [rows][columns] */
@@ -20,14 +19,14 @@ typedef struct {
     void *out;               /* [tokens][out_stride] */
     size_t out_stride;
     int out_dtype;
-    int alone;               /* whether one tile takes all slices */
+    int alone;               /* whether one tile covers all slices */
 } Product;
 
-/* `count` rows of slices from `slice` on, times four rows of the weight from `row` on (`valid` of them exist), into out[token][row]. */
+/* Multiply `count` slice rows from `slice` on by four weight rows from `row` on (`valid` of them exist), into out[token][row]. */
 INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size_t count, size_t valid) {
     const uint8_t *w[MAX_ROWS];
-    const __m512i flip = _mm512_set1_epi8((char)128); /* turns a byte into value + 128, unsigned */
-    /* The next four rows are fetched in the order in which they lie, as far up as they do not drive out what is in use. */
+    const __m512i flip = _mm512_set1_epi8((char)128); /* flips a signed byte to value + 128, unsigned */
+    /* Prefetch the next four rows in memory order, as far ahead as possible without evicting data in use. */
     const char *next = (const char *)p->weight + (row + MAX_ROWS) * p->columns;
     const int near = p->alone && MAX_ROWS * p->columns <= NEAR_BYTES;
 #pragma GCC unroll 8
@@ -103,8 +102,8 @@ static void multiply_rows(const Product *p, size_t slice, size_t count, size_t f
     }
 }
 
-/* Rows of the weight that all tokens go over before the next ones. While one tile is multiplied the next is fetched, so few tokens
-   take a tile at a time; the slices of many do not stay in the second-level cache, and then a block of the weight has to. */
+/* Number of weight rows that all tokens are multiplied by before moving on. While one tile is multiplied the next is prefetched, so few
+   tokens use one tile at a time. The slices of many tokens exceed the L2 cache; then a block of the weight has to fit it instead. */
 static size_t rows_a_block(size_t columns, size_t slice_bytes) {
     size_t rows = slice_bytes <= CACHED_BYTES ? 0 : CACHED_BYTES / columns / MAX_ROWS * MAX_ROWS;
     return rows < MAX_ROWS ? MAX_ROWS : rows;
@@ -148,8 +147,8 @@ static _Thread_local size_t kept_bytes;
 
 /* out [tokens, rows] = x [tokens, columns] times weight [rows, columns] with scale [rows, groups].
 
-   x: float32, bfloat16 or float16, cut into `num_slices` (1 to 3) of 8 bits. Where `num_slices` is 0, x is int8: integers that
-   are multiplied as they are. Returns 0, or 1 when memory ran out. */
+   x is float32, bfloat16 or float16, decomposed into `num_slices` (1 to 3) of 8 bits. If `num_slices` is 0, x is int8 and is multiplied
+   directly. Returns 0, or 1 when out of memory. */
 int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, size_t rows,
                        const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
                        size_t out_stride, int threads) {

@@ -1,4 +1,4 @@
-/* The functions that Python calls and that `layers.c` runs one after another; what they do stands where they are defined. */
+/* The functions called from Python and from `layers.c`; documented where they are defined. */
 #ifndef TANDEM_KERNELS_H
 #define TANDEM_KERNELS_H
 

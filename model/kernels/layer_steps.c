@@ -1,8 +1,8 @@
-/* The small steps between a layer's products, each in one pass over its rows: norm with the residual sum, SiLU times up. */
+/* The elementwise steps between a layer's matmuls, each in one pass over its rows: residual add with norm, SiLU and multiply. */
 #include "kernels.h"
 #include "vectors.h"
 
-/* RMSNorm. Where `delta` is given, hidden += delta first, rounded and stored. out = round(hidden / rms) * weight, rounded. */
+/* RMSNorm. If `delta` is given, hidden += delta first, rounded and stored. out = round(hidden / rms) * weight, rounded. */
 void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *out, int dtype, size_t tokens, size_t size, float epsilon,
                      int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 4)
@@ -27,7 +27,7 @@ void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *
     }
 }
 
-/* out [tokens, size] = silu(gate) * up, of gate_up [tokens, gate then up]. */
+/* out [tokens, size] = silu(gate) * up, where gate_up is [tokens, gate then up]. */
 void tandem_silu_multiply(const void *gate_up, void *out, int dtype, size_t tokens, size_t size, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 4)
     for (size_t token = 0; token < tokens; token++)

@@ -1,7 +1,8 @@
-/* Decoder layers one after another in one call: on a few tokens, what lies between two kernels costs as much as a kernel.
+/* All decoder layers in one call: with few tokens, the overhead between two kernels costs as much as a kernel.
 
-   The steps are those of `LlamaForCausalLM._run_layer`, and gathers those of `SharedMemoryCollectives`: each rank writes its slot, raises
-   its number, and reads all slots when all numbers are there. The ranks' progress lines are kept as WatchedCollectives keeps them. */
+   The steps are those of `LlamaForCausalLM._run_layer`, and the gathers those of `SharedMemoryCollectives`: each rank writes its slot,
+   increments its sequence number, and reads all slots once all numbers have arrived. Progress lines are updated as in
+   WatchedCollectives. */
 #define _GNU_SOURCE
 #include "kernels.h"
 #include "vectors.h"
@@ -14,7 +15,7 @@ enum { SPINS_BEFORE_YIELD = 64, SPINS_BETWEEN_CHECKS = 2000, SPINS_BEFORE_SLEEP 
 
 typedef struct {
     const void *weight;
-    const float *scale;    /* NULL: the weight is of the activations' type */
+    const float *scale;    /* NULL: the weight has the type of the activations */
     const int64_t *starts;
     size_t groups, columns, rows, num_slices;
 } Linear;
@@ -27,14 +28,14 @@ typedef struct {
 
 typedef struct {
     size_t rank, world_size;
-    int64_t *flags;        /* [world_size][flag_words]: the first word is a rank's number */
+    int64_t *flags;        /* [world_size][flag_words]: the first word is a rank's sequence number */
     size_t flag_words;
     char *slots;           /* [2][world_size][slot_bytes] */
     size_t slot_bytes;
     int64_t sequence;
-    int (*check)(void);    /* looks after the peers; not 0: one is gone */
+    int (*check)(void);    /* checks the peers; nonzero: one is gone */
     int64_t *beats, *operation, *entered, *gathered; /* of this rank's progress line; the last one in nanoseconds */
-    int64_t gathering, computing;         /* codes of operations */
+    int64_t gathering, computing;         /* operation codes */
 } Ranks;
 
 typedef struct {
@@ -42,16 +43,16 @@ typedef struct {
     size_t tokens, hidden_size, heads, kv_heads, head_dim;
     float epsilon;
     const float *cosine, *sine;
-    char *cache;           /* of the first layer; cache_stride bytes on lies the next one's */
+    char *cache;           /* of the first layer; layers are cache_stride bytes apart */
     size_t cache_stride;
-    float *token_scales;   /* as floats; NULL: none */
+    float *token_scales;   /* stride in floats; NULL: none */
     size_t scales_stride;
     size_t block_size;
     const int64_t *spans;
     size_t num_spans;
     const int64_t *blocks;
-    const int64_t *query_widths, *hidden_widths, *inner_widths; /* [world_size]: columns of every rank */
-    char *hidden, *delta, *x, *qkv, *local, *whole, *gate_up;   /* work space; local and whole: as wide as the widest */
+    const int64_t *query_widths, *hidden_widths, *inner_widths; /* [world_size]: columns of each rank */
+    char *hidden, *delta, *x, *qkv, *local, *whole, *gate_up;   /* work space; local and whole have the size of the widest use */
     int has_delta, threads;
 } Pass;
 
@@ -77,7 +78,7 @@ static int64_t read_clock(void) {
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* out [rows, sum of widths] = [rows, widths[rank]] of every rank side by side. */
+/* out [rows, sum of widths] = [rows, widths[rank]] of every rank, concatenated by column. */
 static int gather(Ranks *r, const char *local, size_t rows, const int64_t *widths, size_t item, char *out) {
     size_t widest = 1, total = 0, mine = widths[r->rank] * item;
     for (size_t peer = 0; peer < r->world_size; peer++) {
@@ -117,13 +118,14 @@ static int multiply(const Pass *p, const Linear *l, const char *x, char *out) {
     return 0;
 }
 
-/* `local` of every rank as `whole`; one rank's own is whole already. Gives where it lies, NULL when a peer is gone. */
+/* Gather `local` of every rank into `whole`; with one rank, `local` is used directly. Returns the result, or NULL when a peer is gone. */
 static char *join(const Pass *p, Ranks *r, char *local, const int64_t *widths, char *whole) {
     if (r->world_size == 1) return local;
     return gather(r, local, p->tokens, widths, item_bytes(p->dtype), whole) ? NULL : whole;
 }
 
-/* Layers [first, first + count) on p->hidden; what the last one leaves to add lies in p->delta. 0, 1: no memory, 2: a peer is gone. */
+/* Run layers [first, first + count) on p->hidden; the last delta, not yet added, is left in p->delta. Returns 0; 1: out of memory; 2: a
+   peer is gone. */
 int tandem_layers(const Layer *layers, size_t first, size_t count, Pass *p, Ranks *r) {
     for (size_t index = first; index < first + count; index++) {
         const Layer *l = layers + index;

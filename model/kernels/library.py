@@ -1,7 +1,7 @@
-"""The project's own kernels (`model/kernels/`), where this processor has what they need and the package was built with them.
+"""The native kernels (`model/kernels/`), if the package was built with them and the CPU supports them.
 
-Every row of every result depends on its own inputs alone, in one fixed order: not on the rows beside it, on threads or on ranks.
-Without them PyTorch does the same more slowly: `model/backends/registry.py` chooses. Depends on tensors and C functions only.
+Each output row depends only on its own inputs, accumulated in a fixed order: not on the batch, the threads or the ranks. Without the
+kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses.
 """
 
 import ctypes
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 _INTERFACE = 3
-"""Of model/kernels/supported.c."""
+"""Interface version, as in model/kernels/supported.c."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Numbers of the types in model/kernels/vectors.h."""
+"""Type codes, as in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
-"""An integer sum of more products of 8 bits could leave 32 bits."""
+"""More columns could overflow the 32-bit accumulators."""
 _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-"""What `tandem_supported` looks for, as Linux calls it."""
+"""CPU flags that `tandem_supported` requires, by their Linux names."""
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class Kernels:
-    """The C functions, on CPU tensors without gaps. Each call uses as many threads as PyTorch may."""
+    """The C functions, on contiguous CPU tensors. Each call uses PyTorch's number of threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -53,21 +53,21 @@ class Kernels:
 
     @property
     def run_layers(self) -> Any:
-        """Whole layers, see `model/decoder/fused_layers.py`."""
+        """Run whole layers, see `model/decoder/fused_layers.py`."""
         return self._library.tandem_layers
 
     @property
     def is_usable(self) -> bool:
-        """Whether the library was built from these sources, and this processor can run it."""
+        """Return whether the library was built from these sources and this CPU can run it."""
         return bool(self._library.tandem_interface() == _INTERFACE and self._library.tandem_supported())
 
     def int8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, starts: torch.Tensor, num_slices: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """x [tokens, columns] times int8 weight [rows, columns] with scale [rows, groups]: [tokens, rows] as `dtype`.
+        """Multiply x [tokens, columns] by int8 weight [rows, columns] with scale [rows, groups]: [tokens, rows] as `dtype`.
 
-        `starts` int64 [groups + 1]: first column of each group. `num_slices`: into how many 8-bit numbers each of x is cut
-        (`model/backends/int8.py`); 0: x is int8 already.
+        `starts` int64 [groups + 1]: first column of each group. `num_slices`: number of 8-bit slices per element of x
+        (`model/backends/int8.py`); 0: x is already int8.
         """
         x = x.contiguous()
         tokens, columns = x.shape
@@ -81,7 +81,7 @@ class Kernels:
         return _check(failed, out)
 
     def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [tokens, columns] times weight [rows, columns] of the same type."""
+        """Multiply x [tokens, columns] by weight [rows, columns] of the same dtype."""
         x = x.contiguous()
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
         self._library.tandem_float_linear(
@@ -97,7 +97,7 @@ class Kernels:
         return out
 
     def rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The norm of hidden [tokens, size], to which `delta` is added in place first."""
+        """RMSNorm of hidden [tokens, size], to which `delta` is added in place first."""
         out = torch.empty_like(hidden)
         added = None if delta is None else delta.contiguous().data_ptr()
         self._library.tandem_rms_norm(
@@ -106,7 +106,7 @@ class Kernels:
         return out
 
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu of the first half of each row times the second: [tokens, 2 size] to [tokens, size]."""
+        """Multiply silu of the first half of each row by the second half: [tokens, 2 size] to [tokens, size]."""
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((tokens, size), dtype=gate_up.dtype)
         threads = torch.get_num_threads()
@@ -126,7 +126,8 @@ class Kernels:
         blocks: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Turn, keep and attend; qkv [tokens, (heads + 2 kv_heads) * head_dim] is changed, out is [tokens, heads * head_dim].
+        """Apply rotary embedding, append to the KV cache, and attend; changes qkv [tokens, (heads + 2 kv_heads) * head_dim]. out is
+        [tokens, heads * head_dim].
 
         `data`, `token_scales`: one layer of a KeyValueStore; `spans` and `blocks`: see `model/layers/attention.py`.
         """
@@ -141,7 +142,7 @@ class Kernels:
 
 
 def explain_absence() -> str | None:
-    """What to do where this processor could run the kernels but they are not there; None where all is well or nothing can be done."""
+    """Explain what to do if this CPU supports the kernels but they are missing; None if they are present or cannot be used anyway."""
     if find_kernels() is not None or not _NEEDED_FLAGS <= _read_processor_flags():
         return None
     return "the package was installed without its own kernels, which this processor could run: with a C compiler, install it again"
@@ -150,7 +151,7 @@ def explain_absence() -> str | None:
 def _read_processor_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # another system
+    except OSError:  # not Linux
         return set()
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
@@ -159,13 +160,13 @@ _disabled = False
 
 
 def find_kernels() -> Kernels | None:
-    """The kernels for CPU tensors, or None: not built, built from other sources, or not supported by this CPU."""
+    """Return the kernels for CPU tensors; None if they are not built, built from other sources, or not supported by this CPU."""
     return None if _disabled else _load()
 
 
 @contextmanager
 def kernels_disabled() -> Iterator[None]:
-    """Models built inside run without native kernels: to compare both paths."""
+    """Disable native kernels for models built in this context, to compare both paths."""
     global _disabled
     before, _disabled = _disabled, True
     try:

@@ -1,6 +1,6 @@
-/* Whether this processor has what the other kernels of this folder need, and which version of the interface they have. */
+/* Checks whether this CPU supports the kernels in this folder, and reports their interface version. */
 
-/* Raised with every change of a signature: a library that was built from other sources is not used. */
+/* Incremented whenever a signature changes: a library built from other sources is not used. */
 int tandem_interface(void) { return 3; }
 
 int tandem_supported(void) {

@@ -1,7 +1,7 @@
-/* What the kernels share: number types, whole vectors in and out, sums of a vector in one fixed order, exp.
+/* Shared building blocks of the kernels: element types, loading and storing vectors, sums of a vector in a fixed order, exp.
 
-   Every kernel of this folder computes a row by itself and in one order, so that no bit depends on the rows beside it, on the
-   threads, or on who owns which part of a weight. Needs AVX-512 with VNNI and BF16; `supported.c` tells whether it is there. */
+   Every kernel computes each row independently and in a fixed order, so results do not depend on the batch, the threads, or the split of
+   a weight. Requires AVX-512 with VNNI and BF16; `supported.c` checks for it. */
 #ifndef TANDEM_VECTORS_H
 #define TANDEM_VECTORS_H
 
@@ -19,12 +19,12 @@ INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 INLINE size_t item_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* The lanes of a 16-lane vector that starts at `first` of `count`. */
+/* Mask of the lanes of a 16-lane vector that starts at `first` of `count`. */
 INLINE __mmask16 lanes(size_t first, size_t count) {
     return count - first >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (count - first)) - 1);
 }
 
-/* 16 numbers from element `index` on, as float32; lanes outside the mask are 0 and are not touched. */
+/* Load 16 elements from `index` on as float32; masked-out lanes are 0 and are not accessed. */
 INLINE __m512 load_floats(const void *data, int dtype, size_t index, __mmask16 mask) {
     if (dtype == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)data + index);
     const uint16_t *from = (const uint16_t *)data + index;
@@ -33,7 +33,7 @@ INLINE __m512 load_floats(const void *data, int dtype, size_t index, __mmask16 m
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-/* To the nearest bfloat16, ties to even, denormals kept, NaN stays NaN: as PyTorch rounds. */
+/* Round to the nearest bfloat16, ties to even, preserving denormals and NaN: as PyTorch rounds. */
 INLINE __m256i to_bfloat16(__m512 value) {
     __m512i bits = _mm512_castps_si512(value);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -49,28 +49,28 @@ INLINE void store_floats(void *data, int dtype, size_t index, __m512 value, __mm
     } else {
         __m256i half = dtype == BFLOAT16 ? to_bfloat16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         uint16_t *to = (uint16_t *)data + index;
-        /* Zen 4 takes a masked store of words apart. */
+        /* Masked 16-bit stores are microcoded on Zen 4, so full vectors use a plain store. */
         if (mask == 0xffff) _mm256_storeu_si256((__m256i *)to, half);
         else _mm256_mask_storeu_epi16(to, mask, half);
     }
 }
 
-/* What is left of float32 values after they have been stored as `dtype`. */
+/* Round float32 values as storing them as `dtype` would. */
 INLINE __m512 round_floats(__m512 value, int dtype) {
     if (dtype == FLOAT32) return value;
     if (dtype == FLOAT16) return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bfloat16(value)), 16));
 }
 
-/* sum += products of unsigned times signed bytes, of pairs of bfloat16. As instructions: of the intrinsics, GCC 12 makes two copies of
-   every accumulator, which costs half the speed. */
+/* sum += dot products of unsigned and signed bytes, or of bfloat16 pairs. Inline assembly, since GCC 12 duplicates every accumulator of
+   the intrinsics, which halves the speed. */
 INLINE void add_byte_products(__m512i *sum, __m512i bytes, __m512i signed_bytes) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(bytes), "v"(signed_bytes));
 }
 
 INLINE void add_pair_products(__m512 *sum, __m512i a, __m512i b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b)); }
 
-/* The sums of four vectors, side by side. */
+/* The sums of four vectors, as one vector. */
 INLINE __m128i sum_four_ints(__m512i a, __m512i b, __m512i c, __m512i d) {
     __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -94,7 +94,7 @@ INLINE float sum_floats(__m512 a) {
     return _mm_cvtss_f32(sum_four_floats(a, none, none, none));
 }
 
-/* 16 rows of 16 to 16 columns. */
+/* Transpose 16 rows to 16 columns. */
 INLINE void transpose(__m512 row[16]) {
     __m512 pair[16];
 #pragma GCC unroll 8
@@ -117,7 +117,7 @@ INLINE void transpose(__m512 row[16]) {
     }
 }
 
-/* exp, within 1.5 units in the last place; exactly 1 at 0, 0 below -87 (masked scores), NaN stays NaN. Coefficients: Cephes. */
+/* exp, within 1.5 ulp; exactly 1 at 0, 0 below -87 (masked scores), NaN is preserved. Coefficients: Cephes. */
 INLINE __m512 exp_floats(__m512 x) {
     __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ);
     x = _mm512_min_ps(_mm512_set1_ps(88.72f), x);
@@ -134,7 +134,7 @@ INLINE __m512 exp_floats(__m512 x) {
     return _mm512_maskz_scalef_ps(kept, p, n);
 }
 
-/* Memory that a thread keeps for its next call; not touched in between. NULL when there is none. */
+/* Per-thread buffer, kept for the next call and not touched in between. NULL when out of memory. */
 INLINE void *keep_bytes(void **kept, size_t *size, size_t wanted) {
     if (!*kept || *size < wanted) {
         free(*kept);

@@ -1,8 +1,8 @@
-"""Attention of sequences over their own keys and values, the same bits for any split of the heads and any threads.
+"""Attention of sequences over their own KV caches, bitwise identical for any split of the heads and any number of threads.
 
-The project's kernel turns, keeps and attends in one call. Without it: PyTorch's flash kernel computes each query head by itself;
-it is bitwise reproducible on one thread, not on several. So every call runs on one thread, and heads are dealt to the threads of a
-pool where there is work for several. Knows the tokens of a pass and a layer's number; no weights, no ranks.
+The native kernel applies rotary embedding, cache update and attention in one call. Without it, PyTorch's flash kernel handles each query
+head separately; it is bitwise reproducible on one thread only, so every call runs on one thread and, if there is enough work, the heads
+are distributed over a thread pool.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from model.layers.batch import Batch
 from model.layers.rotary import rotate
 
 _PARALLEL_WORK = 1 << 18
-"""Query rows x keys x width below which a second thread costs more than it brings."""
+"""Query rows x keys x head dimension below which a second thread does not pay off."""
 
 
 class Attention:
@@ -26,9 +26,9 @@ class Attention:
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) if num_threads > 1 else None
 
     def __call__(self, qkv: torch.Tensor, heads: int, kv_heads: int, layer: int, batch: Batch, scales: torch.Tensor | None) -> torch.Tensor:
-        """Keep the keys and values of qkv [tokens, (heads + 2 kv_heads) * head_dim], and attend: [tokens, heads * head_dim].
+        """Append the keys and values of qkv [tokens, (heads + 2 kv_heads) * head_dim] and attend: [tokens, heads * head_dim].
 
-        `layer`: whose keys and values these are. `scales`: stored ones of an int8 cache, float32 [2, kv_heads, 1, head_dim].
+        `layer`: index of the layer's KV cache. `scales`: stored scales of an int8 cache, float32 [2, kv_heads, 1, head_dim].
         """
         if self._backend.kernels is not None and batch.lies_in_stores:
             return _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, scales)
@@ -44,9 +44,9 @@ class Attention:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """query [tokens, heads, head_dim], keys and values [kv heads, all tokens, head_dim]: [tokens, heads * head_dim].
+        """Attend with query [tokens, heads, head_dim] over keys and values [kv heads, all tokens, head_dim]: [tokens, heads * head_dim].
 
-        The query's tokens are the last ones of the keys.
+        The query tokens are the last tokens of the keys.
         """
         tokens, heads, head_dim = query.shape
         kv_heads, all_tokens, _ = keys.shape

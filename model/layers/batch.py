@@ -1,7 +1,4 @@
-"""What one forward pass runs over: new tokens of sequences, and what every layer needs to know of their places.
-
-Knows caches and positions; no weights, no ranks.
-"""
+"""The input of one forward pass: new tokens of several sequences, and their positions, which every layer needs."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,23 +15,25 @@ class Span:
     """New tokens of one sequence."""
 
     cache: Cache
-    """What the sequence has so far; a forward pass extends it."""
+    """The sequence's KV cache; a forward pass extends it."""
     ids: Sequence[int]
     """The new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRows:
-    """Spans side by side whose caches lie in one store, as the kernels take them."""
+    """Adjacent spans whose caches are in the same store, in the form that the kernels take."""
 
     rows: slice
-    """Their tokens among those of the pass."""
+    """Their tokens within the pass."""
     store: KeyValueStore
-    """Where their keys and values are."""
+    """The store of their KV caches."""
     places: torch.Tensor
-    """int64 [spans, 3]: first token (of these), tokens of the sequence before it, first of its blocks in `blocks`."""
+    """int64 [spans, 3]: first token (relative to `rows`), number of earlier tokens of the sequence, index of its
+    first block in `blocks`.
+    """
     blocks: torch.Tensor
-    """int64: the blocks of all these sequences, one after another."""
+    """int64: block numbers of all these sequences, concatenated."""
 
 
 class Batch:
@@ -50,12 +49,12 @@ class Batch:
         """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
 
     def advance(self) -> None:
-        """The new tokens have gone through every layer."""
+        """Extend the caches after the new tokens have gone through every layer."""
         for span in self.spans:
             span.cache.length += len(span.ids)
 
     def join_stores(self) -> list[StoreRows]:
-        """The spans by the store they lie in. Made once; every layer's is the same."""
+        """Group the spans by store. Computed once, since it is the same for every layer."""
         if self._stores is None:
             self._stores, first = [], 0
             for store, group in itertools.groupby(self.spans, key=lambda span: _find_cache(span).store):

@@ -1,8 +1,7 @@
 """Linear layers split over output rows, and the embedding split over its vocabulary.
 
-Every product runs over the whole inner dimension on one rank, in a shape that keeps its bits whoever owns the rows:
-weight rows fill whole tiles of 16, activation rows are filled up to a whole tile, and the rest is cut off again.
-Knows tensors and local sizes; no ranks, no names, no files.
+Every matmul covers the whole inner dimension on one rank, in a shape that makes it bitwise identical whichever rank owns the rows:
+weight rows and activation rows are padded to whole tiles of 16, and the padding is cut off again.
 """
 
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ class RowBlock:
     """Local rows of one weight inside a fused layer."""
 
     num_rows: int
-    """Rows on this rank."""
+    """Number of rows on this rank."""
     unit: int
-    """Rows of a unit; a unit that is no multiple of a tile is filled up to one."""
+    """Rows per unit; padded to a multiple of the tile size."""
 
 
 def tile_rows(blocks: Sequence[RowBlock]) -> tuple[int, torch.Tensor | None]:
-    """Rows of the tiled weight, and where in it the real rows are (None: it has no others)."""
+    """Return the number of rows of the tiled weight, and the indices of the real rows in it (None: there is no padding)."""
     places, total = [], 0
     for block in blocks:
         for first in range(0, block.num_rows, block.unit):
@@ -44,7 +43,7 @@ def check_rows(weight: torch.Tensor, blocks: Sequence[RowBlock], in_features: in
 
 
 class ColumnParallelLinear(nn.Module):
-    """The rows of one or several fused weights that this rank owns. Built on meta; `assign` gives it its weights."""
+    """The rows of one or several fused weights that this rank owns. Built on the meta device; `assign` sets its weight."""
 
     def __init__(self, in_features: int, blocks: Sequence[RowBlock], dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
@@ -55,11 +54,11 @@ class ColumnParallelLinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether its weight is all it needs: no filling rows are cut out of its product."""
+        """Whether its output needs no indexing: the weight has no padding rows."""
         return self._index is None
 
     def assign(self, weight: torch.Tensor, device: torch.device) -> None:
-        """Take the local rows [rows of all blocks, in_features]."""
+        """Set the local rows [rows of all blocks, in_features]."""
         check_rows(weight, self.blocks, self.in_features)
         whole = weight.to(self.weight.dtype)
         if self._index is not None:
@@ -76,7 +75,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class BiasedLinear(nn.Module):
-    """The linears of one product, with a bias that is added to their rows. Empty until both are assigned."""
+    """A fused linear with a bias added to its output. Empty until both are assigned."""
 
     def __init__(self, linear: nn.Module, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class BiasedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False)
 
     def assign_bias(self, bias: torch.Tensor, device: torch.device) -> None:
-        """Take the bias [rows]."""
+        """Set the bias [rows]."""
         assert bias.shape == self.bias.shape, (bias.shape, self.bias.shape)
         self.bias = nn.Parameter(bias.to(device, self.bias.dtype), requires_grad=False)
 
@@ -103,11 +102,11 @@ class VocabParallelEmbedding(nn.Module):
         self.rows = ColumnParallelLinear(hidden_size, (block,), dtype, backend)
 
     def assign(self, weight: torch.Tensor, device: torch.device) -> None:
-        """Take the local rows [ids, hidden]."""
+        """Set the local rows [ids, hidden]."""
         self.rows.assign(weight, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [ids, hidden] of the ids that are owned here; rows of the other ids hold whatever lies at the edge."""
+        """Return rows [ids, hidden] of the ids owned by this rank; rows of other ids are arbitrary."""
         local = (ids - self.first_id).clamp_(0, self.num_ids - 1)
         if self.rows._index is not None:
             local = self.rows._index[local]

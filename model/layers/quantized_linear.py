@@ -1,7 +1,6 @@
-"""Linears with integer weights, split over output rows: weights alone (A16W8, A16W4 in groups), or activations too (A8W8).
+"""Quantized linears split over output rows: weight-only (A16W8, grouped A16W4), or with quantized activations (A8W8).
 
-Integer products are exact and a sum over groups runs in one order, so that no bit depends on the ranks or the kernel.
-Knows tensors and schemes; no ranks, no names, no files.
+Integer matmuls are exact and sums over groups have a fixed order, so results are bitwise identical for any ranks and kernels.
 """
 
 import itertools
@@ -20,20 +19,20 @@ from model.spec.scheme import LinearScheme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLinear:
-    """The rows that a rank owns of one linear, or of several that are one product, as a checkpoint holds them."""
+    """The local rows of one linear, or of several fused ones, as stored in a checkpoint."""
 
     weight: torch.Tensor
-    """int8 [rows, columns], zero points taken off."""
+    """int8 [rows, columns], zero points subtracted."""
     scale: torch.Tensor
     """float32 [rows, groups]."""
     group_index: torch.Tensor | None = None
-    """int [columns]: the group of each column; None: groups lie side by side."""
+    """int [columns]: the group of each column; None: contiguous groups."""
     input_scale: float = 1.0
-    """Of static activations."""
+    """For static activation quantization."""
     input_zero_point: int = 0
-    """Of static activations."""
+    """For static activation quantization."""
     smooth_scale: torch.Tensor | None = None
-    """float32 [columns]: inputs are divided by it."""
+    """float32 [columns]: divisor of the inputs."""
 
 
 class QuantizedColumnParallelLinear(nn.Module):
@@ -44,7 +43,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         self.in_features, self.blocks, self.scheme, self.kernel = in_features, tuple(blocks), scheme, kernel
         rows = sum(block.num_rows for block in blocks)
         self.weight_bytes = rows * (in_features + 4 * scheme.num_groups(in_features))
-        """int8 weights and float32 scales as they are kept; 4-bit weights take a byte each."""
+        """int8 weights and float32 scales in memory; 4-bit weights take a byte each."""
         self._parts: list[Part] = []
         self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._order: torch.Tensor | None = None
@@ -54,16 +53,16 @@ class QuantizedColumnParallelLinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one product of the whole weight with its inputs as they come."""
+        """Whether it is a single matmul of the whole weight with unmodified inputs."""
         return self._whole is not None and self.scheme.activation is None and self._divisor is None and self._order is None
 
     def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight, scales, and first column of each group, where they are kept whole."""
+        """Return the weight, scales and first column of each group, if they are kept whole."""
         assert self._whole is not None
         return self._whole
 
     def assign(self, stored: StoredLinear, device: torch.device) -> None:
-        """Take the rows of all blocks, one block after another, and pack them where the kernel needs it."""
+        """Set the rows of all blocks, concatenated, and pack them if the kernel needs it."""
         weight, scale = stored.weight, stored.scale.float()
         check_rows(weight, self.blocks, self.in_features)
         sizes = _group_sizes(self.in_features, scale.shape[1], self.scheme.group_size, stored.group_index)
@@ -103,7 +102,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         return self.kernel.whole.int8_linear(integers.to(torch.int8), *self._whole, 0, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in_features] to [rows, local rows of all blocks], in the type of x."""
+        """Map [rows, in_features] to [rows, local rows of all blocks], in the dtype of x."""
         dtype, divisor = x.dtype, self._divisor
         if self.scheme.activation == "tensor":
             scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
@@ -112,12 +111,12 @@ class QuantizedColumnParallelLinear(nn.Module):
             if self._correction is not None:
                 product.sub_(self._correction)
             product.mul_(self._input_scale)
-            # No integer stands for NaN: without this, a row of NaN would come out as numbers.
+            # No integer represents NaN: without this, a NaN row would turn into finite values.
             return product.masked_fill_(x.amax(dim=1, keepdim=True).isnan(), torch.nan).to(dtype)
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":
-            # compressed-tensors' scale: 255 steps from -absmax to absmax, so that the largest value is cut by half a step.
+            # The scale of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
             row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
             integers = (x.float() / row_scale).round_().clamp_(-128, 127)
             return self._multiply_integers(integers).mul_(row_scale).to(dtype)
@@ -125,23 +124,23 @@ class QuantizedColumnParallelLinear(nn.Module):
 
 
 class SeparateLinears(nn.Module):
-    """Linears of one input that cannot run as one product, side by side."""
+    """Linears with the same input that cannot run as one matmul; their outputs are concatenated."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(linears)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in_features] to [rows, local rows of all linears]."""
+        """Map [rows, in_features] to [rows, local rows of all linears]."""
         return torch.cat([linear(x) for linear in self.linears], dim=1)
 
 
 def build_linear(
     in_features: int, blocks: Sequence[RowBlock], schemes: Sequence[LinearScheme | None], dtype: torch.dtype, backend: Backend
 ) -> nn.Module:
-    """The layer for linears of one input, one block and one scheme each: one product where they are stored alike.
+    """Build the layer for linears with the same input, given one block and one scheme each: one matmul if their schemes are equal.
 
-    Inputs that each linear divides or quantizes with its own stored scale make separate products.
+    Linears that scale or quantize their inputs with their own stored parameters need separate matmuls.
     """
     scheme = schemes[0]
     own_input = scheme is not None and (scheme.smooth or scheme.act_order or scheme.activation == "tensor")

@@ -1,7 +1,7 @@
 """Rotary position embedding in Hugging Face's half-split form, with scaled frequencies.
 
-Angles are made with numpy, element by element in one fixed way: PyTorch's own cos and sin may differ in the last bit
-with the length of the tensor and the number of threads. Knows positions and one head's width.
+Angles are computed with numpy, element by element in a fixed order: PyTorch's cos and sin may differ in the last bit depending on the
+tensor length and the number of threads.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from model.spec.rope_scaling import attention_factor, compute_frequencies
 
 
 class Rotary:
-    """Angles of one model."""
+    """Rotary angles of one model."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self._frequencies = compute_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
         self._factor = np.float32(attention_factor(config.rope_scaling))
 
     def angles(self, positions: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin, each float32 [tokens, 1, head_dim], for `rotate`."""
+        """Return cos and signed sin, each float32 [tokens, 1, head_dim], for `rotate`."""
         angle = (np.asarray(positions, dtype=np.float32)[:, None] * self._frequencies).astype(np.float64)
         cos, sin = np.cos(angle).astype(np.float32) * self._factor, np.sin(angle).astype(np.float32) * self._factor
         both = np.concatenate((cos, cos), axis=1), np.concatenate((-sin, sin), axis=1)
@@ -27,6 +27,6 @@ class Rotary:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn [tokens, heads, head_dim] by its positions' angles, in float32, back in the type of x."""
+    """Rotate [tokens, heads, head_dim] by its positions' angles, in float32; the result has the dtype of x."""
     wide = x.float()
     return (wide * cos).add_(wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

@@ -1,7 +1,7 @@
-"""AWQ: the scales of input channels that leave the least error when weights are rounded in groups.
+"""AWQ: search the scales of input channels that minimize the error of group-wise weight rounding.
 
-arXiv 2306.00978: s = mean|x|^a / sqrt(max * min), a from 0 to 0.95; the a whose rounded weights Q(W * s) / s change the
-outputs least. Knows the weights of one input on one rank; the caller adds the errors of the ranks.
+arXiv 2306.00978: s = mean|x|^a / sqrt(max * min), a from 0 to 0.95; picks the a whose rounded weights Q(W * s) / s change the outputs
+least. Handles the weights of one input on one rank; the caller adds up the ranks' errors.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,11 @@ def search_scale(
     add_up: Callable[[int, torch.Tensor], float],
     share: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
 ) -> torch.Tensor:
-    """float32 [columns]: what the weights are multiplied by, and their inputs divided.
+    """Return float32 [columns]: multiplier of the weights and divisor of their inputs.
 
-    weights: local rows [rows, columns] of every linear of this input; inputs: float32 samples [tokens, columns];
-    act_mean: mean magnitude of each channel. `add_up` sums squared errors of the local rows [rows] of one weight, given
-    by its place, over all ranks.
-    `share` makes channels equal that something before them can only scale together.
+    weights: local rows [rows, columns] of every linear of this input; inputs: float32 samples [tokens, columns]; act_mean: mean
+    magnitude of each channel. `add_up` sums squared errors of the local rows [rows] of one weight, identified by its index, over all
+    ranks. `share` equalizes channels that a preceding layer can only scale together.
     """
     best, least = torch.ones_like(act_mean), float("inf")
     for step in range(_STEPS):
@@ -48,12 +47,12 @@ def search_scale(
 
 
 def sum_columns(values: torch.Tensor) -> torch.Tensor:
-    """Sums of the columns of float32 [tokens, columns], the same bits whatever columns stand beside; `sum(dim=0)` has others."""
+    """Sum the columns of float32 [tokens, columns], bitwise independent of the other columns, unlike `sum(dim=0)`."""
     return values.T.contiguous().sum(dim=1)
 
 
 def dequantize(integers: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None) -> torch.Tensor:
-    """float32 [rows, columns] of integers [rows, columns] with scales and zero points [rows, groups]."""
+    """Return float32 [rows, columns] of integers [rows, columns] with scales and zero points [rows, groups]."""
     grouped = integers.reshape(*scales.shape, -1).float()
     if zero_points is not None:
         grouped = grouped - zero_points.unsqueeze(2)

@@ -1,7 +1,7 @@
-"""Quantizes a checkpoint layer by layer on one rank: never more than one decoder layer is in memory as floats.
+"""Quantize a checkpoint layer by layer on one rank; at most one decoder layer is in memory as floats.
 
-Samples go through the float layers; what goes into layer N + 1 comes from the float layer N, as in Golden Stick, or for
-GPTQ from the rounded one, so that later layers make up for it. Knows a model, a recipe and a work folder; no processes.
+Samples go through the float layers. The input of layer N + 1 comes from the float layer N, as in Golden Stick, or for GPTQ from the
+quantized one, so that later layers compensate for its error.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +38,9 @@ def quantize_layers(
     num_threads: int,
     on_progress: Progress,
 ) -> None:
-    """Quantize the layers that `work` does not hold yet, and the head; all ranks call this together.
+    """Quantize the layers missing in `work`, and the head; called by all ranks together.
 
-    samples: token ids, where the recipe needs them. `on_progress` gets (layers done, layers in all, the head one of them).
+    samples: token ids, if the recipe needs them. `on_progress` is called with (layers done, total layers including the head).
     """
     model = LlamaForCausalLM(config, Scheme(), collectives, dtype=dtype, device=device, num_threads=num_threads)
     loader, total = ModelLoader(model, source), config.num_hidden_layers + 1
@@ -62,7 +62,7 @@ def quantize_layers(
         collectives.barrier()
         if rank == 0:
             work.finish_layer(index, rounded.report, hidden if index + 1 < total else None)
-        del rounded  # or it would be there beside the next layer
+        del rounded  # free it before the next layer is loaded
         collectives.barrier()
         on_progress(index + 1, total)
     loader.reader.close()
@@ -84,7 +84,7 @@ def _quantize_layer(
     seen = Observations(model, len(hidden), hessian=again)
     loader.load_layer(index)
     run_samples(model, index, hidden, lengths, seen, keep_hidden=again)
-    model.layers[index] = model.build_layer(index)  # its weights are free again
+    model.layers[index] = model.build_layer(index)  # its weights are no longer needed
     rounded = rounder.round_layer(index, seen)
     if again:
         del seen
@@ -107,7 +107,7 @@ def _quantize_head(model: LlamaForCausalLM, loader: ModelLoader, rounder: LayerR
 
 
 def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> None:
-    """Put the rounded weights in the place of the float ones, where all linears of a product were rounded."""
+    """Replace the float weights by the rounded ones, for fused weights whose linears are all quantized."""
     layer, prefix, tensors = model.layers[index], f"model.layers.{index}", rounded.tensors
     assert isinstance(layer, DecoderLayer)
     for attribute, names in FUSED.items():
@@ -121,7 +121,7 @@ def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> 
 
 
 def read_embeddings(source: CheckpointSource, samples: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Hidden states [tokens of all samples, H] before the first layer; reads only the rows of ids that occur."""
+    """Return hidden states [tokens of all samples, H] before the first layer, reading only the rows of ids that occur."""
     reader, name = FileReader(), "model.embed_tokens.weight"
     ids, places = torch.unique(torch.tensor([token for sample in samples for token in sample]), return_inverse=True)
     rows = torch.cat([source.read_rows(reader, name, token, token + 1) for token in ids.tolist()])

@@ -1,7 +1,7 @@
-"""Calibration samples: the token ids that activations are observed on.
+"""Calibration samples: the token ids on which activations are observed.
 
-The kinds, prompts and cleaning are Golden Stick's (mindspore-ai/golden-stick, `mindspore_gs/datasets`), in its "train" form:
-a text begins and ends with the model's own tokens. Knows files, prompts and a tokenizer; no model, no scores.
+The dataset kinds, prompts and cleaning follow Golden Stick (mindspore-ai/golden-stick, `mindspore_gs/datasets`) in its "train" mode: a
+text starts and ends with the model's special tokens.
 """
 
 import json
@@ -24,18 +24,17 @@ BOOLQ_PROMPT = (
 SQUAD_PROMPT = "Read the passage and answer the question below.\n\n### Instruction:\n{passage}\n\n### Input:\n{question}\n\n### Response:"
 
 Encode = Callable[[str], list[int]]
-"""Ids of a text with the begin and end tokens around it."""
+"""Returns the ids of a text, with begin and end tokens."""
 T = TypeVar("T")
 
 
 def read_samples(
     kind: str, path: Path, tokenizer: Tokenizer | None, *, num_samples: int = 200, max_tokens: int, vocab_size: int
 ) -> list[tuple[int, ...]]:
-    """Token ids of the first `num_samples` samples of a file, each cut at `max_tokens`; all of them when there are fewer.
+    """Return the token ids of up to `num_samples` samples of a file, each truncated at `max_tokens`.
 
-    kind: a key of DATASETS, in any case. tokenizer: "ids" needs none.
-    Raises ConfigError for an unknown kind, CheckpointError when a text is to be read without a tokenizer, RequestError when the file
-    is missing, empty or malformed, or has ids that the vocabulary has not.
+    kind: a key of DATASETS, case-insensitive. tokenizer: not needed for "ids". Raises ConfigError for an unknown kind, CheckpointError
+    when a tokenizer is needed but missing, RequestError when the file is missing, empty or malformed, or has ids outside the vocabulary.
     """
     read = DATASETS.get(kind.lower())
     if read is None:
@@ -63,14 +62,14 @@ def read_samples(
 
 
 def boolq_prompt(record: Mapping[str, Any]) -> str:
-    """The question of a BoolQ record as it is put to a model; the answer is to follow."""
+    """Return the prompt for a BoolQ record; the answer follows it."""
     return BOOLQ_PROMPT.format(title=record["title"], passage=record["passage"], question=record["question"])
 
 
 def read_boolq_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, record) of every line of a BoolQ file: question, title, passage (str) and answer (bool).
+    """Yield (location for messages, record) for each line of a BoolQ file: question, title, passage (str) and answer (bool).
 
-    Raises RequestError at the line that is no such record, or when the file cannot be read.
+    Raises RequestError at a malformed line, or when the file cannot be read.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -83,7 +82,7 @@ def read_boolq_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, newlines as \\n. Raises RequestError when it cannot be read."""
+    """Read a UTF-8 file with newlines as \n. Raises RequestError when it cannot be read."""
     try:
         return regular_file.read_text(path, regular_file.MAX_DATA_BYTES)
     except FileNotFoundError:
@@ -98,7 +97,7 @@ def _read_boolq(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[s
 
 
 def _read_squad(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[str, Sequence[int]]]:
-    """One sample a paragraph: its first question and that question's first answer."""
+    """Yield one sample per paragraph: its first question with that question's first answer."""
     root = _parse_json(read_text(path), str(path))
     for i, article in enumerate(_look_up(root, str(path), list, "data")):
         article_place = f"{path}, data[{i}]"
@@ -111,7 +110,7 @@ def _read_squad(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[s
 
 
 def _read_wikitext(path: Path, encode: Encode, max_tokens: int) -> Iterator[tuple[str, Sequence[int]]]:
-    """Whole chunks of `max_tokens` ids of all paragraphs one after another. The rest counts only where there is nothing else."""
+    """Yield whole chunks of `max_tokens` ids of all paragraphs, concatenated. The remainder is used only if there is no whole chunk."""
     ids: list[int] = []
     number = 0
     for paragraph in clean_wikitext(read_text(path)).split("\n\n"):
@@ -150,7 +149,7 @@ DATASETS: dict[str, Callable[[Path, Encode, int], Iterator[tuple[str, Sequence[i
     "wikitext2": _read_wikitext,
     "ids": _read_ids,
 }
-"""How each kind is read: (path, encode, max_tokens) to (place for messages, ids) of each sample, made as they are taken."""
+"""Readers by kind: (path, encode, max_tokens) to (location for messages, ids) of each sample, generated lazily."""
 
 _WIKITEXT_SEPARATORS = (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"))
 _WIKITEXT_PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -167,9 +166,9 @@ _WIKITEXT_REST = (
 
 
 def clean_wikitext(text: str) -> str:
-    """WikiText's spaced-out words as ordinary writing: the rules that Megatron, MindFormers and Golden Stick share, in their order.
+    """Undo WikiText's tokenization with the rules shared by Megatron, MindFormers and Golden Stick, in their order.
 
-    Their rule for `/' 5/` is left out: WikiText never has that.
+    Their rule for `/' 5/` is omitted: WikiText never contains that.
     """
     for old, new in _WIKITEXT_SEPARATORS:
         text = text.replace(old, new)
@@ -189,7 +188,7 @@ def _parse_json(text: str, place: str) -> Any:
 
 
 def _look_up(value: Any, place: str, needed: type[T], *steps: str | int) -> T:
-    """What the steps lead to inside parsed JSON. Raises RequestError when a step is missing or the value is of another type."""
+    """Follow a path of steps in parsed JSON. Raises RequestError when a step is missing or the value has another type."""
     name = ""
     for step in steps:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step

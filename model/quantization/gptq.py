@@ -1,8 +1,8 @@
-"""GPTQ: rounds a weight column after column, and moves each column's error into those that are still to come.
+"""GPTQ: round a weight column by column, and propagate each column's error to the remaining columns.
 
-arXiv 2210.17323, with the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token of length 1) and U the upper
-Cholesky factor of H^-1, the error e of column i changes column j > i by -e * U[i, j] / U[i, i]. Rows do not see each other, so a
-rank can round its own rows. Knows one matrix.
+arXiv 2210.17323, in the Cholesky form of its section 3.3: with H = X^T X of the inputs X (each token of length 1) and U the upper
+Cholesky factor of H^-1, the error e of column i changes column j > i by -e * U[i, j] / U[i, i]. Rows are independent, so a rank can
+round its own rows.
 """
 
 import torch
@@ -11,21 +11,21 @@ from model.backends.float_linear import float_linear
 from model.quantization.rounding import choose_group_scales, round_to_integers
 
 _BLOCK_COLUMNS = 128
-"""Columns whose errors reach the columns behind the block in one product."""
+"""Columns per block; the errors of a block are propagated to later columns in one matmul."""
 DAMPING = 0.01
-"""Part of the mean diagonal of H that is added to it."""
+"""Fraction of H's mean diagonal that is added to the diagonal."""
 
 
 def invert_hessian(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """The upper Cholesky factor of H^-1, float32 [columns, columns], from H (which is overwritten).
+    """Return the upper Cholesky factor of H^-1, float32 [columns, columns], given H (which is overwritten).
 
-    A channel that was never active gets diagonal 1. More damping is tried where H is not positive definite.
+    A channel that was never active gets diagonal 1. The damping is increased until H is positive definite.
     """
     diagonal = torch.diagonal(hessian)
     diagonal[diagonal == 0] = 1
     step = float(diagonal.mean()) * damping
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # LAPACK's factors have other last bits on other numbers of threads
+    torch.set_num_threads(1)  # LAPACK's low-order bits depend on the number of threads
     try:
         for _ in range(8):
             diagonal += step
@@ -45,9 +45,9 @@ def invert_hessian(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
 def quantize_gptq(
     weight: torch.Tensor, upper: torch.Tensor, bits: int, group_size: int, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """weight [rows, columns] to int8 [rows, columns], scale [rows, groups], zero points int8 [rows, groups] or None.
+    """Quantize weight [rows, columns] to int8 [rows, columns], scale [rows, groups], zero points int8 [rows, groups] or None.
 
-    `upper`: of `invert_hessian`. `group_size` divides the columns. Scales are in the weight's type.
+    `upper`: result of `invert_hessian`. `group_size` divides the columns. Scales have the weight's dtype.
     """
     left, columns = weight.float(), weight.shape[1]
     if left is weight:

@@ -1,8 +1,7 @@
-"""Turns the linears of one decoder layer into integers, as a recipe says, from what a calibration saw.
+"""Quantize the linears of one decoder layer according to a recipe and the observations of a calibration.
 
-Every rank rounds its own rows; what spans all rows (the largest weights of an input channel, errors) is exchanged.
-Results are unpacked: `X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as model/spec/scheme.py
-names it. Knows tensors and names; no files.
+Each rank rounds its own rows; values over all rows (largest weights of an input channel, errors) are exchanged. Results are unpacked:
+`X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as named in model/spec/scheme.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,25 +23,25 @@ from model.spec.weights import FUSED
 from parallel.collectives import Collectives
 
 _PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}
-"""The linear whose rows make the input of another."""
+"""The linear whose output is the input of another."""
 _MEASURED_ROWS = 1024
 """Rows whose errors are measured at a time; a multiple of a tile."""
 _NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}
-"""The norm that makes the input of others."""
+"""The norm whose output is the input of other linears."""
 
 
 @dataclass(slots=True)
 class RoundedLayer:
-    """One layer, quantized: this rank's rows."""
+    """One quantized layer: this rank's rows."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By full name; of a tensor that every rank has whole, the whole."""
+    """By full name; replicated tensors in full."""
     report: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a linear: what it cost."""
+    """One entry per linear: its quantization error."""
 
 
 class LayerRounder:
-    """Rounds the layers of one checkpoint on one rank."""
+    """Quantizes the layers of one checkpoint on one rank."""
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class LayerRounder:
         read: Callable[[str], torch.Tensor],
         first_row: Callable[[str], int],
     ) -> None:
-        """`read`: this rank's rows of a stored tensor; `first_row`: where these begin in the whole."""
+        """`read`: returns this rank's rows of a stored tensor; `first_row`: their offset in the full tensor."""
         self._config, self._scheme, self._recipe = config, scheme, recipe
         self._collectives, self._read, self._first_row = collectives, read, first_row
 
@@ -70,7 +69,7 @@ class LayerRounder:
                     if self._recipe.method == "gptq" and upper is None:
                         assert observer is not None and observer.hessian is not None
                         upper = invert_hessian(observer.hessian)
-                        observer.hessian = None  # it has been overwritten
+                        observer.hessian = None  # already overwritten
                     self._round_linear(name, self._read_scaled(name, short, prefix, scales), scales.get(short), observer, upper, out)
             if group in _NORMS and self._recipe_folds and names[0] in scales:
                 norm = f"{prefix}.{_NORMS[group]}.weight"
@@ -86,7 +85,7 @@ class LayerRounder:
         return out
 
     def round_head(self, observer: InputObserver | None) -> RoundedLayer:
-        """Quantize the output head, round to nearest whatever the method: nothing behind it makes up for errors."""
+        """Quantize the output head, always rounding to nearest: no later layer compensates for its errors."""
         out = RoundedLayer()
         if self._scheme.is_quantized("lm_head"):
             weight, scale = self._read("lm_head.weight"), None
@@ -104,7 +103,7 @@ class LayerRounder:
         return self._recipe.fold or self._recipe.method == "awq"
 
     def _choose_scales(self, prefix: str, seen: Observations | None) -> dict[str, torch.Tensor]:
-        """What each linear's weight is multiplied by, and its input divided: float32 [columns], by its name in the layer."""
+        """Return the multiplier of each linear's weight and divisor of its input: float32 [columns], by its name in the layer."""
         recipe, scales = self._recipe, {}
         if seen is None or not (recipe.smooth or recipe.method == "awq"):
             return {}
@@ -115,7 +114,7 @@ class LayerRounder:
                     weight = self._read(f"{prefix}.{name}.weight")
                     scales[name] = smooth_scale(seen.inputs[group].absmax, self._column_absmax([weight]), recipe.alpha)
             elif quantized == list(names) and self._can_fold(prefix, group):
-                # One scale for all linears of an input: what makes the input can divide it by one vector only.
+                # Linears with the same input share one scale, since the preceding layer can be divided by only one vector.
                 scale = self._choose_shared_scale([f"{prefix}.{name}" for name in names], group, seen.inputs[group])
                 scales.update(dict.fromkeys(names, scale))
         return scales
@@ -142,13 +141,15 @@ class LayerRounder:
         return smooth_scale(share(observer.absmax), share(self._column_absmax(weights)), self._recipe.alpha)
 
     def _share_heads(self, channels: torch.Tensor) -> torch.Tensor:
-        """The largest of the channels of query heads that read one value head, which alone can scale them: [columns]."""
+        """Return, for the query heads that share a value head, the largest of their channels, since only that head can scale them:
+        [columns].
+        """
         kv_heads, head_dim = self._config.num_key_value_heads, self._config.head_dim
         grouped = channels.view(kv_heads, -1, head_dim)
         return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
 
     def _read_scaled(self, name: str, short: str, prefix: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Local rows of a weight: divided where they make the input of another, multiplied for their own."""
+        """Return local rows of a weight, divided if their output is another linear's input, and multiplied by their own scale."""
         weight = self._read(f"{name}.weight")
         divisor = self._row_divisor(name, short, weight.shape[0], scales)
         if divisor is not None:
@@ -156,7 +157,7 @@ class LayerRounder:
         return weight if short not in scales else _scale_columns(weight, scales[short])
 
     def _row_divisor(self, name: str, short: str, num_rows: int, scales: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """What the local rows of a linear are divided by where they make the input of another: [rows]."""
+        """Return the divisor of a linear's local rows, if their output is another linear's input: [rows]."""
         consumers = [FUSED[group][0] for group, producer in _PRODUCERS.items() if producer == short]
         if not self._recipe_folds or not consumers or consumers[0] not in scales:
             return None
@@ -212,14 +213,14 @@ class LayerRounder:
         observer: InputObserver | None,
         tensors: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
-        """The relative error of the outputs for the kept inputs, or of the weight where nothing was seen; and the outliers."""
+        """Return the relative error of the outputs for the kept inputs (of the weight if nothing was observed), and the outliers."""
         entry: dict[str, Any] = {"linear": name, "error_of": "weight" if observer is None else "output"}
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         x = rounded_x = None
         if observer is not None:
             x = observer.kept if scale is None else observer.kept / scale
             rounded_x = self._round_inputs(name, x, tensors)
-        # In parts, since a layer's largest weight as floats, several times over, would be most of what is in memory.
+        # Measured in parts: float copies of a layer's largest weight would dominate the memory use.
         for first in range(0, weight.shape[0], _MEASURED_ROWS):
             rows = slice(first, first + _MEASURED_ROWS)
             exact = weight[rows].float()
@@ -248,13 +249,13 @@ class LayerRounder:
         return x
 
     def _column_absmax(self, weights: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The largest magnitude of each input channel over the rows of all ranks, float32 [columns]."""
+        """Return the largest magnitude of each input channel over the rows of all ranks, float32 [columns]."""
         local = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
         ranks = self._collectives.world_size
         return self._collectives.gather_columns(local.unsqueeze(0), [local.numel()] * ranks).view(ranks, -1).amax(dim=0)
 
     def _add_up(self, rows: list[torch.Tensor], names: list[str]) -> list[float]:
-        """Sums over the rows of all ranks; rows that several ranks keep count on the first of them only, in row order."""
+        """Sum over the rows of all ranks, in row order; rows held by several ranks count once."""
         ranks, first = self._collectives.world_size, self._first_row(f"{names[0]}.weight")
         width = self._collectives.gather_columns(torch.tensor([[first, len(rows[0])]]), [2] * ranks).view(ranks, 2).tolist()
         sums = []

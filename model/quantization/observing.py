@@ -1,7 +1,6 @@
-"""What a calibration sees of the activations of one decoder layer, and one pass of all samples through it.
+"""Observe the activations of one decoder layer during calibration, and run all samples through it.
 
-Every rank sees whole inputs, since they are gathered anyway; keys and values are this rank's own. Knows a model and its
-hooks; nothing of rounding.
+Every rank sees the full inputs, since they are gathered anyway; keys and values are the rank's own.
 """
 
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ from model.layers.batch import Span
 from model.spec.weights import FUSED
 
 PASS_TOKENS = 512
-"""Tokens of several samples that go through a layer together, unless one sample alone has more: bounds the activations."""
+"""Tokens of several samples per pass, unless a single sample is longer; bounds the activation memory."""
 KEPT_TOKENS = 256
-"""Inputs that are kept whole, evenly over all samples: to measure errors, and for AWQ's search."""
+"""Number of inputs kept, evenly spread over all samples, to measure errors and for AWQ's search."""
 
 
 class InputObserver:
@@ -31,15 +30,15 @@ class InputObserver:
         self._kept_tokens, self._num_tokens = kept_tokens, 0
 
     def __call__(self, x: torch.Tensor) -> None:
-        """Take the next tokens."""
+        """Process the next tokens."""
         x = x.float()
         torch.minimum(self.low, x.amin(dim=0), out=self.low)
         torch.maximum(self.high, x.amax(dim=0), out=self.high)
         self._sum_absolute += x.abs().sum(dim=0, dtype=torch.float64)
         if self.hessian is not None:
-            # Every token counts alike. Otherwise the few whose activations are huge (the first of a text) decide alone what
-            # is rounded well, and the norm behind shrinks just these again. Measured: perplexity of SmolLM2-135M in 4 bits
-            # 43.6 without, 36.0 with it (float 30.0).
+            # Weight all tokens equally. Otherwise the few tokens with huge activations (the first of a text) dominate the choice of what is
+            # rounded well, although the following norm shrinks exactly these. Measured: perplexity of SmolLM2-135M in 4 bits 43.6 without,
+            # 36.0 with it (float 30.0).
             alike = x / x.norm(dim=1, keepdim=True).clamp_min_(1e-12)
             self.hessian.addmm_(alike.T, alike)
         first, end = torch.searchsorted(self._kept_tokens, torch.tensor([self._num_tokens, self._num_tokens + len(x)])).tolist()
@@ -58,49 +57,49 @@ class InputObserver:
 
 
 class CacheObserver:
-    """Stands in for the key-value cache of every sample, one after another: keeps the largest magnitudes, stores nothing."""
+    """Stand-in for the KV caches of all samples in turn: records the largest magnitudes and stores nothing."""
 
     length = 0
 
     def __init__(self, num_rows: int) -> None:
         self.absmax = torch.zeros((2, num_rows))
-        """Of each row of the key (0) and value (1) projections of this rank."""
+        """Per row of this rank's key (0) and value (1) projections."""
         self._last: tuple[torch.Tensor, torch.Tensor]
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Look at [tokens, heads, head_dim]."""
+        """Observe [tokens, heads, head_dim]."""
         for kind, states in enumerate((keys, values)):
             torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float(), out=self.absmax[kind])
         self._last = keys.transpose(0, 1), values.transpose(0, 1)
 
     def read(self, layer: int, scale: torch.Tensor | None, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What came last, [heads, tokens, head_dim]: every sample begins anew."""
+        """Return the keys and values just appended, [heads, tokens, head_dim]: each sample is a new sequence."""
         return self._last
 
 
 class Observations:
-    """Everything that is seen of one layer."""
+    """All observations of one layer."""
 
     def __init__(self, model: LlamaForCausalLM, num_tokens: int, *, hessian: bool) -> None:
         config, kept = model.config, choose_kept_tokens(num_tokens)
         columns = dict.fromkeys(FUSED, config.hidden_size)
         columns.update(o_proj=config.num_attention_heads * config.head_dim, down_proj=config.intermediate_size)
         self.inputs = {name: InputObserver(columns[name], kept, hessian=hessian) for name in FUSED}
-        """By the attribute of DecoderLayer."""
+        """By attribute of DecoderLayer."""
         self.cache = CacheObserver(model.shares.key_value)
 
 
 def choose_kept_tokens(num_tokens: int) -> torch.Tensor:
-    """Sorted positions of up to KEPT_TOKENS tokens, evenly over all."""
+    """Return the sorted positions of up to KEPT_TOKENS tokens, evenly spread."""
     return torch.arange(min(num_tokens, KEPT_TOKENS)) * num_tokens // min(num_tokens, KEPT_TOKENS)
 
 
 def run_samples(
     model: LlamaForCausalLM, index: int, hidden: torch.Tensor, lengths: Sequence[int], seen: Observations | None, *, keep_hidden: bool
 ) -> None:
-    """Send the samples, hidden states [tokens of all, H] one behind the other, through layer `index`.
+    """Run the samples, concatenated hidden states [tokens of all, H], through layer `index`.
 
-    `hidden` becomes what comes out, unless `keep_hidden`. `seen` takes what goes in.
+    `hidden` is overwritten with the outputs unless `keep_hidden`. `seen` observes the inputs.
     """
     layer = model.layers[index]
     assert isinstance(layer, DecoderLayer)

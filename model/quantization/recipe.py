@@ -1,7 +1,4 @@
-"""What a quantization does: which linears become integers and how, and what of it is stored.
-
-Knows schemes; no tensors, no files, no command line.
-"""
+"""A quantization recipe: which linears are quantized and how, and what is stored."""
 
 from dataclasses import dataclass, replace
 
@@ -18,23 +15,23 @@ class Recipe:
     """One way to quantize a checkpoint."""
 
     approach: str
-    """The user's word for it."""
+    """The approach as named by the user."""
     linear: LinearScheme | None
-    """What linears become; None: they stay float. `smooth` says that smooth scales are stored beside them."""
+    """Target scheme of linears; None: they stay float. Its `smooth` means that smooth scales are stored."""
     kv_cache: str | None = None
-    """A kv_cache word of model/spec/scheme.py."""
+    """A kv_cache type of model/spec/scheme.py."""
     method: str = "rtn"
-    """How weights are rounded: one of METHODS."""
+    """Rounding method: one of METHODS."""
     smooth: bool = False
-    """Move outliers of the activations into the weights."""
+    """Whether to move outliers of the activations into the weights."""
     alpha: float = 0.5
-    """How far: 0 not at all, 1 wholly."""
+    """Strength of smoothing: 0 none, 1 full."""
     fold: bool = False
-    """Divide the norms, or the linears, that make the inputs by the scales, instead of storing these."""
+    """Whether to fold the scales into the preceding norms or linears instead of storing them."""
     half_scales: bool = False
-    """Weight scales are stored as float16, whatever the weights were."""
+    """Whether weight scales are stored as float16, regardless of the weights' dtype."""
     not_converted: tuple[str, ...] = ("lm_head",)
-    """A linear whose name contains one of these stays float."""
+    """Linears whose names contain one of these stay float."""
 
     def __post_init__(self) -> None:
         if self.linear is None and self.kv_cache is None:
@@ -48,12 +45,12 @@ class Recipe:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether it has to see activations."""
+        """Whether it needs to observe activations."""
         static = self.linear is not None and self.linear.activation == "tensor"
         return static or self.smooth or self.method != "rtn" or self.kv_cache == "channel"
 
     def build_scheme(self, config: LlamaConfig) -> Scheme:
-        """What the written checkpoint declares. Raises ConfigError where nothing is left or groups do not divide the columns."""
+        """Return the scheme of the output checkpoint. Raises ConfigError if no linear is left or groups do not divide the columns."""
         ignore = find_not_converted(config, self.not_converted)
         if self.linear is None:
             return Scheme(None, (), self.kv_cache)

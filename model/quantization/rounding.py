@@ -1,18 +1,18 @@
-"""Rounding to integers with a scale, as Golden Stick does it bit for bit, and in groups of columns.
+"""Rounding to integers with a scale, per row (bitwise identical to Golden Stick) and per group of columns.
 
     symmetric   scale = 2 * absmax / (2^bits - 1), zero point 0
     otherwise   scale = (max - min) / (2^bits - 1), zero point = round(-2^(bits-1) - min / scale)
     integer     clip(round(x / scale + zero point)), halves to even
 
-Scales are made in float32 and then cast to the type of what is rounded; the division and the rounding are done in that
-type (mindspore-ai/golden-stick v0.6.0, quantization/quant_utils.py). Knows single tensors.
+Scales are computed in float32 and then cast to the dtype of the input; division and rounding use that dtype (mindspore-ai/golden-stick
+v0.6.0, quantization/quant_utils.py).
 """
 
 import torch
 
 
 def quantize_rows(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [rows, columns] to int8 [rows, columns] and scale [rows, 1] in the weight's type.
+    """Quantize weight [rows, columns] to int8 [rows, columns] and scale [rows, 1] in the weight's dtype.
 
     An all-zero row gets scale 1 and zeros (the original writes scale 0, which divides by zero).
     """
@@ -25,7 +25,7 @@ def quantize_rows(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, to
 def quantize_groups(
     weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """weight [rows, columns] to int8 [rows, columns], scale [rows, groups], and int8 zero points [rows, groups] or None.
+    """Quantize weight [rows, columns] to int8 [rows, columns], scale [rows, groups], and int8 zero points [rows, groups] or None.
 
     `group_size` divides the columns.
     """
@@ -38,10 +38,9 @@ def quantize_groups(
 
 
 def choose_group_scales(grouped: torch.Tensor, bits: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales [...] in the type of `grouped` [..., group], and int8 zero points [...] where not symmetric.
+    """Return scales [...] in the dtype of `grouped` [..., group], and int8 zero points [...] if asymmetric.
 
-    Without symmetry the range is widened to hold 0, as compressed-tensors does, so that the zero point is an integer of
-    the same bits.
+    Asymmetric ranges are widened to include 0, as in compressed-tensors, so that the zero point is an integer of the same width.
     """
     if symmetric:
         scale, zero_point = symmetric_scale(grouped.abs().amax(dim=-1).float(), bits).to(grouped.dtype), None
@@ -55,12 +54,12 @@ def choose_group_scales(grouped: torch.Tensor, bits: int, *, symmetric: bool) ->
 
 
 def symmetric_scale(largest: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """2 * absmax / (2^bits - 1), float32."""
+    """Return 2 * absmax / (2^bits - 1), float32."""
     return largest.mul(2).div(2**bits - 1)
 
 
 def asymmetric_scale(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 scale and int8 zero point of 8-bit integers over [low, high]; scale 1 and zero point 0 where these are equal."""
+    """Return the float32 scale and int8 zero point of 8-bit integers over [low, high]; scale 1 and zero point 0 if the two are equal."""
     scale = (high.float() - low.float()) / 255
     empty = scale == 0
     scale = torch.where(empty, torch.ones_like(scale), scale)
@@ -69,5 +68,5 @@ def asymmetric_scale(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tenso
 
 
 def round_to_integers(scaled: torch.Tensor, bits: int) -> torch.Tensor:
-    """Halves to even, clipped to the signed integers of so many bits, as int8."""
+    """Round halves to even and clip to signed integers of this many bits, as int8."""
     return scaled.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)

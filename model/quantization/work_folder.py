@@ -1,11 +1,11 @@
-"""The folder beside a quantized checkpoint in which its layers gather while it is made, so that a killed run goes on.
+"""The work folder of a quantization, next to its output: collects finished layers, so that an interrupted run can resume.
 
-    recipe.json                       what is being made of what; another recipe starts anew
-    layer_0003.rank_1_of_2.safetensors rows that a rank rounded, unpacked
-    layer_0003.json                   the report of the layer; written last
-    hidden_0004.safetensors           what goes into layer 4, of all samples
+    recipe.json                        description of the work; a different one starts over
+    layer_0003.rank_1_of_2.safetensors rows quantized by one rank, unpacked
+    layer_0003.json                    report of the layer; written last
+    hidden_0004.safetensors            input of layer 4, for all samples
 
-A file appears whole or not at all. Knows files; nothing of what stands in them.
+All writes are atomic. Does not depend on the contents of the files.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class WorkFolder:
         self.path, self._world_size = path, world_size
 
     def open(self, description: Mapping[str, Any]) -> int:
-        """Start the work that `description` (JSON) names, or go on with it; give the number of layers that are done."""
+        """Start or resume the work described by `description` (JSON); return the number of finished layers."""
         text = json.loads(json.dumps(description))
         file = self.path / _RECIPE_FILE
         try:
@@ -46,7 +46,7 @@ class WorkFolder:
         return self.count_done()
 
     def count_done(self) -> int:
-        """Layers that are done, from the first one on."""
+        """Return the number of finished layers, counted from the first one."""
         done = 0
         while self._report_file(done).exists():
             done += 1
@@ -57,7 +57,7 @@ class WorkFolder:
         _write(self._rank_file(layer, rank), tensors)
 
     def finish_layer(self, layer: int, report: list[dict[str, Any]], hidden: torch.Tensor | None) -> None:
-        """Mark a layer as done, when all ranks have written it. `hidden`: what goes into the next one."""
+        """Mark a layer as finished, once all ranks have written it. `hidden`: input of the next one."""
         if hidden is not None:
             _write(self._hidden_file(layer + 1), {"hidden": hidden})
         partial = self._report_file(layer).with_suffix(".partial")
@@ -66,20 +66,20 @@ class WorkFolder:
         self._hidden_file(layer).unlink(missing_ok=True)
 
     def read_hidden(self, layer: int) -> torch.Tensor:
-        """What goes into `layer`."""
+        """Return the input of `layer`."""
         with safe_open(self._hidden_file(layer), framework="pt") as file:
             hidden: torch.Tensor = file.get_tensor("hidden")
         return hidden
 
     def read_reports(self) -> list[dict[str, Any]]:
-        """The reports of all layers, joined."""
+        """Return the reports of all layers, concatenated."""
         reports: list[dict[str, Any]] = []
         for layer in range(self.count_done()):
             reports += json.loads(self._report_file(layer).read_text(encoding="utf-8"))
         return reports
 
     def read_ranks(self, layer: int) -> list[dict[str, torch.Tensor]]:
-        """The tensors of a layer, mapped, one dict a rank."""
+        """Return the tensors of a layer, memory-mapped, one dict per rank."""
         ranks = []
         for rank in range(self._world_size):
             with safe_open(self._rank_file(layer, rank), framework="pt") as file:
@@ -87,11 +87,11 @@ class WorkFolder:
         return ranks
 
     def read_dtypes(self, layer: int) -> dict[str, torch.dtype]:
-        """Types of the tensors of a layer."""
+        """Return the dtypes of a layer's tensors."""
         return {name: stored.info.dtype for name, stored in read_header(self._rank_file(layer, 0)).items()}
 
     def remove(self) -> None:
-        """The work is done."""
+        """Delete the folder when the work is finished."""
         shutil.rmtree(self.path)
 
     def _rank_file(self, layer: int, rank: int) -> Path:
@@ -105,7 +105,7 @@ class WorkFolder:
 
 
 def describe_samples(samples: list[tuple[int, ...]]) -> str:
-    """A hash that tells other samples apart."""
+    """Hash the samples, to detect different ones."""
     return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
 
 

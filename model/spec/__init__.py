@@ -1,1 +1,1 @@
-"""Model sizes, weight names and splits, quantization schemes: no tensors are touched."""
+"""Model sizes, weight names and splits, quantization schemes. Does not touch tensors."""

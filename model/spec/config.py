@@ -1,7 +1,4 @@
-"""The shape of a Llama-family model: one dataclass, read from a Hugging Face config.json.
-
-Knows sizes and constants; no tensors, no files but config.json, no ranks.
-"""
+"""The shape of a Llama-family model: one dataclass, read from a Hugging Face config.json."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +15,14 @@ from parallel.layout import Layout, plan_layout
 from parallel.regular_file import read_text
 
 PREFILL_TOKENS = 512
-"""Tokens in one forward pass: bounds the memory of activations."""
+"""Maximum tokens per forward pass; bounds the activation memory."""
 BLOCK_MULTIPLE = 16
-"""A block's size is a multiple of this many tokens: kernels read whole tiles of them."""
+"""Block sizes are multiples of this many tokens, since kernels read whole tiles."""
 
 DEFAULT_BLOCK_SIZE = 16
-"""Tokens of a block, MindFormers' and vLLM's: small blocks waste little and share much."""
+"""Tokens per block, as in MindFormers and vLLM: small blocks waste little memory and share well."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Compute types by the names that users write and PyTorch has, with their bytes."""
+"""Compute dtypes by their PyTorch and option names, with bytes per element."""
 _MAX_WHOLE = (1 << 31) - 1
 _MAX_SIZES = {
     "hidden_size": 1 << 20,
@@ -37,30 +34,30 @@ _MAX_SIZES = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": _MAX_WHOLE,
 }
-"""Ten times what the largest models have, or more: a damaged number is not worked with for hours."""
+"""At least ten times the sizes of the largest models; a corrupt value must not cause hours of work."""
 _MAX_CONFIG_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
-    """Sizes and constants of a Llama-family decoder, in Hugging Face's names."""
+    """Sizes and constants of a Llama-family decoder, with Hugging Face's names."""
 
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Inner width of the feed-forward."""
+    """Width of the feed-forward intermediate dimension."""
     num_hidden_layers: int
     """Decoder layers."""
     num_attention_heads: int
     """Query heads."""
     num_key_value_heads: int
-    """Key-value heads; divides the query heads."""
+    """KV heads; divides the query heads."""
     head_dim: int
     """Width of one head."""
     vocab_size: int
     """Rows of the embedding."""
     max_position_embeddings: int
-    """Longest sequence, tokens."""
+    """Maximum sequence length in tokens."""
     rms_norm_eps: float
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
@@ -68,19 +65,19 @@ class LlamaConfig:
     rope_scaling: Scaling | None = None
     """Scaling of the rotary frequencies, if any."""
     tie_word_embeddings: bool = False
-    """The output head is the embedding."""
+    """Whether the output head is the embedding."""
     attention_bias: bool = False
-    """The four linears of attention add a bias."""
+    """Whether the four attention linears have a bias."""
     mlp_bias: bool = False
-    """The three linears of the feed-forward add a bias."""
+    """Whether the three feed-forward linears have a bias."""
     bos_token_id: int | None = 1
-    """Id put before a prompt."""
+    """Id prepended to a prompt."""
     eos_token_ids: tuple[int, ...] = (2,)
     """Ids that end a sequence."""
     pad_token_id: int | None = None
-    """Id that fills rows of unequal length."""
+    """Padding id."""
     dtype: str = "float32"
-    """Type of the stored weights: a key of DTYPES."""
+    """Dtype of the stored weights: a key of DTYPES."""
 
     def __post_init__(self) -> None:
         for name, most in _MAX_SIZES.items():
@@ -108,7 +105,7 @@ class LlamaConfig:
             raise ConfigError(f"dtype {quote(self.dtype)} is unknown; there are {', '.join(DTYPES)}")
 
     def layout(self) -> Layout:
-        """How this model splits over ranks."""
+        """Return the layout of this model over ranks."""
         return plan_layout(
             hidden=self.hidden_size,
             intermediate=self.intermediate_size,
@@ -123,7 +120,7 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 
 
 def check_blocks(block_size: int, num_blocks: int | None) -> None:
-    """Raise ConfigError for numbers of tokens and blocks that no store can have."""
+    """Raise ConfigError for an invalid number of blocks or block size."""
     if block_size < BLOCK_MULTIPLE or block_size % BLOCK_MULTIPLE:
         raise ConfigError(f"block_size is {block_size}, but has to be a multiple of {BLOCK_MULTIPLE}")
     if num_blocks is not None and num_blocks < 1:
@@ -131,15 +128,14 @@ def check_blocks(block_size: int, num_blocks: int | None) -> None:
 
 
 def count_blocks(tokens: int, block_size: int) -> int:
-    """The least whole number of blocks that holds so many tokens."""
+    """Return the number of blocks needed for this many tokens."""
     return -(-tokens // block_size)
 
 
 def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
-    """LlamaConfig from the values of a Hugging Face config.json; null is the same as a key that is not there.
+    """Build a LlamaConfig from the values of a Hugging Face config.json; null equals a missing key.
 
-    Raises ConfigError for another architecture, a missing key, a value that makes no sense, or a feature that the forward
-    pass does not have.
+    Raises ConfigError for another architecture, a missing key, an invalid value, or a feature that the forward pass does not support.
     """
     _check_architecture(raw, source)
     CONFIG_KEYS.check(raw, source)
@@ -168,7 +164,7 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
     eos, pad, head_dim = raw.get("eos_token_id", 2), raw.get("pad_token_id"), raw.get("head_dim")
     if type(pad) is int and (pad == -1 or (type(raw["vocab_size"]) is int and pad >= raw["vocab_size"])):
-        pad = None  # not a row of the model; the first converters of Llama wrote -1 for none
+        pad = None  # not in the vocabulary; early Llama converters wrote -1 for none
     return LlamaConfig(
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -192,7 +188,7 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a config.json. Raises ConfigError when it is missing, absurdly large or not a JSON object."""
+    """Read the values of a config.json. Raises ConfigError when it is missing, too large or not a JSON object."""
     try:
         raw = json.loads(read_text(path, _MAX_CONFIG_BYTES))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face config.json and what becomes of each. Depends on no tensors."""
+"""The keys of a Hugging Face config.json and how each is handled."""
 
 from model.spec.key_table import KeyTable
 
@@ -158,10 +158,10 @@ CONFIG_KEYS = KeyTable(
         }
     ),
 )
-"""Sizes, constants and ids are read; what Llama of transformers ignores is ignored, and reported."""
+"""Sizes, constants and ids are read; keys that transformers' Llama ignores are ignored and reported."""
 
 CAUSAL_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
-"""Entries of `architectures` that are this decoder; LlamaModel is the same without an output head."""
+"""Values of `architectures` for this decoder; LlamaModel is the same without an output head."""
 OTHER_MODELS = {
     "mixtral": "a mixture of experts",
     "qwen2_moe": "a mixture of experts",
@@ -194,4 +194,4 @@ OTHER_MODELS = {
     "mamba": "a state-space model",
     "rwkv": "a recurrent model",
 }
-"""What some values of `model_type` are, for messages."""
+"""Descriptions of other values of `model_type`, for messages."""

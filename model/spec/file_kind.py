@@ -1,7 +1,4 @@
-"""What a file really is, told from its first bytes: for messages about files that are not what their names say.
-
-Depends on nothing but the bytes.
-"""
+"""Detect the real type of a file from its first bytes, for messages about misnamed files."""
 
 from pathlib import Path
 
@@ -30,9 +27,9 @@ _PAGE_STARTS = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error")
 
 
 def describe_file(path: Path) -> str | None:
-    """What a file is, as the rest of a sentence that begins with its name; None where its first bytes do not tell.
+    """Describe a file as the rest of a sentence that starts with its name; None if its first bytes are inconclusive.
 
-    Raises OSError where it cannot be read.
+    Raises OSError when it cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)

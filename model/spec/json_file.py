@@ -1,7 +1,7 @@
-"""Small files that come with a checkpoint, read under limits: JSON objects, texts and bytes.
+"""Read the small files of a checkpoint under limits: JSON objects, text and bytes.
 
-A checkpoint is somebody else's data: the file may be a FIFO, a device, gigabytes long, not UTF-8, or nested too deeply. Each of these is a
-CheckpointError in one sentence.
+A checkpoint is untrusted: a file may be a FIFO, a device, gigabytes long, not UTF-8, or nested too deeply. Each case raises a
+CheckpointError with one sentence.
 """
 
 import json
@@ -13,13 +13,13 @@ from model.spec.quoting import quote
 from parallel.errors import CheckpointError
 
 MAX_SETTINGS_BYTES = 16_000_000
-"""The largest settings file; real ones have up to 2 MB."""
+"""Maximum size of a settings file; real ones are up to 2 MB."""
 MAX_VOCABULARY_BYTES = 200_000_000
-"""The largest vocabulary file; real ones have up to 40 MB."""
+"""Maximum size of a vocabulary file; real ones are up to 40 MB."""
 
 
 def read_file_bytes(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> bytes:
-    """The bytes of a regular file. Raises FileNotFoundError when it is missing, CheckpointError for everything else."""
+    """Read the bytes of a regular file. Raises FileNotFoundError when it is missing, CheckpointError for everything else."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -35,7 +35,7 @@ def read_file_bytes(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> bytes:
 
 
 def read_file_text(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> str:
-    """The text of a file in UTF-8. Raises as `read_file_bytes`."""
+    """Read a UTF-8 text file. Raises the errors of `read_file_bytes`."""
     try:
         return read_file_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def read_file_text(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> str:
 
 
 def parse_json_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a text. Raises CheckpointError, which names `path`."""
+    """Parse a JSON object. Raises CheckpointError naming `path`."""
     try:
         raw = json.loads(text)
     except RecursionError:
@@ -56,7 +56,7 @@ def parse_json_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def read_optional_text(path: Path) -> str | None:
-    """The text of a settings file; None where there is no such file. Raises CheckpointError, also for a link to nothing."""
+    """Read a settings file; None if it does not exist. Raises CheckpointError, also for a dangling link."""
     try:
         return read_file_text(path)
     except FileNotFoundError:
@@ -66,6 +66,6 @@ def read_optional_text(path: Path) -> str | None:
 
 
 def read_optional_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a settings file; an empty one where there is no such file. Raises as `read_optional_text`."""
+    """Read the JSON object in a settings file; empty if the file does not exist. Raises the errors of `read_optional_text`."""
     text = read_optional_text(path)
     return {} if text is None else parse_json_object(text, path)

@@ -1,6 +1,6 @@
-"""What a format does with each key of its settings: read, required to have a value, ignored with a warning, harmless, or unknown.
+"""How a format handles each key of its settings: read, required to have a certain value, ignored with a warning, harmless, or unknown.
 
-A table per format is the one place that says it; docs/formats.md is tested against the tables. Depends on nothing of a format.
+Each format has one table; docs/formats.md is tested against the tables.
 """
 
 from collections.abc import Mapping
@@ -15,30 +15,30 @@ _SHOWN = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyTable:
-    """The keys of one section of settings."""
+    """The keys of one settings section."""
 
     name: str
-    """The section, for messages and the documentation."""
+    """Name of the section, for messages and the documentation."""
     read: frozenset[str]
-    """Keys whose values are used; whoever uses them checks them."""
+    """Keys whose values are used; their readers validate them."""
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that change the arithmetic, with the values that are supported; null and a missing key are. The rest is refused."""
+    """Keys that change the arithmetic, with the supported values, in addition to null and missing. All others are rejected."""
     ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that the reference implementation ignores for Llama, with the values that mean nothing; others are reported."""
+    """Keys that the reference implementation ignores for Llama, with the values that have no effect; other values are reported."""
     harmless: frozenset[str] = frozenset()
-    """Keys that never change a result."""
+    """Keys that never affect the result."""
     harmless_prefixes: tuple[str, ...] = ()
-    """Beginnings of such keys."""
+    """Prefixes of such keys."""
 
     def check(self, values: Mapping[str, Any], source: str) -> None:
-        """Raise ConfigError for a value of a `fixed` key that is not supported."""
+        """Raise ConfigError for an unsupported value of a `fixed` key."""
         for key, allowed in self.fixed.items():
             value = values.get(key)
             if value is not None and not _is_one_of(value, allowed):
                 raise ConfigError(f"{source}: {key} is {quote(value)}, but only {_name_values(allowed)} is supported")
 
     def describe(self, values: Mapping[str, Any], source: str) -> list[str]:
-        """What is not used of `values`, at most one line for ignored keys and one for unknown ones."""
+        """Describe the unused part of `values`: at most one line for ignored keys and one for unknown ones."""
         ignored = [
             f"{key} is {quote(values[key])}"
             for key, neutral in self.ignored.items()
@@ -53,7 +53,7 @@ class KeyTable:
         return lines
 
     def knows(self, key: str) -> bool:
-        """Whether the table says what becomes of a key."""
+        """Return whether the table defines how a key is handled."""
         return (
             key in self.read
             or key in self.fixed
@@ -63,12 +63,12 @@ class KeyTable:
         )
 
     def list_keys(self) -> list[str]:
-        """Every key that the table names."""
+        """Return every key in the table."""
         return sorted({*self.read, *self.fixed, *self.ignored, *self.harmless, *self.harmless_prefixes})
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Equal to one of them, or a list of such; where none is named, an empty container."""
+    """Return whether the value equals an allowed one or is a list of such; if none are given, whether it is an empty container."""
     if isinstance(value, (list, dict)) and not value:
         return not allowed
     if isinstance(value, list):

@@ -77,7 +77,7 @@ GPTQ_KEYS = KeyTable(
         }
     ),
 )
-"""Which linears are quantized is seen from the tensors, so `lm_head` and the lists of modules need not be read."""
+"""The tensors tell which linears are quantized, so `lm_head` and the lists of modules need not be read."""
 AWQ_KEYS = KeyTable(
     name="quantization_config of AWQ",
     read=frozenset({"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"}),
@@ -126,5 +126,5 @@ OTHER_METHODS = {
     "torchao": "torchao",
     "vptq": "VPTQ",
 }
-"""Values of `quant_method` that are known and not supported, with their names."""
+"""Known but unsupported values of `quant_method`, with their names."""
 SUPPORTED_METHODS = "compressed-tensors (int8, int4), gptq, awq"

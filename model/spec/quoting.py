@@ -1,7 +1,4 @@
-"""Values and names out of files, as they stand in messages: cut, and in printable characters, whatever the file says.
-
-Knows nothing of where they come from.
-"""
+"""Quote values and names from files in messages: truncated, and with printable characters only."""
 
 import reprlib
 
@@ -11,15 +8,15 @@ _REPR.maxstring, _REPR.maxother, _REPR.maxlevel = 100, 100, 3
 
 
 def quote(value: object) -> str:
-    """The value as Python writes it, cut where it is long or deep."""
+    """Return the value's repr, truncated if it is long or deeply nested."""
     return _REPR.repr(value)
 
 
 def quote_name(name: str) -> str:
-    """The name as it stands when it can be printed in a line, else quoted."""
+    """Return the name unchanged if it is printable on one line, otherwise quoted."""
     return name if is_plain(name) else quote(name)
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be printed as it stands."""
+    """Return whether a name can be printed unchanged."""
     return len(name) <= _MAX_NAME and name.isprintable()

@@ -1,4 +1,4 @@
-"""Rotary frequencies and how a checkpoint scales them, as transformers' ROPE_INIT_FUNCTIONS do for Llama.
+"""Rotary frequencies and their scaling, equivalent to transformers' ROPE_INIT_FUNCTIONS for Llama.
 
 Depends on the keys `rope_scaling`, `rope_parameters` and `rope_theta` of config.json; does not need torch.
 """
@@ -15,7 +15,7 @@ from model.spec.quoting import quote
 from parallel.errors import ConfigError
 
 MAX_TOKENS = (1 << 31) - 1
-"""Longest context that a config may name."""
+"""Maximum context that a config may specify."""
 _MAX_FACTOR = 1e6
 
 
@@ -24,11 +24,11 @@ class RopeScaling:
     """`rope_type: llama3`: long wavelengths are stretched, short ones kept, those between interpolated."""
 
     factor: float
-    """Wavelengths beyond the original context are stretched by this."""
+    """Stretch of the longest wavelengths."""
     low_freq_factor: float
-    """Original context over this: the wavelength above which the full stretch applies."""
+    """Original context divided by this: the wavelength above which the full stretch applies."""
     high_freq_factor: float
-    """Original context over this: the wavelength below which nothing changes."""
+    """Original context divided by this: the wavelength below which nothing changes."""
     original_max_position_embeddings: int
     """The original context, tokens."""
 
@@ -54,10 +54,10 @@ class LinearScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
-    """`rope_type: yarn`: a ramp between plain and divided frequencies, and a factor for cosine and sine."""
+    """`rope_type: yarn`: a ramp between original and divided frequencies, and a factor for cosine and sine."""
 
     factor: float
-    """Stretch of the positions of slow frequencies."""
+    """Stretch of slow frequencies."""
     original_max_position_embeddings: int
     """The original context, tokens."""
     beta_fast: float = 32.0
@@ -65,9 +65,9 @@ class YarnScaling:
     beta_slow: float = 1.0
     """Rotations over the original context below which a frequency is divided by the factor."""
     attention_factor: float = 1.0
-    """Cosine and sine are multiplied by this."""
+    """Multiplier of cosine and sine."""
     truncate: bool = True
-    """The ends of the ramp are whole numbers."""
+    """Whether the ends of the ramp are rounded to whole numbers."""
 
     def __post_init__(self) -> None:
         _require_numbers(self, "factor", "beta_fast", "beta_slow", "attention_factor")
@@ -81,7 +81,7 @@ _LLAMA3 = tuple(one.name for one in fields(RopeScaling))
 READ_KEYS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
-    # Frequencies change only beyond max_position_embeddings, where no sequence gets.
+    # Frequencies change only beyond max_position_embeddings, which no sequence exceeds.
     "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
     "llama3": frozenset(_LLAMA3),
     "yarn": frozenset(
@@ -90,13 +90,13 @@ READ_KEYS: Mapping[str, frozenset[str]] = {
 }
 """Keys of `rope_scaling` that are read, by its `rope_type`."""
 _ALWAYS_READ = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
-"""`finetuned` (YaRN's authors) says how a model was trained and changes nothing."""
+"""`finetuned` (YaRN's authors) describes the training and has no effect."""
 
 
 def read_rope_section(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and `rope_parameters` of a config.json as one section with `rope_type` and `rope_theta`.
+    """Merge `rope_scaling` and `rope_parameters` of a config.json into one section with `rope_type` and `rope_theta`.
 
-    Raises ConfigError where two of them, or a key and its copy at the top level, contradict each other.
+    Raises ConfigError if the two, or a key and its copy at the top level, contradict each other.
     """
     old, new = _read_mapping(raw, "rope_scaling"), _read_mapping(raw, "rope_parameters")
     for section in (old, new):
@@ -120,10 +120,10 @@ def read_rope_section(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_scaling(section: Mapping[str, Any], max_positions: Any) -> Scaling | None:
-    """The scaling that a section of `read_rope_section` describes; None where frequencies are plain.
+    """Build the scaling described by a section of `read_rope_section`; None for unscaled frequencies.
 
-    `max_positions`: max_position_embeddings, the original context where none is named. Raises ConfigError for another rope_type,
-    for keys that are missing, unknown or of an impossible value.
+    `max_positions`: max_position_embeddings, the default of the original context. Raises ConfigError for an unsupported rope_type, and
+    for missing, unknown or invalid keys.
     """
     kind = section["rope_type"]
     if not isinstance(kind, str) or kind not in READ_KEYS:
@@ -152,7 +152,7 @@ def build_scaling(section: Mapping[str, Any], max_positions: Any) -> Scaling | N
 
 
 def compute_frequencies(theta: float, width: int, scaling: Scaling | None) -> npt.NDArray[np.float32]:
-    """float32 [width / 2]: radians a position of each rotary pair of a head of this width."""
+    """Return float32 [width / 2]: radians per position of each rotary pair of a head of this width."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
     if isinstance(scaling, LinearScaling):
@@ -164,12 +164,12 @@ def compute_frequencies(theta: float, width: int, scaling: Scaling | None) -> np
 
 
 def attention_factor(scaling: Scaling | None) -> float:
-    """What cosine and sine are multiplied by."""
+    """Return the multiplier of cosine and sine."""
     return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
 
 def scale_frequency(frequency: float, scaling: RopeScaling | None) -> float:
-    """One rotary frequency after the llama3 scaling (Llama 3.1, `apply_scaling`)."""
+    """Apply the llama3 scaling to one rotary frequency (Llama 3.1, `apply_scaling`)."""
     if scaling is None:
         return frequency
     wavelength = 2 * math.pi / frequency
@@ -202,7 +202,7 @@ def _scale_attention(factor: float, scale: float) -> float:
 
 
 def _ramp(scaling: YarnScaling, theta: float, width: int) -> npt.NDArray[np.float32]:
-    """float32 [width / 2]: 0 where a frequency is kept, 1 where it is divided."""
+    """Return float32 [width / 2]: 0 where a frequency is kept, 1 where it is divided."""
 
     def find_dimension(rotations: float) -> float:
         return width * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))

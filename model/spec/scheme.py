@@ -1,23 +1,21 @@
-"""How the weights of a checkpoint are stored: float, or integers with scales; and what runs as int8 beside them.
+"""How the weights of a checkpoint are stored (float, or integers with scales), and the quantization of activations and KV cache.
 
-Reads and writes the `quantization_config` of config.json in compressed-tensors' form, widened where that has no word for
-what Golden Stick does: formats `smooth-…` (a divisor for each input channel of each linear), and a key beside it for int8
-key-value caches with a scale for each channel or token. Every reader gives these names, whatever its format calls them. X is a linear:
+Reads and writes the `quantization_config` of config.json in the format of compressed-tensors, extended for features of Golden Stick that
+it cannot express: formats `smooth-…` (a divisor per input channel of each linear), and a separate key for int8 KV caches with a scale
+per channel or token. All readers expose these names, whatever the names in their format. X is a linear:
 
     X.weight             int8 [rows, columns]                      format int-quantized
     X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see model/spec/packing.py
     X.weight_shape       int64 [2]                                 pack-quantized only
-    X.weight_scale       float [rows, groups]; one group where there is no group_size
-    X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, not symmetric; packed along the rows
+    X.weight_scale       float [rows, groups]; one group if there is no group_size
+    X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, asymmetric; packed along the rows
     X.weight_g_idx       int32 [columns]                           group of each column, act-order only
     X.input_scale        float [1]                                 static activations
-    X.input_zero_point   int8 [1]                                  static activations, not symmetric
-    X.smooth_scale       float [columns]                           formats smooth-…: inputs are divided by it
-    A.k_scale, A.v_scale float [1] or [key-value rows]             static int8 cache; A is the layer's self_attn
+    X.input_zero_point   int8 [1]                                  static activations, asymmetric
+    X.smooth_scale       float [columns]                           formats smooth-…: divisor of the inputs
+    A.k_scale, A.v_scale float [1] or [KV rows]                    static int8 cache; A is the layer's self_attn
 
     weight = (integer - zero point) * scale;   input = round(x / (smooth * input_scale) + zero point)
-
-Knows no files and no ranks.
 """
 
 import re
@@ -30,39 +28,39 @@ from model.spec.quoting import quote
 from parallel.errors import ConfigError
 
 SMOOTH = "smooth-"
-"""Prefix of the formats that carry smooth scales. No other program reads these, and none loads them by mistake."""
+"""Prefix of the formats with smooth scales. Other programs do not support it, and so cannot load them by mistake."""
 KV_CACHE_KEY = "kv_cache_quantization"
-"""Key of config.json for int8 caches that compressed-tensors has no word for."""
+"""Key of config.json for int8 caches that compressed-tensors cannot express."""
 _FORMATS = {"pack-quantized": True, "int-quantized": False}
-"""Format: whether integers are packed into words."""
+"""Whether the format packs integers into words."""
 _ACT_ORDER = {"group": True, "dynamic": True, "weight": False, "static": False}
-"""What compressed-tensors calls them, and whether columns of a group then lie anywhere."""
+"""compressed-tensors' values, and whether the columns of a group may then be anywhere."""
 _ALL_LINEARS = ("Linear",)
 _MAX_GROUP = (1 << 31) - 1
 _MAX_PATTERN, _MAX_REPEATS = 200, 4
-"""A pattern of more could take hours to compare with one name."""
+"""Larger patterns could take hours to match a single name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScheme:
-    """How the quantized linears of a checkpoint are stored and multiplied."""
+    """Storage and arithmetic of a checkpoint's quantized linears."""
 
     bits: int = 8
-    """Of a weight: 4 or 8."""
+    """Bits per weight: 4 or 8."""
     group_size: int | None = None
     """Columns that share a scale; None: the whole row."""
     symmetric: bool = True
-    """Zero points of the weights are 0 and not stored."""
+    """Whether weight zero points are 0 and not stored."""
     packed: bool = True
-    """Integers are stored in int32 words."""
+    """Whether integers are packed in int32 words."""
     act_order: bool = False
-    """Columns of a group lie anywhere: `weight_g_idx` says which."""
+    """Whether the columns of a group may be anywhere, as given by `weight_g_idx`."""
     activation: str | None = None
-    """None: floats; "token": int8 with the scale of each row; "tensor": int8 with a stored scale."""
+    """None: float; "token": int8 with a scale per row; "tensor": int8 with a stored scale."""
     activation_symmetric: bool = True
-    """Zero points of static activations are 0 and not stored."""
+    """Whether zero points of static activations are 0 and not stored."""
     smooth: bool = False
-    """Inputs are divided by a stored vector first."""
+    """Whether inputs are divided by a stored vector first."""
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
@@ -79,12 +77,12 @@ class LinearScheme:
             raise ConfigError("quantization_config: 8-bit weights with zero points are not supported; symmetric ones are")
 
     def num_groups(self, columns: int) -> int:
-        """Scales of one row."""
+        """Return the number of scales per row."""
         return 1 if self.group_size is None else -(-columns // self.group_size)
 
     @property
     def name(self) -> str:
-        """A activations, W weights, each with its bits; as it stands in the stats."""
+        """Name in stats: A for activations, W for weights, each with its bits."""
         if self.activation is None:
             words = "rtn-a16w8" if self.bits == 8 and self.group_size is None else f"a16w{self.bits}"
         else:
@@ -94,31 +92,31 @@ class LinearScheme:
 
 @dataclass(frozen=True, slots=True)
 class LinearGroup:
-    """Linears that are stored in their own way."""
+    """Linears with their own storage scheme."""
 
     targets: tuple[str, ...]
-    """Full names, `re:` and a pattern for the start of one, or the class `Linear`."""
+    """Full names, `re:` and a pattern that matches a prefix of the name, or the class `Linear`."""
     linear: LinearScheme
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a checkpoint stores as integers, and whether its key-value cache is int8."""
+    """The quantization of a checkpoint's linears and of its KV cache."""
 
     linear: LinearScheme | None = None
-    """Of every linear that is not in `ignore`; None: all are float."""
+    """Scheme of every linear that is not in `ignore`; None: all are float."""
     ignore: tuple[str, ...] = ()
-    """Linears that stay float: full names, or `re:` and a pattern for the start of one."""
+    """Linears that stay float: full names, or `re:` and a pattern that matches a prefix of the name."""
     kv_cache: str | None = None
-    """None: floats; int8 with stored scales "channel" or "tensor", or "token": scales of each token, made on the way."""
+    """None: float; int8 with stored scales "channel" or "tensor", or "token": scales per token, computed at run time."""
     targets: tuple[str, ...] = _ALL_LINEARS
-    """What `linear` stands for, as LinearGroup says it."""
+    """Linears that `linear` applies to, as in LinearGroup."""
     others: tuple[LinearGroup, ...] = ()
-    """Linears that are stored in another way than `linear` says."""
+    """Linears with other schemes than `linear`."""
     _names: frozenset[str] = field(init=False, repr=False, compare=False)
-    """The full names of `ignore`: a large model may have a hundred thousand."""
+    """The full names in `ignore`: a large model may have a hundred thousand."""
     _patterns: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    """Its patterns."""
+    """The patterns in `ignore`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_names", frozenset(entry for entry in self.ignore if not entry.startswith("re:")))
@@ -126,35 +124,35 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """In the stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
+        """Name in stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
         words = ["+".join(dict.fromkeys((self.linear.name, *(group.linear.name for group in self.others))))] if self.linear else []
         return "-".join([*words, *(["c8"] if self.kv_cache else [])]) or "none"
 
     def find_linear(self, name: str) -> LinearScheme | None:
-        """How the linear of this full name (without `.weight`) is stored; None: float."""
+        """Return the scheme of the linear with this full name (without `.weight`); None: float."""
         if self.linear is None or name in self._names or any(re.match(pattern, name) for pattern in self._patterns):
             return None
         if not self.others and self.targets == _ALL_LINEARS:
             return self.linear
-        # As compressed-tensors matches: names, then patterns, each in the order of the alphabet, then classes; of equal targets the last.
+        # The order of compressed-tensors: names, then patterns, each alphabetically, then classes; of equal targets the last.
         found = {target: group.linear for group in self.groups for target in group.targets}
         targets = sorted(found, key=lambda target: (target in _ALL_LINEARS, target.startswith("re:"), target))
         return next((found[target] for target in targets if target in _ALL_LINEARS or _names(target, name)), None)
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
-        """All groups of linears, `linear` first; none where all are float."""
+        """Return all groups of linears, `linear` first; empty if all are float."""
         return () if self.linear is None else (LinearGroup(self.targets, self.linear), *self.others)
 
     def is_quantized(self, name: str) -> bool:
-        """Whether the linear of this full name is stored as integers."""
+        """Return whether the linear with this full name is quantized."""
         return self.find_linear(name) is not None
 
 
 def read_scheme(raw: Mapping[str, Any]) -> Scheme:
-    """The scheme that the values of a config.json declare.
+    """Return the scheme declared by the values of a config.json.
 
-    Raises ConfigError for a scheme that is not supported, naming what is.
+    Raises ConfigError for an unsupported scheme, naming the supported ones.
     """
     own_cache = _read_kv_cache(_read_section(raw.get(KV_CACHE_KEY), KV_CACHE_KEY))
     quantization = _read_section(raw.get("quantization_config"), "quantization_config")
@@ -178,7 +176,7 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
 
 
 def describe_scheme_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Lines on keys of a compressed-tensors `quantization_config` that are not read."""
+    """Return notes on unused keys of a compressed-tensors `quantization_config`."""
     quantization = raw.get("quantization_config") or {}
     lines = COMPRESSED_KEYS.describe(quantization, "quantization_config")
     for group in (quantization.get("config_groups") or {}).values():
@@ -189,10 +187,10 @@ def describe_scheme_keys(raw: Mapping[str, Any]) -> list[str]:
 
 
 def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
-    """The values of a config.json, with `scheme` declared in them so that other programs load as much of it as they can.
+    """Return the values of a config.json with `scheme` declared such that other programs can load as much of it as possible.
 
-    They refuse caches with a scale for each channel or token, which change nothing that is stored of the weights: these
-    are declared under a key of their own, and other programs keep a float cache.
+    Other programs reject caches with a scale per channel or token, although these do not affect the stored weights. They are declared
+    under a separate key, so that other programs use a float cache.
     """
     out = {key: value for key, value in raw.items() if key not in ("quantization_config", KV_CACHE_KEY)}
     if scheme.kv_cache in ("channel", "token"):
@@ -204,7 +202,7 @@ def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
 
 
 def write_scheme(scheme: Scheme) -> dict[str, Any]:
-    """The `quantization_config` for config.json, as transformers and vLLM read it."""
+    """Return the `quantization_config` for config.json in the form that transformers and vLLM read."""
     formats = list(dict.fromkeys(_name_format(group.linear) for group in scheme.groups))
     format = "dense" if not formats else formats[0] if len(formats) == 1 else "mixed-precision"
     out: dict[str, Any] = {
@@ -244,7 +242,7 @@ def _names(entry: str, name: str) -> bool:
 
 
 def _read_section(value: Any, name: str) -> Mapping[str, Any]:
-    """What stands under a key of config.json; empty where nothing does."""
+    """Return a section of config.json; empty if it is missing."""
     if value is not None and not isinstance(value, Mapping):
         place = name if name in ("quantization_config", KV_CACHE_KEY) else f"quantization_config: {name}"
         raise ConfigError(f"{place} is {quote(value)}, but an object is needed")
@@ -252,7 +250,7 @@ def _read_section(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def read_flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
-    """A flag of `quantization_config`. Raises ConfigError for what is neither true nor false."""
+    """Return a flag of `quantization_config`. Raises ConfigError unless it is true or false."""
     value = section.get(key)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"quantization_config: {key} is {quote(value)}, but true or false is needed")
@@ -279,7 +277,7 @@ def _read_names(value: Any, key: str) -> tuple[str, ...]:
 
 
 def check_pattern(entry: str, key: str) -> None:
-    """Raise ConfigError for a regular expression, behind a prefix of three characters, that is none or could run for hours."""
+    """Raise ConfigError for an invalid regular expression (after a three-character prefix), or one that could run for hours."""
     plain = re.sub(r"\\.", "", entry[3:])
     repeats = sum(plain.count(sign) for sign in "*+{")
     if len(entry) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
@@ -311,7 +309,7 @@ def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
     if order not in (None, False) and not (isinstance(order, str) and order in _ACT_ORDER):
         raise ConfigError(f"quantization_config: actorder {quote(order)} is not supported; there are {', '.join(_ACT_ORDER)}")
     return LinearScheme(
-        bits=weights.get("num_bits"),  # type: ignore[arg-type]  # LinearScheme refuses what is no number
+        bits=weights.get("num_bits"),  # type: ignore[arg-type]  # LinearScheme rejects non-numbers
         group_size=weights["group_size"] if is_grouped else None,
         symmetric=read_flag(weights, "symmetric", True),
         packed=_FORMATS[format.removeprefix(SMOOTH)],

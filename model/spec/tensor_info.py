@@ -1,4 +1,4 @@
-"""Shape and type of a stored tensor."""
+"""Shape and dtype of a stored tensor."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Shape and type of one tensor as `read_rows` gives it."""
+    """Shape and dtype of one tensor as `read_rows` returns it."""
 
     shape: tuple[int, ...]
     """Full shape, rows first."""
     dtype: torch.dtype
-    """Type of the elements."""
+    """Element type."""
 
     @property
     def dtype_name(self) -> str:
-        """The type by PyTorch's name, without `torch.`."""
+        """Name of the dtype, without `torch.`."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole tensor, bytes."""
+        """Size of the whole tensor in bytes."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size

@@ -1,7 +1,4 @@
-"""The table of a Llama model's tensors: Hugging Face names, shapes, splits. Loading, resharding and plans read it.
-
-Knows names and sizes; reads nothing.
-"""
+"""The table of a Llama model's tensors (Hugging Face names, shapes, splits), used for loading, resharding and planning."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +14,7 @@ if TYPE_CHECKING:
     from model.spec.tensor_info import TensorInfo
 
 FLOAT_DTYPES = tuple(DTYPES)
-"""Types in which a checkpoint may store weights that are not quantized."""
+"""Dtypes in which a checkpoint may store unquantized weights."""
 
 _LINEARS: Mapping[str, tuple[str, str, str]] = {
     # name in the layer: (rows, columns, split), all keys of `_sizes` and fields of Layout
@@ -35,7 +32,7 @@ FUSED: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "down_proj": ("mlp.down_proj",),
 }
-"""Which linears, by their names in the layer, each product of a decoder layer holds; in the order of loading."""
+"""The linears in each fused matmul of a decoder layer, by their names in the layer, in loading order."""
 MINDFORMERS_NAMES: Mapping[str, str] = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
@@ -45,7 +42,7 @@ MINDFORMERS_NAMES: Mapping[str, str] = {
     "mlp.up_proj": "feed_forward.w3",
     "mlp.down_proj": "feed_forward.w2",
 }
-"""Linears of a layer, by MindFormers' names for them."""
+"""MindFormers' names of the linears in a layer."""
 _MINDFORMERS_FUSED: Mapping[str, str] = {
     **dict.fromkeys(FUSED["qkv_proj"], "attention.w_qkv"),
     **dict.fromkeys(FUSED["gate_up_proj"], "feed_forward.w_gate_hidden"),
@@ -53,7 +50,7 @@ _MINDFORMERS_FUSED: Mapping[str, str] = {
 """Those that it fuses with qkv_concat True."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
-"""Old exports carry rotary frequencies, and zeros for what a symmetric scheme says is zero."""
+"""Old exports include rotary frequencies, and zeros for the zero points of symmetric schemes."""
 
 
 _UNEXPECTED_PARTS = {
@@ -67,44 +64,44 @@ _UNEXPECTED_PARTS = {
     ".quant_state.": "bitsandbytes weights are not supported",
     ".biases": "MLX quantized weights are not supported",
 }
-"""What a part of an unexpected name says of the model."""
+"""Explanations of unexpected tensors, by a part of the name."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """What a checkpoint has to hold under one name."""
+    """Requirements for the tensor with one name."""
 
     shape: tuple[int, ...]
     """Full shape."""
     dtypes: tuple[str, ...]
-    """Types that can be read, by PyTorch's names."""
+    """Supported dtypes, by their PyTorch names."""
     split: Split
-    """How its rows are dealt out."""
+    """How its rows are split."""
     full_rows: int | None = None
-    """What `split` deals out, where `shape` packs several of these rows into a word."""
+    """Number of rows that `split` applies to, if `shape` packs several of them into a word."""
     rows_a_word: int = 1
-    """Rows in one word."""
+    """Rows per word."""
 
     def rows(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Rows [start, stop) of `rank`; words that several ranks need belong to each of them."""
+        """Return rows [start, stop) of `rank`; words that several ranks need are read by each of them."""
         start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
         return start // self.rows_a_word, -(-stop // self.rows_a_word)
 
 
 @dataclass(slots=True)
 class TensorReport:
-    """How the tensors of a checkpoint differ from those that a model needs."""
+    """Differences between the tensors of a checkpoint and those that a model needs."""
 
     missing: list[str] = field(default_factory=list)
-    """Needed and absent."""
+    """Required but absent."""
     unexpected: list[str] = field(default_factory=list)
-    """Present and unknown."""
+    """Present but unknown."""
     mismatched: list[str] = field(default_factory=list)
-    """Present with another shape or type, in words."""
+    """Present with another shape or dtype, described."""
 
     def describe(self, config: LlamaConfig | None = None) -> str:
-        """One line a kind, ten names each, after what they have in common; empty when nothing differs."""
+        """Describe each kind of difference in one line with up to ten names, after a common explanation; empty if there are none."""
         parts = self._explain(config) if config else []
         for kind in ("missing", "unexpected", "mismatched"):
             names = getattr(self, kind)
@@ -115,7 +112,7 @@ class TensorReport:
         return "; ".join(parts)
 
     def _explain(self, config: LlamaConfig) -> list[str]:
-        """What unexpected and missing names usually mean."""
+        """Explain the usual cause of unexpected and missing names."""
         parts = [words for part, words in _UNEXPECTED_PARTS.items() if any(part in name for name in self.unexpected)]
         layers = {int(match[1]) for name in self.unexpected if (match := _LAYER.match(name))}
         if layers and max(layers) >= config.num_hidden_layers:
@@ -126,28 +123,28 @@ class TensorReport:
 
 
 def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
-    """Full [rows, columns] of a linear of a decoder layer, by its name in the layer."""
+    """Return the full [rows, columns] of a decoder layer's linear, by its name in the layer."""
     rows, columns, _ = _LINEARS[name]
     sizes = _sizes(config)
     return sizes[rows], sizes[columns]
 
 
 def has_bias(config: LlamaConfig, name: str) -> bool:
-    """Whether a linear of a decoder layer, by its name in the layer or its full name, adds a bias."""
+    """Return whether a decoder layer's linear, by its name in the layer or its full name, has a bias."""
     return ("self_attn." in name and config.attention_bias) or ("mlp." in name and config.mlp_bias)
 
 
 def linear_names(config: LlamaConfig) -> Iterator[str]:
-    """Full names, without `.weight`, of all linears of the decoder layers."""
+    """Return the full names, without `.weight`, of all linears of the decoder layers."""
     for layer in range(config.num_hidden_layers):
         for name in _LINEARS:
             yield f"model.layers.{layer}.{name}"
 
 
 def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the linears, the head included, whose Hugging Face or MindFormers name contains one of `words`.
+    """Return the full names of the linears, including the head, whose Hugging Face or MindFormers name contains one of `words`.
 
-    A tied head is always among them: it is the embedding.
+    Always includes a tied head, since it is the embedding.
     """
     found = []
     for name in (*linear_names(config), "lm_head"):
@@ -159,7 +156,7 @@ def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, 
 
 
 def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | None = None) -> dict[str, WeightSpec]:
-    """Every tensor that a checkpoint of this model, stored in this scheme, has to hold; of some `layers` only, where they are given."""
+    """Return the required tensors of a checkpoint of this model with this scheme; only of some `layers`, if given."""
     layout = config.layout()
     embedding = WeightSpec((config.vocab_size, config.hidden_size), FLOAT_DTYPES, layout.vocab)
     norm = WeightSpec((config.hidden_size,), FLOAT_DTYPES, layout.whole)
@@ -182,12 +179,12 @@ def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | No
 
 
 def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, TensorInfo]", *, tied: bool) -> TensorReport:
-    """What is missing, unexpected or different in `tensors`."""
+    """Compare `tensors` with the required ones."""
     report = TensorReport(missing=[name for name in specs if name not in tensors])
     for name, info in tensors.items():
         spec = specs.get(name)
         if spec is None:
-            # A tied model may carry its head a second time.
+            # A tied model may store a copy of its head.
             if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
                 report.unexpected.append(name)
         elif info.shape != spec.shape:

@@ -1,7 +1,7 @@
-"""A chat template as a program: Jinja with what transformers 5 gives to templates.
+"""Chat templates as programs: Jinja with the environment that transformers 5 provides.
 
-A template is a program out of somebody else's file. The sandbox keeps it from Python; only a process of its own keeps it from endless
-loops and from memory (`launcher/server/template_process.py`). Does not read files.
+A template is an untrusted program. The sandbox isolates it from Python; protection from endless loops and memory exhaustion requires a
+separate process (`launcher/server/template_process.py`).
 """
 
 import json
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 8_000_000
-"""Longest text that a template may make."""
+"""Maximum length of a rendered text."""
 _MAX_MESSAGE = 300
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names under which clients pass a message's reasoning; templates read the first, some the second."""
+"""Names under which clients pass a message's reasoning; templates read the first, and some the second."""
 
 
 class ChatTemplate:
-    """One template, compiled."""
+    """A compiled template."""
 
     def __init__(self, source: str, where: str) -> None:
-        """`where` it comes from, for messages. Raises CheckpointError when it cannot be compiled."""
+        """`where`: its origin, for messages. Raises CheckpointError when it cannot be compiled."""
         self._where = where
         try:
             self._template = _build_environment().from_string(source)
-        except Exception as error:  # besides TemplateError: deep nesting, constants too large to be folded
+        except Exception as error:  # besides TemplateError: deep nesting, constants too large to fold
             raise CheckpointError(f"the chat template of {where} is not a valid Jinja template: {_describe(error)}") from None
 
     def render(self, variables: Mapping[str, Any], max_characters: int = MAX_CHARACTERS) -> str:
-        """The text. Raises RequestError where the template refuses, fails, or writes more than `max_characters`."""
+        """Render the text. Raises RequestError when the template raises or fails, or when the text exceeds `max_characters`."""
         parts, length = [], 0
         try:
             for part in self._template.generate(**variables):
@@ -43,7 +43,7 @@ class ChatTemplate:
                 parts.append(part)
         except RequestError:
             raise
-        except Exception as error:  # whatever a program can do wrong
+        except Exception as error:  # a program may fail in any way
             raise RequestError(f"the chat template of {self._where} does not take these messages: {_describe(error)}") from None
         return "".join(parts)
 
@@ -57,9 +57,9 @@ def build_variables(
     add_generation_prompt: bool = True,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a template sees, as in transformers: fields that are None are left out, reasoning has all of its names.
+    """Build the template's variables as transformers does: fields that are None are omitted, reasoning is set under all of its names.
 
-    `special_tokens`: by role. `more`: variables of this conversation, which replace special tokens of the same name.
+    `special_tokens`: by role. `more`: variables of this conversation, which override special tokens of the same name.
     """
     chat = [_alias_reasoning({name: value for name, value in message.items() if value is not None}) for message in messages]
     named = {"messages": chat, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
@@ -72,7 +72,7 @@ def _alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build_environment() -> "ImmutableSandboxedEnvironment":
-    # Only a server needs it, and importing it takes time.
+    # Imported here because only a server needs it, and importing takes time.
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -81,9 +81,9 @@ def _build_environment() -> "ImmutableSandboxedEnvironment":
     from jinja2.utils import Namespace
 
     class GenerationTag(Extension):
-        """`{% generation %}` marks what training learns from; here it writes what it holds."""
+        """The tag `{% generation %}`, which marks training targets; here it outputs its body."""
 
-        tags = {"generation"}  # noqa: RUF012 - as the base class has it
+        tags = {"generation"}  # noqa: RUF012 - as in the base class
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -94,9 +94,9 @@ def _build_environment() -> "ImmutableSandboxedEnvironment":
             return caller()
 
     class PlainNamespace(Namespace):
-        """Without names that begin with an underscore, which lead into Python."""
+        """A namespace without names that start with an underscore, which give access to Python internals."""
 
-        def __init__(*args: Any, **kwargs: Any) -> None:  # like Jinja's, so that a template may name an attribute `self`
+        def __init__(*args: Any, **kwargs: Any) -> None:  # like Jinja's, so that a template may have an attribute called `self`
             self, values = args[0], dict(*args[1:], **kwargs)
             for name in values:
                 _check_name(name)
@@ -135,7 +135,7 @@ def _to_json(
 
 
 def _describe(error: Exception) -> str:
-    """One line of what went wrong."""
+    """Describe an error in one line."""
     words = "it needs too much memory" if isinstance(error, MemoryError) else " ".join(str(error).split()) or type(error).__name__
     words = words.encode(errors="backslashreplace").decode()
     return words if len(words) <= _MAX_MESSAGE else words[:_MAX_MESSAGE] + "..."

@@ -1,6 +1,6 @@
-"""The chat templates of a checkpoint: where they are found, which one is used, and what they get besides the conversation.
+"""The chat templates of a checkpoint: finding them, choosing one, and the variables it gets besides the conversation.
 
-How one is run: `chat_template.py`.
+`chat_template.py` runs them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ LLAMA_2_TEMPLATE = """\
     {{- raise_exception('a system message can only be the first one') -}}
   {%- endif -%}
 {%- endfor -%}"""
-"""How Llama-2-Chat was trained (Meta's `chat_completion`): each pair of turns between begin and end tokens."""
+"""The format of Llama-2-Chat's training (Meta's `chat_completion`): each pair of turns between begin and end tokens."""
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 _PROCESSOR_FILE = "chat_template.json"
@@ -50,12 +50,12 @@ class ChatTemplates:
     sources: Mapping[str, str]
     """By name."""
     special_tokens: Mapping[str, Any]
-    """Variables of every conversation: tokens by role, and `additional_special_tokens`."""
+    """Variables of every conversation: special tokens by role, and `additional_special_tokens`."""
     where: str
-    """Where they come from, for messages."""
+    """Their origin, for messages."""
 
     def choose(self, *, with_tools: bool) -> str:
-        """The source for a conversation with or without tools. Raises RequestError when there is none."""
+        """Return the template source for a conversation with or without tools. Raises RequestError when there is none."""
         if with_tools and _TOOL_USE in self.sources:
             return self.sources[_TOOL_USE]
         if _DEFAULT in self.sources:
@@ -70,12 +70,12 @@ class ChatTemplates:
         documents: Sequence[Mapping[str, Any]] | None = None,
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What the template sees of a conversation; see `chat_template.build_variables`."""
+        """Build the template's variables for a conversation; see `chat_template.build_variables`."""
         return build_variables(messages, self.special_tokens, tools=tools, documents=documents, more=more)
 
 
 def load_chat_templates(path: Path, settings: TokenizerSettings) -> tuple[ChatTemplates, str]:
-    """The checkpoint's templates, else Llama-2's own; and which they are, in words. Raises CheckpointError for broken files."""
+    """Load the checkpoint's templates, or Llama-2's; also return a description. Raises CheckpointError for malformed files."""
     found = read_chat_templates(path)
     tokens: dict[str, Any] = {role: token.content for role, token in settings.special_tokens.items() if token is not None}
     extra = settings.extra_special_tokens or settings.listed_special_tokens
@@ -87,9 +87,9 @@ def load_chat_templates(path: Path, settings: TokenizerSettings) -> tuple[ChatTe
 
 
 def read_chat_templates(path: Path) -> dict[str, str] | None:
-    """The templates that a folder, or a .gguf file, brings along, by name; None where there are none.
+    """Read the templates in a folder or .gguf file, by name; None if there are none.
 
-    Files of templates replace those of tokenizer_config.json. Raises CheckpointError for broken files.
+    Template files override those of tokenizer_config.json. Raises CheckpointError for malformed files.
     """
     if path.suffix == ".gguf":
         return _read_gguf_templates(path)
@@ -109,7 +109,7 @@ def read_chat_templates(path: Path) -> dict[str, str] | None:
 
 
 def _read_named(raw: Any, path: Path) -> dict[str, str]:
-    """One template, or several as a list of names and templates or as an object."""
+    """Read one template, or several given as a list of named templates or as an object."""
     if isinstance(raw, str):
         return {_DEFAULT: raw}
     if isinstance(raw, list) and all(isinstance(one, dict) for one in raw):

@@ -1,10 +1,10 @@
-"""Which ids end an answer: one decision out of every place that names such ids.
+"""Decide which ids end generation, given all places that define such ids.
 
-Precedence. Ids that the YAML names (`model_config.eos_token_id`) are all there are, as in MindFormers. Otherwise the union counts:
-config.json and generation_config.json (`eos_token_id`, a number or a list), the metadata and token names of a GGUF file, the
-tokenizer's eos token, and the tokens that end a turn in its chat template. vLLM unites generation_config.json and the tokenizer;
-transformers takes generation_config.json alone, or config.json alone where that is missing, so that tandem ends where it does, or
-earlier at a token that the checkpoint's other files call an end. Where no file names one, LlamaConfig's default, 2.
+Precedence: ids given in the YAML (`model_config.eos_token_id`) replace all others, as in MindFormers. Otherwise the union applies:
+config.json and generation_config.json (`eos_token_id`, a number or a list), the metadata and token names of a GGUF file, the tokenizer's
+eos token, and the end-of-turn tokens in its chat template. vLLM uses the union of generation_config.json and the tokenizer; transformers
+uses generation_config.json alone, or config.json alone if that is missing. tandem therefore stops where transformers does, or earlier at
+a token that other files of the checkpoint define as an end. If no file defines one, LlamaConfig's default of 2 applies.
 """
 
 import json
@@ -44,12 +44,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
 }
-"""Keys of generation_config.json that say how tokens are chosen, with the values that change nothing."""
+"""Keys of generation_config.json for sampling, with the values that have no effect."""
 _SILENT = frozenset(
     "eos_token_id bos_token_id pad_token_id decoder_start_token_id _from_model_config transformers_version use_cache max_length"
     " max_new_tokens return_dict_in_generate output_attentions output_hidden_states output_scores output_logits chat_format".split()
 )
-"""Keys that choose no token; lengths are tandem's own."""
+"""Keys that do not affect sampling; tandem has its own lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,19 @@ class EndOfText:
     """The decision."""
 
     ids: tuple[int, ...]
-    """Ids that end an answer."""
+    """Ids that end generation."""
     warnings: tuple[str, ...] = ()
-    """What a user has to know of the files that were read, a sentence each."""
+    """Warnings about the files, one sentence each."""
 
 
 def decide_end_of_text(
     source: CheckpointSource, vocab_size: int, *, named: Any = None, tokenizer: Tokenizer | None = None, tokenizer_path: Path | None = None
 ) -> EndOfText:
-    """Decide for a checkpoint. See the module's docstring for the precedence.
+    """Decide for a checkpoint; see the module docstring for the precedence.
 
-    `named`: ids of the YAML, a number or a list; None: it names none. `tokenizer` and where it lies: None where there is none to
-    read. An id outside of the vocabulary is left out with a warning: no token can be it. Raises ConfigError for a
-    generation_config.json that is damaged, and for ids that are none.
+    `named`: ids from the YAML, a number or a list; None if not set. `tokenizer` and its path: None if there is none. Ids outside of the
+    vocabulary are dropped with a warning, since they cannot be generated. Raises ConfigError for a malformed generation_config.json and
+    for invalid ids.
     """
     if named is not None:
         return _keep_known({"the YAML": _read_ids(named, "the YAML")}, vocab_size)
@@ -79,7 +79,7 @@ def decide_end_of_text(
         GENERATION_CONFIG: _read_ids(generation.get("eos_token_id"), GENERATION_CONFIG),
     }
     if tokenizer is not None and tokenizer_path is not None:
-        # A GGUF file's metadata are in `source.config`, by rules of their own; a name that is only guessed may be no special token.
+        # The metadata of a GGUF file are in `source.config`, under their own rules; a guessed name may not be a special token.
         if tokenizer_path.suffix != ".gguf" and tokenizer.eos_token_id in tokenizer.special_ids:
             found["the tokenizer"] = [tokenizer.eos_token_id]
         found["the chat template"] = _find_turn_ends(tokenizer, tokenizer_path)
@@ -118,11 +118,11 @@ def _read_generation_config(source: CheckpointSource) -> dict[str, Any]:
 
 
 def _find_turn_ends(tokenizer: Tokenizer, path: Path) -> list[int]:
-    """Ids of the tokens that end a turn in the chat template, where the tokenizer has each as one special token."""
+    """Return the ids of end-of-turn tokens in the chat template that the tokenizer has as special tokens."""
     try:
         template = "".join((read_chat_templates(path) or {}).values())
     except CheckpointError:
-        return []  # who chats hears of it
+        return []  # reported when chatting
     names = drop_message_ends(name for name in sorted(TURN_ENDS) if name in template)
     rows = [tokenizer.encode(name, add_special_tokens=False) for name in names]
     return [row[0] for row in rows if len(row) == 1 and row[0] in tokenizer.special_ids]

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: llama.cpp's `tokenizer.ggml.*` keys, its pre-tokenizers and its rules."""
+"""The tokenizer in a GGUF file: llama.cpp's `tokenizer.ggml.*` keys, pre-tokenizers and rules."""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _NO_TOKENS = (-1, 2**32 - 1)
-"""How converters write that there is no such token."""
+"""Values with which converters mark a missing token."""
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -43,13 +43,13 @@ def _split_llama3() -> "tokenizers.pre_tokenizers.PreTokenizer":
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
-    """How one family of byte-level vocabularies is used."""
+    """Rules of one family of byte-level vocabularies."""
 
     build: Callable[[], "tokenizers.pre_tokenizers.PreTokenizer"]
     ignore_merges: bool = False
-    """A word that is a token is taken whole, whatever the merges say."""
+    """Whether a word that is a token is used as is, regardless of the merges."""
     add_bos: bool = False
-    """The begin token is put before a text when the metadata do not say."""
+    """Whether to prepend the begin token if the metadata do not specify it."""
 
 
 _PRE_TOKENIZERS = {
@@ -62,7 +62,7 @@ _PRE_TOKENIZERS = {
 
 
 def find_pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
-    """The rules of a byte-level vocabulary. Raises CheckpointError for a family that is not in the table."""
+    """Return the rules of a byte-level vocabulary. Raises CheckpointError for an unknown family."""
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
         raise CheckpointError(f"tokenizer.ggml.pre is {name!r}, but only {', '.join(_PRE_TOKENIZERS)} can be read: give a tokenizer.json")
@@ -70,7 +70,7 @@ def find_pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
 
 
 def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
-    """The tokenizer in a GGUF file, by llama.cpp's rules. Raises CheckpointError."""
+    """Build the tokenizer in a GGUF file by llama.cpp's rules. Raises CheckpointError."""
     metadata = read_gguf_header(path).metadata
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
@@ -81,7 +81,7 @@ def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
     if kind == "llama":
         model = read_sentencepiece(metadata)
         with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used"):
-            # llama.cpp finds user-defined tokens in the text as it finds control tokens; they are not merged.
+            # llama.cpp matches user-defined tokens in the text like control tokens; they take no part in merges.
             pieces = tuple(replace(piece, kind=UNUSED) if piece.kind == USER_DEFINED else piece for piece in model.pieces)
             backend = build_sentencepiece_backend(replace(model, pieces=pieces), legacy=True)
     else:
@@ -96,7 +96,7 @@ def read_gguf_tokenizer(path: Path) -> LibraryTokenizer:
     }
     settings = TokenizerSettings(added_tokens=added, lists_all_added=True, add_bos_token=add_bos, add_eos_token=bool(add_eos))
     settings = settings.with_defaults(**{role: _find_token(metadata, key, tokens) for role, key in _ROLES.items()})
-    named = replace(settings, special_tokens={})  # a role makes a token neither special nor found in texts; its type does
+    named = replace(settings, special_tokens={})  # a role does not make a token special or matched in text; its type does
     add_tokens(backend, named, path)
     put_around(backend, settings.bos_token if add_bos else None, settings.eos_token if add_eos else None, path)
     return LibraryTokenizer(backend, settings, path, joins_bytes=kind == "llama")
@@ -141,7 +141,7 @@ def _find_token(metadata: Mapping[str, Any], key: str, tokens: Sequence[str]) ->
 
 
 def _build_byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> "tokenizers.Tokenizer":
-    """The vocabulary of `tokenizer.ggml.model: gpt2`."""
+    """Build the vocabulary of `tokenizer.ggml.model: gpt2`."""
     from tokenizers import Tokenizer, decoders, models
 
     rules = find_pre_tokenizer(metadata)
@@ -155,7 +155,7 @@ def _build_byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) ->
 
 
 def read_sentencepiece(metadata: Mapping[str, Any]) -> SentencePieceModel:
-    """The vocabulary of `tokenizer.ggml.model: llama`, which llama.cpp splits as SentencePiece's BPE, without a normalizer."""
+    """Build the vocabulary of `tokenizer.ggml.model: llama`, which llama.cpp splits as SentencePiece's BPE, without a normalizer."""
     tokens, types = _read_tokens(metadata)
     scores = _require(metadata, "scores")
     if len(scores) != len(tokens) or not all(isinstance(score, int | float) for score in scores):
@@ -175,9 +175,9 @@ def read_sentencepiece(metadata: Mapping[str, Any]) -> SentencePieceModel:
 
 
 def write_sentencepiece_model(model: SentencePieceModel, special: Mapping[str, int | None]) -> bytes:
-    """A serialized ModelProto, for other programs. `special`: ids of bos, eos and padding.
+    """Serialize a ModelProto, for other programs. `special`: ids of bos, eos and padding.
 
-    Written field by field: the library's own message classes need protobuf, which it does not bring along.
+    Encoded by hand: the library's message classes need protobuf, which is not among its dependencies.
     """
     pieces = b"".join(
         _field(1, _field(1, piece.text.encode()) + _float_field(2, piece.score) + _field(3, piece.kind)) for piece in model.pieces
@@ -198,7 +198,7 @@ def _require(metadata: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """One protobuf field: a varint, or bytes behind their length."""
+    """Encode one protobuf field: a varint, or length-prefixed bytes."""
     if isinstance(value, bytes):
         return _varint(number << 3 | 2) + _varint(len(value)) + value
     return _varint(number << 3) + _varint(value)
@@ -209,7 +209,7 @@ def _float_field(number: int, value: float) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    value &= 2**64 - 1  # negative numbers are written as their 64-bit complement
+    value &= 2**64 - 1  # negative numbers are encoded as their 64-bit two's complement
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

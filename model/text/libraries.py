@@ -1,7 +1,6 @@
-"""Every kind of vocabulary as a tokenizer of the `tokenizers` library, and that library behind the Tokenizer of `model/text/tokenizer.py`.
+"""Build every kind of vocabulary as a tokenizer of the `tokenizers` library, and wrap it as a Tokenizer of `model/text/tokenizer.py`.
 
-Built as transformers 5 builds them, so that ids are the same. The library is imported where it is used: of all ranks only the one that
-reads prompts needs it. Does not read files.
+Built as in transformers 5, so that ids are the same. The library is imported lazily, since only the rank that reads prompts needs it.
 """
 
 import os
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 
 _SPACE = "▁"
 _LONG_TEXT = 4096
-"""Characters from which a text is encoded by the library's batch call, which lets other threads run meanwhile."""
+"""Minimum length in characters of a text to encode with the library's batch call, which releases the GIL."""
 
 
 class LibraryTokenizer:
-    """The `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library."""
 
     def __init__(
         self,
@@ -36,11 +35,11 @@ class LibraryTokenizer:
         doubles_space: bool = False,
         joins_bytes: bool = False,
     ) -> None:
-        """`backend` holds all tokens of `settings` already. Raises CheckpointError when it cannot encode.
+        """`backend` already holds all tokens of `settings`. Raises CheckpointError when it cannot encode.
 
-        `doubles_space`: put the prefix in front of a text that begins with a space too, as Llama 2's own tokenizer does. Metaspace, and
-        with it transformers 5, leaves it out there, so that the text loses a space. `joins_bytes`: decode as SentencePiece does, where only
-        the bytes that spell no character become U+FFFD; the library replaces the whole run of bytes around them.
+        `doubles_space`: add the prefix also to a text that starts with a space, as Llama 2's own tokenizer does. Metaspace, and so
+        transformers 5, omits it there, and the text loses a space. `joins_bytes`: decode as SentencePiece does, where only invalid bytes
+        become U+FFFD; the library replaces the whole run of bytes around them.
         """
         self.settings, self._backend, self._doubles_space = settings, backend, doubles_space
         self._bytes: dict[int, bytes] = {}
@@ -61,7 +60,7 @@ class LibraryTokenizer:
             backend.decode(backend.encode("a 1.").ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text. Raises RequestError for a text that cannot be encoded."""
+        """Return the ids of a text. Raises RequestError for a text that cannot be encoded."""
         if self._doubles_space and text.startswith((" ", _SPACE)):
             text = _SPACE + text
         with catch_library_errors(RequestError, "the tokenizer cannot encode this text"):
@@ -70,7 +69,7 @@ class LibraryTokenizer:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         if self._joins_bytes:
             left_out = self.special_ids if skip_special_tokens else frozenset()
             data = b"".join(self.token_bytes(i) for i in map(int, ids) if i not in left_out)
@@ -80,14 +79,14 @@ class LibraryTokenizer:
             return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text."""
+        """Return the bytes that one token adds to a text."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._spell(token_id)
         return found
 
     def to_json(self) -> str:
-        """The content of a tokenizer.json that is read back as this tokenizer."""
+        """Serialize to a tokenizer.json that loads as this tokenizer."""
         return self._backend.to_str()
 
     def _spell(self, token_id: int) -> bytes:
@@ -107,7 +106,7 @@ class LibraryTokenizer:
 
 @contextmanager
 def catch_library_errors(kind: type[InputError], words: str) -> Iterator[None]:
-    """Raise what the library raises as `kind`: it has no exceptions of its own, and panics are not even Exceptions."""
+    """Raise errors of the library as `kind`: it has no exception types, and its panics are not even Exceptions."""
     try:
         yield
     except InputError:
@@ -122,7 +121,7 @@ def catch_library_errors(kind: type[InputError], words: str) -> Iterator[None]:
 
 @contextmanager
 def _silence_panics() -> Iterator[None]:
-    """Keep the library from writing its own stack to standard error when it fails: what it raises is reported."""
+    """Suppress the library's own stack traces on standard error; its errors are reported."""
     try:
         kept = os.dup(2)
     except OSError:  # standard error is closed
@@ -139,7 +138,7 @@ def _silence_panics() -> Iterator[None]:
 
 
 def load_json_backend(text: str, path: Path) -> "tokenizers.Tokenizer":
-    """The tokenizer in a tokenizer.json. Raises CheckpointError."""
+    """Load a tokenizer.json. Raises CheckpointError."""
     from tokenizers import Tokenizer
 
     with _silence_panics(), catch_library_errors(CheckpointError, f"{path} is not a tokenizer.json that the tokenizers library can read"):
@@ -147,21 +146,21 @@ def load_json_backend(text: str, path: Path) -> "tokenizers.Tokenizer":
 
 
 def is_llama_like(backend: "tokenizers.Tokenizer") -> bool:
-    """Whether Hugging Face's LlamaTokenizer can use this vocabulary: a BPE that is not byte-level."""
+    """Return whether Hugging Face's LlamaTokenizer can use this vocabulary: a BPE that is not byte-level."""
     return type(backend.model).__name__ == "BPE" and not _is_byte_level(backend)
 
 
 def list_added(backend: "tokenizers.Tokenizer") -> dict[int, AddedToken]:
-    """The added tokens of a backend, by id."""
+    """Return the added tokens of a backend by id."""
     names = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
     found = backend.get_added_tokens_decoder().items()
     return {number: AddedToken(**{name: getattr(token, name) for name in names}) for number, token in found}
 
 
 def build_llama_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], settings: TokenizerSettings) -> "tokenizers.Tokenizer":
-    """The rules of Hugging Face's LlamaTokenizer over a vocabulary; normalizers are ignored, as there.
+    """Build a vocabulary with the rules of Hugging Face's LlamaTokenizer; it ignores normalizers too.
 
-    With `legacy`, its LibraryTokenizer doubles the space that begins a text.
+    With `legacy`, its LibraryTokenizer doubles a leading space.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -175,7 +174,7 @@ def build_llama_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, st
 
 
 def build_merges(texts: Sequence[str], model: SentencePieceModel) -> list[tuple[str, str]]:
-    """All pairs of normal pieces that make a normal piece, the one with the best score first. `texts`: of the pieces."""
+    """Return all pairs of normal pieces that form a normal piece, best score first. `texts`: the pieces' texts."""
     ranks = {
         text: (-piece.score, number) for number, (text, piece) in enumerate(zip(texts, model.pieces, strict=True)) if piece.kind == NORMAL
     }
@@ -191,7 +190,9 @@ def build_merges(texts: Sequence[str], model: SentencePieceModel) -> list[tuple[
 def build_sentencepiece_backend(
     model: SentencePieceModel, *, legacy: bool, names: Mapping[int, str] | None = None
 ) -> "tokenizers.Tokenizer":
-    """SentencePiece's own rules. `legacy`: every text between special tokens gets a space in front. `names`: new texts of pieces."""
+    """Build a vocabulary with SentencePiece's rules. `legacy`: prefix every text between special tokens with a space. `names`: renamed
+    pieces.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     texts = _rename([piece.text for piece in model.pieces], names or {})
@@ -216,7 +217,7 @@ def build_sentencepiece_backend(
     if model.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
     if model.add_dummy_prefix and legacy:
-        # Metaspace puts no prefix before a text that begins with one; SentencePiece does.
+        # Metaspace adds no prefix to a text that starts with one; SentencePiece does.
         steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}"), _SPACE * 2))
     backend.normalizer = normalizers.Sequence(steps)
     splits: list[Any] = []
@@ -267,7 +268,7 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: TokenizerSettings, sou
 
 
 def put_around(backend: "tokenizers.Tokenizer", before: str | None, after: str | None, source: Path) -> None:
-    """Put these tokens before and after every text. Raises CheckpointError when the vocabulary does not have them."""
+    """Put these tokens before and after every text. Raises CheckpointError when the vocabulary lacks them."""
     from tokenizers import processors
 
     ids = {token: backend.token_to_id(token) for token in (before, after) if token is not None}
@@ -279,7 +280,7 @@ def put_around(backend: "tokenizers.Tokenizer", before: str | None, after: str |
 
 
 def _rename(texts: Sequence[str], names: Mapping[int, str]) -> list[str]:
-    """Placeholders among pieces are renamed by the added tokens, unless another piece has the name already."""
+    """Rename placeholder pieces to the added tokens, unless another piece already has the name."""
     kept = {text for number, text in enumerate(texts) if number not in names}
     return [names[number] if names.get(number, text) not in kept and number in names else text for number, text in enumerate(texts)]
 
@@ -289,7 +290,7 @@ def _is_byte_level(backend: "tokenizers.Tokenizer") -> bool:
 
 
 def _list_letters() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: those that print as Latin-1 as themselves, the others as letters from U+0100 on (GPT-2)."""
+    """Return GPT-2's characters for the 256 bytes: printable Latin-1 as itself, the others as letters from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

@@ -1,6 +1,6 @@
-"""A SentencePiece model, read from its bytes: pieces, and the settings that decide how text is split into them.
+"""Parse a SentencePiece model: its pieces, and the settings that affect tokenization.
 
-The format is the protocol buffer `ModelProto`. Only the fields that change ids are read.
+The format is the protocol buffer `ModelProto`. Only fields that affect ids are read.
 """
 
 import struct
@@ -11,7 +11,7 @@ from pathlib import Path
 from parallel.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Types of pieces: the same numbers in SentencePiece and in llama.cpp."""
+"""Types of pieces, with the same numbers in SentencePiece and in llama.cpp."""
 UNIGRAM, BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_PIECES = 2_000_000
@@ -19,17 +19,17 @@ _MAX_PIECES = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the vocabulary; its id is its place."""
+    """One entry of the vocabulary; its id is its index."""
 
     text: str
     score: float = 0.0
-    """The higher, the earlier it is joined."""
+    """Pieces with higher scores are merged earlier."""
     kind: int = NORMAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentencePieceModel:
-    """What a tokenizer.model says; the defaults are SentencePiece's."""
+    """Contents of a tokenizer.model; the defaults are SentencePiece's."""
 
     pieces: tuple[Piece, ...]
     algorithm: int = UNIGRAM
@@ -41,14 +41,14 @@ class SentencePieceModel:
     bos_piece: str = "<s>"
     eos_piece: str = "</s>"
     charsmap: bytes = field(default=b"", repr=False)
-    """Compiled replacements of characters."""
+    """Compiled character normalization."""
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
     escape_whitespaces: bool = True
 
 
 def read_sentencepiece_model(data: bytes, path: Path) -> SentencePieceModel:
-    """A model from its serialized form. Raises CheckpointError when the bytes are not one."""
+    """Parse a serialized model. Raises CheckpointError for invalid bytes."""
     try:
         return _read_model(data)
     except (_NotProtocolBuffer, UnicodeDecodeError, struct.error) as error:
@@ -58,7 +58,7 @@ def read_sentencepiece_model(data: bytes, path: Path) -> SentencePieceModel:
 
 
 class _NotProtocolBuffer(Exception):
-    """The bytes cannot be a ModelProto."""
+    """The bytes are not a ModelProto."""
 
 
 def _read_model(data: bytes) -> SentencePieceModel:
@@ -129,7 +129,7 @@ def _read_piece(data: bytes) -> Piece:
 
 
 def _read_fields(data: bytes) -> Iterator[tuple[int, int | bytes | float]]:
-    """(number, value) of every field of a message."""
+    """Yield (number, value) of every field of a message."""
     place = 0
     while place < len(data):
         key, place = _read_varint(data, place)

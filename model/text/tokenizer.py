@@ -1,7 +1,7 @@
-"""Text to ids and back, from the files that checkpoints bring along.
+"""Convert text to ids and back, using the tokenizer files of a checkpoint.
 
-Knows tokenizer.json, tokenizer.model, the vocabulary in a GGUF file, and the settings next to them; no model, no ranks.
-How a vocabulary becomes a tokenizer: `tokenizer_libraries.py`. What the settings say: `tokenizer_settings.py`.
+Supports tokenizer.json, tokenizer.model, the vocabulary in a GGUF file, and their settings files. `libraries.py` builds tokenizers from
+vocabularies, `tokenizer_settings.py` reads the settings.
 """
 
 import os
@@ -30,53 +30,53 @@ from parallel.errors import CheckpointError, RequestError
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer can do."""
+    """The interface of all tokenizers."""
 
     bos_token_id: int | None
-    """Begin of a text."""
+    """Begin-of-text id."""
     eos_token_id: int | None
-    """End of a text."""
+    """End-of-text id."""
     pad_token_id: int | None
-    """Filler of unequal rows."""
+    """Padding id."""
     vocab_size: int
-    """One more than the largest id."""
+    """Largest id plus one."""
     base_size: int
-    """One more than the largest id of the vocabulary without added tokens."""
+    """Largest id plus one, without added tokens."""
     settings: TokenizerSettings
-    """What the files say: the tokens by role, as texts, among them."""
+    """Settings from the files, including the special tokens by role, as text."""
     special_ids: frozenset[int]
-    """Ids that `decode` leaves out unless told otherwise."""
+    """Ids that `decode` skips by default."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, with the begin token where the model was trained with one. Special tokens written in the text are parsed."""
+        """Return the ids of a text, with the begin token if the model was trained with it. Special tokens in the text are parsed."""
         ...
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that spell no character become U+FFFD, unknown ids nothing."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD, and unknown ids are skipped."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text, in UTF-8: a space before it included, or a part of a character. Unknown ids: nothing."""
+        """Return the UTF-8 bytes that one token adds to a text: may start with a space or be part of a character. Empty for unknown ids."""
         ...
 
 
 _FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
-"""In the order of preference."""
+"""In order of preference."""
 _LLAMA = "LlamaTokenizer"
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-"""What LlamaTokenizer takes where the settings do not say."""
+"""LlamaTokenizer's defaults."""
 _USUAL_TOKENS = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
     "pad_token": ("<pad>", "[PAD]"),
 }
-"""What a token is called where the settings next to tokenizer.json do not say."""
+"""Common names of special tokens, if no settings come with tokenizer.json."""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a folder, or in one tokenizer.json, tokenizer.model or .gguf file.
+    """Read the tokenizer in a folder, or a single tokenizer.json, tokenizer.model or .gguf file.
 
-    Raises CheckpointError when there is none or it cannot be read.
+    Raises CheckpointError when it is missing or cannot be read.
     """
     if path.is_dir():
         found = [path / name for name in _FOLDER_FILES if os.path.lexists(path / name)]
@@ -107,7 +107,7 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
 
 
 def _rebuild(model: dict[str, Any], backend: Any, settings: TokenizerSettings, path: Path) -> Any:
-    """LlamaTokenizer takes vocabulary, merges and post-processor from tokenizer.json, and has its own rules for the rest."""
+    """Rebuild as LlamaTokenizer does: vocabulary, merges and post-processor from tokenizer.json, its own rules for the rest."""
     merges = [(left, right) for left, right in (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])]
     with catch_library_errors(CheckpointError, f"{path}: its vocabulary cannot be used by LlamaTokenizer"):
         rebuilt = build_llama_backend(model["vocab"], merges, settings)
@@ -144,7 +144,7 @@ def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
     if settings.extra_special_tokens is None:
         settings = replace(settings, extra_special_tokens=own)
     add_tokens(backend, settings, path)
-    # Without tokenizer_config.json the model comes from Meta or MindFormers, which begin every text with the bos token.
+    # Without tokenizer_config.json the model comes from Meta or MindFormers, which prepend the bos token to every text.
     wants_bos = settings.add_bos_token or (settings.add_bos_token is None and not settings.has_config)
     put_around(backend, settings.bos_token if wants_bos else None, settings.eos_token if settings.add_eos_token else None, path)
     return LibraryTokenizer(backend, settings, path, doubles_space=is_llama and _has_legacy_prefix(settings), joins_bytes=True)
@@ -155,50 +155,50 @@ def _has_legacy_prefix(settings: TokenizerSettings) -> bool:
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """What `new_ids` add to the text of a prompt. A character that the prompt's last bytes only begin belongs to the continuation."""
+    """Return the text that `new_ids` add to a prompt. A character that starts in the prompt's last bytes belongs to the continuation."""
     before, full = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *new_ids])
     return full[_count_common(before, full) :]
 
 
 def _count_common(known: str, text: str) -> int:
-    """Characters that two texts begin with together."""
+    """Return the length of the common prefix of two texts."""
     if text.startswith(known):
         return len(known)
     return next((i for i, (a, b) in enumerate(zip(known, text, strict=False)) if a != b), min(len(known), len(text)))
 
 
 class StreamDecoder:
-    """Text of a growing sequence, piece by piece, never taken back; all pieces together are the `continuation`.
+    """Incremental text of a growing sequence, never revised; the pieces add up to the `continuation`.
 
-    The one exception: where byte tokens that spell no character follow on ones that do, tokenizer.json with byte fallback decodes
-    them all to U+FFFD in the end; what was complete before stays as it was given out.
+    One exception: if invalid byte tokens follow valid ones, tokenizer.json with byte fallback finally decodes all of them to U+FFFD,
+    while complete characters have already been emitted.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # A window that begins where text was complete: its first tokens are known, so that spaces come out as within the whole.
+        # The window starts where the text was complete and includes earlier tokens, so that spaces are decoded as in the whole text.
         self._window = list(prompt_ids)
         self._known = tokenizer.decode(self._window)
         self._known_ids = len(self._window)
-        # A prompt can end within a character; then its tokens stay in the window until they are no longer the last ones known.
+        # A prompt may end within a character; its last tokens then stay in the window until that character is complete.
         self._ends_clean = not self._known.endswith("\ufffd")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, often empty."""
+        """Return the text that this token completes, often empty."""
         self._window.append(token_id)
         return self._advance(final=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text held back."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
         text = self._tokenizer.decode(self._window)
         start = _count_common(self._known, text)
         if not final and text.endswith("\ufffd") and start < len(self._known.rstrip("\ufffd")):
-            # tokenizer.json with byte fallback shows a whole run of byte tokens as U+FFFD while its last character is unfinished.
+            # With byte fallback, tokenizer.json decodes a whole run of byte tokens to U+FFFD while its last character is incomplete.
             return ""
-        # An unfinished character shows as one to three U+FFFD at the end.
+        # An incomplete character decodes to one to three U+FFFD at the end.
         held = 0 if final else min(3, len(text) - len(text.rstrip("\ufffd")))
         stop = len(text) - held
         if stop <= start:
@@ -215,17 +215,17 @@ class StreamDecoder:
 
 
 class LlamaTokenizer:
-    """The calls of MindFormers' LlamaTokenizer, over any tokenizer that can be read."""
+    """MindFormers' LlamaTokenizer API over any supported tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        # MindFormers fills with <unk>, id 0, where no pad token is set.
+        # MindFormers pads with <unk>, id 0, if no pad token is set.
         self.pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.bos_token_id, self.eos_token_id, self.vocab_size = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.vocab_size
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlamaTokenizer":
-        """From a folder or file, as `read_tokenizer`."""
+        """Load from a folder or file, as `read_tokenizer` does."""
         return cls(read_tokenizer(Path(path)))
 
     def __call__(
@@ -236,9 +236,9 @@ class LlamaTokenizer:
         truncation: bool | None = None,
         add_special_tokens: bool = True,
     ) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`: lists for one text, lists of lists for several; filled on the right.
+        """Return `input_ids` and `attention_mask`: lists for one text, lists of lists for several; padded on the right.
 
-        padding: "max_length", "longest" (or True), or none. Without padding a `max_length` cuts, unless truncation is False.
+        padding: "max_length", "longest" (or True), or none. Without padding, `max_length` truncates unless truncation is False.
         """
         single = isinstance(text, str)
         rows = [self.encode(t, add_special_tokens) for t in ([text] if isinstance(text, str) else text)]
@@ -256,11 +256,11 @@ class LlamaTokenizer:
         return {key: value[0] for key, value in result.items()} if single else dict(result)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of one text."""
+        """Return the ids of one text."""
         return self.tokenizer.encode(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids; a special token that is kept stands right before the word after it: `<s>I love Beijing`."""
+        """Return the text of ids; a special token that is kept has no space after it: `<s>I love Beijing`."""
         if skip_special_tokens:
             return self.tokenizer.decode(ids)
         text, run = "", list[int]()

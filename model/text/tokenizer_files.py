@@ -1,7 +1,4 @@
-"""Puts a checkpoint's tokenizer into another folder: files are copied, a GGUF file's vocabulary is written out.
-
-Knows files; the vocabularies themselves stand in `gguf_vocabulary.py`.
-"""
+"""Copy a checkpoint's tokenizer to another folder; the vocabulary of a GGUF file is converted to files."""
 
 import shutil
 from pathlib import Path
@@ -24,11 +21,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""What travels with a checkpoint besides weights and config.json."""
+"""Tokenizer files that accompany weights and config.json."""
 
 
 def write_tokenizer(source: Path | None, folder: Path) -> None:
-    """Write the tokenizer of `source` (a folder, or a file as `read_tokenizer` takes) into `folder`; None has none."""
+    """Write the tokenizer of `source` (a folder, or a file that `read_tokenizer` supports) into `folder`; nothing if it is None."""
     if source is None:
         return
     if source.suffix == ".gguf":
@@ -45,7 +42,9 @@ def write_tokenizer(source: Path | None, folder: Path) -> None:
 
 
 def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
-    """tokenizer.json with llama.cpp's rules, its settings, and a SentencePiece vocabulary as tokenizer.model for programs that want one."""
+    """Write tokenizer.json with llama.cpp's rules, its settings, and a SentencePiece vocabulary as tokenizer.model for programs that need
+    one.
+    """
     metadata, tokenizer = read_gguf_header(path).metadata, read_gguf_tokenizer(path)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     if metadata.get("tokenizer.ggml.model") == "llama":

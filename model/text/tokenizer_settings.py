@@ -1,7 +1,7 @@
-"""The settings of a tokenizer: which tokens are special, which are added, and what is put around a text.
+"""Tokenizer settings: special tokens, added tokens, and tokens placed around a text.
 
-One value for every kind of vocabulary. The files are merged as transformers 5 merges them: `added_tokens_decoder` of tokenizer_config.json
-replaces special_tokens_map.json and added_tokens.json; without it, special_tokens_map.json wins over tokenizer_config.json.
+The same for every kind of vocabulary. Files are merged as in transformers 5: `added_tokens_decoder` of tokenizer_config.json replaces
+special_tokens_map.json and added_tokens.json; without it, special_tokens_map.json takes precedence over tokenizer_config.json.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,89 +15,89 @@ from model.spec.quoting import quote
 from parallel.errors import CheckpointError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The roles that every tokenizer may fill; a checkpoint can name others, such as `image_token`."""
+"""Roles that every tokenizer may define; a checkpoint can add others, such as `image_token`."""
 _EXTRA, _ADDITIONAL, _DECODER = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
 _MAX_ID = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token that is found in a text before the text is split into words."""
+    """A token that is matched in a text before the text is split into words."""
 
     content: str
     special: bool = False
-    """Left out when text is decoded."""
+    """Skipped when decoding."""
     normalized: bool | None = None
-    """Searched in the normalized text instead of the text as written. None: if it is not special."""
+    """Matched in the normalized text rather than the original. None: if not special."""
     lstrip: bool = False
-    """Takes the white space before it."""
+    """Strips the whitespace before it."""
     rstrip: bool = False
-    """Takes the white space after it."""
+    """Strips the whitespace after it."""
     single_word: bool = False
-    """Found only where no letter or digit is next to it."""
+    """Matched only between word boundaries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSettings:
-    """What the files next to a vocabulary say."""
+    """Settings from the files that come with a vocabulary."""
 
     special_tokens: Mapping[str, AddedToken | None] = field(default_factory=dict)
-    """By role, in the order of `ROLES`, then the checkpoint's own roles. None: the files say that there is none."""
+    """By role, in the order of `ROLES`, then the checkpoint's own roles. None: explicitly unset."""
     extra_special_tokens: tuple[AddedToken, ...] | None = None
-    """Special tokens without a role. None: tokenizer_config.json does not say."""
+    """Special tokens without a role. None: not specified in tokenizer_config.json."""
     listed_special_tokens: tuple[AddedToken, ...] | None = None
-    """Those of special_tokens_map.json, which count only for a tokenizer.json."""
+    """Those of special_tokens_map.json, which apply only to a tokenizer.json."""
     added_tokens: Mapping[int, AddedToken] = field(default_factory=dict)
     """By declared id."""
     lists_all_added: bool = False
-    """Whether `added_tokens` is the whole list, so that a list in tokenizer.json adds nothing."""
+    """Whether `added_tokens` is complete, so that the list in tokenizer.json adds nothing."""
     tokenizer_class: str | None = None
     """Hugging Face's class, without `Fast`."""
     add_bos_token: bool | None = None
-    """Begin every text with the bos token. None: the files do not say."""
+    """Prepend the bos token to every text. None: not specified."""
     add_eos_token: bool | None = None
-    """End every text with the eos token. None: the files do not say."""
+    """Append the eos token to every text. None: not specified."""
     legacy: bool | None = None
-    """A space is put in front of the text after every special token, not of the whole text only. None: the files do not say."""
+    """Prepend a space after every special token, not only to the whole text. None: not specified."""
     add_prefix_space: bool | None = None
-    """A space is put in front of a text. None: the files do not say."""
+    """Prepend a space to a text. None: not specified."""
     split_special_tokens: bool = False
-    """Special tokens in a text are spelled out, not parsed."""
+    """Encode special tokens in a text as ordinary text."""
     has_config: bool = False
     """Whether there is a tokenizer_config.json."""
 
     @property
     def bos_token(self) -> str | None:
-        """Begin of a text, as text."""
+        """Begin-of-text token."""
         return self.find("bos_token")
 
     @property
     def eos_token(self) -> str | None:
-        """End of a text, as text."""
+        """End-of-text token."""
         return self.find("eos_token")
 
     @property
     def pad_token(self) -> str | None:
-        """Filler, as text."""
+        """Padding token."""
         return self.find("pad_token")
 
     @property
     def unk_token(self) -> str | None:
-        """What stands for text that the vocabulary cannot spell, as text."""
+        """Token for text outside the vocabulary."""
         return self.find("unk_token")
 
     def find(self, role: str) -> str | None:
-        """The token of a role, as text."""
+        """Return the token of a role."""
         token = self.special_tokens.get(role)
         return None if token is None else token.content
 
     def with_defaults(self, **tokens: str | None) -> "TokenizerSettings":
-        """With tokens for the roles of which the files say nothing."""
+        """Return a copy with tokens for the roles that the files leave unspecified."""
         given = {role: AddedToken(content=text, special=True, normalized=False) for role, text in tokens.items() if text is not None}
         return replace(self, special_tokens=_order_roles({**given, **self.special_tokens}))
 
     def list_tokens(self, known: Collection[str]) -> list[AddedToken]:
-        """Tokens to add to a vocabulary in which `known` are added tokens: those with ids, by id; those with roles; the rest."""
+        """List the tokens to add to a vocabulary whose added tokens are `known`: those with ids, by id; those with roles; the rest."""
         named = [token for token in self.special_tokens.values() if token is not None]
         names = {token.content for token in named}
         tokens = {token.content: token for _, token in sorted(self.added_tokens.items())}
@@ -108,7 +108,7 @@ class TokenizerSettings:
 
 
 def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
-    """The settings next to a vocabulary. Raises CheckpointError for files that cannot be read or whose values mean nothing."""
+    """Read the settings that come with a vocabulary. Raises CheckpointError for malformed files and invalid values."""
     config_path, map_path, added_path = (folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
     raw = read_optional_object(config_path)
     has_config = config_path.is_file()
@@ -174,7 +174,7 @@ def _mark_special(value: Any) -> Any:
 
 
 def _merge_extra(extra: Any, listed: Mapping[str, Any], path: Path) -> Any:
-    """The extra tokens of tokenizer_config.json, and those of special_tokens_map.json that go with them."""
+    """Merge the extra tokens of tokenizer_config.json with the applicable ones of special_tokens_map.json."""
     found = listed.get(_EXTRA)
     if isinstance(found, list):
         if isinstance(extra, list):
@@ -194,7 +194,7 @@ def _read_role(role: str, value: Any, path: Path) -> AddedToken | None:
 
 
 def _read_token(value: Any, path: Path, *, special: bool) -> AddedToken:
-    """A token as text or as an object."""
+    """Read a token given as text or as an object."""
     raw = {"content": value} if isinstance(value, str) else value
     if not isinstance(raw, dict) or not isinstance(raw.get("content"), str):
         raise CheckpointError(f"{path}: {quote(value)} is listed as a token, but a text, or an object with 'content', is needed")
@@ -246,7 +246,7 @@ def _read_added(raw: Mapping[str, Any], special: set[str | None], path: Path) ->
 
 
 def _read_class(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """The class that tokenizer_config.json names, else config.json."""
+    """Return the class named in tokenizer_config.json, or else in config.json."""
     found = raw.get("tokenizer_class")
     if found is None and (folder / "config.json").is_file():
         found = read_optional_object(folder / "config.json").get("tokenizer_class")
