@@ -123,7 +123,7 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
     [
         ({"max_tokns": 5}, "did you mean 'max_tokens'"),
         ({"qqqqqq": 5}, "'qqqqqq' is not a field of this request$"),
-        ({"messages": [USER]}, "no field"),
+        ({"messages": [USER]}, "not a field"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 2}, "best_of is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
