@@ -225,7 +225,7 @@ def test_the_verdict_on_a_rank_that_the_kernel_ended_tells_the_limit_of_memory(
     verdict = json.loads((folder / "logs" / "verdict.json").read_text())
     assert (verdict["first_failed_rank"], verdict["signal"], verdict["exit_code"]) == (1, "SIGKILL", None)
     for words in (verdict["exception"], result.stderr):
-        assert f"out of memory: the kernel ended it (its limit is {LIMIT_BYTES / 1e9:.1f} GB)" in words
+        assert f"out of memory: the kernel killed it (its limit is {LIMIT_BYTES / 1e9:.1f} GB)" in words
 
 
 def test_a_stopped_rank_is_named_soon_after_the_timeout(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
