@@ -288,7 +288,7 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
     os.kill(decoding.ranks[1], signal.SIGKILL)
     code, stdout, stderr = decoding.finish(90)
     assert code == 0, stderr
-    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks reload and go on with the same tokens" in stderr
+    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks reload and continue with the same tokens" in stderr
 
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (decoding.folder / "results.jsonl").read_text() == undisturbed.jsonl
@@ -332,7 +332,7 @@ def test_kills_while_loading_and_in_prefill_are_made_up_for(tandem: "Tandem", ch
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
     for number, rank in ((1, 1), (2, 0)):
-        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks reload and go on with the same tokens"
+        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks reload and continue with the same tokens"
         assert said in result.stderr
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (folder / "results.jsonl").read_text() == undisturbed.jsonl
