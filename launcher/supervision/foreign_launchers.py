@@ -118,7 +118,7 @@ class _Joining:
             # The agent's store survives a restart; a prefix hides the keys of earlier attempts.
             self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
             if environment.store_host == "scheduler":
-                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
+                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
             if self.rank == 0:
                 self._store.set("task", json.dumps(write_task(job.task)))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)

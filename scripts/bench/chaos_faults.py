@@ -203,7 +203,7 @@ def partition_briefly(bench: Bench) -> tuple[str, list[str]]:
 
 def partition(bench: Bench) -> tuple[str, list[str]]:
     """The link between two nodes is down for longer than the timeout."""
-    return _partition(bench, RUN_SECONDS, "node . has gone: no sign of life")
+    return _partition(bench, RUN_SECONDS, "node . was lost: no heartbeat")
 
 
 def _partition(bench: Bench, seconds: float, cause: str | None) -> tuple[str, list[str]]:

@@ -140,7 +140,7 @@ REFUSALS: dict[str, tuple[Callable[[str], str], dict[str, Any], str]] = {
     "unknown prompt": (change(index=3), {}, "it is of prompt 3, but there are 3 prompts; --resume requires the same prompts"),
     "negative prompt": (change(index=-1), {}, "it is of prompt -1, but there are 3 prompts"),
     "twice": (lambda line: record(0).to_line(), {}, "prompt 0 occurs twice; --resume needs the file of one run"),
-    "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume goes on"),
+    "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume requires"),
     "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 had the ids [1, 12], but has [1, 11] now"),
     "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are requested now"),
     "no token but an end": (change(token_ids=[], finish_reason="eos"), {}, "prompt 1 ended by eos after 0 tokens, but 3 are requested now"),
