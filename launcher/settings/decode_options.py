@@ -1,4 +1,4 @@
-"""The options of the commands that generate text: predict, chat and serve."""
+"""Options of the commands that generate text: predict, chat and serve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ OutputFormat = Literal["text", "mindformers", "json"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions(SamplingOptions, ClusterOptions):
-    """`tandem predict`."""
+    """Options of `tandem predict`."""
 
     prompts: Annotated[
         tuple[str, ...],
@@ -52,7 +52,7 @@ class PredictOptions(SamplingOptions, ClusterOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions(SamplingOptions, EngineOptions):
-    """`tandem chat`."""
+    """Options of `tandem chat`."""
 
     system: Annotated[
         str | None, option("--system", metavar="TEXT", help="System message of the conversation. Default: none.", panel=GENERATION)
@@ -62,7 +62,7 @@ class ChatOptions(SamplingOptions, EngineOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions(ClusterOptions):
-    """`tandem serve`."""
+    """Options of `tandem serve`."""
 
     host: Annotated[
         str, option("--host", help="Address to listen on; outside loopback it needs --api-key-file. Default: 127.0.0.1.", panel=SERVER)

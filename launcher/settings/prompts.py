@@ -1,4 +1,4 @@
-"""The prompts of `tandem predict`: from options, a file or standard input."""
+"""The prompts of `tandem predict`, from options, a file or standard input."""
 
 import json
 import select
@@ -14,9 +14,9 @@ _NOTICE_SECONDS = 2.0
 
 
 def read_prompts(prompts: Sequence[str], prompts_file: Path | None, *, may_read_input: bool = True) -> tuple[str, ...]:
-    """Those of --prompt, then those of the file; without either, standard input is one prompt, unless it is a terminal.
+    """Read the prompts of --prompt, then those of the file; without either, standard input is one prompt unless it is a terminal.
 
-    Raises RequestError when there is none, or a file cannot be read.
+    Raises RequestError if there is no prompt or a file cannot be read.
     """
     found = list(prompts)
     if prompts_file is not None:
