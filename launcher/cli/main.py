@@ -59,7 +59,7 @@ def predict() -> None:
 def chat() -> None:
     """Talk to a model in the terminal, with its chat template.
 
-    Reads one message a line; answers are streamed. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops the answer.
+    Reads one message per line; answers are streamed. /reset starts over, /exit or Ctrl-D quits, Ctrl-C stops the answer.
     """
 
 
@@ -120,7 +120,7 @@ def bench() -> None:
 )
 @takes(PlanOptions, "launcher.commands.plan:plan", prepare)
 def plan() -> None:
-    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid numbers of ranks."""
+    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid rank counts."""
 
 
 @app.command(
@@ -144,7 +144,7 @@ def reshard() -> None:
 def verify() -> None:
     """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
 
-    Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 when
+    Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 if
     anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
     """
 

@@ -25,7 +25,7 @@ from model.text.tokenizer import StreamDecoder, Tokenizer
 from parallel.errors import CheckpointError, RequestError, RunError
 
 _PROMPT = ">>> "
-_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/reset starts over, /exit or Ctrl-D quits, Ctrl-C stops an answer"
 _INTERRUPTS_SECONDS = 2.0
 """Two interrupts at the prompt within this time exit."""
 
@@ -124,7 +124,7 @@ class ChatLoop(threading.Thread):
     def _answer(self, text: str) -> None:
         turn = self._conversation.plan(text)
         if turn.num_dropped:
-            print(f"the first {turn.num_dropped} messages no longer fit the context and are left out", file=sys.stderr, flush=True)
+            print(f"the first {turn.num_dropped} messages no longer fit the context and were dropped", file=sys.stderr, flush=True)
         new_tokens = min(self._options.max_new_tokens or turn.room, turn.room)
         params = plan_params(self._options, self._run.settings, new_tokens)
         params = replace(params, seed=(params.seed + self._num_answers) % 2**32)
@@ -160,7 +160,7 @@ class ChatLoop(threading.Thread):
         self._interrupted_at = now
         if again or not self._is_terminal:
             return False
-        print(f"\n({_HELP}; Ctrl-C again leaves)\n{_PROMPT}", end="", file=sys.stderr, flush=True)
+        print(f"\n({_HELP}; Ctrl-C again quits)\n{_PROMPT}", end="", file=sys.stderr, flush=True)
         return True
 
     def _write(self, text: str) -> None:

@@ -29,7 +29,7 @@ def convert(options: ConvertOptions) -> None:
                 convert_checkpoint(opened.source, target, options.dtype, progress)
             else:
                 write_mindspore(opened.source, opened.config, opened.scheme, target, options.dtype, progress)
-                print("note: linears are written separately (qkv_concat: False), so that no fused row order applies", file=sys.stderr)
+                print("note: linears are written separately (qkv_concat: False), so no fused row order applies", file=sys.stderr)
             tell_written(target, started)
 
 

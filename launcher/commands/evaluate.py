@@ -69,7 +69,7 @@ def _plan_questions(options: EvaluateOptions, data: Path, run: Run) -> Evaluate:
     questions, tokenizer = read_boolq(data, options.limit), run.read_tokenizer()
     rows, num_cut = encode_prompts([question.prompt for question in questions], tokenizer, run.context_tokens)
     if num_cut:
-        print(f"warning: {num_cut} prompts are longer than the context of {run.context_tokens} and are truncated", file=sys.stderr)
+        print(f"warning: {num_cut} prompts exceed the context of {run.context_tokens} and are truncated", file=sys.stderr)
     check_rows(rows, run.context_tokens, run.opened.config.vocab_size)
     answers = tuple(question.answer for question in questions)
     return Evaluate(name="boolq", rows=tuple(rows), answers=answers, choices=find_choice_ids(tokenizer))

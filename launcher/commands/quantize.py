@@ -111,7 +111,7 @@ def _find_outliers(linears: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_samples(options: QuantizeOptions, run: Run) -> list[tuple[int, ...]]:
     if options.dataset is None or options.dataset_path is None:
-        raise ConfigError(f"-a {options.approach} has to see activations: give data with -t boolq|squad1.1|wikitext2|ids -s FILE")
+        raise ConfigError(f"-a {options.approach} needs calibration data: give it with -t boolq|squad1.1|wikitext2|ids -s FILE")
     longest = run.context_tokens if options.dataset.lower() == "ids" else min(run.context_tokens, DEFAULT_SAMPLE_TOKENS)
     return read_samples(
         options.dataset,

@@ -20,11 +20,11 @@ def check_output_file(option: str, path: Path | None) -> None:
     try:
         if needs_direct_writing(path):
             if not os.access(path, os.W_OK):
-                raise PermissionError(None, "it may not be written", str(path))
+                raise PermissionError(None, "it is not writable", str(path))
             return
         target = Path(os.path.realpath(path))
         if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(None, "it may not be written", str(path))
+            raise PermissionError(None, "it is not writable", str(path))
         try_folder(target.parent)
         try_name(target)
     except (OSError, ValueError) as error:
@@ -52,7 +52,7 @@ def try_folder(folder: Path) -> None:
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        reason = "no file can be made there" if error.errno == errno.ENOENT else error.strerror
+        reason = "no file can be created there" if error.errno == errno.ENOENT else error.strerror
         raise OSError(error.errno, reason, str(folder)) from None
     probe.unlink()
 

@@ -92,7 +92,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
         if len(self.stops) > MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stops):
             raise ValueError(f"stop takes up to {MAX_STOPS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} characters")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids holds {len(self.stop_token_ids)} ids, but up to {MAX_STOP_TOKEN_IDS} are taken")
+            raise ValueError(f"stop_token_ids holds {len(self.stop_token_ids)} ids, but the maximum is {MAX_STOP_TOKEN_IDS}")
         if len(self.logit_bias) > MAX_BIASES or not all(
             key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in self.logit_bias
         ):
@@ -151,7 +151,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
-            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but from 1 to {MAX_PROMPTS} are taken at once")
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but must hold 1 to {MAX_PROMPTS}")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -235,6 +235,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
         if not 1 <= len(self.messages) <= MAX_MESSAGES:
-            raise ValueError(f"messages holds {len(self.messages)} messages, but from 1 to {MAX_MESSAGES} are taken")
+            raise ValueError(f"messages holds {len(self.messages)} messages, but must hold 1 to {MAX_MESSAGES}")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")

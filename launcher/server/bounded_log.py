@@ -79,4 +79,4 @@ class OnceLog:
                 return
             self._seen.add(name)
             is_last = len(self._seen) > _MAX_KINDS
-        self._write("further reports of this kind are left out" if is_last else text)
+        self._write("further reports of this kind are suppressed" if is_last else text)

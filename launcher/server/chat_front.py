@@ -94,7 +94,7 @@ class ChatFront(RunObserver):
         self._failed_starts = 0 if served else self._failed_starts + 1
         self._progress.close()
         for index in self._journal.note_failure(served=served):
-            self._give_up(index, "the ranks failed repeatedly on this message; it was given up")
+            self._give_up(index, "the ranks failed repeatedly on this message; it was abandoned")
 
     def _give_up(self, index: int, message: str) -> None:
         self._journal.drop(index)

@@ -73,7 +73,7 @@ def timed_out(seconds: float) -> ServiceError:
 
 def ranks_failed(times: int) -> ServiceError:
     """500: the ranks failed repeatedly on this request."""
-    words = f"the ranks failed {times} times while this request ran, without a token in between; it was given up"
+    words = f"the ranks failed {times} times while this request ran, without a token in between; it was abandoned"
     return ServiceError(500, words, kind="server_error", code="ranks_failed")
 
 

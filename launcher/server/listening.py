@@ -20,9 +20,11 @@ def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[byte
         raise ConfigError(f"--api-key-file {key_file} cannot be read: {getattr(error, 'strerror', error)}") from None
     keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
     if not keys:
-        raise ConfigError(f"--api-key-file {key_file} holds no key: write one a line")
+        raise ConfigError(f"--api-key-file {key_file} holds no key: write one per line")
     if any(character <= 32 or character > 126 for key in keys for character in key):
-        raise ConfigError(f"--api-key-file {key_file} holds a key with blanks or characters beyond ASCII, which no header carries")
+        raise ConfigError(
+            f"--api-key-file {key_file} holds a key with whitespace or non-ASCII characters, which an HTTP header cannot carry"
+        )
     return keys
 
 

@@ -138,7 +138,7 @@ def _choose_prompt_decoder(text: bytes) -> msgspec.json.Decoder[Any]:
         return _IDS
     count = text.count(b"[") - 1  # lists of integers hold no other brackets
     if count > MAX_PROMPTS:
-        raise _refuse(f"prompt holds {count} prompts, but from 1 to {MAX_PROMPTS} are taken at once", "prompt")
+        raise _refuse(f"prompt holds {count} prompts, but must hold 1 to {MAX_PROMPTS}", "prompt")
     return _LISTS_OF_IDS
 
 

@@ -116,7 +116,7 @@ class RequestPlanner:
             raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
         num_scored = (1 + (logprobs or 0)) * body.n * sum(map(len, prompts)) if is_scored else 0
         if num_scored > MAX_PROMPT_LOGPROBS:
-            words = f"{num_scored} log-probabilities of prompts, but at most {MAX_PROMPT_LOGPROBS} are given at once: send fewer prompts"
+            words = f"{num_scored} log-probabilities of prompts, but the maximum is {MAX_PROMPT_LOGPROBS}: send fewer prompts"
             raise RequestError(f"echo with logprobs requests {words}")
         echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
         return Asked(

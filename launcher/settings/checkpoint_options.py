@@ -87,7 +87,7 @@ class PlanOptions(CheckpointOptions):
         float | None,
         option("--bandwidth", help="Memory bandwidth per rank in GB/s; adds an estimate of tokens/s. Default: none.", panel=OUTPUT),
     ] = None
-    svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Draw which rank owns what into this file.", panel=OUTPUT)] = None
+    svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Write a diagram of the split to this file.", panel=OUTPUT)] = None
     as_json: Annotated[bool, option("--json", help="Print one JSON object instead of a table.", panel=OUTPUT)] = False
 
 
@@ -105,8 +105,8 @@ class QuantizeOptions(RunOptions):
             "--approach",
             "-a",
             help="Required. rtn-a16w8: int8 weights. rtn-c8: int8 KV cache. a8w8: int8 weights, dynamic int8 activations. "
-            "smooth_quant: int8 weights and activations. ptq: as -w, -k, "
-            "--act-quant-dtype and --outliers choose. gptq, awq, rtn-a16w4: int4 weights.",
+            "smooth_quant: int8 weights and activations. ptq: as selected by -w, -k, "
+            "--act-quant-dtype and --outliers. gptq, awq, rtn-a16w4: int4 weights.",
             panel=QUANTIZATION,
         ),
         also("-q"),

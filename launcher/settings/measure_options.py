@@ -38,7 +38,7 @@ class BenchOptions(RunOptions):
     new_tokens: Annotated[
         int | None, option("--new-tokens", help="Decode steps per round. Default: 32, at most the context.", panel=GENERATION)
     ] = None
-    rounds: Annotated[int, option("--rounds", help="Rounds per measurement, of which the median counts. Default: 3.", panel=GENERATION)] = 3
+    rounds: Annotated[int, option("--rounds", help="Rounds per measurement; the median is reported. Default: 3.", panel=GENERATION)] = 3
     speculate: Annotated[
         bool | None,
         option("--speculate", help="Also measure two real prompts with and without speculative decoding. Default: no.", panel=GENERATION),

@@ -122,7 +122,9 @@ class RunOptions(CheckpointOptions):
     ] = None
     timeout_seconds: Annotated[
         float | None,
-        option("--timeout", help="Seconds without progress that fail the run. Default: 300.", panel=PARALLELISM, above=0, max=MAX_SECONDS),
+        option(
+            "--timeout", help="Seconds without progress before the run fails. Default: 300.", panel=PARALLELISM, above=0, max=MAX_SECONDS
+        ),
         also("--cluster_time_out"),
     ] = None
     num_nodes: int | None = None
@@ -153,7 +155,7 @@ class EngineOptions(RunOptions):
         bool | None,
         option(
             "--speculate/--no-speculate",
-            help="Speculative decoding with n-grams; the text stays the same. Default: no.",
+            help="Speculative decoding with n-grams; the output is unchanged. Default: no.",
             panel=GENERATION,
         ),
     ] = None

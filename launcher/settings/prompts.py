@@ -40,7 +40,7 @@ def _read_file(path: Path) -> list[str]:
         raise RequestError(f"the prompts file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise RequestError(f"the prompts file {path} holds no prompt: write one a line")
+        raise RequestError(f"the prompts file {path} holds no prompt: write one per line")
     return found
 
 

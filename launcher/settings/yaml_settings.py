@@ -99,7 +99,7 @@ class TandemSettings:
     max_restarts: int | None = None
     """Maximum restarts after a rank failure."""
     timeout_seconds: float | None = None
-    """Seconds without progress that fail the run."""
+    """Seconds without progress before the run fails."""
     max_new_tokens: int | None = None
     """Maximum new tokens per prompt."""
     log_dir: str | None = None

@@ -121,6 +121,6 @@ def test_log_probabilities_of_prompts_are_limited_in_number(monkeypatch: pytest.
             asked = asyncio.run(plan)
             assert [len(one) for one in asked.scored] == [int(logprobs is not None)] * 2
         else:
-            with pytest.raises(RequestError, match="requests 604 log-probabilities of prompts, but at most 600 are given at once"):
+            with pytest.raises(RequestError, match="requests 604 log-probabilities of prompts, but the maximum is 600"):
                 asyncio.run(plan)
     service.close()
