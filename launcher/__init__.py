@@ -1,1 +1,1 @@
-"""The front: commands, settings, launch environments, starting and watching ranks. Imports model and parallel."""
+"""Commands, settings, launch environments, and supervision of ranks. Imports model and parallel."""

@@ -1,13 +1,14 @@
-"""`python -m launcher` is `tandem`, and `main` is the console script: it can be interrupted while the commands are still imported."""
+"""Entry point of `python -m launcher` and of the console script `tandem`; handles interrupts while the commands are still being
+imported."""
 
 import os
 import sys
 
-# `python -m` puts the current folder first, where a model.py or json.py would hide the real one. Nothing else is imported before.
+# `python -m` puts the current directory first, where a model.py or json.py would shadow the real one. Nothing else is imported before.
 _home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 try:
     _is_elsewhere = os.path.abspath(sys.path[0]) == os.getcwd() != _home
-except OSError:  # the current folder has been removed
+except OSError:  # the current directory has been removed
     _is_elsewhere = False
 if _is_elsewhere and __name__ == "__main__":
     del sys.path[0]

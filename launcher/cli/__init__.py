@@ -1,1 +1,1 @@
-"""The command line: option declarations only."""
+"""The command line: command names and help."""

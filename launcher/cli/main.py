@@ -1,6 +1,6 @@
-"""The commands of `tandem`: names and help. Options are declared in the option dataclasses, the work is done elsewhere.
+"""The commands of `tandem`: names and help. Options are declared in the option dataclasses.
 
-Exit codes: 0 done, 1 the run failed, 2 usage or input (nothing had started), 130 SIGINT, 143 SIGTERM.
+Exit codes: 0 success, 1 failed run, 2 usage or input error (nothing was started), 130 SIGINT, 143 SIGTERM.
 """
 
 import os
@@ -58,7 +58,7 @@ def predict() -> None:
 def chat() -> None:
     """Talk to a model in the terminal, with its chat template.
 
-    Reads one message a line; answers are streamed. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops the answer.
+    Reads one message per line; answers are streamed. /reset starts over, /exit or Ctrl-D quits, Ctrl-C stops the answer.
     """
 
 
@@ -119,7 +119,7 @@ def bench() -> None:
 )
 @takes(PlanOptions, "launcher.commands.plan:plan", prepare)
 def plan() -> None:
-    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid numbers of ranks."""
+    """Show the requirements of a run, from config and headers alone: shares, bytes, memory, speed, valid rank counts."""
 
 
 @app.command(
@@ -143,7 +143,7 @@ def reshard() -> None:
 def verify() -> None:
     """Check a checkpoint without building the model: checksums, shapes, types, missing, unexpected and short tensors.
 
-    Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 when
+    Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 if
     anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
     """
 
@@ -163,7 +163,7 @@ def main() -> None:
     except BaseException as error:
         if interruption.number is None:
             _exit_after(error)
-        interruption.exit()  # whatever the interrupted code made of it
+        interruption.exit()  # regardless of how the interrupted code failed
     if interruption.number is not None:
         interruption.exit()
     sys.exit(code if isinstance(code, int) else 0)
@@ -177,18 +177,18 @@ def _exit_after(error: BaseException) -> NoReturn:
         print(f"tandem: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        # A run that failed can have left work behind that the interpreter would wait for on its way out.
+        # A failed run may leave threads behind for which the interpreter would wait at exit.
         os._exit(128 + number if (number := getattr(error, "signal_number", 0)) else getattr(error, "exit_code", 1))
     if isinstance(error, typer.Exit):
         sys.exit(error.exit_code)
-    if isinstance(error, Exception) and hasattr(error, "format_message"):  # a usage error of typer's own
+    if isinstance(error, Exception) and hasattr(error, "format_message"):  # a usage error from typer
         print(f"tandem: {_describe_usage_error(error)}", file=sys.stderr)
         sys.exit(2)
     raise error
 
 
 def _describe_usage_error(error: Exception) -> str:
-    """The error in a command line, and the command that lists its options."""
+    """Return the message of a usage error, with a pointer to the command's help."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "tandem"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ def _describe_usage_error(error: Exception) -> str:
 
 
 def _spread_words(arguments: list[str]) -> list[str]:
-    """`-b lm_head w2`, as Golden Stick's script takes it, as `-b lm_head -b w2`."""
+    """Expand `-b lm_head w2`, the form of Golden Stick's script, to `-b lm_head -b w2`."""
     spread, flag = [], ""
     for position, word in enumerate(arguments):
         if word.startswith("-"):

@@ -1,6 +1,6 @@
-"""`tandem bench`: how fast a model runs on this machine, beside what its memory gives.
+"""`tandem bench`: decode and prefill speed on this machine, compared with its memory bandwidth.
 
-Knows options and what is printed; what is measured, and how: `launcher/worker/bench.py`.
+Depends on options and output formatting; the measurement itself is in `launcher/worker/bench.py`.
 """
 
 import json
@@ -36,7 +36,7 @@ from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from parallel.errors import ConfigError
 
 RANDOM_QUANTIZATIONS = ("none", "rtn-a16w8", "a8w8", "rtn-a16w4")
-"""What --quantization takes: what needs no data to be declared."""
+"""Choices of --quantization: the schemes that need no calibration data."""
 DEFAULT_QUANTIZATION = "rtn-a16w8"
 DEFAULT_BATCH_SIZES = (1, 8)
 DEFAULT_PROMPT_TOKENS, DEFAULT_NEW_TOKENS = 512, 32
@@ -44,7 +44,7 @@ _GROUP_SIZES = (128, 64, 32)
 
 
 def bench(options: BenchOptions) -> None:
-    """Measure and print. Raises InputError before anything starts, RanksFailedError when ranks failed."""
+    """Measure and print. Raises InputError before anything starts, RanksFailedError if ranks fail."""
     _check_words(options)
     if writes_results(options):
         check_output_file("--profile", options.profile)
@@ -52,7 +52,7 @@ def bench(options: BenchOptions) -> None:
     run = open_run(replace(options, max_batch_size=max(batch_sizes)), opener=lambda settings: _open(options, settings))
     task = plan_bench(options, run, batch_sizes)
     job = build_job(run, task)
-    measured = run_to_result(run, job, "measuring, rounds", "the measurement begins anew")
+    measured = run_to_result(run, job, "measuring, rounds", "the measurement starts over")
     if measured is None:
         return
     profile = measured.pop("profile", None)
@@ -66,22 +66,22 @@ def bench(options: BenchOptions) -> None:
 
 
 def read_batch_sizes(words: tuple[str, ...]) -> tuple[int, ...]:
-    """`1,8` and `16` as 1, 8, 16. Raises ConfigError for what is no number above 0, and for one that is said twice."""
+    """Parse `1,8` and `16` as 1, 8, 16. Raises ConfigError unless all are positive integers without duplicates."""
     sizes = []
     for word in ",".join(words).split(",") if words else map(str, DEFAULT_BATCH_SIZES):
         if not word.strip().isascii() or not word.strip().isdigit() or int(word) < 1:
             raise ConfigError(f"--batch-size is {word!r}, but whole numbers above 0 are needed, such as 1,8")
         if int(word) in sizes:
-            raise ConfigError(f"--batch-size names {int(word)} twice; once is enough")
+            raise ConfigError(f"--batch-size names {int(word)} twice; remove one")
         sizes.append(int(word))
     return tuple(sizes)
 
 
 def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) -> Bench:
-    """The task. Raises InputError for what does not fit the context, or prompts that cannot be encoded."""
+    """Plan the task. Raises InputError if the measurement exceeds the context or the prompts cannot be encoded."""
     context = run.context_tokens
     if context < 3:
-        raise ConfigError(f"the model's context is {context} tokens, but a measurement takes 3 at least")
+        raise ConfigError(f"the model's context is {context} tokens, but a measurement needs at least 3")
     prompt_tokens = first_said(options.prompt_tokens, min(DEFAULT_PROMPT_TOKENS, context - 1))
     new_tokens = first_said(options.new_tokens, min(DEFAULT_NEW_TOKENS, context - 2))
     for flag, value, most in (("--prompt-tokens", prompt_tokens, context - 1), ("--new-tokens", new_tokens, context - 2)):
@@ -103,7 +103,7 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
 
 
 def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str, Any]:
-    """The object that --json prints, from what rank 0 has sent."""
+    """Build the object that --json prints from rank 0's measurements."""
     path, step_bytes = run.opened.source.path, measured["decode_bytes_per_step"]
     for one in measured["decode"]:
         one["bytes_per_second"] = step_bytes * one["tokens_per_second"] / one["batch_size"]
@@ -135,13 +135,13 @@ RESULT_NAMES = (
 
 
 def write_lines(result: dict[str, Any]) -> list[str]:
-    """A result in lines for people."""
+    """Format a result for the terminal."""
     r = result
     lines = [
         f"{r['model']}, {r['num_layers']} layers, {r['quantization']}, {r['dtype']}: {r['world_size']} rank(s) x {r['threads_per_rank']} "
         f"thread(s), {r['kernel']}, {r['collectives']}",
         f"{r['machine']}, {r['cores']} cores, {r['date']}",
-        f"memory    {r['memory_bandwidth_bytes_per_second'] / 1e9:8.1f} GB/s read by all ranks together",
+        f"memory    {r['memory_bandwidth_bytes_per_second'] / 1e9:8.1f} GB/s read bandwidth of all ranks together",
         f"load      {r['load_seconds']:8.2f} s; first token {r['start_to_first_token_seconds']:.2f} s after the start of the command",
         f"prefill   {r['prefill_tokens_per_second']:8.1f} tokens/s; first token {r['time_to_first_token_seconds'] * 1e3:.1f} ms after a "
         f"prompt of {r['prompt_tokens']} tokens",
@@ -150,20 +150,20 @@ def write_lines(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"decode    {one['tokens_per_second']:8.1f} tokens/s, batch {one['batch_size']} ({one['tokens_per_second_min']:.1f} to "
             f"{one['tokens_per_second_max']:.1f}); weights at {one['bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"{one['bandwidth_share']:.0%} of what memory gives"
+            f"{one['bandwidth_share']:.0%} of memory bandwidth"
         )
     lines += map(describe_row, r["speculation"] or ())
     sizes = [", ".join(f"{size / 1e6:.0f}" for size in r[name]) for name in ("weight_bytes", "peak_rss_bytes")]
     return [
         *lines,
-        f"gather    {r['gather_seconds'] * 1e6:8.1f} us, what a layer passes on of one token",
-        f"weights   {sizes[0]} MB on each rank; {r['decode_bytes_per_step'] / 1e6:.0f} MB are read for a token",
+        f"gather    {r['gather_seconds'] * 1e6:8.1f} us, one layer's output for one token",
+        f"weights   {sizes[0]} MB on each rank; {r['decode_bytes_per_step'] / 1e6:.0f} MB read per token",
         f"peak      {sizes[1]} MB of memory on each rank",
     ]
 
 
 def read_start_seconds() -> float:
-    """When this process was started, on time.monotonic(); to a hundredth of a second."""
+    """Return when this process started, on the clock of time.monotonic(), to a hundredth of a second."""
     with suppress(OSError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -180,13 +180,15 @@ def _check_words(options: BenchOptions) -> None:
             ("--fused-order", options.fused_order),
         ):
             if value is not None:
-                raise ConfigError(f"{flag} is given beside --random-weights, which reads no checkpoint; leave one of them out")
+                raise ConfigError(f"{flag} cannot be combined with --random-weights, which reads no checkpoint; drop one of them")
         if options.speculate:
-            raise ConfigError("--speculate is given beside --random-weights, but its gain depends on the text: give --checkpoint instead")
+            raise ConfigError(
+                "--speculate cannot be combined with --random-weights, because its gain depends on the text: give --checkpoint instead"
+            )
     else:
         for flag, given in (("--model-config", options.model_config), ("--quantization", options.quantization)):
             if given is not None:
-                raise ConfigError(f"{flag} goes with --random-weights only: a checkpoint says its own; add that, or leave {flag} out")
+                raise ConfigError(f"{flag} requires --random-weights, because a checkpoint declares its own; add that, or drop {flag}")
     if options.quantization is not None and options.quantization not in RANDOM_QUANTIZATIONS:
         raise ConfigError(f"--quantization is {options.quantization!r}, but has to be one of {', '.join(RANDOM_QUANTIZATIONS)}")
     if options.rounds < 1:
@@ -209,7 +211,7 @@ def _open_random(options: BenchOptions, settings: Settings) -> OpenedModel:
     path = options.model_config or Path(settings.source)
     config, declared = build_config(values, str(path)), read_scheme(values)
     settings.compare_model_config(config, str(path))
-    # Weights are made in the type that computes, as they would be stored for it.
+    # Weights are generated in the compute dtype, as a checkpoint for it would store them.
     dtype = first_said(options.dtype, settings.tandem.dtype, settings.compute_dtype, config.dtype)
     values = {**{key: value for key, value in values.items() if key != "torch_dtype"}, "dtype": dtype}
     if declared.name == "none":
@@ -221,10 +223,10 @@ def _open_random(options: BenchOptions, settings: Settings) -> OpenedModel:
 
 
 def _plan_scheme(options: BenchOptions, settings: Settings, config: LlamaConfig) -> Scheme:
-    """What a checkpoint of this shape would declare. int4 takes the largest usual group that divides its columns."""
+    """Return the scheme a checkpoint of this shape would declare. int4 uses the largest common group size that divides its columns."""
     word = first_said(options.quantization, settings.quantization.approach if settings.quantization else None, DEFAULT_QUANTIZATION)
     if word not in RANDOM_QUANTIZATIONS:
-        raise ConfigError(f"{settings.source} asks for {word}, which needs data; give --quantization: {', '.join(RANDOM_QUANTIZATIONS)}")
+        raise ConfigError(f"{settings.source} requests {word}, which needs data; give --quantization: {', '.join(RANDOM_QUANTIZATIONS)}")
     if word == "none":
         return Scheme()
     grouped = "group_size" in APPROACHES[word].options

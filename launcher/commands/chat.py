@@ -1,6 +1,6 @@
-"""`tandem chat`: a conversation in the terminal, or of lines on standard input.
+"""`tandem chat`: a conversation in the terminal, or line by line from standard input.
 
-The ranks serve as for `tandem serve`; this process reads messages and prints answers as they are decoded.
+The ranks serve as in `tandem serve`; this process reads messages and prints answers as they are decoded.
 """
 
 import sys
@@ -25,13 +25,13 @@ from model.text.tokenizer import StreamDecoder, Tokenizer
 from parallel.errors import CheckpointError, RequestError, RunError
 
 _PROMPT = ">>> "
-_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/reset starts over, /exit or Ctrl-D quits, Ctrl-C stops an answer"
 _INTERRUPTS_SECONDS = 2.0
-"""Two interrupts at the prompt within this time leave."""
+"""Two interrupts at the prompt within this time exit."""
 
 
 def chat(options: ChatOptions) -> None:
-    """Talk until the end of the input. Raises InputError before anything starts, RanksFailedError, StoppedError."""
+    """Run a conversation until the end of input. Raises InputError before anything starts, RanksFailedError, StoppedError."""
     run = open_run(options)
     tokenizer = run.read_tokenizer()
     renderer = ChatRenderer(run.tokenizer_path, tokenizer.settings)
@@ -51,7 +51,7 @@ def _chat(options: ChatOptions, run: Run, tokenizer: Tokenizer, renderer: ChatRe
     job = replace(job, task=replace(task, num_blocks=num_blocks))
     room = min(run.context_tokens, num_blocks * job.block_size + 1)
     conversation = Conversation(renderer.render, tokenizer, room, options.system)
-    conversation.plan("Hello")  # a system message that is too long, or that the template refuses, is found here
+    conversation.plan("Hello")  # fail early if the system message is too long or the template rejects it
     plan_params(options, run.settings, 1)
     loop = ChatLoop(run, options, conversation, tokenizer, f"{options.model_id or source.path.name}, {renderer.words} chat template")
     with _restored_terminal():
@@ -66,7 +66,7 @@ def _chat(options: ChatOptions, run: Run, tokenizer: Tokenizer, renderer: ChatRe
 
 
 class ChatLoop(threading.Thread):
-    """Reads and answers in a second thread: the main thread watches the ranks and gets the signals."""
+    """Reads messages and prints answers in a second thread; the main thread watches the ranks and receives signals."""
 
     def __init__(self, run: Run, options: ChatOptions, conversation: Conversation, tokenizer: Tokenizer, title: str) -> None:
         super().__init__(daemon=True, name="chat")
@@ -78,22 +78,22 @@ class ChatLoop(threading.Thread):
         self._num_answers = 0
 
     def run(self) -> None:
-        """Until the end of the input."""
+        """Run until the end of input."""
         try:
             self.front.ready.wait()
             if self._is_terminal:
                 with suppress(ImportError):
-                    import readline  # noqa: F401  # gives input() a history and editing
+                    import readline  # noqa: F401  # enables line editing and history for input()
                 print(f"{self._title}; {_HELP}", file=sys.stderr, flush=True)
             while (text := self._read_message()) is not None:
                 self._take(text)
-        except Exception as error:  # raised again by the main thread
+        except Exception as error:  # re-raised by the main thread
             self.error = error
         finally:
             self.front.end()
 
     def _read_message(self) -> str | None:
-        """The next line; None at the end."""
+        """Return the next line, or None at the end of input."""
         try:
             line = input(_PROMPT) if self._is_terminal else sys.stdin.readline()
         except EOFError:
@@ -124,7 +124,7 @@ class ChatLoop(threading.Thread):
     def _answer(self, text: str) -> None:
         turn = self._conversation.plan(text)
         if turn.num_dropped:
-            print(f"the first {turn.num_dropped} messages no longer fit the context and are left out", file=sys.stderr, flush=True)
+            print(f"the first {turn.num_dropped} messages no longer fit the context and were dropped", file=sys.stderr, flush=True)
         new_tokens = min(self._options.max_new_tokens or turn.room, turn.room)
         params = plan_params(self._options, self._run.settings, new_tokens)
         params = replace(params, seed=(params.seed + self._num_answers) % 2**32)
@@ -154,13 +154,13 @@ class ChatLoop(threading.Thread):
             print(f"({num_tokens} tokens, {(num_tokens - 1) / seconds:.1f} tokens/s)", file=sys.stderr, flush=True)
 
     def _heed_interrupt(self) -> bool:
-        """Runs in a signal handler, while a message is read."""
+        """Handle SIGINT; runs in a signal handler while a message is read."""
         now = time.monotonic()
         again = now - self._interrupted_at < _INTERRUPTS_SECONDS
         self._interrupted_at = now
         if again or not self._is_terminal:
             return False
-        print(f"\n({_HELP}; Ctrl-C again leaves)\n{_PROMPT}", end="", file=sys.stderr, flush=True)
+        print(f"\n({_HELP}; Ctrl-C again quits)\n{_PROMPT}", end="", file=sys.stderr, flush=True)
         return True
 
     def _write(self, text: str) -> None:
@@ -170,7 +170,7 @@ class ChatLoop(threading.Thread):
 
 @contextmanager
 def _restored_terminal() -> Iterator[None]:
-    """Line editing changes the terminal's settings; a run that fails meanwhile must not leave them so."""
+    """Restore the terminal settings, which line editing changes, even if the run fails."""
     before = None
     with suppress(termios.error, OSError, ValueError, AttributeError):
         before = termios.tcgetattr(sys.stdin.fileno())

@@ -1,4 +1,4 @@
-"""The place of a checkpoint that a command writes: checked before the work begins, and of one command at a time."""
+"""Validation and locking of the checkpoint path that a command writes."""
 
 import os
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from parallel.errors import ConfigError
 
 @contextmanager
 def claim_target(option: str, target: Path, *, overwrite: bool, is_file: bool = False) -> Iterator[None]:
-    """Check and hold the place of a folder, or a file (`is_file`), while it is written.
+    """Validate and lock the target folder, or file (`is_file`), while it is written.
 
-    Raises CheckpointError for what may not be replaced, ConfigError where nothing can be written, or another command writes.
+    Raises CheckpointError if the target may not be replaced, ConfigError if it is not writable or another command is writing it.
     """
     with ExitStack() as stack:
         try:
             check_target(target, overwrite=overwrite, is_file=is_file)
             place = Path(os.path.realpath(target))
             try_folder(place.parent)
-            try_name(place.with_name(f".{place.name}.partial-{os.getpid()}"))  # the longest that is derived from it
+            try_name(place.with_name(f".{place.name}.partial-{os.getpid()}"))  # the longest name derived from the target
             stack.enter_context(hold(target))
         except PathInUseError as holder:
-            raise ConfigError(f"{option} {target} is being written by {holder}; name another place") from None
+            raise ConfigError(f"{option} {target} is being written by {holder}; choose another path") from None
         except OSError as error:
             raise ConfigError(f"{option} cannot be written: {describe_os_error(error, target)}") from None
         yield

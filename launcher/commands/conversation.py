@@ -1,4 +1,4 @@
-"""The messages of one conversation, and the prompt for the next answer, cut to the model's context."""
+"""The messages of a conversation, and prompts for the next answer that fit the model's context."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,17 +7,17 @@ from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError
 
 _LEAST_ANSWER_TOKENS = 256
-"""Old messages are left out when fewer tokens are left for the answer; in a short context, a quarter of it."""
+"""Old messages are dropped when less room than this is left for the answer; in a short context, less than a quarter of it."""
 
 
 class Turn(NamedTuple):
-    """A prompt."""
+    """A rendered prompt."""
 
     prompt_ids: tuple[int, ...]
     room: int
     """Tokens left for the answer."""
     num_dropped: int
-    """Old messages that do not fit."""
+    """Old messages dropped because they do not fit."""
 
 
 class Conversation:
@@ -30,13 +30,13 @@ class Conversation:
         context_tokens: int,
         system: str | None = None,
     ) -> None:
-        """`render`: from messages to the text of a prompt."""
+        """`render` turns messages into prompt text."""
         self._render, self._tokenizer, self._context_tokens = render, tokenizer, context_tokens
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = []
 
     def plan(self, text: str) -> Turn:
-        """The prompt that asks for an answer to `text`. Raises RequestError when even that alone does not fit the context."""
+        """Return the prompt for an answer to `text`. Raises RequestError if the message alone does not fit the context."""
         least = min(_LEAST_ANSWER_TOKENS, self._context_tokens // 4)
         question = {"role": "user", "content": text}
         ids: tuple[int, ...] = ()
@@ -53,10 +53,10 @@ class Conversation:
         return Turn(ids, room, len(self._messages))
 
     def add(self, text: str, answer: str, num_dropped: int = 0) -> None:
-        """Keep a message and its answer; forget the first `num_dropped`."""
+        """Append a message and its answer; drop the first `num_dropped` messages."""
         del self._messages[:num_dropped]
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def reset(self) -> None:
-        """Start over; the system message stays."""
+        """Start over, keeping the system message."""
         self._messages.clear()

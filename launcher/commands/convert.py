@@ -1,6 +1,6 @@
-"""`tandem convert` and `reshard`: check, show progress, say what was written.
+"""`tandem convert` and `tandem reshard`.
 
-Knows options and settings; the rewriting itself is the model package's.
+Depends on options and settings; the conversion itself is in the model package.
 """
 
 import sys
@@ -29,7 +29,7 @@ def convert(options: ConvertOptions) -> None:
                 convert_checkpoint(opened.source, target, options.dtype, progress)
             else:
                 write_mindspore(opened.source, opened.config, opened.scheme, target, options.dtype, progress)
-                print("note: linears are written separately (qkv_concat: False), so that no fused row order applies", file=sys.stderr)
+                print("note: linears are written separately (qkv_concat: False), so no fused row order applies", file=sys.stderr)
             tell_written(target, started)
 
 
@@ -46,7 +46,7 @@ def reshard(options: ReshardOptions) -> None:
 
 
 def tell_written(target: Path, started: float) -> None:
-    """Say what a folder or file takes and how long it took."""
+    """Print the size of the written folder or file, and the time taken."""
     files = target.iterdir() if target.is_dir() else [target]
     size, seconds = sum(file.stat().st_size for file in files), time.perf_counter() - started
     print(f"wrote {target}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Which device the ranks of this process's host compute on, checked before any of them starts.
+"""Selection of the device for the ranks of this host, validated before any rank starts.
 
-`auto` is the CPU: the device backend is not optimized yet, and a machine that merely has an accelerator must behave like any other.
+`auto` selects the CPU: the device backend is not optimized yet, and having an accelerator must not change a machine's behavior.
 """
 
 import torch
@@ -9,13 +9,13 @@ from launcher.environment.detection import LaunchEnvironment
 from parallel.errors import ConfigError
 
 _SHARES_DEVICES = ("none", "torchrun")
-"""Launchers whose ranks all see the same devices; the others can give each rank one of its own."""
+"""Launchers whose ranks all see the same devices; the others can assign one device to each rank."""
 
 
 def choose_device(word: str, environment: LaunchEnvironment, num_local: int) -> str:
-    """The device type that `--device` means for `num_local` ranks of this host.
+    """Return the device type that `--device` selects for `num_local` ranks of this host.
 
-    Raises ConfigError when it is unavailable, or visible devices are fewer than ranks: each rank needs one of its own.
+    Raises ConfigError if it is unavailable, or if fewer devices than ranks are visible: each rank needs its own.
     """
     if word in ("auto", "cpu"):
         return "cpu"
@@ -24,7 +24,7 @@ def choose_device(word: str, environment: LaunchEnvironment, num_local: int) -> 
         found = available.type if available is not None else "cpu"
         raise ConfigError(f"--device is {word}, but this PyTorch supports {found} only: install a {word} build, or drop --device")
     if environment.is_rank and environment.local_world_size is None:
-        num_local = (environment.local_rank or 0) + 1  # this rank's part of the check; the others make theirs
+        num_local = (environment.local_rank or 0) + 1  # each rank of a launcher checks up to itself
     count = torch.accelerator.device_count()
     has_own = count == 1 and environment.launcher not in _SHARES_DEVICES
     if num_local > count and not has_own:
@@ -34,7 +34,7 @@ def choose_device(word: str, environment: LaunchEnvironment, num_local: int) -> 
 
 
 def check_collectives(name: str, device: str) -> None:
-    """Raise ConfigError when `--collectives nccl` cannot work for ranks on `device`."""
+    """Raise ConfigError if `--collectives nccl` cannot work for ranks on `device`."""
     if name != "nccl":
         return
     if device != "cuda":

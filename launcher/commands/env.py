@@ -19,11 +19,11 @@ from model.spec.quoting import quote_name
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "fastapi", "uvicorn")
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
-"""Instruction sets that matter for the kernels, as Linux names them."""
+"""Instruction sets that the kernels use, by their Linux names."""
 
 
 def show_environment(options: EnvOptions) -> None:
-    """Print the report. Raises ConfigError for variables of a launcher that cannot be used."""
+    """Print the report. Raises ConfigError for invalid launcher variables."""
     require_stdout("leave it open")
     environment: dict[str, Any] = asdict(read_environment())
     machine = describe_machine()
@@ -34,7 +34,7 @@ def show_environment(options: EnvOptions) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, CPU, kernels, accelerators, memory and limits of this process's control group; sizes in bytes."""
+    """Return versions, CPU, kernels, accelerators, memory and the limits of this process's control group; sizes in bytes."""
     group, memory = read_memory_group(), _read_memory()
     return {
         "versions": {"tandem": read_version(), "python": platform.python_version(), "system": platform.platform(), **_read_versions()},
@@ -50,7 +50,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def read_processor() -> str:
-    """The CPU's model name."""
+    """Return the CPU's model name."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
@@ -58,7 +58,7 @@ def read_processor() -> str:
 
 
 def _describe_backend() -> dict[str, Any]:
-    """The device and kernels that would run a model. Imports PyTorch, the only source for accelerators."""
+    """Return the device and kernels that would run a model. Imports PyTorch, which is needed to find accelerators."""
     try:
         import torch
 
@@ -71,7 +71,7 @@ def _describe_backend() -> dict[str, Any]:
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     elif device is not None:
         names = [device.type] * torch.accelerator.device_count()
-    backend = find_backend("cpu")  # what --device auto means
+    backend = find_backend("cpu")  # the device of --device auto
     return {
         "backend": {"device": "cpu", "kernels": backend.name, "int8_kernel": backend.int8_kernel.name},
         "accelerators": names,

@@ -1,6 +1,6 @@
-"""`tandem eval`: how good a checkpoint is, by BoolQ or by the perplexity of a text.
+"""`tandem eval`: accuracy on BoolQ, or perplexity on a text.
 
-Knows files, options and what is printed; scores are the model package's.
+Depends on files, options and output formatting; scoring is in the model package.
 """
 
 import json
@@ -18,13 +18,13 @@ from parallel.errors import ConfigError
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Score a checkpoint and print it. Raises InputError before anything starts, RanksFailedError when ranks failed."""
+    """Score a checkpoint and print the result. Raises InputError before anything starts, RanksFailedError if ranks fail."""
     assert options.task in EVALUATIONS and options.data is not None
     run = open_run(options)
     task = _plan_windows(options, options.data, run) if options.task == "perplexity" else _plan_questions(options, options.data, run)
     job = build_job(run, task)
     what = f"{options.task}, {'windows' if options.task == 'perplexity' else 'questions'}"
-    found = run_to_result(run, job, what, "the evaluation begins anew")
+    found = run_to_result(run, job, what, "the evaluation starts over")
     if found is None:
         return
     result = {"task": options.task, "checkpoint": str(run.opened.source.path), "data": str(options.data), **found}
@@ -32,7 +32,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def write_json(result: dict[str, Any]) -> str:
-    """A result as JSON, which has no infinity: a perplexity beyond float64 is null, its `nll_mean` is not."""
+    """Format a result as JSON. JSON has no infinity, so a perplexity beyond float64 is null; `nll_mean` stays finite."""
     ends = result["interval"]
     interval = None if ends is None or not all(map(math.isfinite, ends)) else ends
     finite = {"perplexity": value if math.isfinite(value) else None} if (value := result.get("perplexity")) is not None else {}
@@ -40,7 +40,7 @@ def write_json(result: dict[str, Any]) -> str:
 
 
 def describe_result(result: dict[str, Any]) -> list[str]:
-    """A result in lines for people."""
+    """Format a result for the terminal."""
     interval = result["interval"]
     if result["task"] == "perplexity":
         spread = "" if interval is None else f", 95 % between {interval[0]:.4f} and {interval[1]:.4f} (by {result['interval_unit']})"
@@ -66,7 +66,7 @@ def _plan_questions(options: EvaluateOptions, data: Path, run: Run) -> Evaluate:
     questions, tokenizer = read_boolq(data, options.limit), run.read_tokenizer()
     rows, num_cut = encode_prompts([question.prompt for question in questions], tokenizer, run.context_tokens)
     if num_cut:
-        print(f"warning: {num_cut} prompts are longer than the context of {run.context_tokens} and lose their end", file=sys.stderr)
+        print(f"warning: {num_cut} prompts exceed the context of {run.context_tokens} and are truncated", file=sys.stderr)
     check_rows(rows, run.context_tokens, run.opened.config.vocab_size)
     answers = tuple(question.answer for question in questions)
     return Evaluate(name="boolq", rows=tuple(rows), answers=answers, choices=find_choice_ids(tokenizer))

@@ -1,6 +1,6 @@
-"""`tandem plan`: a dry run from config and headers alone, as a table, JSON or a picture. Starts nothing, loads nothing.
+"""`tandem plan`: a dry run from config and headers alone, as a table, JSON or an SVG. Starts no process and loads no weights.
 
-Without --checkpoint it needs no PyTorch either, which alone would take longer than everything else here.
+Without --checkpoint it does not import PyTorch, which would take longer than everything else here.
 """
 
 import json
@@ -26,11 +26,11 @@ from model.spec.scheme import Scheme, read_scheme
 from parallel.errors import ConfigError
 
 EVEN = 0.95
-"""Mean over largest share from which a number of ranks is called even."""
+"""Minimum ratio of the mean to the largest share for a rank count to be called even."""
 
 
 def plan(options: PlanOptions) -> None:
-    """Print the plan. Raises InputError: ConfigError, LayoutError for too many ranks, CheckpointError for files that do not fit."""
+    """Print the plan. Raises ConfigError, LayoutError for too many ranks, and CheckpointError for files that do not match the config."""
     check_output_file("--svg", options.svg)
     settings = open_settings(options.config, None if options.model_config else options.checkpoint)
     world_size = decide_world_size(options.workers, read_environment(), settings.model_parallel)
@@ -66,7 +66,7 @@ def plan(options: PlanOptions) -> None:
 
 
 def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, Scheme, dict[str, str]]:
-    """The model's shape, how its weights are stored, and the types of the checkpoint's tensors."""
+    """Return the model's config, its quantization scheme, and the dtypes of the checkpoint's tensors."""
     stored: dict[str, str] = {}
     if options.checkpoint or (settings.load_checkpoint and not options.model_config):
         from launcher.commands.run_ranks import open_model
@@ -91,7 +91,7 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
         raise ConfigError(f"--quantization is {word}, but the model is quantized already ({scheme.name}); leave it out")
     if word == "ptq" and (settings.quantization is None or settings.quantization.approach != word):
         raise ConfigError(
-            "--quantization ptq does not say what it makes; give a YAML with its quantization_config (-c), or another approach"
+            "--quantization ptq does not determine the result; give a YAML with its quantization_config (-c), or another approach"
         )
     quantize = QuantizeOptions(approach=str(word))
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
@@ -103,7 +103,7 @@ def _describe(options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: 
     balance = {size: measure_balance(config, scheme, size) for size in valid}
     speed = None
     if options.bandwidth:
-        # A batch reads the weights once and every sequence's keys and values.
+        # A batch reads the weights once, and the KV cache of every sequence.
         slowest = max(rank.streamed_bytes + rank.kv_cache_bytes for rank in plans)
         speed = options.batch_size * options.bandwidth * 1e9 / slowest
     return {
@@ -147,7 +147,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 5 as 1-3, 5."""
+    """Format 1, 2, 3, 5 as 1-3, 5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -1,6 +1,6 @@
-"""`tandem predict`: decides a whole job from options, YAML, environment and headers, then runs it.
+"""`tandem predict`: resolves options, YAML, environment and headers into a job, then runs it.
 
-Everything that can be wrong is found here, before any process starts. Knows no typer: options come as a plain value.
+All input errors are raised here, before any process starts. Does not depend on typer: options come as a dataclass.
 """
 
 import sys
@@ -23,11 +23,11 @@ from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
 
 DEFAULT_MAX_LENGTH = 1024
-"""MindFormers' LlamaConfig.max_decode_length."""
+"""Default of MindFormers' LlamaConfig.max_decode_length."""
 
 
 def predict(options: PredictOptions) -> None:
-    """Run the main job. Raises InputError before anything starts, RanksFailedError when ranks failed."""
+    """Run the command. Raises InputError before anything starts, RanksFailedError if ranks fail."""
     if writes_results(options):
         check_output_file("--output", options.output)
         check_output_file("--stats", options.stats)
@@ -36,8 +36,8 @@ def predict(options: PredictOptions) -> None:
     prompts = list(options.prompts)
     requests = plan_requests(options, run, tokenizer, prompts)
     if options.resume and options.output is None:
-        raise RequestError("--resume skips what is in the file of --output; give --output")
-    # A launcher that has restarted this rank wants it to go on where the attempt before it was.
+        raise RequestError("--resume skips prompts already in the --output file; give --output")
+    # A rank restarted by a launcher resumes where the previous attempt stopped.
     again = run.environment.restart_count > 0 and options.output is not None
     resume = options.resume or again
     vocab_size = run.opened.config.vocab_size
@@ -46,7 +46,7 @@ def predict(options: PredictOptions) -> None:
             stack.enter_context(hold_results(options.output))
         done = read_results(options.output, requests, prompts, vocab_size) if options.output is not None and resume else []
         output = ResultsFile(options.output, done, resume=resume) if options.output is not None else None
-        # A rank that a launcher restarts would print the beginning of a text again.
+        # Do not stream from a launcher's rank: after a restart it would repeat the beginning of a text.
         printer = build_printer(options.output_format, len(prompts), streams=not run.environment.is_rank)
         console = RunConsole(run.world_size, requests, prompts, tokenizer, output, done, printer)
         _decode(options, run, console, output, tokenizer, again=again)
@@ -55,14 +55,14 @@ def predict(options: PredictOptions) -> None:
 def _decode(
     options: PredictOptions, run: Run, console: RunConsole, output: ResultsFile | None, tokenizer: Tokenizer, *, again: bool
 ) -> None:
-    """Run the ranks and write what they give. `again`: a launcher has started this rank again."""
+    """Run the ranks and write their results. `again` is set if a launcher has restarted this rank."""
     task = console.plan_task()
     job = build_job(run, task, tokenizer=tokenizer)
     if job.num_blocks is not None:
         for request in task.requests:
             check_memory(request, job.num_blocks, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
-        output.begin()  # the launcher may start this rank again
+        output.begin()  # before the ranks start, since a launcher may restart this rank
     restarts = 0
     try:
         if not run.environment.rank and not run.nodes.node_rank:
@@ -76,7 +76,7 @@ def _decode(
     if run.environment.rank or run.nodes.node_rank:
         return  # rank 0 and its parent have the results
     if not console.is_done:
-        raise RunError("every rank ended well, but not every prompt is finished; this is a fault of tandem's, see the logs of the ranks")
+        raise RunError("every rank exited with 0, but some prompts are unfinished; this is a bug in tandem, see the logs of the ranks")
     with as_run_failure():
         console.write(options.stats, restarts)
     if console.failure:
@@ -84,7 +84,7 @@ def _decode(
 
 
 def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, prompts: list[str]) -> list[Request]:
-    """Prompts as ids, each with how it goes on. Options go over the YAML, the YAML over defaults. Raises InputError."""
+    """Build the requests from tokenized prompts. Options override the YAML, which overrides defaults. Raises InputError."""
     settings, context = run.settings, run.context_tokens
     prompt_ids = [tuple(tokenizer.encode(prompt)) for prompt in prompts]
     lengths = plan_lengths(options, settings, [len(ids) for ids in prompt_ids], context)
@@ -95,12 +95,12 @@ def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, promp
         check_request(requests[-1], context, run.opened.config.vocab_size)
     said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
     if said and not requests[0].params.do_sample:
-        print(f"warning: {', '.join(said)} without --do-sample change nothing: the likeliest token is taken", file=sys.stderr)
+        print(f"warning: {', '.join(said)} without --do-sample change nothing: decoding is greedy", file=sys.stderr)
     return requests
 
 
 def plan_params(options: SamplingOptions, settings: Settings, max_new_tokens: int) -> SamplingParams:
-    """How tokens are chosen: options go over the YAML, the YAML over defaults. Raises RequestError for values out of range."""
+    """Build sampling parameters: options override the YAML, which overrides defaults. Raises RequestError for values out of range."""
     sampling = settings.sampling
     return SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -114,7 +114,7 @@ def plan_params(options: SamplingOptions, settings: Settings, max_new_tokens: in
 
 
 def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int], context: int) -> list[int]:
-    """New tokens of each prompt, from its length; cut, with a warning, where the context ends."""
+    """Return the maximum new tokens of each prompt from its length, truncated to the context with a warning."""
     new_tokens = first_said(options.max_new_tokens, None if options.max_length else settings.tandem.max_new_tokens)
     longest = max(lengths)
     if longest >= context:

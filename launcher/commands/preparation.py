@@ -1,6 +1,6 @@
-"""Checks of every command's options before PyTorch is imported: paths, the model, the YAML, the number of ranks, prompts, the port.
+"""Validation of every command's options before PyTorch is imported: paths, model, YAML, rank count, prompts, port.
 
-Input errors are reported within a fraction of a second this way. The command's own module checks the rest, from the files' contents.
+This reports input errors within a fraction of a second. Checks that depend on file contents follow in each command's module.
 """
 
 import sys
@@ -31,13 +31,13 @@ _MAX_THREADS_PER_CORE = 4
 
 
 def prepare(options: Any) -> Any:
-    """The options with MODEL found on disk, the YAML in its folder and the prompts read. Raises InputError."""
+    """Return the options with MODEL resolved to a path, the YAML in its folder, and the prompts read. Raises InputError."""
     _check_stdout(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
     if environment is not None and environment.is_scheduler:
-        return options  # it only serves the rendezvous
+        return options  # this process only serves the rendezvous
     if isinstance(options, QuantizeOptions):
         check_words(options)
     _check_input_files(options)
@@ -76,10 +76,10 @@ def locate_model(options: Any) -> Any:
 
 
 def read_run_environment(options: RunOptions) -> LaunchEnvironment:
-    """The launch environment as this command line uses it."""
+    """Return the launch environment as this command line uses it."""
     environment = read_environment()
     if options.num_nodes or options.local_workers:
-        # With these options srun or mpirun starts one such command per node, which is not a rank.
+        # With these options srun or mpirun starts one command per node, which is not a rank.
         return environment.as_program()
     return environment
 
@@ -92,7 +92,7 @@ def writes_results(options: RunOptions) -> bool:
 
 
 def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
-    """What this node starts."""
+    """Plan the nodes of this run and the ranks that this one starts."""
     return plan_nodes(
         world_size,
         num_nodes=options.num_nodes,
@@ -136,7 +136,7 @@ def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: 
 
 
 def _prepare_predict(options: PredictOptions, environment: LaunchEnvironment) -> PredictOptions:
-    # Ranks that a launcher started would read parts of the same standard input.
+    # Ranks started by a launcher would each read part of the same standard input.
     prompts = read_prompts(options.prompts, options.prompts_file, may_read_input=not environment.is_rank)
     return replace(options, prompts=prompts, prompts_file=None)
 
@@ -172,12 +172,12 @@ _INPUT_FILES = {
     "dataset_path": "--dataset-path",
     "data": "--data",
 }
-"""Options that name a file to read, by field."""
+"""Options that name an input file, by field."""
 _PRINTS_RESULTS = {
     PredictOptions: "give --output",
     **dict.fromkeys((BenchOptions, EvaluateOptions, PlanOptions, VerifyOptions, EnvOptions), "leave it open"),
 }
-"""What to do about a closed standard output, by the options of the commands whose results would be lost."""
+"""What to do about a closed standard output, for commands whose results would be lost."""
 _COMMANDS = {ChatOptions: "chat", ServeOptions: "serve", BenchOptions: "bench", EvaluateOptions: "eval", QuantizeOptions: "quantize"}
 _CHECKS: dict[type, Callable[[Any, Any], Any]] = {
     PredictOptions: _prepare_predict,

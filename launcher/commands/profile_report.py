@@ -1,7 +1,7 @@
-"""What the spans of `tandem bench --profile` come to: a table for people, a trace for Perfetto and chrome://tracing.
+"""Reports from the spans of `tandem bench --profile`: a terminal table, and a trace for Perfetto and chrome://tracing.
 
-The time of a step goes to the innermost span that covers it, or else to what must run between two spans: attention between its
-two products, and other small operators. Knows spans and the names of modules; not how they were recorded.
+Time is attributed to the innermost span that covers it, otherwise to the operation that must run between two spans: attention between its
+two matmuls, and other small operators.
 """
 
 import re
@@ -20,32 +20,32 @@ _LAYER = re.compile(r"layers\.(\d+)(?:\.(.+))?$")
 _SEPARATE = re.compile(r"\.linears\.\d+$")
 ATTENTION, OTHER = "attention", "other"
 _BETWEEN = {"qkv_proj": ATTENTION}
-"""What runs after a module and before the next, where it is more than small operators."""
+"""Operation that runs after a module and before the next, if it is more than small operators."""
 
 Span = Sequence[int]
-"""Number of the name, start and duration in nanoseconds."""
+"""Name index, start and duration in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of one rank's time."""
+    """A contiguous part of one rank's time."""
 
     phase: str
     """PREFILL or DECODE."""
     layer: int | None
-    """Decoder layer; None: outside of them."""
+    """Decoder layer, or None outside of them."""
     operation: str
-    """What ran, in words of the table."""
+    """Operation name shown in the table."""
     start: int
-    """Nanoseconds."""
+    """Start in nanoseconds."""
     duration: int
-    """Nanoseconds."""
+    """Duration in nanoseconds."""
     span: int | None = None
-    """Index in the spans of a whole one; None: time between them."""
+    """Index of the span if this is a complete one; None for time between spans."""
 
 
 class _Walk:
-    """Cuts the spans of one rank into pieces, in order of time."""
+    """Cuts the spans of one rank into pieces in order of time."""
 
     def __init__(self, names: Sequence[str], spans: Sequence[Span]) -> None:
         self._names, self._spans = names, spans
@@ -55,7 +55,7 @@ class _Walk:
         self.pieces: list[Piece] = []
 
     def run(self) -> list[Piece]:
-        """All pieces of all steps; what lies outside of steps is left out."""
+        """Return the pieces of all steps; time outside of steps is ignored."""
         while self._next < len(self._order):
             index = self._order[self._next]
             self._next += 1
@@ -66,7 +66,7 @@ class _Walk:
         return self.pieces
 
     def _enter(self, index: int, *, container: bool) -> None:
-        """One span whose start has been reached: its children, and what is between them."""
+        """Process one span: its children and the time between them."""
         number, start, duration = self._spans[index]
         cursor, end, first = start, start + duration, len(self.pieces)
         own = self._operation(self._names[number])
@@ -98,14 +98,14 @@ class _Walk:
 
 
 def cut_spans(names: Sequence[str], spans: Sequence[Span]) -> list[Piece]:
-    """What every moment of the steps of one rank went to."""
+    """Attribute the time of all steps of one rank."""
     return _Walk(names, spans).run()
 
 
 def find_waits(names: Sequence[str], ranks: Sequence[Sequence[Span]]) -> list[dict[int, int]]:
-    """For each rank, by the index of the span: how long a gather waited until the last rank had come to it, nanoseconds.
+    """For each rank, return the time in nanoseconds that each gather (by span index) waited for the last rank to arrive.
 
-    All ranks go into the same gathers in the same order; where their numbers differ nothing is known.
+    All ranks execute the same gathers in the same order; if their counts differ, the result is empty.
     """
     order = [[index for index, span in enumerate(spans) if names[span[0]] == GATHER] for spans in ranks]
     waits: list[dict[int, int]] = [{} for _ in ranks]
@@ -120,7 +120,7 @@ def find_waits(names: Sequence[str], ranks: Sequence[Sequence[Span]]) -> list[di
 
 
 def build_trace(profile: dict[str, Any]) -> dict[str, Any]:
-    """Chrome's trace format: a process for each rank, microseconds of CLOCK_MONOTONIC."""
+    """Build a trace in Chrome's format: one process per rank, timestamps in microseconds of CLOCK_MONOTONIC."""
     names, ranks = profile["names"], profile["ranks"]
     kinds = {GATHER: "collective", BARRIER: "collective", PREFILL: "step", DECODE: "step"}
     events: list[dict[str, Any]] = []
@@ -137,10 +137,10 @@ def build_trace(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_profile(profile: dict[str, Any], file: TextIO) -> None:
-    """Two tables, the mean over the ranks: by operation, and by layer."""
+    """Print two tables of means over the ranks: by operation and by layer."""
     names, ranks = profile["names"], profile["ranks"]
     all_waits = find_waits(names, ranks)
-    # By (operation or layer, phase): time, waiting, calls.
+    # By (operation or layer, phase): time, waiting time, calls.
     sums: dict[tuple[object, str], list[float]] = defaultdict(lambda: [0, 0, 0])
     steps = {phase: max(1, sum(names[span[0]] == phase for span in ranks[0])) for phase in (PREFILL, DECODE)}
     for spans, waits in zip(ranks, all_waits, strict=True):
@@ -156,7 +156,7 @@ def print_profile(profile: dict[str, Any], file: TextIO) -> None:
     rows: list[tuple[str, object]] = [*((name, name) for name in operations), ("all", "all")]
     by_layer: list[tuple[str, object]] = [*((f"layer {layer}", layer) for layer in layers), ("outside", None), ("all", "all")]
     for title, entries in (("by operation", rows), ("by layer", by_layer)):
-        table = Table(title, "decode ms a step", "share", "of it waiting", "calls", "prefill ms", "share", "of it waiting")
+        table = Table(title, "decode ms/step", "share", "of it waiting", "calls", "prefill ms", "share", "of it waiting")
         for words, row_key in entries:
             cells = []
             for phase in (DECODE, PREFILL):
@@ -166,4 +166,4 @@ def print_profile(profile: dict[str, Any], file: TextIO) -> None:
             table.add_row(words, *cells)
         Terminal(file=file, width=130).print(table)
     if len(ranks) > 1:
-        print("Mean over the ranks. Waiting: until the last rank came to a gather; the rest of a gather is copying.", file=file)
+        print("Mean over the ranks. Waiting: until the last rank reached the gather; the rest of a gather is copying.", file=file)

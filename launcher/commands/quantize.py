@@ -1,6 +1,6 @@
-"""`tandem quantize`: from words to a recipe, ranks that round layer by layer, one folder, and a report.
+"""`tandem quantize`: builds a recipe from options, runs ranks that quantize layer by layer, and writes a checkpoint and a report.
 
-Knows Golden Stick's words and presets; the arithmetic is the model package's.
+Depends on Golden Stick's option names and presets; the arithmetic is in the model package.
 """
 
 import json
@@ -29,7 +29,7 @@ DEFAULT_SAMPLE_TOKENS = 2048
 
 
 def quantize(options: QuantizeOptions) -> None:
-    """Write a quantized checkpoint. Raises InputError before anything is written, RanksFailedError when ranks failed."""
+    """Write a quantized checkpoint. Raises InputError before anything is written, RanksFailedError if ranks fail."""
     recipe_words = check_words(options)
     run = open_run(options, quantized=False)
     source, config = run.opened.source, run.opened.config
@@ -40,10 +40,10 @@ def quantize(options: QuantizeOptions) -> None:
     if config.attention_bias or config.mlp_bias:
         raise CheckpointError(f"{source.path} has biases, and quantizing such a model is not supported: run it as it is")
     recipe = plan_recipe(options, recipe_words, run.settings.quantization)
-    recipe.build_scheme(config)  # raises for what cannot be quantized so
+    recipe.build_scheme(config)  # raises if the model cannot be quantized this way
     target = options.output or Path("output") / f"{options.approach}_ckpt"
     if source.path.is_dir() and target.absolute().is_relative_to(source.path.absolute()):
-        raise CheckpointError(f"{target} lies inside the checkpoint {source.path}; name another place with --output")
+        raise CheckpointError(f"{target} lies inside the checkpoint {source.path}; choose another path with --output")
     with ExitStack() as stack:
         if not run.environment.rank:
             stack.enter_context(claim_target("--output", target, overwrite=options.overwrite))
@@ -63,7 +63,7 @@ def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path) 
         with as_run_failure(work.path):
             done = work.open(_describe(run, recipe, samples, job.dtype))
         if done:
-            print(f"{done} of {config.num_hidden_layers + 1} layers are done already; going on", file=sys.stderr)
+            print(f"{done} of {config.num_hidden_layers + 1} layers are already done; resuming", file=sys.stderr)
     found = run_to_result(run, job, f"quantizing ({options.approach}), layers", "layers that are done are kept")
     if found is None:
         return
@@ -80,7 +80,7 @@ def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path) 
 
 
 def describe_report(report: dict[str, Any]) -> list[str]:
-    """The report in lines for people."""
+    """Format the report for the terminal."""
     linears = report["linears"]
     lines = [f"{report['approach']}: {report['quantization']}, {report['samples']} samples, {report['sample_tokens']} tokens"]
     if linears:
@@ -101,7 +101,7 @@ def describe_report(report: dict[str, Any]) -> list[str]:
 
 
 def _find_outliers(linears: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry an input, the largest first: linears of one input saw the same."""
+    """Return one entry per input, largest outlier first; linears with a common input share an entry."""
     inputs: dict[tuple[str, float, int], dict[str, Any]] = {}
     for entry in linears:
         if "outlier" in entry:
@@ -111,7 +111,7 @@ def _find_outliers(linears: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_samples(options: QuantizeOptions, run: Run) -> list[tuple[int, ...]]:
     if options.dataset is None or options.dataset_path is None:
-        raise ConfigError(f"-a {options.approach} has to see activations: give data with -t boolq|squad1.1|wikitext2|ids -s FILE")
+        raise ConfigError(f"-a {options.approach} needs calibration data: give it with -t boolq|squad1.1|wikitext2|ids -s FILE")
     longest = run.context_tokens if options.dataset.lower() == "ids" else min(run.context_tokens, DEFAULT_SAMPLE_TOKENS)
     return read_samples(
         options.dataset,
@@ -124,7 +124,7 @@ def _read_samples(options: QuantizeOptions, run: Run) -> list[tuple[int, ...]]:
 
 
 def _describe(run: Run, recipe: Recipe, samples: list[tuple[int, ...]], dtype: str) -> dict[str, Any]:
-    """What a work folder is for: the same words on the same files go on with it."""
+    """Describe the job of a work folder: the same options on the same files resume it."""
     path = run.opened.source.path
     files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     return {
@@ -155,7 +155,7 @@ def _build_report(
         "samples": len(samples),
         "sample_tokens": sum(map(len, samples)),
         "source_bytes": sum(info.num_bytes for info in run.opened.source.tensors.values()),
-        "written_bytes": 0,  # known when it is written
+        "written_bytes": 0,  # filled in after writing
         **result,
         "linears": work.read_reports(),
     }

@@ -1,6 +1,6 @@
-"""What every command that runs ranks shares: open the checkpoint, decide the job, start the ranks or be one of them.
+"""Logic shared by all commands that run ranks: open the checkpoint, plan the job, start the ranks or become one.
 
-Everything that can be wrong is found here, before any process starts. Knows no typer, and no task.
+All input errors are raised here, before any process starts. Depends on no particular task, nor on typer.
 """
 
 import resource
@@ -47,50 +47,50 @@ from parallel.regular_file import open_regular
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
-"""Files, sockets and processes that a run has open at least."""
+"""Minimum number of file descriptors and processes a run uses, per run and per rank."""
 COLLECTIVES = ("auto", "shm", "gloo", "nccl")
 DEVICES = ("auto", *DEVICE_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A checkpoint whose headers fit its config and the YAML."""
+    """A checkpoint whose headers match its config and the YAML."""
 
     source: CheckpointSource
     config: LlamaConfig
     scheme: Scheme
     opening: OpenOptions
-    """How it was opened."""
+    """The options it was opened with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that is about to be planned."""
+    """The inputs from which a job is planned."""
 
     options: RunOptions
     settings: Settings
     environment: LaunchEnvironment
     world_size: int
     nodes: Nodes
-    """What this node starts, where it starts ranks."""
+    """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
 
     @property
     def num_local_ranks(self) -> int:
-        """Ranks on this host, as far as is known; all, where a launcher does not say."""
+        """Number of ranks on this host, as far as known; all ranks if the launcher does not tell."""
         environment = self.environment
         return environment.local_world_size or self.world_size if environment.is_rank else self.nodes.local_workers
 
     @property
     def context_tokens(self) -> int:
-        """Longest sequence: the checkpoint's, or less where the YAML says so."""
+        """Maximum sequence length: the checkpoint's, or a lower limit from the YAML."""
         longest = self.opened.config.max_position_embeddings
         return min(longest, self.settings.seq_length or longest)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the YAML, else the checkpoint's.
+        """Read the tokenizer of the YAML, otherwise the checkpoint's.
 
-        Raises ConfigError when none is next to a `.ckpt`, CheckpointError when its ids are not those of the model.
+        Raises ConfigError if there is none next to a `.ckpt`, CheckpointError if its ids do not match the model.
         """
         path = self.tokenizer_path
         if path == self.opened.source.path and path.suffix == ".ckpt":
@@ -102,15 +102,15 @@ class Run:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The folder or file of the tokenizer."""
+        """Folder or file of the tokenizer."""
         source, settings = self.opened.source, self.settings
         return Path(settings.vocab_file or source.tokenizer_path() or settings.pretrained_model_dir or source.path)
 
 
 def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer in `path`. Raises CheckpointError when there is none, it cannot be read, or its ids are not those of the model."""
+    """Read the tokenizer in `path`. Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model."""
     tokenizer = read_tokenizer(path)
-    # Added tokens may lie beyond: many checkpoints add a padding token that the model has no row for. Prompts are checked.
+    # Added tokens may exceed the vocabulary: many checkpoints add a padding token without an embedding row. Prompts are checked separately.
     if tokenizer.base_size > config.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {config.vocab_size}; "
@@ -120,9 +120,9 @@ def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
 
 
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
-    """Read everything that a run is decided from. Raises InputError. For `quantized` see `open_model`; `opener` stands in for it.
+    """Read all inputs of a run. Raises InputError. See `open_model` for `quantized`; `opener` replaces it.
 
-    A process that is msrun's scheduler does not return: it serves the ranks and exits.
+    Does not return in msrun's scheduler process, which serves the ranks and exits.
     """
     environment = read_run_environment(options)
     if environment.is_scheduler:
@@ -135,13 +135,13 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
     opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
     if options.verify and not opened.source.checksums:
-        print(f"warning: no checksums are recorded of {opened.source.path}: its headers and sizes were checked", file=sys.stderr)
+        print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
-    """How the checkpoint is to be opened."""
+    """Return the options for opening the checkpoint."""
     key_file = str(options.key_file.absolute()) if options.key_file else None
     if options.key_file:
         try:
@@ -156,7 +156,7 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
 
 
 def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
-    """The checkpoint of the command line, else the YAML's. Raises ConfigError when neither names one."""
+    """Return the checkpoint of the command line, otherwise the YAML's. Raises ConfigError if neither names one."""
     path = option or settings.load_checkpoint
     if not path:
         raise ConfigError("no checkpoint: give --checkpoint")
@@ -164,9 +164,9 @@ def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
 
 
 def open_model(options: CheckpointOptions, settings: Settings, *, quantized: bool = True) -> OpenedModel:
-    """Open a checkpoint and hold it against its own config.json, the YAML and, where asked, its checksums. Raises InputError.
+    """Open a checkpoint and validate it against its config.json, the YAML and, on request, its checksums. Raises InputError.
 
-    `quantized`: whether the YAML's quantization_config describes this checkpoint, and not one still to be made.
+    `quantized`: whether the YAML's quantization_config describes this checkpoint, rather than one yet to be written.
     """
     path = find_checkpoint(options.checkpoint, settings)
     opening = plan_opening(options, settings)
@@ -185,10 +185,10 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
 
 
 def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Job:
-    """Fill in every decision. Options go over the YAML, the YAML over defaults. Raises InputError.
+    """Resolve every setting. Options override the YAML, which overrides defaults. Raises InputError.
 
-    `dtype`: what to compute in where neither says so; None takes the YAML's compute_dtype, else the checkpoint's.
-    `tokenizer`: `Run.read_tokenizer`'s, for tasks whose answers end where it says.
+    `dtype` is the compute dtype if neither specifies one; None uses the YAML's compute_dtype, otherwise the checkpoint's. `tokenizer` is
+    that of `Run.read_tokenizer`, for tasks whose answers end at its stop tokens.
     """
     options, settings, config = run.options, run.settings, run.opened.config
     own, said_ids = settings.tandem, settings.model_values
@@ -226,7 +226,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         value = getattr(job, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}, but has to be above 0")
-    if not job.timeout_seconds <= MAX_SECONDS:  # nan is refused, too
+    if not job.timeout_seconds <= MAX_SECONDS:  # also rejects nan
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     check_collectives(job.collectives, job.device)
@@ -238,9 +238,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
 
 
 def run_job(run: Run, job: Job, observer: RunObserver) -> int:
-    """Start the ranks, or be one of those that a launcher started; give the number of restarts.
+    """Start the ranks, or become a rank that a launcher started; returns the number of restarts.
 
-    Raises RanksFailedError when ranks failed; its verdict has been written. StoppedError on SIGTERM and SIGINT.
+    Raises RanksFailedError if ranks failed, after writing the verdict; StoppedError on SIGTERM and SIGINT.
     """
     _check_descriptors(job.world_size)
     environment = run.environment
@@ -264,37 +264,37 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
         observer.note_failure(cause, at_seconds)
-        if not isinstance(job.task, Bench):  # which keeps nothing of an attempt that failed
+        if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
             check_unchanged(job.fingerprint, lambda: _read_again(job))
-        print(f"{cause}; restart {number} of {max_restarts}: all ranks load again and {observer.redone}", file=sys.stderr)
+        print(f"{cause}; restart {number} of {max_restarts}: all ranks reload and {observer.redone}", file=sys.stderr)
 
     try:
         return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
     except RanksFailedError as error:
         try:
             error.verdict.write(log_dir)
-        except OSError as fault:  # a full disk must not hide what has failed
+        except OSError as fault:  # a full disk must not hide the original failure
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
 
 
 def _check_descriptors(world_size: int) -> None:
-    """Raise ConfigError for a limit with which libtorch would abort the process without a word."""
+    """Raise ConfigError if the open-file limit is so low that libtorch would abort the process without a message."""
     limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _DESCRIPTORS + _RANK_DESCRIPTORS * world_size
     if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
         raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
 
 
 def _read_again(job: Job) -> Fingerprint:
-    """The fingerprint of what a restart would load."""
+    """Return the fingerprint of what a restart would load."""
     source = open_checkpoint(job.path, job.opening)
     return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
 
 
 def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] | None:
-    """Run a job that ends in one result, its progress shown as `what`; None on a rank above 0 that a launcher started.
+    """Run a job that yields one result, showing its progress as `what`. Returns None on a launcher's ranks above 0.
 
-    `redone`: see RunObserver. Raises what `run_job` raises, and RunError where the ranks found that there is no result.
+    See RunObserver for `redone`. Raises the errors of `run_job`, and RunError if the ranks report that there is no result.
     """
     console = WorkConsole(run.world_size, what, redone)
     try:
@@ -308,7 +308,7 @@ def run_to_result(run: Run, job: Job, what: str, redone: str) -> dict[str, Any] 
 
 
 def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
-    """The folder that the command line, or else the YAML, names."""
+    """Return the log folder of the command line, otherwise the YAML's."""
     return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
 
 
@@ -321,7 +321,7 @@ def _parse_flag(name: str, word: str | None) -> bool:
 
 
 def first_said(*values: Any) -> Any:
-    """The first that is not None."""
+    """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 

@@ -1,6 +1,6 @@
-"""`tandem serve`: decides everything before any process starts, then runs the HTTP server beside the ranks.
+"""`tandem serve`: resolves all settings before any process starts, then runs the HTTP server next to the ranks.
 
-Knows options, and how server and run are started and ended; what is answered: `launcher/server/app.py`.
+Depends on options and on starting and stopping server and ranks; the routes are in `launcher/server/app.py`.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from launcher.server.guard import App
 
 DEFAULT_MAX_RESTARTS = 1000
-"""A server is to stay up; attempts that do not come to serve end it long before."""
+"""A server should stay up; repeated failed starts end it long before this limit."""
 _MEMORY_SHARE = 0.5
-"""Of what is free beside the weights, for keys and values, where no number of blocks is said."""
+"""Share of the memory left after loading the weights that the KV cache uses by default."""
 _END_SECONDS = 15.0
 _BACKLOG = 1024
-"""Connections that the system keeps until they are accepted."""
+"""Maximum number of connections that the kernel queues until they are accepted."""
 
 
 def serve(options: ServeOptions) -> None:
@@ -62,7 +62,7 @@ def serve(options: ServeOptions) -> None:
     num_blocks, plans = plan_cache(run, job)
     job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
     if run.nodes.node_rank or run.environment.rank:
-        run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, answers
+        run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, runs the HTTP server
         return
     front = ServeFront(
         Served(
@@ -94,7 +94,7 @@ def serve(options: ServeOptions) -> None:
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
     print(
-        f"listening at {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
+        f"listening on {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
         file=sys.stderr,
         flush=True,
     )
@@ -107,25 +107,25 @@ def serve(options: ServeOptions) -> None:
         server.end()
     if front.stop_number is not None:
         raise StoppedError(front.stop_number)
-    raise RunError("the ranks ended though nobody asked them to; this is a fault of tandem's, see their logs")
+    raise RunError("the ranks exited without being asked to; this is a bug in tandem, see their logs")
 
 
 class _Follower(RunObserver):
-    """Of a node, or of a rank that a launcher started, that does not answer itself: asked to end, it lets the one that does finish."""
+    """Observer on a node, or launcher-started rank, without the HTTP server: on shutdown it waits for the one that has it to drain."""
 
     def __init__(self, drain_seconds: float) -> None:
         self._drain_seconds = drain_seconds
 
     def ask_to_stop(self, number: int) -> float | None:
-        """As long as the other may take, and a little more."""
+        """Return the drain time of the HTTP server plus a margin."""
         return self._drain_seconds + _END_SECONDS
 
 
 def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
-    """Blocks of keys and values, and what each rank owns then.
+    """Return the number of KV cache blocks, and what each rank then owns.
 
-    As --num-blocks or the YAML says; else whole contexts for all sequences that run together, or what half of the free memory of this
-    host holds beside the weights. Warns where that is less than one context.
+    Taken from --num-blocks or the YAML; otherwise full contexts for all concurrent sequences, limited to half of the host's memory left
+    after loading the weights. Warns if that is less than one context.
     """
     num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
@@ -149,14 +149,14 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         free = available - sum(plan.peak_bytes - plan.kv_cache_bytes for plan in local)
         num_blocks = max(1, min(num_blocks, int(_MEMORY_SHARE * free) // block_bytes))
         if num_blocks < a_context:
-            words = f"free memory holds {num_blocks * job.block_size} tokens of keys and values, but the context is {job.context_tokens}"
-            print(f"warning: {words}: longer requests are refused; see --kv-cache-dtype int8", file=sys.stderr)
+            words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
+            print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
         plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
     return num_blocks, plans
 
 
 class HttpServer(threading.Thread):
-    """uvicorn on an event loop of its own, in a thread: signals and ranks are the main thread's."""
+    """uvicorn on its own event loop in a thread; the main thread handles signals and ranks."""
 
     def __init__(self, app: "App", listener: socket.socket, front: "ServeFront", places: "ConnectionPlaces") -> None:
         super().__init__(daemon=True, name="http")
@@ -186,21 +186,21 @@ class HttpServer(threading.Thread):
         self._error: OSError | None = None
 
     def start(self) -> None:
-        """Return when requests are answered. Raises RunError when the system refuses what the server needs."""
+        """Start and wait until requests are served. Raises RunError if the server cannot start."""
         super().start()
         self._running.wait()
         if self._error is not None:
             raise RunError(f"the HTTP server cannot start: {self._error}")
 
     def run(self) -> None:
-        """Until `end`."""
+        """Run until `end`."""
 
         async def work() -> None:
             self._front.loop = asyncio.get_running_loop()
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
             while not self._server.started and not serving.done():
                 await asyncio.sleep(0.01)
-            self._listener.listen(_BACKLOG)  # the event loop has set it to what it accepts in one pass
+            self._listener.listen(_BACKLOG)  # the event loop has set the backlog to what it accepts per iteration
             self._running.set()
             throughput = asyncio.create_task(log_throughput(self._front))
             await serving
@@ -214,7 +214,7 @@ class HttpServer(threading.Thread):
             self._running.set()
 
     def end(self) -> None:
-        """Let answers that have come to their end go out, then stop."""
+        """Let finished answers be sent, then stop."""
         self._server.should_exit = True
         self.join(timeout=10)
 

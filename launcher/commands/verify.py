@@ -1,6 +1,6 @@
-"""`tandem verify`: says whether a checkpoint is whole, in lines or as JSON.
+"""`tandem verify`: checks the integrity of a checkpoint and reports as text or JSON.
 
-Knows options and what to say; files and tensors are checked by the model package.
+Depends on options and output formatting; files and tensors are checked by the model package.
 """
 
 import json
@@ -33,7 +33,7 @@ _SHOWN = 10
 
 
 def verify(options: VerifyOptions) -> None:
-    """Print what was found. Raises CheckpointError when anything is wrong."""
+    """Print the findings. Raises CheckpointError if there are problems."""
     settings = open_settings(options.config, options.checkpoint)
     path = find_checkpoint(options.checkpoint, settings)
     result: dict[str, Any] = {"checkpoint": str(path), "ok": False, "problems": [], "warnings": []}
@@ -82,14 +82,12 @@ def _check(source: CheckpointSource, *, deep: bool) -> dict[str, Any]:
 
 
 def _check_container(container: MindSporeContainer, *, deep: bool) -> dict[str, Any]:
-    """What can be checked of a MindSpore checkpoint without its config."""
+    """Check as much of a MindSpore checkpoint as is possible without its config."""
     problems = container.list_problems()
-    notes = ["shapes were not compared with a model's, for there is no config: give the MindFormers YAML with -c to do so"]
+    notes = ["shapes were not compared with a model's, because there is no config: give the MindFormers YAML with -c to do so"]
     evidence = container.examine_order()
     if evidence is not None:
-        found = (
-            f"in MindFormers {evidence.order}'s row order" if evidence.order else "in a row order that cannot be told: see --fused-order"
-        )
+        found = f"in MindFormers {evidence.order}'s row order" if evidence.order else "in an unknown row order: see --fused-order"
         notes.append(f"the fused weights are {found} ({evidence.describe()})")
     return {**_check_content(container, problems, deep=deep), "fused_order": evidence.order if evidence else None, "notes": notes}
 
@@ -111,11 +109,11 @@ def _check_content(source: CheckpointSource, problems: list[str], *, deep: bool)
 
 
 def _check_tokenizer(place: str | Path | None, config: LlamaConfig, problems: list[str]) -> list[str]:
-    """Warnings. Problems are appended: a tokenizer that cannot be used, or one whose settings are there without its vocabulary."""
+    """Return warnings; appends to `problems` if the tokenizer is unusable, or has settings but no vocabulary."""
     path = None if place is None else Path(place)
     signs = (name for name in TOKENIZER_FILES if name != "generation_config.json")
     if path is None or (path.is_dir() and not any(os.path.lexists(path / name) for name in signs)):
-        return ["there is no tokenizer: text needs one, so copy tokenizer.json or tokenizer.model into the folder"]
+        return ["no tokenizer found: text needs one, so copy tokenizer.json or tokenizer.model into the folder"]
     try:
         read_tokenizer_of(path, config)
         read_chat_templates(path)
@@ -131,7 +129,7 @@ def _print(result: dict[str, Any]) -> None:
         quantization = f", quantization {result['quantization']}" if "quantization" in result else ""
         print(f"{result['num_tensors']} tensors, {result['tensor_bytes'] / 1e6:.1f} MB{quantization}")
         for file in result["files"]:
-            against = f"as {file['recorded_in']} says" if file["recorded_in"] else "nothing is recorded of it"
+            against = f"as {file['recorded_in']} says" if file["recorded_in"] else "no checksum recorded"
             print(f"{file['sha256']}  {file['name']}  {file['size_bytes']} bytes, {against if file['ok'] else 'DAMAGED'}")
     if result.get("fused_order"):
         print(f"fused weights are read in the row order of MindFormers {result['fused_order']}")

@@ -1,1 +1,1 @@
-"""The only reader of environment variables, and the table of launchers."""
+"""Environment variables, read only in this package, and the table of launchers."""

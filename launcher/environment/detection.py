@@ -1,6 +1,6 @@
-"""Who started this process, and as which rank: the only reader of the environment variables.
+"""Detection of the launcher that started this process, and of its rank; the only module that reads environment variables.
 
-Decides between the launchers of the table; starts nothing, opens no sockets, sees no YAML but the rank count it is handed.
+Chooses among the launchers of the table; starts nothing and opens no sockets.
 """
 
 import os
@@ -12,7 +12,7 @@ from launcher.environment.variables import parse_count
 from parallel.errors import ConfigError
 
 WORKER_NUM = "MS_WORKER_NUM"
-"""How many ranks to start, for a process that is not a rank itself."""
+"""Number of ranks to start, for a process that is not itself a rank."""
 
 _NONE = "none"
 _AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
@@ -20,36 +20,36 @@ _AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnvironment:
-    """What the environment says about this process; the rank's own fields are None when it is not a rank."""
+    """What the environment says about this process; the rank's fields are None if it is not a rank."""
 
     launcher: str = _NONE
-    """'none', or the launcher that made this process a rank or a scheduler: a name of the table."""
+    """"none", or the name in the table of the launcher that made this process a rank or a scheduler."""
     is_scheduler: bool = False
-    """Whether this is no rank, but where msrun's ranks find each other."""
+    """Whether this process is msrun's scheduler, which serves the rendezvous, rather than a rank."""
     rank: int | None = None
-    """Number of this rank, from 0."""
+    """Rank of this process."""
     world_size: int | None = None
-    """Ranks in all."""
+    """Total number of ranks."""
     local_rank: int | None = None
-    """Number of this rank on its host, from 0; None also when the launcher does not say."""
+    """Rank on this host; also None if the launcher does not tell."""
     local_world_size: int | None = None
-    """Ranks on this host; None also when the launcher does not say."""
+    """Number of ranks on this host; also None if the launcher does not tell."""
     master_addr: str | None = None
-    """Host on which ranks find each other."""
+    """Host of the rendezvous."""
     master_port: int | None = None
-    """Port on which ranks find each other."""
+    """Port of the rendezvous."""
     store_host: str = "rank 0"
-    """Who listens there: 'rank 0', 'launcher' (torchrun's agent), or 'scheduler' (msrun's)."""
+    """Which process listens there: "rank 0", "launcher" (torchrun's agent), or "scheduler" (msrun's)."""
     run_key: str | None = None
-    """A text that all processes of one launch share, and those of another do not; None when the launcher has none."""
+    """A string shared by all processes of one launch and distinct between launches; None if the launcher provides none."""
     restart_count: int = 0
-    """Which start of the same group this is, from 0."""
+    """Number of restarts of this group of ranks so far."""
     worker_num: int | None = None
-    """Ranks asked for by MS_WORKER_NUM."""
+    """Number of ranks requested by MS_WORKER_NUM."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """The variables that decided all this, as they were."""
+    """The variables that determined these fields, unmodified."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Which of them each field comes from, by the field's name; several are separated by ', '."""
+    """Maps field names to the variables they come from, separated by ', '."""
 
     def __post_init__(self) -> None:
         if self.is_rank:
@@ -61,24 +61,24 @@ class LaunchEnvironment:
         return self.launcher != _NONE and not self.is_scheduler
 
     def as_program(self) -> "LaunchEnvironment":
-        """The same for a process that a launcher of programs, as srun and mpirun are, has started to start ranks itself."""
+        """Return the environment of a process that srun or mpirun started as a program, which starts its own ranks."""
         if not any(launcher.name == self.launcher and launcher.starts_programs for launcher in LAUNCHERS):
             return self
         return LaunchEnvironment(worker_num=self.worker_num, variables=self.variables, sources=self.sources)
 
 
 _BELOW = (("rank", "world_size"), ("local_rank", "world_size"), ("local_rank", "local_world_size"))
-"""Pairs of fields of which the first counts from 0 up to below the second."""
+"""Pairs of fields; the first must be less than the second."""
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """What the variables say; an empty variable says nothing. Raises ConfigError for values that cannot be used."""
+    """Read the variables; an empty variable counts as unset. Raises ConfigError for invalid values."""
     given = {name: text for name, text in (os.environ if environ is None else environ).items() if text.strip()}
     found: dict[str, Found] = {}
     if WORKER_NUM in given:
         found["worker_num"] = Found(parse_count((WORKER_NUM, given[WORKER_NUM])), (WORKER_NUM,))
     at_work = _leave_out_enclosing([launcher for launcher in LAUNCHERS if launcher.find_evidence(given)], given)
-    # A single program that srun or mpirun started somewhere starts its ranks itself.
+    # A single program started by srun or mpirun starts its own ranks.
     speaking = [launcher for launcher in at_work if not _is_lone(launcher, given)]
     if speaking:
         found.update(_read_rank(speaking, given))
@@ -92,15 +92,15 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
 
 
 def keep_signals_from_agent() -> None:
-    """Have PyTorch's elastic agent handle SIGQUIT only: each time it starts processes it would replace our handlers, an ignored SIGHUP's
-    too."""
+    """Restrict PyTorch's elastic agent to SIGQUIT: otherwise it would replace our signal handlers, and an ignored SIGHUP, on every start
+    of processes."""
     os.environ[_AGENT_SIGNALS] = "SIGQUIT"
 
 
 def decide_world_size(workers: int | None, environment: LaunchEnvironment, settings_model_parallel: int | None) -> int:
-    """How many ranks a run has: `--workers` over MS_WORKER_NUM over the YAML's model_parallel, 1 when nobody says.
+    """Return the number of ranks: `--workers`, otherwise MS_WORKER_NUM, otherwise the YAML's model_parallel, otherwise 1.
 
-    A process that already is a rank has the world size of its launcher; then the first two must agree with it.
+    In a process that is already a rank it is the launcher's world size, with which the first two must agree.
     """
     explicit = (("--workers", workers), (WORKER_NUM, environment.worker_num))
     for name, count in (*explicit, ("parallel_config.model_parallel", settings_model_parallel)):
@@ -117,7 +117,7 @@ def decide_world_size(workers: int | None, environment: LaunchEnvironment, setti
 
 
 def _leave_out_enclosing(at_work: list[Launcher], given: Mapping[str, str]) -> list[Launcher]:
-    """Without the launchers that only started the program of the innermost one, as srun does in `srun torchrun`."""
+    """Remove launchers that only started the program of the innermost one, as srun does in `srun torchrun`."""
     inner = next((launcher for launcher in at_work if launcher.find_proof(given)), None)
     if inner is None:
         return at_work
@@ -130,7 +130,7 @@ def _is_lone(launcher: Launcher, given: Mapping[str, str]) -> bool:
 
 
 def _read_rank(launchers: Sequence[Launcher], given: Mapping[str, str]) -> dict[str, Found]:
-    """What the first of some launchers that says enough says, where they agree."""
+    """Return the fields from the first launcher that provides all required ones, after checking that the launchers agree."""
     readings = [launcher.find_all(given) for launcher in launchers]
     _require_agreement(launchers, readings)
     missing = [launcher.name_missing(found, given) for launcher, found in zip(launchers, readings, strict=True)]
@@ -151,7 +151,7 @@ def _read_rank(launchers: Sequence[Launcher], given: Mapping[str, str]) -> dict[
             f"{_say(found['world_size'])}, but {_say(found['local_world_size'])}: ranks on other hosts cannot tell where rank 0 is;"
             f" export MASTER_ADDR to all of them ({launcher.export_address})"
         )
-    # Where nothing says that there are several hosts there is one; ranks elsewhere would be missed by name.
+    # Without any sign of several hosts, assume one; ranks elsewhere would be reported as missing.
     defaults = {fills: Found(value, ()) for fills, value in {"master_addr": LOOPBACK, **launcher.defaults}.items()}
     return {"launcher": Found(launcher.name, launcher.find_evidence(given)), **defaults, **found}
 

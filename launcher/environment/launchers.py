@@ -1,6 +1,6 @@
-"""The launchers that make a process a rank, a table: their variables, which field of the launch environment each fills, and how.
+"""The table of launchers that make a process a rank: their variables, and which field of the launch environment each sets.
 
-Looks at the variables that it is handed, not at this process's; does not decide between launchers.
+Uses only the variables passed in, not this process's; does not choose between launchers.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +23,14 @@ from parallel.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 _FALLBACK_PORT = 29500
-"""Where neither MASTER_PORT nor a key of the launch says another: the default of torchrun."""
+"""torchrun's default, used if neither MASTER_PORT nor a key of the launch determines a port."""
 
 _RANK_FIELDS = ("rank", "local_rank")
-"""What a scheduler does not have, whatever its variables say."""
+"""Fields that a scheduler lacks, whatever its variables say."""
 
 
 def _parse_run_id(given: Given) -> str | None:
-    # torchrun's default, which every launch shares.
+    # torchrun's default, which all launches share.
     return None if (text := parse_text(given)) == "none" else text
 
 
@@ -54,61 +54,61 @@ def _parse_role(given: Given) -> bool:
 
 
 def _parse_device(device: Given, worker_num: Given) -> int | None:
-    # Also exported by hand, to choose a device for a single process; then it numbers no rank.
+    # Also exported by hand to choose a device for a single process, in which case it is not a rank.
     number = parse_number(device)
     return number if number < parse_count(worker_num) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One way to know a field."""
+    """One way to determine a field."""
 
     fills: str
     """Field of LaunchEnvironment."""
     names: tuple[str, ...]
-    """The variables that it takes, all of them."""
+    """The variables it uses; all must be set."""
     parse: Callable[..., Any] = parse_number
-    """From each one's name and text to the value; None when they do not say it after all."""
+    """Converts each variable's name and value to the field; None means not available after all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A field as variables say it."""
+    """A field determined from variables."""
 
     value: Any
-    """What they say."""
+    """The value of the field."""
     names: tuple[str, ...]
-    """Which they are."""
+    """The variables it comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """What starts ranks, by the variables that they find."""
+    """A launcher, described by the variables it sets."""
 
     name: str
-    """What `tandem env` calls it."""
+    """Name in `tandem env`."""
     marks: tuple[tuple[str, ...], ...]
-    """It was at work when all variables of one of these groups are there."""
+    """The launcher is active if all variables of any of these groups are set."""
     inner_proof: tuple[str, ...] = ()
-    """Variables that only its real program sets, for the processes it starts itself. With one of them it is the innermost launcher, and
-    what those around it said to its program is of no account."""
+    """Variables set only by the real launcher, and only for processes it starts itself. If one is set, this is the innermost launcher,
+    and variables of the enclosing ones are ignored."""
     set_by_hand: bool = False
-    """Whether people set its variables themselves, so that without the proof they are no launcher around another one."""
+    """Whether users set its variables themselves, so that without the proof it cannot be an enclosing launcher."""
     starts_programs: bool = False
-    """Whether it is also used to start a single program somewhere, which then is no rank."""
+    """Whether it is also used to start a single program, which is then not a rank."""
     readings: tuple[Reading, ...]
-    """In the order in which they count for the same field."""
+    """In order of precedence for the same field."""
     required: tuple[str, ...] = ("rank", "world_size")
-    """Fields without which there is no rank."""
+    """Fields that a rank must have."""
     equals: tuple[tuple[str, str], ...] = ()
-    """Variables that must not differ where both are numbers."""
+    """Pairs of variables that must be equal if both are numbers."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that no variable fills."""
+    """Fields that no variable sets."""
     export_address: str = ""
-    """How to hand MASTER_ADDR to its ranks, where it does not say itself where they find each other."""
+    """How to pass MASTER_ADDR to its ranks, if the launcher does not provide the address itself."""
 
     def find(self, fills: str, variables: Mapping[str, str]) -> Found | None:
-        """One field, None when the variables do not say it. Raises ConfigError."""
+        """Return one field, or None if the variables do not determine it. Raises ConfigError."""
         for reading in self.readings:
             if reading.fills == fills and all(name in variables for name in reading.names):
                 value = reading.parse(*((name, variables[name]) for name in reading.names))
@@ -117,7 +117,7 @@ class Launcher:
         return None
 
     def find_all(self, variables: Mapping[str, str]) -> dict[str, Found]:
-        """All fields that the variables say. Raises ConfigError."""
+        """Return all fields that the variables determine. Raises ConfigError."""
         for first, second in self.equals:
             numbers = [find_number((name, variables.get(name, ""))) for name in (first, second)]
             if None not in numbers and numbers[0] != numbers[1]:
@@ -128,27 +128,27 @@ class Launcher:
         return {fills: found for fills in fields if (found := self.find(fills, variables))}
 
     def find_proof(self, variables: Mapping[str, str]) -> tuple[str, ...]:
-        """The variables that show that it is the innermost launcher."""
+        """Return the variables that prove this launcher to be the innermost one."""
         return tuple(name for name in self.inner_proof if name in variables)
 
     def find_evidence(self, variables: Mapping[str, str]) -> tuple[str, ...]:
-        """The variables that show it at work: its proof, else its marks; none when it was not."""
+        """Return the variables that show it to be active: its proof, otherwise its marks; empty if it is not active."""
         marks = tuple(dict.fromkeys(name for group in self.marks if all(name in variables for name in group) for name in group))
         return (self.find_proof(variables) or marks) if marks else ()
 
     def name_missing(self, found: Mapping[str, Found], variables: Mapping[str, str]) -> list[str]:
-        """Variables that would fill the required fields that are not among `found`, alternatives in one text."""
+        """Return the variables that would set the required fields missing from `found`, with alternatives joined in one string."""
         scheduling = "is_scheduler" in found and found["is_scheduler"].value
         fields = [fills for fills in self.required if fills not in found and not (scheduling and fills in _RANK_FIELDS)]
         return [" or ".join(name for name in self.list_names(fills) if name not in variables) for fills in fields]
 
     def list_names(self, fills: str | None = None) -> list[str]:
-        """The variables that fill a field, or any."""
+        """Return the variables that set a field, or any field."""
         readings = (reading for reading in self.readings if fills in (None, reading.fills))
         return list(dict.fromkeys(name for reading in readings for name in reading.names))
 
 
-# Whoever sets these for srun or mpirun means them: they go over what the launcher says.
+# Users who set these for srun or mpirun do so deliberately: they override the launcher.
 _MASTER_ADDR = Reading("master_addr", ("MASTER_ADDR",), parse_text)
 _MASTER_PORT = Reading("master_port", ("MASTER_PORT",), parse_port)
 
@@ -169,7 +169,7 @@ LAUNCHERS = (
             Reading("local_rank", ("LOCAL_RANK",)),
             Reading("local_world_size", ("LOCAL_WORLD_SIZE",), parse_count),
             Reading("restart_count", ("TORCHELASTIC_RESTART_COUNT",)),
-            # Shells often export these two for other purposes, so they mark nothing.
+            # Shells often export these two for other purposes, so they do not mark a launch.
             _MASTER_ADDR,
             _MASTER_PORT,
             Reading("store_host", ("TORCHELASTIC_USE_AGENT_STORE",), _parse_agent_store),
@@ -180,12 +180,12 @@ LAUNCHERS = (
     Launcher(
         name="mindspore",
         marks=(("MS_ROLE",),),
-        # msrun sets it for its scheduler and its workers; who writes MS_ROLE by hand rarely does.
+        # msrun sets it for its scheduler and its workers; users who set MS_ROLE by hand rarely do.
         inner_proof=("MS_TOPO_TIMEOUT",),
         set_by_hand=True,
         readings=(
             Reading("is_scheduler", ("MS_ROLE",), _parse_role),
-            # Any text is allowed there, but msrun itself writes the rank.
+            # Any text is allowed, but msrun itself writes the rank.
             Reading("rank", ("MS_NODE_ID",), find_number),
             Reading("rank", ("RANK_ID",)),
             Reading("world_size", ("MS_WORKER_NUM",), parse_count),
@@ -200,7 +200,7 @@ LAUNCHERS = (
     Launcher(
         name="openmpi",
         marks=(("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",)),
-        # Up to version 4, and from 5.
+        # Up to version 4, and from version 5.
         inner_proof=("OMPI_MCA_ess_base_jobid", "PRTE_LAUNCHED"),
         starts_programs=True,
         readings=(
@@ -219,12 +219,12 @@ LAUNCHERS = (
     ),
     Launcher(
         name="slurm",
-        # A batch script has SLURM_PROCID and often SLURM_NTASKS too, but it is in no step.
+        # A batch script also has SLURM_PROCID and often SLURM_NTASKS, but is not part of a step.
         marks=(("SLURM_STEP_ID", "SLURM_PROCID"), ("SLURM_STEP_NODELIST", "SLURM_PROCID")),
         starts_programs=True,
         readings=(
             Reading("rank", ("SLURM_PROCID",)),
-            # With srun --preserve-env, and below mpiexec, SLURM_NTASKS is the allocation's and not the step's.
+            # With srun --preserve-env, and under mpiexec, SLURM_NTASKS is that of the allocation rather than the step.
             Reading("world_size", ("SLURM_STEP_NUM_TASKS",), parse_count),
             Reading("world_size", ("SLURM_NTASKS",), parse_count),
             Reading("local_rank", ("SLURM_LOCALID",)),
@@ -242,7 +242,7 @@ LAUNCHERS = (
     Launcher(
         name="pmi",
         marks=(("PMI_RANK",), ("PMI_SIZE",)),
-        # Of the hydra of MPICH and Intel MPI; the PMI of srun does without. (HYDI_CONTROL_FD is missing when hydra starts through srun.)
+        # From the hydra of MPICH and Intel MPI, but not from srun's PMI. (HYDI_CONTROL_FD is unset if hydra starts through srun.)
         inner_proof=("MPI_LOCALRANKID",),
         starts_programs=True,
         readings=(
@@ -258,5 +258,5 @@ LAUNCHERS = (
         export_address="mpiexec -genv MASTER_ADDR first-host ...",
     ),
 )
-"""In the order in which they count where several agree: those with more to say come first, and one whose scheduler waits for its ranks
-comes before those that only number them."""
+"""In order of precedence if several agree: those that provide more fields come first, and one whose scheduler waits for its ranks
+precedes those that only number them."""

@@ -1,7 +1,4 @@
-"""What the text of an environment variable means: counts, ports, and the notations of Slurm.
-
-Names the variable in its messages; knows neither launchers nor the variables of this process.
-"""
+"""Parsers for environment variables: counts, ports, and Slurm's notations. Error messages name the variable."""
 
 import re
 import zlib
@@ -11,19 +8,19 @@ from parallel.errors import ConfigError
 _MAX_PORT = 65535
 _FIRST_DERIVED_PORT = 20000
 _NUM_DERIVED_PORTS = 10000
-"""Up to 29999: below the ports that Linux hands out by itself, 32768 and above."""
+"""Derived ports go up to 29999, below Linux's ephemeral ports from 32768."""
 
 Given = tuple[str, str]
-"""Name and text of a variable."""
+"""Name and value of a variable."""
 
 
 def parse_text(given: Given) -> str:
-    """The text without blanks around it."""
+    """Strip surrounding whitespace."""
     return given[1].strip()
 
 
 def parse_number(given: Given) -> int:
-    """A whole number of at least 0."""
+    """Parse an integer of at least 0."""
     name, text = given
     if (number := find_number(given)) is None:
         raise ConfigError(f"{name} is {text!r}, but a whole number of at least 0 is needed")
@@ -31,7 +28,7 @@ def parse_number(given: Given) -> int:
 
 
 def parse_count(given: Given) -> int:
-    """A whole number of at least 1."""
+    """Parse an integer of at least 1."""
     count = parse_number(given)
     if count < 1:
         raise ConfigError(f"{given[0]} is {count}, but a whole number of at least 1 is needed")
@@ -39,7 +36,7 @@ def parse_count(given: Given) -> int:
 
 
 def parse_port(given: Given) -> int:
-    """A TCP port."""
+    """Parse a TCP port."""
     port = parse_count(given)
     if port > _MAX_PORT:
         raise ConfigError(f"{given[0]} is {port}, but a port of at most {_MAX_PORT} is needed")
@@ -47,7 +44,7 @@ def parse_port(given: Given) -> int:
 
 
 def parse_first_host(given: Given) -> str:
-    """The first host of Slurm's `node[01-03,7],other`, with its leading zeros."""
+    """Return the first host of Slurm's `node[01-03,7],other`, keeping leading zeros."""
     name, text = given
     first = re.match(r"(?:[^,\[\]]|\[\w[^\[\]]*\])+(?=,|$)", text.strip())
     if first is None:
@@ -56,7 +53,7 @@ def parse_first_host(given: Given) -> str:
 
 
 def parse_local_tasks(tasks: Given, node: Given) -> int | None:
-    """How many tasks Slurm's `2(x3),1` gives to a node, None when it tells of fewer nodes."""
+    """Return the number of tasks on a node from Slurm's `2(x3),1`; None if it lists fewer nodes."""
     counts: list[int] = []
     for part in tasks[1].strip().split(","):
         match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
@@ -68,16 +65,16 @@ def parse_local_tasks(tasks: Given, node: Given) -> int | None:
 
 
 def derive_port(*key: Given) -> int:
-    """The same port in all processes of a launch, and probably another in the next."""
+    """Derive a port that is equal in all processes of a launch, and probably different in the next."""
     return _FIRST_DERIVED_PORT + zlib.crc32(join_texts(*key).encode()) % _NUM_DERIVED_PORTS
 
 
 def find_number(given: Given) -> int | None:
-    """A whole number of at least 0, None for any other text."""
+    """Parse an integer of at least 0; None for any other text."""
     text = given[1].strip()
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def join_texts(*key: Given) -> str:
-    """The texts with dots between them."""
+    """Join the values with dots."""
     return ".".join(parse_text(given) for given in key)

@@ -1,1 +1,1 @@
-"""The host: cores, memory, control groups, files written whole. Imports nothing else of the launcher."""
+"""Services of the host: cores, memory, control groups, atomic writes. Imports no other launcher package."""

@@ -1,6 +1,6 @@
 """Atomic writes of text files: a temporary file, fsync, rename. Devices, pipes and streams are written directly.
 
-A link is followed and stays; a file keeps its mode and owner.
+Symbolic links are followed and kept; a file keeps its mode and owner.
 """
 
 import errno
@@ -15,14 +15,13 @@ from pathlib import Path
 from parallel.regular_file import describe_kind
 
 _OWN_STREAM = re.compile(r"/dev/(?:fd/(\d+)|(stdout)|(stderr))|/proc/(?:self|thread-self)/fd/(\d+)")
-"""Paths that mean an open descriptor of this process; where it is a file, another program may be writing it, too."""
+"""Paths that name an open descriptor of this process; if it is a file, another program may be writing it, too."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, whose folder is made where it is missing.
+    """Write `text` to `path`, creating its folder if missing.
 
-    Raises OSError, which names `path`, for a file that cannot be written, a folder, a socket or a block device; nothing is left of a
-    file that could not be written whole.
+    Raises OSError naming `path` if the file cannot be written or is a folder, socket or block device; leaves no partial file behind.
     """
     try:
         if needs_direct_writing(path):
@@ -34,9 +33,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def needs_direct_writing(path: Path) -> bool:
-    """Whether `path` must not be replaced by a rename: a device, a FIFO, or a stream such as /dev/stdout.
+    """Return whether `path` must not be replaced by a rename: a device, a FIFO, or a stream such as /dev/stdout.
 
-    Raises OSError for what cannot be written at all.
+    Raises OSError if the path cannot be written at all.
     """
     if _OWN_STREAM.fullmatch(str(path)):
         return True
@@ -52,7 +51,7 @@ def needs_direct_writing(path: Path) -> bool:
 
 
 def open_direct(path: Path) -> int:
-    """A descriptor that writes to a device, a FIFO or a stream. Raises OSError for a FIFO without a reader."""
+    """Open a device, a FIFO or a stream for writing and return the descriptor. Raises OSError for a FIFO without a reader."""
     if (match := _OWN_STREAM.fullmatch(str(path))) is None:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

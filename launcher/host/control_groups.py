@@ -1,6 +1,6 @@
-"""The control group's memory limit, and how often the OOM killer has ended a process in it.
+"""The control group's memory limit and number of OOM kills.
 
-Reads /sys/fs/cgroup, versions 1 and 2; without a memory group, as in the root group of version 2, the counter of the whole machine.
+Reads /sys/fs/cgroup, versions 1 and 2. Without a memory group, as in the root group of version 2, uses the machine's counter.
 """
 
 from contextlib import suppress
@@ -12,16 +12,16 @@ _ROOT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """One control group as it was read."""
+    """State of one memory control group."""
 
     limit_bytes: int | None
-    """None: no limit."""
+    """None means no limit."""
     num_kills: int
-    """Processes that the kernel ended in it for want of memory."""
+    """Number of processes killed in it by the OOM killer."""
 
 
 def read_memory_group(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup"), machine: Path = Path("/proc/vmstat")) -> MemoryGroup:
-    """The memory control group of this process and of those that it starts; without one, no limit and the machine's kills."""
+    """Read the memory control group of this process and its children; without one, no limit and the machine's kills."""
     with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -39,7 +39,7 @@ def read_memory_group(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup"),
 def _read_limit(path: Path) -> int | None:
     with suppress(OSError, ValueError):
         limit = int(path.read_text())
-        return limit if limit < 1 << 60 else None  # version 1 says "no limit" with a number near 2^63
+        return limit if limit < 1 << 60 else None  # version 1 reports "no limit" as a number near 2^63
     return None
 
 

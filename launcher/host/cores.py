@@ -1,4 +1,4 @@
-"""How many processor cores there are for this process, and for each rank. Knows the system, no settings."""
+"""Number of CPU cores available to this process and to each rank."""
 
 import os
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def count_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group where there is one."""
+    """Return the number of cores this process may use, from its affinity and its control group's quota."""
     cores = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -15,12 +15,12 @@ def count_cores() -> int:
 
 
 def share_cores(local_world_size: int) -> int:
-    """Threads of each of the ranks on this host."""
+    """Return the number of threads for each rank on this host."""
     return max(1, count_cores() // local_world_size)
 
 
 def bind_cores(local_rank: int, local_world_size: int) -> None:
-    """Keep this process on its own run of this host's cores. More ranks than cores stay unbound."""
+    """Pin this process to its contiguous share of this host's cores. With more ranks than cores, nothing is pinned."""
     cores = sorted(os.sched_getaffinity(0))
     first, end = local_rank * len(cores) // local_world_size, (local_rank + 1) * len(cores) // local_world_size
     if first < end:

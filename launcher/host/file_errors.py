@@ -1,6 +1,6 @@
-"""OSErrors on a user's paths as one sentence, and the phase of a command that decides its exit code.
+"""OSErrors on user paths as one sentence, and the command's phase, which determines the exit code.
 
-Before anything has started an OSError is a mistake in the input (exit code 2), afterwards a failed run (exit code 1).
+Before anything has started an OSError is an input error (exit code 2), afterwards a failed run (exit code 1).
 """
 
 import errno
@@ -27,11 +27,11 @@ class OutputError(OSError):
 
 
 class ReaderGoneError(OutputError):
-    """The reader of standard output has exited. No errno: click handles EPIPE itself, with exit code 1."""
+    """The reader of standard output has exited. Has no errno, since click handles EPIPE itself, with exit code 1."""
 
 
 def describe_os_error(error: OSError, path: Path | None = None) -> str:
-    """A sentence: path, reason and, where there is one, advice. `path`: used where the error has no file name."""
+    """Return a sentence with path, reason and, if available, advice. `path` is used if the error has no file name."""
     reason = error.strerror or str(error) or type(error).__name__
     found = error.filename if isinstance(error.filename, (str, bytes)) else path
     name = found.decode(errors="backslashreplace") if isinstance(found, bytes) else None if found is None else str(found)
@@ -41,9 +41,9 @@ def describe_os_error(error: OSError, path: Path | None = None) -> str:
 
 @contextmanager
 def as_run_failure(path: Path | None = None) -> Iterator[None]:
-    """From here on an OSError is a failure of the run: raise RunError instead. ReaderGoneError passes through.
+    """Treat OSErrors in the block as failures of the run by raising RunError. ReaderGoneError passes through.
 
-    `path`: used where the error has no file name.
+    `path` is used if the error has no file name.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM for a command that runs no ranks: unwind, so that temporary files are removed, then exit with one sentence.
+"""SIGINT and SIGTERM in commands without ranks: unwind, so that temporary files are removed, then exit with one sentence.
 
-Imported before anything heavy. While ranks run, `launcher/supervision/signals.py` handles the signals.
+Imported before any heavy module. While ranks run, `launcher/supervision/signals.py` handles the signals.
 """
 
 import os
@@ -12,25 +12,25 @@ from types import FrameType
 from typing import NoReturn
 
 _REPEAT_SECONDS = 1.0
-"""A terminal and a wrapper script may both deliver one Ctrl-C; a later signal means it."""
+"""A terminal and a wrapper script may both deliver one Ctrl-C; only a later signal counts as a second."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """What the two signals have asked of this process."""
+    """State of the two signals in this process."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The first signal; None before it."""
+        """The first signal received, or None."""
         self._at = 0.0
 
     def catch(self) -> None:
-        """Handle both signals, SIGINT also where a shell's `&` has it ignored, as uvicorn and torchrun do."""
+        """Handle both signals, SIGINT even where the shell's `&` has it ignored, as uvicorn and torchrun do."""
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
     def exit(self) -> NoReturn:
-        """Exit with 128 + the signal's number. Does not wait for threads: their work is not needed any more."""
+        """Exit with 128 + signal number, without waiting for threads: their work is no longer needed."""
         assert self.number is not None, "no signal has come"
         with suppress(OSError, ValueError):
             print(f"tandem: stopped by {signal.Signals(self.number).name}", file=sys.stderr, flush=True)
@@ -48,4 +48,4 @@ class Interruption:
 
 
 interruption = Interruption()
-"""Of this process."""
+"""The instance of this process."""

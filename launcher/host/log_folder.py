@@ -1,7 +1,6 @@
-"""The log folder of a run: private, and of one run at a time, so that two verdicts never mix.
+"""The log folder of a run: private, and locked by one run at a time, so that two verdicts never mix.
 
-The default folder gives way: where another run uses output/log, this one writes to output/log-2. A folder that the user has named
-does not: a second run with it is refused.
+If the default folder output/log is in use by another run, output/log-2 is used instead; a folder named by the user is an error.
 """
 
 import os
@@ -21,16 +20,16 @@ _MAX_FOLDERS = 100
 
 
 def check_log_folder(named: Path | None) -> None:
-    """Raise ConfigError where the folder cannot be made or written. `named`: by the user; None: the default."""
+    """Raise ConfigError if the folder cannot be created or written. `named` is the user's folder; None means the default."""
     check_output_folder("--log-dir", named or DEFAULT_LOG_DIR)
 
 
 @contextmanager
 def open_log_folder(named: Path | None, *, is_first: bool, can_move: bool) -> Iterator[Path]:
-    """The absolute path of the folder, which no other run uses until the end of the block. Raises ConfigError.
+    """Lock the folder for the duration of the block and return its absolute path. Raises ConfigError.
 
-    `is_first`: whether this process stands for its run; others of the same run share the folder. `can_move`: whether this process
-    alone decides where logs go, so that the default folder may be another one.
+    `is_first`: whether this process represents its run; its other processes share the folder. `can_move`: whether this process alone
+    determines the log folder, so that another default may be used.
     """
     with ExitStack() as stack:
         folder = (named or DEFAULT_LOG_DIR).absolute()
@@ -66,6 +65,6 @@ def _make_private(folder: Path) -> None:
         folder.chmod(0o700)
         return
     before = folder.stat()
-    # Shared folders, such as /tmp and another user's, stay as they are.
+    # Do not change the mode of shared folders, such as /tmp or another user's.
     if before.st_uid == os.geteuid() and not before.st_mode & stat.S_ISVTX:
         folder.chmod(0o700)

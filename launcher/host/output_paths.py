@@ -1,6 +1,6 @@
-"""Checks, before anything starts, that files and folders of results can be written where the user wants them.
+"""Checks, before anything starts, that output files and folders are writable.
 
-What can be tried is tried: a probe file is made and removed in the nearest folder that exists. Writes no results.
+Uses a probe file, created and removed in the nearest existing folder. Writes no results.
 """
 
 import errno
@@ -14,17 +14,17 @@ from parallel.errors import ConfigError
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Raise ConfigError, which names `option`, unless `path` is None or a file that can be written or made."""
+    """Raise ConfigError naming `option`, unless `path` is None or a file that can be written or created."""
     if path is None:
         return
     try:
         if needs_direct_writing(path):
             if not os.access(path, os.W_OK):
-                raise PermissionError(None, "it may not be written", str(path))
+                raise PermissionError(None, "it is not writable", str(path))
             return
         target = Path(os.path.realpath(path))
         if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(None, "it may not be written", str(path))
+            raise PermissionError(None, "it is not writable", str(path))
         try_folder(target.parent)
         try_name(target)
     except (OSError, ValueError) as error:
@@ -32,7 +32,7 @@ def check_output_file(option: str, path: Path | None) -> None:
 
 
 def check_output_folder(option: str, path: Path) -> None:
-    """Raise ConfigError, which names `option`, unless `path` is a folder that can be written, or made."""
+    """Raise ConfigError naming `option`, unless `path` is a folder that can be written or created."""
     try:
         target = Path(os.path.realpath(path))
         try_folder(target)
@@ -42,7 +42,7 @@ def check_output_folder(option: str, path: Path) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Make and remove a file in the nearest folder that exists. Raises OSError where the folder cannot be made or written."""
+    """Create and remove a file in the nearest existing folder. Raises OSError if the folder cannot be created or written."""
     try_name(folder)
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -52,13 +52,13 @@ def try_folder(folder: Path) -> None:
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        reason = "no file can be made there" if error.errno == errno.ENOENT else error.strerror
+        reason = "no file can be created there" if error.errno == errno.ENOENT else error.strerror
         raise OSError(error.errno, reason, str(folder)) from None
     probe.unlink()
 
 
 def try_name(path: Path) -> None:
-    """Raise OSError for a name that is too long, or a link that leads in a circle."""
+    """Raise OSError for a name that is too long, or a circular link."""
     try:
         os.stat(path)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Keep two runs from writing to the same place: a lock file next to it, which names its holder and is released when that exits.
+"""Lock that keeps two runs from writing to the same path: a file next to it that names the holder, released when the holder exits.
 
-flock(2) holds on one host and, on Linux, over NFS, too. Does not write to the place itself.
+flock(2) works within a host and, on Linux, also over NFS. The path itself is not written.
 """
 
 import errno
@@ -17,14 +17,14 @@ _LONGEST_NAME_BYTES = 240
 
 
 class PathInUseError(Exception):
-    """Another run holds the lock. The message names it: process id and host."""
+    """Another run holds the lock. The message names its process id and host."""
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that need not exist yet. Raises PathInUseError, OSError.
+    """Lock a file or folder, which need not exist yet. Raises PathInUseError, OSError.
 
-    Its parents are made, and removed at the end where nothing was written into them. A file system without locks gives a warning.
+    Creates missing parents, and removes them afterwards if nothing was written into them. Warns if the file system does not support locks.
     """
     target = Path(os.path.realpath(path))
     made = [parent for parent in target.parents if not parent.exists()]
@@ -35,7 +35,7 @@ def hold(path: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            lock.unlink(missing_ok=True)  # still held, so no other process can have acquired it
+            lock.unlink(missing_ok=True)  # still locked, so no other process can have acquired it
             os.close(descriptor)
         with suppress(OSError):
             for parent in made:
@@ -68,7 +68,7 @@ def _acquire(lock: Path) -> int | None:
             os.close(descriptor)
             raise
         else:
-            os.close(descriptor)  # its holder has just removed it: take the next one
+            os.close(descriptor)  # the holder has just removed it: try the next one
             continue
         os.close(descriptor)
         return None

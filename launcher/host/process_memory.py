@@ -1,4 +1,4 @@
-"""The memory of this process: how freed tensors go back to the system, what there is and the most that there was. Knows glibc and /proc."""
+"""Memory of this process: return of freed memory to the system, current and peak size. Depends on glibc and /proc."""
 
 import ctypes
 import os
@@ -10,9 +10,9 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 
 
 def give_back_memory() -> None:
-    """Have glibc return freed tensors of a megabyte or more to the system, and smaller ones of all threads to one heap.
+    """Configure glibc to return freed blocks of a megabyte or more to the system, and to use a single heap for all threads.
 
-    It would keep up to 32 MB each for later, and a heap for each thread.
+    By default it would retain up to 32 MB each for reuse, and a heap per thread.
     """
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
@@ -20,12 +20,12 @@ def give_back_memory() -> None:
 
 
 def read_rss_bytes() -> int:
-    """The resident size of this process now."""
+    """Return the current resident set size."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
 def read_peak_rss_bytes() -> int:
-    """The largest resident size of this process so far, its own program only."""
+    """Return the peak resident set size of this program."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

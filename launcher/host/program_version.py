@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def read_version() -> str:
-    """As installed."""
+    """Return the installed version."""
     with suppress(PackageNotFoundError):
         return version("tandem-launcher")
     return "not installed"

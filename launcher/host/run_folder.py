@@ -1,6 +1,6 @@
-"""The folder in which a parent and its ranks leave things for each other. That of a parent that was killed is removed by the next run.
+"""The folder through which a parent and its ranks exchange files. The folder of a killed parent is removed by the next run.
 
-Knows a folder with a name that cannot be guessed, and a lock that ends with its holder; not what lies in it.
+Its name is unguessable, and it is locked for the lifetime of its parent.
 """
 
 import fcntl
@@ -17,17 +17,17 @@ from parallel.errors import ConfigError
 _PREFIX = "tandem-"
 _LOCK = "lock"
 _MAX_PARENT_BYTES = 80
-"""The path of a Unix socket has at most 107 bytes, of which folder and socket take up to 27."""
+"""The path of a Unix socket is limited to 107 bytes, of which folder and socket use up to 27."""
 _SHORT_PARENTS = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 
 
 @contextmanager
 def open_run_folder() -> Iterator[Path]:
-    """A new folder, only this user's, gone at the end of the block. Raises ConfigError where none can be made."""
+    """Create a folder accessible only to this user and remove it after the block. Raises ConfigError if none can be created."""
     folder = _make_folder()
     with (folder / f"{_LOCK}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # so that nobody finds it before it is held
+        (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # renamed once locked, so that no other process finds it unlocked
         try:
             yield folder
         finally:
@@ -35,7 +35,7 @@ def open_run_folder() -> Iterator[Path]:
 
 
 def _make_folder() -> Path:
-    """A new folder among the temporary files, or elsewhere where a socket in it would have too long a path."""
+    """Create a folder in the temporary directory, or elsewhere if the path of a socket in it would be too long."""
     fault = ""
     try:
         chosen = Path(tempfile.gettempdir())
@@ -46,11 +46,11 @@ def _make_folder() -> Path:
                 return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     except OSError as error:
         fault = describe_os_error(error)
-    raise ConfigError(f"there is no usable folder for temporary files ({fault}): set TMPDIR to one")
+    raise ConfigError(f"no usable folder for temporary files ({fault}): set TMPDIR to one")
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove this user's folders whose parents have ended: nobody holds their locks."""
+    """Remove this user's folders whose parents have exited, recognized by their free locks."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError), (folder / _LOCK).open("r+") as lock:
             if folder.stat().st_uid == os.getuid():

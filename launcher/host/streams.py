@@ -1,9 +1,9 @@
-"""The three standard streams: open from the start, able to take any text, and with a known end when they cannot be written.
+"""Setup of the three standard streams: always open, able to encode any text, and with defined behavior on write errors.
 
-- A closed stream becomes /dev/null, so that no file which is opened later gets its number.
+- A closed stream is opened on /dev/null, so that no other file gets its descriptor.
 - Characters that the encoding lacks are written as escapes.
-- A full standard output ends the command with exit code 1; one whose reader has exited (`| head -1`) ends it quietly with 141, as
-  SIGPIPE ends other tools. Messages that standard error cannot take are dropped: they must not end a run.
+- A full standard output ends the command with exit code 1. If its reader has exited (`| head -1`), the command exits quietly with 141,
+  like tools killed by SIGPIPE. Messages that standard error cannot take are dropped: they must not end a run.
 """
 
 import io
@@ -18,13 +18,13 @@ from launcher.host.file_errors import OutputError, ReaderGoneError, describe_os_
 from parallel.errors import ConfigError
 
 EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE: the status of other tools whose reader has exited."""
+"""128 + SIGPIPE, the exit status of other tools whose reader has exited."""
 _closed: set[int] = set()
-"""Streams that were closed when the program started."""
+"""Streams that were closed at startup."""
 
 
 class _Output(io.FileIO):
-    """Standard output or standard error, unbuffered. After its first failure it takes everything and writes nothing."""
+    """Standard output or standard error, unbuffered. Discards all output after its first error."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -35,7 +35,7 @@ class _Output(io.FileIO):
         if self._is_broken:
             return view.nbytes
         try:
-            # None: the terminal or pipe does not block, for another program that shares it has set it so.
+            # None: non-blocking mode, set by another program that shares the terminal or pipe.
             while (count := super().write(view)) is None:
                 select.select([], [self], [])
             return count
@@ -49,7 +49,7 @@ class _Output(io.FileIO):
 
 
 def guard_streams(command: Callable[[], None]) -> Callable[[], None]:
-    """Prepare the streams, run `command`, flush; an OSError becomes one sentence and an exit code."""
+    """Prepare the streams, run `command`, and flush; reports an OSError as one sentence with an exit code."""
 
     @wraps(command)
     def guarded() -> None:
@@ -69,13 +69,13 @@ def guard_streams(command: Callable[[], None]) -> Callable[[], None]:
 
 
 def prepare_streams() -> None:
-    """Open closed streams on /dev/null and let open ones take any text. Streams replaced by a test stay."""
+    """Open closed streams on /dev/null and make open ones accept any text. Streams replaced by a test are kept."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             _closed.add(descriptor)
-            # The lowest free number is this one: those below are open.
+            # open() returns the lowest free descriptor, which is this one: those below are open.
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)
@@ -86,7 +86,7 @@ def prepare_streams() -> None:
 
 
 def require_stdout(remedy: str) -> None:
-    """Raise ConfigError when the only place for the results of a command is a standard output that is closed."""
+    """Raise ConfigError if a command's only output is standard output and it is closed."""
     if 1 in _closed:
         raise ConfigError(f"standard output is closed, so the results would be lost: {remedy}")
 

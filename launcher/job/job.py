@@ -1,6 +1,6 @@
-"""What a run is: everything that its ranks need, decided and checked before any of them starts.
+"""The job of a run: everything its ranks need, resolved and validated before any of them starts.
 
-A plain value that travels as JSON from the parent to the ranks. Knows no text: prompts are ids already.
+A plain value, sent as JSON from the parent to the ranks. Prompts are already tokenized.
 """
 
 import json
@@ -13,7 +13,7 @@ from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 
 _LOCAL_FIELDS = ("checkpoint", "opening", "fingerprint", "timeout_seconds", "threads_per_rank", "bind_cores", "task")
-"""Fields that may differ between ranks of one run; of the fingerprint the content is compared."""
+"""Fields that may differ between the ranks of a run; of the fingerprint, only the content is compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,51 +23,51 @@ class Job:
     checkpoint: str
     """Absolute path."""
     opening: OpenOptions
-    """What was said of it: format, key, and what stands for config.json where it has none."""
+    """How to open it: format, key, and the substitute for a missing config.json."""
     fingerprint: Fingerprint
-    """Of the checkpoint, on this host, when the run began."""
+    """Fingerprint of the checkpoint on this host at the start of the run."""
     kv_cache: str | None
-    """A kv_cache word of model/spec/scheme.py; goes over the checkpoint's."""
+    """A kv_cache name of model/spec/scheme.py; overrides the checkpoint's."""
     world_size: int
-    """Ranks."""
+    """Number of ranks."""
     context_tokens: int
-    """Longest sequence."""
+    """Maximum sequence length."""
     eos_token_ids: tuple[int, ...]
-    """Ids that end a sequence."""
+    """Token ids that end a sequence."""
     pad_token_id: int | None
-    """Id that fills rows; MindFormers' repetition penalty counts it."""
+    """Padding token id; MindFormers' repetition penalty counts it."""
     dtype: str
-    """Compute type: float32, bfloat16 or float16."""
+    """Compute dtype: float32, bfloat16 or float16."""
     device: str
-    """cpu, or an accelerator's device type."""
+    """"cpu", or an accelerator's device type."""
     collectives: str
-    """auto, shm, gloo or nccl."""
+    """"auto", "shm", "gloo" or "nccl"."""
     threads_per_rank: int | None
-    """None: the cores at hand, shared evenly."""
+    """None shares the available cores evenly."""
     bind_cores: bool
-    """Whether each rank keeps to cores of its own."""
+    """Whether each rank is pinned to its own cores."""
     timeout_seconds: float
-    """A step without progress of a peer for so long ends the run."""
+    """Maximum time without progress of a peer; exceeding it ends the run."""
     max_batch_size: int
-    """Sequences that go through the model together."""
+    """Maximum number of sequences per batch."""
     block_size: int
-    """Tokens of a block of keys and values."""
+    """Tokens per KV cache block."""
     num_blocks: int | None
-    """Such blocks at most; None, and never more: as many as the requests at hand can use at once."""
+    """Maximum number of KV cache blocks, further limited to what the current requests can use; None sets only the latter limit."""
     prefix_cache: bool
-    """Whether equal beginnings of sequences are kept once."""
+    """Whether sequences share the KV cache of equal prefixes."""
     speculate: bool
-    """Whether tokens of greedy sequences are guessed, and several verified in a pass."""
+    """Whether greedy sequences use speculative decoding."""
     task: Task
-    """What to do."""
+    """The task of the ranks."""
 
     def to_json(self) -> str:
-        """For `from_json`."""
+        """Serialize for `from_json`."""
         return json.dumps({**asdict(self), "task": write_task(self.task)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         raw: dict[str, Any] = json.loads(text)
         opening = OpenOptions(**raw.pop("opening"))
         task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
@@ -76,11 +76,11 @@ class Job:
 
     @property
     def shared_settings(self) -> dict[str, Any]:
-        """What ranks and nodes of a run have to have alike; each finds the checkpoint where it is, and rank 0 decides the task."""
+        """Return the settings that must be equal on all ranks and nodes; the checkpoint's path is local, and rank 0 determines the task."""
         settings: dict[str, Any] = json.loads(self.to_json()) | {"fused_order": self.opening.fused_order}
         return {name: value for name, value in settings.items() if name not in _LOCAL_FIELDS}
 
     @property
     def path(self) -> Path:
-        """The checkpoint."""
+        """Path of the checkpoint."""
         return Path(self.checkpoint)

@@ -1,4 +1,4 @@
-"""Says before a run starts that its ranks will not fit this host's memory. Knows the plan and what the system reports; warns, no more."""
+"""Warning, before a run starts, that its ranks will not fit in this host's memory."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ from model.spec.scheme import Scheme
 
 
 def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, str], local_workers: int) -> str | None:
-    """A warning, when decoding on this host's ranks is planned to need more memory than there is; else None."""
+    """Return a warning if decoding on this host's ranks is expected to exceed the available memory, otherwise None."""
     available = read_available_bytes()
     sequences, backend = _plan_sequences(job), find_backend(job.device)
     if sequences is None or not backend.in_host_memory or available is None:
@@ -34,12 +34,12 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         return None
     return (
         f"{local_workers} ranks on this host need about {needed / 1e9:.1f} GB at their peak, but {available / 1e9:.1f} GB are free: "
-        "expect the kernel to end one; see tandem plan, int8, a smaller --max-batch-size, or more nodes"
+        "the kernel may kill one; see tandem plan, int8, a smaller --max-batch-size, or more nodes"
     )
 
 
 def _plan_sequences(job: Job) -> tuple[int, int] | None:
-    """How many sequences a task decodes, and the tokens of the longest; None where it decodes none."""
+    """Return the number of sequences a task decodes and the length of the longest in tokens; None if it decodes none."""
     task = job.task
     if isinstance(task, Serve):
         return job.max_batch_size, job.context_tokens
@@ -51,7 +51,7 @@ def _plan_sequences(job: Job) -> tuple[int, int] | None:
 
 
 def read_available_bytes() -> int | None:
-    """Memory that the system can still give, and the control group still allows; None where it does not say."""
+    """Return the memory available from the system and within the control group's limit; None if unknown."""
     available = None
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,6 +1,6 @@
-"""Who follows a run from the parent's side: hears rank 0, says what is left to do after a failure, and may talk to rank 0.
+"""Interface for following a run from the parent: receives rank 0's events, supplies the remaining work after a failure, may send messages.
 
-Knows no command; each command has an observer of its own, with what it needs of this.
+Each command has its own observer.
 """
 
 from collections.abc import Callable
@@ -12,33 +12,33 @@ Send = Callable[[dict[str, Any]], None]
 
 
 class RunObserver:
-    """Nothing of it has to be answered. Calls come from several threads, each kind from one at a time."""
+    """Base observer that does nothing. Methods are called from several threads, but each one from only one thread at a time."""
 
-    redone = "begin anew"
-    """In words, what happens again after a restart."""
+    redone = "start over"
+    """What happens after a restart, as part of a message."""
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take one event of rank 0."""
+        """Handle one event from rank 0."""
 
     def connect(self, send: Send) -> None:
-        """Rank 0 of a new attempt is there; what is given to `send` reaches it, unless it has died."""
+        """Attach to rank 0 of a new attempt; messages passed to `send` reach it unless it has died."""
 
     def continue_task(self, task: Task) -> Task:
-        """What an attempt has to do, of the `task` that the run began with."""
+        """Return what the next attempt has to do, given the run's original `task`."""
         return task
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
-        """A rank failed at this time.time(), and all start again."""
+        """Handle a rank failure at this time.time(); all ranks restart."""
 
     def may_restart(self) -> bool:
-        """Whether another attempt makes sense now that one has failed."""
+        """Return whether another attempt makes sense after a failure."""
         return True
 
     def takes_signal(self, number: int) -> bool:
-        """In the handler of a signal: whether it means something else than the end, so that the run continues."""
+        """Return True to consume a signal, so that the run continues. Called in the signal handler."""
         return False
 
     def ask_to_stop(self, number: int) -> float | None:
-        """A signal asks for the end; in its handler. How many seconds the end that the observer brings about may take; None: rank 0 is to
-        stop after its current token."""
+        """Handle a shutdown request; called in the signal handler. Returns the seconds that the observer's own shutdown may take, or
+        None to stop rank 0 after its current token."""
         return None

@@ -1,7 +1,4 @@
-"""Has the system read weights from the disk while the ranks of this host start: importing PyTorch leaves a disk idle for a second.
-
-Knows where rows lie and which rank needs them; holds nothing of them itself. What was asked for lies in the page cache.
-"""
+"""Prefetch of weights into the page cache while the ranks of this host start; importing PyTorch leaves the disk idle for a second."""
 
 import os
 import threading
@@ -16,11 +13,11 @@ from model.spec.weights import plan_weights
 from parallel.file_slices import ask_for_bytes
 
 _MOST_BYTES = 4 << 30
-"""More than a fast disk gives while a rank starts; what is not read soon might be thrown out again."""
+"""More than a fast disk reads while a rank starts; data read too early might be evicted again."""
 
 
 def read_ahead(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ranks: range, world_size: int) -> threading.Thread:
-    """Ask in a thread of its own, which nobody has to wait for, for what `ranks` read first."""
+    """Prefetch what `ranks` read first, in a background thread that need not be joined."""
     places = list(find_places(source, config, scheme, ranks, world_size))
     thread = threading.Thread(target=_ask, args=(places,), daemon=True)
     thread.start()
@@ -30,7 +27,7 @@ def read_ahead(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ra
 def find_places(
     source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ranks: range, world_size: int
 ) -> Iterator[tuple[Path, int, int]]:
-    """(file, first byte, bytes) of the rows of `ranks`, roughly as they are read; those that need no conversion."""
+    """Yield (file, first byte, bytes) for the rows of `ranks` that need no conversion, roughly in reading order."""
     left = _MOST_BYTES
     for name, spec in plan_weights(config, scheme).items():
         for rank in ranks:
@@ -47,7 +44,7 @@ def find_places(
 
 def _ask(places: list[tuple[Path, int, int]]) -> None:
     descriptors: dict[Path, int] = {}
-    with suppress(OSError):  # whoever reads the file will say what is wrong with it
+    with suppress(OSError):  # the reader of the file will report its errors
         for path, offset, length in places:
             if path not in descriptors:
                 descriptors[path] = os.open(path, os.O_RDONLY)

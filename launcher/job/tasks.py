@@ -1,6 +1,6 @@
-"""What the ranks of a run do: decode prompts, serve, evaluate, measure speed, quantize. Plain values that travel as JSON.
+"""The tasks of a run: decode prompts, serve, evaluate, benchmark, quantize. Plain values that travel as JSON.
 
-Knows ids only: texts have been encoded. How each is run: `launcher/worker/run.py`.
+All text is already tokenized. The implementations are in `launcher/worker/run.py`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ EVALUATIONS = ("boolq", "perplexity")
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Go on with prompts."""
+    """Decode a fixed set of prompts."""
 
     requests: tuple[Request, ...]
     """The prompts."""
@@ -25,14 +25,14 @@ class Decode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve:
-    """Go on with prompts as they come."""
+    """Decode requests as they arrive."""
 
     requests: tuple[Request, ...]
-    """Those that are there already."""
+    """Requests present at startup."""
     num_blocks: int
-    """Of keys and values; on every host alike, however much memory each has."""
+    """Number of KV cache blocks; the same on every host, whatever its memory."""
     prefill_tokens: int
-    """Of a pass at most."""
+    """Maximum prompt tokens per forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +44,19 @@ class Evaluate:
     rows: tuple[tuple[int, ...], ...]
     """Windows of a text, or prompts of questions."""
     answers: tuple[bool, ...] = ()
-    """Of the questions."""
+    """Correct answers to the questions."""
     choices: tuple[int, int] = (0, 0)
-    """Ids of yes and no."""
+    """Token ids of yes and no."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
-    """Round the checkpoint's layers into a work folder."""
+    """Quantize the checkpoint's layers into a work folder."""
 
     recipe: Recipe
-    """How."""
+    """The quantization recipe."""
     samples: tuple[tuple[int, ...], ...]
-    """Ids to calibrate with."""
+    """Token ids of the calibration samples."""
     work_folder: str
     """Absolute path."""
 
@@ -66,40 +66,40 @@ class Bench:
     """Measure speed."""
 
     batch_sizes: tuple[int, ...]
-    """Sequences that decode together, one measurement each."""
+    """Batch sizes for decoding, measured one by one."""
     prompt_tokens: int
-    """Of the prompt of the prefill."""
+    """Prompt length for prefill."""
     new_tokens: int
-    """Steps of decoding that are measured in a round."""
+    """Decode steps measured per round."""
     rounds: int
-    """Of each measurement."""
+    """Rounds per measurement."""
     num_layers: int | None = None
-    """Only so many layers; None: all."""
+    """Use only the first N layers; None uses all."""
     random_values: str | None = None
-    """The JSON of a config.json: weights are made up for it; None: the checkpoint's are read."""
+    """JSON of a config.json for which random weights are generated; None reads the checkpoint."""
     speculated: tuple[Request, ...] = ()
-    """Real prompts to decode with speculation and without, after that; empty: this is not measured."""
+    """Real prompts to decode with and without speculation afterwards; if empty, speculation is not measured."""
     profile: bool = False
-    """Record what the time goes to, after everything else."""
+    """Record a profile after all other measurements."""
     command_started: float = 0.0
-    """When the command began, on rank 0's time.monotonic()."""
+    """Start time of the command, on rank 0's time.monotonic()."""
 
 
 Task = Decode | Serve | Evaluate | Quantize | Bench
 
 
 def write_task(task: Task) -> dict[str, Any]:
-    """For `read_task`."""
+    """Serialize for `read_task`."""
     return {"kind": type(task).__name__, **asdict(task)}
 
 
 def read_task(raw: dict[str, Any]) -> Task:
-    """The inverse of `write_task`, from JSON."""
+    """Inverse of `write_task`, from JSON."""
     return _READERS[raw["kind"]](raw)
 
 
 def read_request(raw: dict[str, Any]) -> Request:
-    """The inverse of `asdict`, from JSON."""
+    """Inverse of `asdict`, from JSON."""
     params = SamplingParams.from_json(raw["params"])
     return Request(raw["index"], tuple(raw["prompt_ids"]), params, tuple(raw["known_ids"]), raw["known_reason"])
 

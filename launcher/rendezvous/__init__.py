@@ -1,1 +1,1 @@
-"""How ranks and nodes find each other."""
+"""Rendezvous of ranks and nodes."""

@@ -1,7 +1,4 @@
-"""The key-value store through which processes of a run find each other: PyTorch's TCPStore, bound to one address only.
-
-Knows addresses, ports and time limits; not who meets there, and not what they say.
-"""
+"""The key-value store for the rendezvous: PyTorch's TCPStore, bound to a single address."""
 
 import socket
 import time
@@ -16,17 +13,17 @@ from parallel.errors import RunError
 from parallel.observed_time import ObservedTime
 
 _CALL_SECONDS = 30.0
-"""How long one question to a store that is there may take."""
+"""Time limit of one request to a reachable store."""
 _RETRY_SECONDS = 0.1
 _NAME_SECONDS = 20.0
 
 
 class StoreError(RunError):
-    """Nobody listens where the ranks should meet, or somebody else does."""
+    """The rendezvous address is unreachable, or another process listens there."""
 
 
 def open_store(address: str, port: int) -> tuple[TCPStore, int]:
-    """A store that listens at this address and nowhere else, and its port (any free one for 0). Raises StoreError."""
+    """Open a store that listens on this address only, and return it with its port (any free one for 0). Raises StoreError."""
     listener = None
     try:
         family, kind, protocol, _, where = _resolve(address, port)
@@ -38,7 +35,7 @@ def open_store(address: str, port: int) -> tuple[TCPStore, int]:
         if listener is not None:
             listener.close()
         cause = error.strerror or str(error)
-        raise StoreError(f"cannot listen at {address}, port {port}: {cause}; choose another --master-port or --master-addr") from None
+        raise StoreError(f"cannot listen on {address}, port {port}: {cause}; choose another --master-port or --master-addr") from None
     bound_port: int = listener.getsockname()[1]
     store = TCPStore(
         address,
@@ -52,7 +49,7 @@ def open_store(address: str, port: int) -> tuple[TCPStore, int]:
 
 
 def _resolve(address: str, port: int) -> tuple[Any, ...]:
-    """The first address of a name. Where pods or hosts have just been made, their own names take seconds to be known."""
+    """Resolve a name to its first address, retrying: names of newly created pods or hosts take seconds to resolve."""
     deadline = time.monotonic() + _NAME_SECONDS
     while True:
         try:
@@ -64,32 +61,32 @@ def _resolve(address: str, port: int) -> tuple[Any, ...]:
 
 
 def connect_store(address: str, port: int, timeout_seconds: float, *, call_seconds: float = _CALL_SECONDS) -> TCPStore:
-    """The store that another process opened there, or will within the timeout; each question to it may take `call_seconds`.
+    """Connect to the store that another process opens within the timeout; `call_seconds` limits each request to it.
 
     Raises StoreError.
     """
     clock, cause = ObservedTime(), "no answer"
     while clock.read() < timeout_seconds:
         try:
-            # Asked first in Python, which signals can interrupt; the store's own attempts cannot be.
+            # Probe in Python first, where signals can interrupt; the store's own attempts cannot be interrupted.
             socket.create_connection((address, port), timeout=min(2.0, timeout_seconds)).close()
             return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=call_seconds))
         except (OSError, RuntimeError) as error:
             cause = (getattr(error, "strerror", None) or str(error) or "no answer").splitlines()[0]
         time.sleep(_RETRY_SECONDS)
     raise StoreError(
-        f"nobody answered at {address}, port {port} within {timeout_seconds:g} s ({cause}): is the first node or rank running, "
+        f"no answer from {address}, port {port} within {timeout_seconds:g} s ({cause}): is the first node or rank running, "
         "and is this its address?"
     )
 
 
 def find_own_address(master_addr: str) -> str:
-    """The address of this host by which the master's host reaches it: that of the interface that leads there."""
+    """Return the address under which the master's host can reach this one: that of the outgoing interface."""
     if is_loopback(master_addr):
         return "127.0.0.1"
     with suppress(OSError):
         family, _, _, _, where = socket.getaddrinfo(master_addr, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # sends nothing
+            probe.connect(where)  # sends no packets
             return str(probe.getsockname()[0])
     return "127.0.0.1"

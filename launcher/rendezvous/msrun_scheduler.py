@@ -1,7 +1,4 @@
-"""The process that msrun calls the scheduler (`MS_ROLE=MS_SCHED`): it serves the ranks' key-value store and ends when they have.
-
-Knows signs of life and farewells; nothing of what ranks do.
-"""
+"""msrun's scheduler process (`MS_ROLE=MS_SCHED`): serves the ranks' key-value store and exits after all ranks have."""
 
 import sys
 import time
@@ -13,31 +10,31 @@ from launcher.rendezvous.key_value_store import open_store
 from parallel.observed_time import ObservedTime
 
 BEAT_SECONDS = 1.0
-"""How often a rank shows that it lives."""
+"""Heartbeat interval of a rank."""
 _SILENCE_SECONDS = 60.0
-"""Without a sign of life for so long, or for --timeout where that is less, a rank has gone: links can fail for a while."""
+"""A rank without a heartbeat for this long (or --timeout, if less) is considered dead; links can fail for a while."""
 _FAREWELL_SECONDS = 10.0
-"""After one rank has failed, how long the others may take to end."""
+"""After one rank has failed, how long the others may take to exit."""
 _POLL_SECONDS = 0.1
 
 
 def alive_key(rank: int) -> str:
-    """Where a rank shows that it lives."""
+    """Key of a rank's heartbeat."""
     return f"alive/{rank}"
 
 
 def bye_key(rank: int) -> str:
-    """Where a rank leaves its exit code when it ends."""
+    """Key of a rank's exit code."""
     return f"bye/{rank}"
 
 
 def serve_ranks(environment: LaunchEnvironment, timeout_seconds: float) -> int:
-    """Serve until all ranks have ended; 0 when all ended well, 1 when not, or when not all came. Raises StoreError."""
+    """Serve until all ranks have exited; returns 0 if all succeeded, 1 if any failed or did not join. Raises StoreError."""
     address, port, count = environment.master_addr, environment.master_port, environment.worker_num
     assert address is not None and port is not None and count is not None
     raw, _ = open_store(address, port)
     store = PrefixStore("tandem/attempt_0", raw)
-    print(f"scheduler: serving {count} ranks at {address}, port {port}", file=sys.stderr, flush=True)
+    print(f"scheduler: serving {count} ranks on {address}, port {port}", file=sys.stderr, flush=True)
     clock, silence_seconds = ObservedTime(), min(_SILENCE_SECONDS, timeout_seconds)
     signs: dict[int, tuple[bytes, float]] = {}
     codes: dict[int, int] = {}
@@ -52,12 +49,12 @@ def serve_ranks(environment: LaunchEnvironment, timeout_seconds: float) -> int:
                 if rank not in signs or signs[rank][0] != sign:
                     signs[rank] = (sign, now)
                 elif rank not in codes and now - signs[rank][1] > silence_seconds:
-                    print(f"scheduler: rank {rank} has gone: no sign of life for {silence_seconds:g} s", file=sys.stderr)
+                    print(f"scheduler: rank {rank} is dead: no heartbeat for {silence_seconds:g} s", file=sys.stderr)
                     codes[rank] = 1
         missing = [rank for rank in range(count) if rank not in signs and rank not in codes]
         if missing and now > timeout_seconds:
             here = count - len(missing)
-            words = f"rank {missing[0]} did not come within {timeout_seconds:g} s (--timeout): {here} of {count} are here"
+            words = f"rank {missing[0]} did not join within {timeout_seconds:g} s (--timeout): {here} of {count} have joined"
             print(f"scheduler: {words}", file=sys.stderr)
             return 1
         if any(codes.values()):

@@ -1,34 +1,31 @@
-"""Which part of a run one node starts: `--nnodes`, `--node-rank`, `--local-workers`, `--master-addr`, `--master-port`, checked together.
-
-Knows numbers and addresses only.
-"""
+"""The part of a run that one node starts, from `--nnodes`, `--node-rank`, `--local-workers`, `--master-addr` and `--master-port`."""
 
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 8118
-"""msrun's."""
+"""msrun's default."""
 _MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nodes:
-    """The nodes of a run, seen from one of them."""
+    """The nodes of a run, as seen from one of them."""
 
     num_nodes: int = 1
-    """Nodes in all."""
+    """Total number of nodes."""
     node_rank: int = 0
-    """Number of this node."""
+    """Index of this node."""
     local_workers: int = 1
-    """Ranks that this node starts."""
+    """Number of ranks on this node."""
     master_addr: str = "127.0.0.1"
-    """Address of node 0, by which all nodes reach it."""
+    """Address of node 0 that all nodes can reach."""
     master_port: int = 0
-    """Port there; 0 takes any free one, for one node."""
+    """Port on node 0; with a single node, 0 selects any free one."""
 
     def local_ranks(self, world_size: int) -> range:
-        """Ranks that this node starts where they are shared evenly: the first nodes have one more where they do not divide."""
+        """Return the ranks of this node if they are shared evenly; the first nodes take one more if there is a remainder."""
         first = self.node_rank * (world_size // self.num_nodes) + min(self.node_rank, world_size % self.num_nodes)
         return range(first, min(first + self.local_workers, world_size))
 
@@ -42,10 +39,10 @@ def plan_nodes(
     master_addr: str | None,
     master_port: int | None,
 ) -> Nodes:
-    """Fill in what was not said. Raises ConfigError.
+    """Fill in the options that are None. Raises ConfigError.
 
-    As with msrun, the number of nodes follows from world_size and --local-workers where it is not given. Without --local-workers
-    ranks are shared evenly, the first nodes taking one more where they do not divide.
+    As in msrun, the number of nodes defaults to world_size / --local-workers. Without --local-workers, ranks are shared evenly; the first
+    nodes take one more if there is a remainder.
     """
     for name, value, least in (("--nnodes", num_nodes, 1), ("--local-workers", local_workers, 1), ("--master-port", master_port, 1)):
         if value is not None and value < least:
@@ -56,7 +53,7 @@ def plan_nodes(
         raise ConfigError(f"--local-workers is {local_workers}, but the run has {world_size} ranks: make it at most that")
     if num_nodes is None:
         if local_workers is not None and world_size % local_workers:
-            raise ConfigError(f"{world_size} ranks are not a multiple of --local-workers {local_workers}: say --nnodes too")
+            raise ConfigError(f"{world_size} ranks are not a multiple of --local-workers {local_workers}: give --nnodes, too")
         num_nodes = world_size // local_workers if local_workers else 1
     if num_nodes > world_size:
         raise ConfigError(f"--nnodes is {num_nodes}, but the run has {world_size} ranks: give --workers, the ranks of all nodes together")

@@ -1,9 +1,8 @@
-"""Where the parents of a run's nodes meet, once for every attempt: a rendezvous of PyTorch's elastic agent.
+"""Rendezvous of the parents of a run's nodes, once per attempt, for PyTorch's elastic agent.
 
-Unlike the agent's own ones it keeps nodes in the order of --node-rank, listens at one address only, and hands on what went wrong on
-another node. That a node's launcher has ended is noticed at once, that it cannot be reached after --timeout. Nodes count attempts
-together: who fails starts the next, the others follow.
-Knows nodes and short texts; nothing of ranks' work.
+Unlike the agent's own rendezvous, it orders nodes by --node-rank, listens on a single address, and propagates failures of other nodes. The
+exit of a node's launcher is noticed at once, an unreachable node after --timeout. Attempts are counted across nodes: the one that fails
+starts the next attempt, and the others follow.
 """
 
 import json
@@ -25,41 +24,41 @@ from parallel.peer_lines import PeerLines
 
 _BEAT_SECONDS = 0.5
 _CALL_SECONDS = 2.0
-"""How long a sign of life may take: over a link that was interrupted, a new connection gets through before an old one does."""
+"""Time limit of a heartbeat: after an interrupted link, a new connection recovers sooner than an old one."""
 _VERDICT_SECONDS = 10.0
-"""How long nodes that end wait for what the others have to say."""
+"""How long exiting nodes wait for the verdicts of the others."""
 _POLL_SECONDS = 0.05
 _NAMESPACE = "tandem"
 
 
 class NodesError(RunError):
-    """Nodes did not come together, or one was lost."""
+    """A node did not join, or was lost."""
 
     def __init__(self, message: str, node: int) -> None:
         super().__init__(message)
         self.node = node
-        """The node that is to blame."""
+        """The node at fault."""
 
 
 class RunOver(RunError):
-    """Another node has ended the run, with a verdict."""
+    """Another node has ended the run with a verdict."""
 
 
 class NodeRendezvous(RendezvousHandler):
-    """One node's side. `port` 0 takes any free port, for a single node."""
+    """One node's rendezvous handler. `port` 0 selects any free port, for a single node."""
 
     def __init__(self, node: int, num_nodes: int, address: str, port: int, timeout_seconds: float, greeting: Mapping[str, Any]) -> None:
-        """`timeout_seconds`: how long to wait for a node that does not come, or that is silent."""
+        """`timeout_seconds` limits the wait for a node that does not join or is silent."""
         self.node, self.num_nodes = node, num_nodes
         self._timeout_seconds, self._greeting = timeout_seconds, json.dumps(greeting, sort_keys=True)
         self.attempt = -1
         self.first_ranks: list[int] = [0] * num_nodes
-        """The first rank of every node, once they have met."""
+        """The first rank of each node, known after the rendezvous."""
         if node == 0:
             raw, port = open_store(address, port)
         else:
             raw = connect_store(address, port, timeout_seconds)
-        self._raw = raw  # the first node's is the server, which ends with it
+        self._raw = raw  # the first node's store is the server, and exits with it
         self.address, self.port = address, port
         self.store: Store = PrefixStore(_NAMESPACE, raw)
         self._pulse = _Pulse(node, num_nodes, address, port, timeout_seconds) if num_nodes > 1 else None
@@ -68,17 +67,17 @@ class NodeRendezvous(RendezvousHandler):
             self._pulse.start()
 
     def get_backend(self) -> str:
-        """The name in the agent's records."""
+        """Return the name that the agent records."""
         return "tandem"
 
     @property
     def use_agent_store(self) -> bool:
-        """The ranks use this store too."""
+        """Whether the ranks use this store, too."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet all nodes for the next attempt. Raises NodesError for one that does not come, DifferentRunError for one of another run;
-        RunOver."""
+        """Wait for all nodes to join the next attempt. Raises NodesError if one does not join, DifferentRunError if one belongs to
+        another run, and RunOver."""
         self.attempt = max(self.attempt + 1, self._pulse.furthest if self._pulse else 0)
         prefix, clock = f"attempt_{self.attempt}", ObservedTime()
         self.store.set(f"{prefix}/node_{self.node}", self._greeting)
@@ -90,8 +89,8 @@ class NodeRendezvous(RendezvousHandler):
                 if clock.read() > self._timeout_seconds:
                     came = sum(self.store.check([f"{prefix}/node_{other}"]) for other in range(self.num_nodes))
                     raise NodesError(
-                        f"node {node} did not come within {self._timeout_seconds:g} s (--timeout): {came} of {self.num_nodes} nodes are at "
-                        f"{self.address}, port {self.port}; start the same command there with --node-rank {node}",
+                        f"node {node} did not join within {self._timeout_seconds:g} s (--timeout): {came} of {self.num_nodes} nodes have "
+                        f"joined at {self.address}, port {self.port}; start the same command there with --node-rank {node}",
                         node,
                     )
                 time.sleep(_POLL_SECONDS)
@@ -102,23 +101,23 @@ class NodeRendezvous(RendezvousHandler):
         return RendezvousInfo(store, self.node, self.num_nodes, RendezvousStoreInfo(self.address, self.port))
 
     def num_nodes_waiting(self) -> int:
-        """Above 0 when another node has begun a new attempt, which this one has to follow. Raises NodesError, RunOver."""
+        """Return a positive number if another node has begun a new attempt, which this one must follow. Raises NodesError, RunOver."""
         self._check_peers()
         return int(self._pulse is not None and self._pulse.furthest > self.attempt)
 
     def is_closed(self) -> bool:
-        """A run ends by its verdict, not by a closed rendezvous."""
+        """Return False: a run ends by its verdict, not by a closed rendezvous."""
         return False
 
     def set_closed(self) -> None:
-        """See `is_closed`."""
+        """Ignored; see `is_closed`."""
 
     def get_run_id(self) -> str:
-        """The name under which the agents meet."""
+        """Return the id shared by the agents."""
         return _NAMESPACE
 
     def shutdown(self) -> bool:
-        """Stop the signs of life."""
+        """Stop the heartbeats."""
         if self._pulse is not None:
             self._pulse.end()
         if self._lines is not None:
@@ -126,18 +125,18 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def share(self, key: str, text: str) -> None:
-        """Leave a text for the other nodes."""
+        """Publish a text for the other nodes."""
         self.store.set(key, text)
 
     def wait_for(self, key: str) -> str:
-        """The text that another node leaves or has left. Raises NodesError, RunOver."""
+        """Wait for a text published by another node. Raises NodesError, RunOver."""
         while not self.store.check([key]):
             self._check_peers()
             time.sleep(_POLL_SECONDS)
         return self.store.get(key).decode()
 
     def exchange_verdicts(self, mine: str) -> dict[int, str]:
-        """Leave what this node says of the failure and collect what the others say, as far as they still can."""
+        """Publish this node's verdict and collect those of the other nodes that are still reachable."""
         pulse = self._pulse
         if pulse is None:
             return {self.node: mine}
@@ -148,24 +147,24 @@ class NodeRendezvous(RendezvousHandler):
             if all(node in pulse.verdicts or node in silent for node in range(self.num_nodes) if node != self.node):
                 break
             time.sleep(_POLL_SECONDS)
-        # The first node's store answers the others' last questions.
+        # The first node's store must answer the others' last requests.
         time.sleep(3 * _BEAT_SECONDS)
         return {**pulse.verdicts, self.node: mine}
 
     def say_verdict(self, mine: str) -> None:
-        """Leave what this node says, and see to it that it is sent."""
+        """Publish this node's verdict and wait until it is sent."""
         if self._pulse is not None:
             self._pulse.verdict = mine
             time.sleep(3 * _BEAT_SECONDS)
 
     def find_lost(self) -> dict[int, str]:
-        """Nodes that have gone, and how that was noticed: whose launchers have ended, or that were silent for the timeout."""
+        """Return lost nodes with the reason: the launcher exited, or no heartbeat within the timeout."""
         ended = self._lines.find_gone() if self._lines else []
         silent = self._pulse.find_silent() if self._pulse else []
-        words = f"no sign of life for {self._timeout_seconds:g} s (--timeout)"
+        words = f"no heartbeat for {self._timeout_seconds:g} s (--timeout)"
         return {
-            **{node: f"node {node} has gone: {words}" for node in silent},
-            **{node: f"node {node} has gone: its launcher has ended" for node in ended},
+            **{node: f"node {node} was lost: {words}" for node in silent},
+            **{node: f"node {node} was lost: its launcher exited" for node in ended},
         }
 
     def _check_peers(self) -> None:
@@ -182,7 +181,7 @@ class NodeRendezvous(RendezvousHandler):
         compare_runs(f"node {node}", theirs, f"node {self.node}", mine)
 
     def _connect_parents(self) -> None:
-        """Lines that end when another node's launcher does; they survive the attempts."""
+        """Connect to the other launchers; these connections survive attempts and close when a launcher exits."""
         if self.num_nodes == 1 or self._lines is not None:
             return
         store, address = PrefixStore("launchers", self.store), find_own_address(self.address)
@@ -201,10 +200,10 @@ class NodeRendezvous(RendezvousHandler):
 
 
 class _Pulse(threading.Thread):
-    """Signs of life to and from the other nodes, over a connection of its own: a call to a host that has gone can block for minutes."""
+    """Heartbeats to and from the other nodes, on a separate connection: a request to a dead host can block for minutes."""
 
     def __init__(self, node: int, num_nodes: int, address: str, port: int, silence_seconds: float) -> None:
-        super().__init__(daemon=True, name="signs of life")
+        super().__init__(daemon=True, name="heartbeats")
         self._node, self._others = node, [other for other in range(num_nodes) if other != node]
         self._where, self._silence_seconds, self._clock = (address, port), silence_seconds, ObservedTime()
         self._beats = 0
@@ -214,13 +213,13 @@ class _Pulse(threading.Thread):
         self.verdicts: dict[int, str] = {}
         self._answered = 0.0
         self._counts: dict[int, bytes] = {}
-        self._heard = dict.fromkeys(self._others, float("inf"))  # before its first sign a node is late, not gone
+        self._heard = dict.fromkeys(self._others, float("inf"))  # until its first heartbeat a node is late, not lost
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Until `end`."""
+        """Run until `end`."""
         while not self._ended.is_set():
-            # Where the store's host cannot be reached `find_silent` tells, unless it soon can be again.
+            # An unreachable store is reported by `find_silent`, unless it recovers soon.
             with suppress(RuntimeError, RunError):
                 self._exchange(PrefixStore(_NAMESPACE, connect_store(*self._where, _CALL_SECONDS, call_seconds=_CALL_SECONDS)))
 
@@ -236,11 +235,11 @@ class _Pulse(threading.Thread):
             self._answered = self._clock.read()
 
     def end(self) -> None:
-        """No more signs."""
+        """Stop the heartbeats."""
         self._ended.set()
 
     def find_silent(self) -> list[int]:
-        """Nodes not heard of for too long; when the store itself does not answer, its host."""
+        """Return nodes without a heartbeat for too long; if the store itself does not respond, its host."""
         now = self._clock.read()
         if self._node != 0 and now - self._answered > self._silence_seconds:
             return [0]
@@ -258,5 +257,5 @@ class _Pulse(threading.Thread):
 
 
 def host_name() -> str:
-    """What this host calls itself."""
+    """Return this host's name."""
     return socket.gethostname()

@@ -1,7 +1,4 @@
-"""The ranks of a run tell each other where they are, before they do anything else: which share a host, and whether all mean the same job.
-
-Knows the store and hosts; not who started the ranks, and not what they will do.
-"""
+"""Exchange of placements between ranks at startup: which ranks share a host, and whether all run the same job."""
 
 import json
 import os
@@ -21,24 +18,24 @@ from parallel.store_waiting import wait_for_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Where one rank sits among the others."""
+    """The placement of one rank among the others."""
 
     rank: int
-    """Number of this rank."""
+    """This rank."""
     nodes: tuple[int, ...] = (0,)
-    """Number of every rank's host, by first appearance."""
+    """Host index of each rank, in order of first appearance."""
     host_names: tuple[str, ...] = ("",)
-    """What every rank's host calls itself."""
+    """Host name of each rank."""
     pids: tuple[int, ...] = (0,)
-    """Process id of every rank, on its host."""
+    """Process id of each rank on its host."""
     address: str = "127.0.0.1"
-    """Address of this host by which the others reach it."""
+    """Address of this host that the other ranks can reach."""
     shares_cores: bool = False
-    """Whether another rank may run on this one's cores; launchers can have given each its own."""
+    """Whether another rank may run on this one's cores; some launchers assign cores to ranks."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return len(self.nodes)
 
     @property
@@ -48,24 +45,24 @@ class Seat:
 
     @property
     def local_rank(self) -> int:
-        """Number of this rank on its host."""
+        """Rank on this host."""
         return self.local_ranks.index(self.rank)
 
     @property
     def num_nodes(self) -> int:
-        """Hosts."""
+        """Number of hosts."""
         return len(set(self.nodes))
 
 
 def find_alone() -> Seat:
-    """The seat of the only rank."""
+    """Return the placement of a single rank."""
     return Seat(rank=0, host_names=(socket.gethostname(),), pids=(os.getpid(),))
 
 
 def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mapping[str, Any], timeout_seconds: float) -> Seat:
-    """Wait for all ranks; give this one's seat. `run`: what has to be equal on all of them, see `describe_run`.
+    """Wait for all ranks and return this one's placement. `run` holds the values that must match on all ranks, see `describe_run`.
 
-    Raises PeerError for a rank that does not come, DifferentRunError for one of another run.
+    Raises PeerError for a rank that does not join, DifferentRunError for a rank of another run.
     """
     cores = os.sched_getaffinity(0)
     mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "run": run, "cores": sorted(cores)}
@@ -86,6 +83,6 @@ def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mappin
 
 
 def _identify_host() -> str:
-    """Equal in two processes that can share memory and see each other: the same boot, and the same name spaces."""
+    """Return an id equal in processes that can share memory and see each other: same boot, same namespaces."""
     spaces = [os.readlink(f"/proc/self/ns/{space}") for space in ("pid", "net")]
     return " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *spaces])

@@ -1,6 +1,6 @@
-"""What every node and every rank of a run must have in common, and the refusal where they differ.
+"""What all nodes and ranks of a run must have in common, and the error if they differ.
 
-Ranks with other weights, another program or other kernels would compute parts of different models without any of them noticing.
+Ranks with different weights, programs or kernels would compute parts of different models without noticing.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _REMEDIES = {
     "program": "install the same version on every node",
     "kernels": "install tandem the same way on every node, or use nodes with the same CPU features",
 }
-"""What to do about a difference; every other one is of options."""
+"""How to fix a difference; all others are differences of options."""
 
 
 class DifferentRunError(InputError):
@@ -32,7 +32,7 @@ class DifferentRunError(InputError):
 
 
 def describe_run(job: Job) -> dict[str, Any]:
-    """What has to be equal everywhere, by the name that messages give it."""
+    """Return the values that must be equal everywhere, keyed by their names in messages."""
     return {
         "checkpoint fingerprint": job.fingerprint.content,
         "program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}",
@@ -42,7 +42,7 @@ def describe_run(job: Job) -> dict[str, Any]:
 
 
 def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str, Any]) -> None:
-    """Raise DifferentRunError for the first value that differs between what two have described. `who` and `me` name them."""
+    """Raise DifferentRunError for the first value that differs between two descriptions. `who` and `me` name them."""
     for name in {**mine, **theirs}:
         if theirs.get(name) != mine.get(name):
             remedy = _REMEDIES.get(name, "start all with the same options")
@@ -50,7 +50,7 @@ def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str
 
 
 def read_version() -> str:
-    """The version of this program."""
+    """Return the version of this program."""
     with suppress(PackageNotFoundError):
         return version("tandem-launcher")
     return "not installed"
@@ -58,7 +58,7 @@ def read_version() -> str:
 
 @cache
 def _hash_sources() -> str:
-    """Tells apart checkouts of the same version."""
+    """Return a hash that distinguishes checkouts of the same version."""
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -67,7 +67,8 @@ def _hash_sources() -> str:
 
 
 def _describe_kernels(device: str) -> str:
-    """Native kernels give the same bits on every processor that runs them; PyTorch's depend on its instruction set."""
+    """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them; PyTorch's depend on the
+    instruction set."""
     if find_backend(device).kernels is not None:
         return f"native ({platform.machine()})"
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

@@ -1,1 +1,1 @@
-"""What people see: console, results file, plan drawing."""
+"""User-visible output: console, results file, plan drawing."""

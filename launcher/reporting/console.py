@@ -1,6 +1,6 @@
-"""Shows a run to people and hands on its results: text as it is decoded, the final lines, records and stats.
+"""Progress and results of a run: text as it is decoded, final lines, records and stats.
 
-Turns ids into text; knows nothing of models. Results go to standard output, everything else to standard error.
+Results go to standard output, everything else to standard error. Does not depend on the model, only on a tokenizer.
 """
 
 import json
@@ -35,11 +35,11 @@ from model.engine.request import Request
 from model.text.tokenizer import StreamDecoder, Tokenizer, continuation
 
 LINE_SECONDS, RATE_SECONDS = 1.0, 0.5
-"""Between two lines of progress; before a speed is told."""
+"""Minimum seconds between two progress lines, and before a speed is shown."""
 
 
 class WorkProgress:
-    """Long work: a bar on a terminal; elsewhere a line at most every second, and one at the end."""
+    """Progress of a long operation: a bar on a terminal, otherwise at most one line per second and one at the end."""
 
     def __init__(self, what: str) -> None:
         self._what, self._terminal = what, Terminal(stderr=True)
@@ -48,7 +48,7 @@ class WorkProgress:
         self._told = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` are done; the clock runs from the first call on, which may say 0."""
+        """Report `done` of `total`. The clock starts at the first call, which may report 0."""
         now = time.perf_counter()
         if self._started is None:
             self._started = self._told = now
@@ -76,7 +76,7 @@ class WorkProgress:
         return ""
 
     def close(self) -> None:
-        """Take the bar away; the next call begins anew."""
+        """Remove the bar; the next call starts over."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -84,7 +84,7 @@ class WorkProgress:
 
 
 class ByteProgress(WorkProgress):
-    """Long work in bytes: with its speed since the first of them."""
+    """Progress in bytes, with the speed since the first of them."""
 
     def _columns(self) -> tuple[ProgressColumn, ...]:
         return DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
@@ -93,12 +93,12 @@ class ByteProgress(WorkProgress):
         return f"{format_bytes(done)} of {format_bytes(total)}"
 
     def _describe_rate(self, done: int, seconds: float) -> str:
-        """Nothing before there is enough to tell."""
+        """Return an empty string until there is enough data for a rate."""
         return f", {format_bytes(done / seconds)}/s" if seconds >= RATE_SECONDS else ""
 
 
 def format_bytes(count: float) -> str:
-    """`1.23 GB`, `45.6 MB`, `789 kB`."""
+    """Format as `1.23 GB`, `45.6 MB`, `789 kB`."""
     for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
@@ -106,22 +106,22 @@ def format_bytes(count: float) -> str:
 
 
 def loading_progress(world_size: int) -> WorkProgress:
-    """Shows how far loading is; of several ranks rank 0's part."""
+    """Create the progress display for loading; with several ranks it shows that of rank 0."""
     return ByteProgress("loading" if world_size == 1 else "loading, rank 0")
 
 
 class WorkConsole(RunObserver):
-    """Consumes the events of a run that ends in one result: shows progress, keeps the result."""
+    """Observer of a run that yields one result: shows progress and keeps the result."""
 
     def __init__(self, world_size: int, what: str, redone: str) -> None:
         self._loading, self._working = loading_progress(world_size), WorkProgress(what)
         self.redone = redone
         self.result: dict[str, Any] | None = None
         self.failure: str | None = None
-        """Why the ranks ended without a result, where all of them found that it cannot be had."""
+        """Why the ranks ended without a result, if all of them found that there cannot be one."""
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take one event of rank 0."""
+        """Handle one event from rank 0."""
         kind = event.pop("event")
         if kind == "loading":
             self._loading(event["done"], event["total"])
@@ -135,18 +135,18 @@ class WorkConsole(RunObserver):
             self.failure = event["message"]
 
     def close(self) -> None:
-        """Take progress bars away."""
+        """Remove the progress bars."""
         self._loading.close()
         self._working.close()
 
 
 class RunConsole(RunObserver):
-    """Consumes the events of one run that decodes. `prompts`: the texts of the requests. `done`: what an earlier run has finished.
+    """Observer of a decoding run. `prompts` holds the texts of the requests, `done` the results of an earlier run.
 
-    Tokens come from one thread; another may ask what is left to do.
+    Tokens arrive on one thread; another may ask for the remaining work.
     """
 
-    redone = "go on with the same tokens"
+    redone = "continue with the same tokens"
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class RunConsole(RunObserver):
 
     @property
     def failure(self) -> str | None:
-        """What is to be said of prompts that ended with an error; None where none has."""
+        """Message about prompts that ended with an error; None if there are none."""
         if not self._errors:
             return None
         index = min(self._errors)
@@ -194,7 +194,7 @@ class RunConsole(RunObserver):
         return f"prompt {index} ended with an error: {self._errors[index]}{others}"
 
     def print_done(self, *, again: bool = True) -> None:
-        """Print the leading prompts that an earlier run has finished; not `again` when that has printed them where this prints."""
+        """Print the leading prompts finished by an earlier run, unless it has already printed them here (`again` False)."""
         while self._num_printed < len(self._prompts) and self._reasons[self._num_printed]:
             if again:
                 self._print_result(self._num_printed)
@@ -204,11 +204,11 @@ class RunConsole(RunObserver):
             self._printer.write_part(index, self._prompts[index], self._texts[index])
 
     def continue_task(self, task: Task) -> Task:
-        """What is left to do now."""
+        """Return the remaining work."""
         return self.plan_task()
 
     def plan_task(self) -> Decode:
-        """What is left to do: every prompt with the tokens that it has."""
+        """Return the unfinished prompts, each with its tokens so far."""
         with self._lock:
             return Decode(
                 tuple(
@@ -218,12 +218,12 @@ class RunConsole(RunObserver):
             )
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
-        """A rank failed at this time.time(), and the run goes on."""
+        """Handle a rank failure at this time.time(); the run continues."""
         self._failed_at = at_seconds
         self._loading.close()
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take one event of rank 0."""
+        """Handle one event from rank 0."""
         kind = event.pop("event")
         if kind == "loading":
             self._loading(event["done"], event["total"])
@@ -238,12 +238,12 @@ class RunConsole(RunObserver):
             self._stop_live()
 
     def close(self) -> None:
-        """Take progress bars away."""
+        """Remove the progress bars."""
         self._loading.close()
         self._stop_live()
 
     def write(self, stats: Path | None, restarts: int) -> None:
-        """The run has ended: put the results into order, write stats, and tell the speed."""
+        """Finish the run: sort the results file, write stats, and print the speed."""
         if self._output is not None:
             self._output.close()
         if self.stats is None:
@@ -264,7 +264,7 @@ class RunConsole(RunObserver):
     ) -> None:
         with self._lock:
             if position < len(self._tokens[index]):
-                return  # the last words of an attempt that failed, said again by the next
+                return  # a duplicate: the last tokens of a failed attempt, repeated by the next
             assert position == len(self._tokens[index]), f"token {position} of prompt {index} came before {len(self._tokens[index])}"
             self._tokens[index].append(token_id)
             if logprob is not None:
@@ -285,7 +285,7 @@ class RunConsole(RunObserver):
     def _take_failure(self, index: int, position: int, message: str) -> None:
         with self._lock:
             if self._reasons[index]:
-                return  # an attempt that started again found the same
+                return  # a restarted attempt found the same error
             assert position == len(self._tokens[index]), f"prompt {index} failed at {position} with {len(self._tokens[index])} tokens"
             self._reasons[index], self._errors[index] = "error", message
         if self._output is not None:
@@ -296,7 +296,7 @@ class RunConsole(RunObserver):
         if index in self._errors:
             return
         if sys.stdout.isatty():
-            self._stop_live()  # a result must not land among the live lines
+            self._stop_live()  # results must not interleave with live lines
         self._printer.write_result(self._records[index])
 
     def _build_record(self, index: int, finish_reason: str) -> Record:

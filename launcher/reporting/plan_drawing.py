@@ -1,7 +1,4 @@
-"""Draws a plan as SVG: one bar a dimension, one lane a rank, coloured where the rank owns it.
-
-Knows RankPlan; nothing of how it came about.
-"""
+"""Drawing of a plan as SVG: one bar per dimension, one lane per rank, colored where the rank owns it."""
 
 from collections.abc import Sequence
 from html import escape
@@ -16,11 +13,11 @@ _DIMENSIONS = {
     "intermediate rows": "intermediate_rows",
     "vocabulary rows": "vocab_rows",
 }
-"""Words: field of RankPlan."""
+"""Maps labels to fields of RankPlan."""
 
 
 def draw_plan(plans: Sequence[RankPlan], title: str) -> str:
-    """An SVG document. Hovering over a bar tells rank and range."""
+    """Return an SVG document. Hovering over a bar shows rank and range."""
     lane = max(4, min(16, 240 // len(plans)))
     parts, y = [], _TOP
     for words, field in _DIMENSIONS.items():

@@ -1,4 +1,4 @@
-"""What `tandem predict` prints on standard output: text as it is decoded, MindFormers' lines, or JSON."""
+"""Output formats of `tandem predict`: streamed text, MindFormers' lines, or JSON."""
 
 import sys
 from collections.abc import Callable
@@ -8,28 +8,28 @@ from launcher.reporting.results import Record
 
 
 class ResultPrinter(Protocol):
-    """Gets the results in the order of the prompts, one prompt after the other."""
+    """Printer that receives the results one by one, in prompt order."""
 
     streams: bool
-    """Whether it wants a continuation while it is decoded."""
+    """Whether it prints a continuation while it is being decoded."""
 
     def write_part(self, index: int, prompt: str, text: str) -> None:
-        """The continuation of the next prompt is `text` so far."""
+        """Update the next prompt's continuation, which is `text` so far."""
 
     def write_result(self, record: Record) -> None:
-        """The next prompt is finished."""
+        """Print the finished result of the next prompt."""
 
 
 class TextPrinter:
-    """Prompt and continuation for people. With several prompts a line before each tells which it is."""
+    """Prints prompt and continuation for reading. With several prompts, a header line numbers each."""
 
     def __init__(self, num_prompts: int, *, streams: bool = True) -> None:
         self.streams, self._num_prompts = streams, num_prompts
         self._shown: int | None = None
-        """Characters of the current continuation that are printed; None: nothing of this prompt is."""
+        """Number of characters printed of the current continuation; None if its prompt has not been printed."""
 
     def write_part(self, index: int, prompt: str, text: str) -> None:
-        """Print the new part."""
+        """Print the new part of the text."""
         if self._shown is None:
             if self._num_prompts > 1:
                 self._write(f"{chr(10) if index else ''}=== prompt {index + 1} of {self._num_prompts} ===\n")
@@ -40,7 +40,7 @@ class TextPrinter:
         sys.stdout.flush()
 
     def write_result(self, record: Record) -> None:
-        """Print the rest."""
+        """Print the rest of the text."""
         self.write_part(record.index, record.prompt, record.text)
         self._write("\n")
         self._shown = None
@@ -51,7 +51,7 @@ class TextPrinter:
 
 
 class LinePrinter:
-    """One line per result."""
+    """Prints one line per result."""
 
     streams = False
 
@@ -59,7 +59,7 @@ class LinePrinter:
         self._make_line = write
 
     def write_part(self, index: int, prompt: str, text: str) -> None:
-        """Nothing: a line is whole."""
+        """Ignored: lines are printed only when complete."""
 
     def write_result(self, record: Record) -> None:
         """Print the line."""
@@ -67,7 +67,7 @@ class LinePrinter:
 
 
 def build_printer(output_format: str, num_prompts: int, *, streams: bool) -> ResultPrinter:
-    """The printer of a --format. `streams`: whether text may be printed before its prompt is finished."""
+    """Create the printer of a --format. `streams`: whether text may be printed before its prompt is finished."""
     if output_format == "mindformers":
         return LinePrinter(lambda record: f"'text_generation_text': {[record.prompt + record.text]}")
     if output_format == "json":

@@ -1,7 +1,4 @@
-"""The file of `--output`: one JSON object a line, appended as prompts are finished, so that a run that is cut short loses no finished one.
-
-Knows records and a file; makes no text of ids, and prints nothing.
-"""
+"""The `--output` file: one JSON object per line, appended as prompts finish, so that an interrupted run loses no finished prompt."""
 
 import json
 import math
@@ -22,27 +19,27 @@ from parallel.regular_file import MAX_DATA_BYTES, read_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What became of one prompt."""
+    """The result of one prompt."""
 
     index: int
-    """Number of the prompt."""
+    """Index of the prompt."""
     prompt: str
-    """Its text."""
+    """Text of the prompt."""
     prompt_token_ids: tuple[int, ...]
-    """Its ids."""
+    """Token ids of the prompt."""
     token_ids: tuple[int, ...]
-    """The new ids."""
+    """The new token ids."""
     text: str
-    """The continuation."""
+    """Text of the continuation."""
     finish_reason: str
-    """eos, length or error."""
+    """"eos", "length" or "error"."""
     logprobs: tuple[float, ...] | None = None
-    """Of the new ids, where asked for."""
+    """Log-probabilities of the new tokens, if requested."""
     error: str | None = None
-    """Why it has no further token, where it ended with an error."""
+    """Error message, if the prompt ended with an error."""
 
     def to_line(self) -> str:
-        """The line of the file, with its end."""
+        """Format as a line of the file, including the newline."""
         raw: dict[str, Any] = {
             "index": self.index,
             "prompt": self.prompt,
@@ -59,10 +56,10 @@ class Record:
 
 
 class ResultsFile:
-    """The file while a run goes on. A run that does not resume starts it anew with its first record, and not before.
+    """The results file of a running job. Unless it resumes, the first record truncates the file, and nothing before it does.
 
-    A device, a FIFO or a stream gets each record as it is finished; it has no order to be put into. Methods raise RunError when the
-    file cannot be written.
+    Records written to a device, FIFO or stream appear as prompts finish and are not sorted. Methods raise RunError if the file cannot be
+    written.
     """
 
     def __init__(self, path: Path, done: Sequence[Record] = (), *, resume: bool = False) -> None:
@@ -70,14 +67,14 @@ class ResultsFile:
         self._stream: IO[str] | None = None
 
     def begin(self) -> None:
-        """Start the file anew at once: a process that is started again must not take an older run's records for this one's."""
+        """Truncate the file now, so that a restarted process does not mistake an older run's records for its own."""
         with as_run_failure(self._path):
             if self._is_new and not needs_direct_writing(self._path):
                 write_whole(self._path, "")
                 self._is_new = False
 
     def append(self, record: Record) -> None:
-        """Write one record to the disk."""
+        """Append one record and flush it to disk."""
         with as_run_failure(self._path):
             if self._stream is None and needs_direct_writing(self._path):
                 self._stream = open(open_direct(self._path), "w", encoding="utf-8")
@@ -94,7 +91,7 @@ class ResultsFile:
         self._records.append(record)
 
     def close(self) -> None:
-        """All prompts are finished: put the records into the order of the prompts."""
+        """Finish: sort the records by prompt."""
         with as_run_failure(self._path):
             if self._stream is not None:
                 self._stream.close()
@@ -107,7 +104,7 @@ class ResultsFile:
 
 @contextmanager
 def hold_results(path: Path) -> Iterator[None]:
-    """Keep other runs from a file of results. Raises RequestError, which names the run that has it."""
+    """Lock a results file against other runs. Raises RequestError naming the run that holds it."""
     with ExitStack() as stack:
         try:
             if not needs_direct_writing(path):
@@ -120,11 +117,10 @@ def hold_results(path: Path) -> Iterator[None]:
 
 
 def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> list[Record]:
-    """The records that an earlier run of these requests has left, in the order of the file; none when it left no file.
+    """Read the records that an earlier run of these requests wrote, in file order; none if there is no file.
 
-    A last line that was being written when the run or its machine went down, which has no end or is no JSON, is cut off; records of
-    prompts that ended with an error are taken out, since these prompts run again. Raises RequestError for a record that cannot be of
-    these requests.
+    Truncates an incomplete last line, left when the run or its machine went down, and removes the records of failed prompts, which run
+    again. Raises RequestError for a record that does not match these requests.
     """
     try:
         text = read_bytes(path, MAX_DATA_BYTES)
@@ -140,7 +136,7 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
     for number, line in enumerate(lines, 1):
         record = _read_record(line, f"{path}, line {number}", requests, prompts, vocab_size)
         if record.index in records:
-            raise RequestError(f"{path}, line {number}: prompt {record.index} is there twice; --resume needs the file of one run")
+            raise RequestError(f"{path}, line {number}: prompt {record.index} occurs twice; --resume needs the file of one run")
         records[record.index] = record
     done = [record for record in records.values() if record.finish_reason != "error"]
     try:
@@ -175,21 +171,21 @@ def _read_record(line: bytes, where: str, requests: Sequence[Request], prompts: 
             logprobs=None if logprobs is None else tuple(map(_read_finite, logprobs)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        raise RequestError(f"{where} is no result of tandem predict; give another --output, or leave out --resume") from None
+        raise RequestError(f"{where} is not a result of tandem predict; give another --output, or drop --resume") from None
     fault = _find_fault(record, requests, prompts, vocab_size)
     if fault is not None:
-        raise RequestError(f"{where}: {fault}; --resume goes on with the same prompts and options, else leave it out")
+        raise RequestError(f"{where}: {fault}; --resume requires the same prompts and options; otherwise drop it")
     return record
 
 
 def _read_finite(value: Any) -> float:
     if not math.isfinite(number := float(value)):
-        raise ValueError(f"{number} is no JSON")
+        raise ValueError(f"{number} is not valid JSON")
     return number
 
 
 def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[str], vocab_size: int) -> str | None:
-    """Why a record cannot be of these requests; None when it can."""
+    """Return why a record does not match these requests, or None if it does."""
     if not 0 <= record.index < len(requests):
         return f"it is of prompt {record.index}, but there are {len(requests)} prompts"
     request, count = requests[record.index], len(record.token_ids)
@@ -199,9 +195,9 @@ def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[s
     if record.prompt_token_ids != request.prompt_ids:
         return f"prompt {record.index} had the ids {list(record.prompt_token_ids)}, but has {list(request.prompt_ids)} now"
     if record.finish_reason == "error":
-        return None  # it runs again
+        return None  # runs again
     if not 1 <= count <= params.max_new_tokens or (record.finish_reason == "length" and count != params.max_new_tokens):
-        return f"prompt {record.index} ended by {record.finish_reason} after {count} tokens, but {params.max_new_tokens} are asked for now"
+        return f"prompt {record.index} ended by {record.finish_reason} after {count} tokens, but {params.max_new_tokens} are requested now"
     if record.finish_reason not in ("eos", "length") or (record.finish_reason == "eos" and params.ignore_eos):
         return f"prompt {record.index} ended by {record.finish_reason!r}, which these options do not do"
     unknown = next((token for token in record.token_ids if not 0 <= token < vocab_size), None)
@@ -210,5 +206,5 @@ def _find_fault(record: Record, requests: Sequence[Request], prompts: Sequence[s
     if (record.logprobs is not None) != params.logprobs or (record.logprobs is not None and len(record.logprobs) != count):
         had = "no" if record.logprobs is None else len(record.logprobs)
         wanted = count if params.logprobs else "no"
-        return f"prompt {record.index} has {had} log-probabilities of {count} tokens, but {wanted} are asked for now"
+        return f"prompt {record.index} has {had} log-probabilities of {count} tokens, but {wanted} are requested now"
     return None

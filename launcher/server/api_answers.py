@@ -1,7 +1,4 @@
-"""From the tokens of an answer to OpenAI's objects: text as it grows, stop texts, log-probabilities, usage.
-
-Knows a tokenizer and JSON; nothing of HTTP and of who asks.
-"""
+"""Conversion of generated tokens to OpenAI response objects: incremental text, stop strings, log-probabilities, usage."""
 
 import time
 import uuid
@@ -15,22 +12,22 @@ from launcher.server.stop_search import StopSearch
 from model.text.tokenizer import StreamDecoder, Tokenizer
 
 _REASONS = {"eos": "stop", "length": "length"}
-"""The generator's words: OpenAI's."""
+"""Maps the generator's finish reasons to OpenAI's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token adds to an answer."""
+    """The contribution of one token to an answer."""
 
     text: str
     tokens: tuple[NewToken, ...]
-    """Whose log-probabilities come with it."""
+    """The tokens whose log-probabilities this piece carries."""
     finish_reason: str | None
-    """stop or length with the last piece."""
+    """"stop" or "length" on the last piece, otherwise None."""
 
 
 class ChoiceText:
-    """The text of one answer as its tokens come, up to the first stop text."""
+    """Incremental text of one answer, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
         self._tokenizer, self._prompt_ids, self._search = tokenizer, prompt_ids, StopSearch(stops)
@@ -39,9 +36,9 @@ class ChoiceText:
         self.finish_reason: str | None = None
 
     def push(self, token: NewToken) -> Piece:
-        """The piece that comes with the next token."""
+        """Add the next token and return the resulting piece."""
         self.num_tokens += 1
-        if self._decoder is None:  # not before: a call of many sequences may wait for long, or be refused
+        if self._decoder is None:  # created lazily: a request with many sequences may be queued for long, or rejected
             self._decoder = StreamDecoder(self._tokenizer, self._prompt_ids)
         self._search.add(self._decoder.push(token.token_id))
         if token.token_id in self._tokenizer.special_ids:
@@ -56,7 +53,7 @@ class ChoiceText:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What all objects of one answer say of themselves."""
+    """The fields shared by all response objects of one answer."""
 
     id: str
     model: str
@@ -66,28 +63,28 @@ class Naming:
 
     @classmethod
     def new(cls, model: str, *, is_chat: bool, fingerprint: str) -> "Naming":
-        """For an answer that begins now."""
+        """Create the fields for a new answer."""
         return cls(f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", model, int(time.time()), is_chat, fingerprint)
 
     def build(self, choices: list[dict[str, Any]], usage: dict[str, int] | None, *, is_chunk: bool) -> dict[str, Any]:
-        """The object, with its choices."""
+        """Build the response object around its choices."""
         kind = ("chat.completion.chunk" if is_chunk else "chat.completion") if self.is_chat else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
         return {**head, "choices": choices, "usage": usage}
 
 
 def build_usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """OpenAI's count."""
+    """Build OpenAI's `usage` object."""
     return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens}
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """The text of one token by itself; bytes that spell no character become U+FFFD."""
+    """Decode a single token; incomplete UTF-8 becomes U+FFFD."""
     return tokenizer.token_bytes(token_id).decode(errors="replace")
 
 
 def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dict[str, Any]:
-    """`logprobs` of a chat choice."""
+    """Build `logprobs` for a chat choice."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         return {"token": token_text(tokenizer, token_id), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token_id))}
@@ -101,15 +98,15 @@ def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dic
 
 
 def build_text_logprobs(tokenizer: Tokenizer, prompt: Sequence[NewToken], tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
-    """`logprobs` of a completion's choice: of an echoed prompt, then of new tokens; `offset`: characters before the latter."""
-    # Special tokens have no characters in an echo.
+    """Build `logprobs` for a completion choice: echoed prompt first, then new tokens, whose text starts at character `offset`."""
+    # Special tokens contribute no characters to an echo.
     widths = [0 if t.token_id in tokenizer.special_ids else len(token_text(tokenizer, t.token_id)) for t in prompt]
     widths += [len(token_text(tokenizer, t.token_id)) for t in tokens]
     offsets = [*accumulate(widths[: len(prompt)], initial=0)][: len(prompt)] + [*accumulate(widths[len(prompt) :], initial=offset)][:-1]
     return {
         "tokens": [token_text(tokenizer, t.token_id) for t in (*prompt, *tokens)],
         "token_logprobs": [t.logprob for t in (*prompt, *tokens)],
-        # Several ids may have one text, as parts of characters have: the likeliest of them counts.
+        # Several token ids can decode to the same text, such as partial characters; keep the most likely one.
         "top_logprobs": [
             {token_text(tokenizer, i): value for i, value in sorted(t.top_logprobs, key=lambda one: one[1])} or None
             for t in (*prompt, *tokens)

@@ -1,6 +1,6 @@
-"""The request bodies of the OpenAI API: their fields, types and ranges, and what they mean to the token generator.
+"""Request bodies of the OpenAI API: fields, types, ranges, and their translation to sampling parameters.
 
-`launcher/server/request_body.py` reads these types from bytes; whether a prompt fits the model is checked where its context is known.
+Decoding is in `launcher/server/request_body.py`; whether a prompt fits the context is checked by the request planner.
 """
 
 import secrets
@@ -18,7 +18,7 @@ MAX_MESSAGES = 10_000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 300
 MAX_PROMPT_LOGPROBS = 400_000
-"""Log-probabilities of an echoed prompt, with those of the most likely tokens, of one request: each takes some 250 bytes."""
+"""Maximum number of prompt log-probabilities per request, including the top alternatives; each takes about 250 bytes."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -49,7 +49,7 @@ NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "best_of": (1,),
 }
-"""OpenAI's fields without an implementation, with the values that change nothing besides null; an empty tuple: any value."""
+"""Unimplemented OpenAI fields with the values, besides null, that have no effect; an empty tuple accepts any value."""
 
 _MAX_INTEGER = 2**31 - 1
 Token = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
@@ -62,37 +62,37 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
-    """The fields of both routes. A field that is absent or null has its default."""
+    """The fields common to both routes. An absent or null field takes its default."""
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
-    """As with OpenAI, 0 leaves only the most likely token."""
+    """As in OpenAI's API, 0 keeps only the most likely token."""
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] = []
     stop_token_ids: list[Token] = []
-    """vLLM's extension: ids that end an answer besides the model's, `ignore_eos` or not."""
+    """vLLM extension: additional stop token ids; they apply even with `ignore_eos`."""
     seed: int | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
     top_k: Annotated[int, Meta(ge=-1)] = 0
-    """Extension: sample among the k most likely tokens; 0 and -1: all."""
+    """Extension: sample from the k most likely tokens; 0 and -1 disable the filter."""
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
-    """Extension: MindFormers' penalty."""
+    """Extension: MindFormers' repetition penalty."""
     ignore_eos: bool = False
-    """Extension: continue after the end-of-sequence token."""
+    """Extension: continue past the end-of-sequence token."""
     timeout: Annotated[float, Meta(gt=0)] | None = None
-    """Extension: seconds after which the client no longer wants an answer."""
+    """Extension: time limit of the request in seconds."""
 
     def __post_init__(self) -> None:
         if len(self.stops) > MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stops):
             raise ValueError(f"stop takes up to {MAX_STOPS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} characters")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids holds {len(self.stop_token_ids)} ids, but up to {MAX_STOP_TOKEN_IDS} are taken")
+            raise ValueError(f"stop_token_ids holds {len(self.stop_token_ids)} ids, but the maximum is {MAX_STOP_TOKEN_IDS}")
         if len(self.logit_bias) > MAX_BIASES or not all(
             key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in self.logit_bias
         ):
@@ -100,18 +100,19 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 
     @property
     def stops(self) -> list[str]:
-        """Texts that end an answer."""
+        """Stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with a count of tokens."""
+        """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def plan_sampling(self, new_tokens: int, logprobs: int | None, *, prompt_logprobs: bool = False) -> list[SamplingParams]:
-        """The sampling parameters of each of the n choices, with consecutive seeds.
+        """Build the sampling parameters of each of the n choices, with consecutive seeds.
 
-        `logprobs`: None for none, else how many of the most likely tokens; `prompt_logprobs`: those of the prompt, too.
+        `logprobs` is the number of top alternatives to report, or None to report no log-probabilities; `prompt_logprobs` adds those of the
+        prompt.
         """
         seed = secrets.randbits(32) if self.seed is None else self.seed
         logit_bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
@@ -141,20 +142,20 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[str | Token | list[Token]]
-    """A text or token ids, or a list of either; `launcher/server/request_body.py` takes no mixture."""
+    """A text, token ids, or a list of either; mixtures are rejected by `launcher/server/request_body.py`."""
     max_tokens: Annotated[int, Meta(ge=0, le=_MAX_INTEGER)] | None = None
-    """0 decodes nothing: for the log-probabilities of an echoed prompt."""
+    """0 decodes nothing; used to score an echoed prompt."""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
 
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
-            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but from 1 to {MAX_PROMPTS} are taken at once")
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts, but must hold 1 to {MAX_PROMPTS}")
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """All prompts, as texts or ids."""
+        """All prompts, as texts or token ids."""
         prompt = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return [prompt]  # type: ignore[list-item]
@@ -162,7 +163,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
 
 class TextPart(Struct, frozen=True, kw_only=True):
-    """A piece of a message's content."""
+    """One part of a message's content."""
 
     type: str
     text: str | None = None
@@ -175,28 +176,28 @@ class TextPart(Struct, frozen=True, kw_only=True):
 
 
 class ToolFunction(Struct, frozen=True, kw_only=True):
-    """The function of a tool call in a history."""
+    """The function of a tool call in the message history."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
-    """OpenAI's form is JSON in a string; some clients send the object."""
+    """OpenAI sends JSON in a string; some clients send the object itself."""
 
 
 class ToolCall(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A tool call that the assistant made earlier in the conversation."""
+    """A tool call made by the assistant earlier in the conversation."""
 
     function: ToolFunction
     id: str | None = None
     type: str = "function"
 
     def to_template(self) -> dict[str, Any]:
-        """The form in which chat templates expect it."""
+        """Convert to the form that chat templates expect."""
         call = {"type": self.type, "function": {"name": self.function.name, "arguments": self.function.arguments}}
         return call if self.id is None else {"id": self.id, **call}
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     content: str | list[TextPart] | None = None
@@ -214,7 +215,7 @@ class Message(Struct, frozen=True, kw_only=True):
             raise ValueError(f"tool_calls belong to the role assistant, not to {self.role}")
 
     def to_template(self) -> dict[str, Any]:
-        """The form in which chat templates expect it."""
+        """Convert to the form that chat templates expect."""
         content = self.content if isinstance(self.content, str) else "".join(part.text or "" for part in self.content or [])
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.tool_calls:
@@ -234,6 +235,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
         if not 1 <= len(self.messages) <= MAX_MESSAGES:
-            raise ValueError(f"messages holds {len(self.messages)} messages, but from 1 to {MAX_MESSAGES} are taken")
+            raise ValueError(f"messages holds {len(self.messages)} messages, but must hold 1 to {MAX_MESSAGES}")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")

@@ -1,7 +1,4 @@
-"""The routes of a server: OpenAI's models, completions and chat completions; health, metrics, status, and the page.
-
-Knows HTTP and its errors; what an answer is: `launcher/server/completion.py`.
-"""
+"""HTTP routes: OpenAI's models, completions and chat completions; health, metrics, status, and the status page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +20,8 @@ _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "
 
 
 def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] = ()) -> App:
-    """The application. `allowed_origins`: of pages of other sites whose scripts may call; none: browsers keep them out."""
+    """Build the ASGI application. `allowed_origins` lists the CORS origins allowed to send requests; by default browsers block all
+    others."""
     app = FastAPI(title="tandem", version=service.front.served.version, docs_url=None, redoc_url=None, openapi_url=None)
     front = service.front
 
@@ -85,7 +83,7 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
         return JSONResponse(ServiceError(error.status_code, message).to_json(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> JSONResponse:  # the guard says on standard error what it was
+    async def fail(request: Request, error: Exception) -> JSONResponse:  # the guard logs the cause to standard error
         return JSONResponse(server_failed().to_json(), 500)
 
     def count(path: str, status: int) -> None:
@@ -94,7 +92,7 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     guard = Guard(app, limits, count)
     if not allowed_origins:
         return guard
-    # Outside of the guard: such a page may read why it was refused, and a browser asks without any key whether it may call.
+    # CORS wraps the guard: pages must be able to read a rejection, and preflight requests carry no key.
     return CORSMiddleware(guard, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
 
 

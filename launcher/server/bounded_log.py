@@ -1,4 +1,5 @@
-"""Messages on standard error whose number a client cannot drive: one line a second for each kind of fault, with a count of the rest."""
+"""Rate-limited logging to standard error, so that clients cannot flood it: one line per second and kind, with a count of those
+suppressed."""
 
 import logging
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 INTERVAL_SECONDS = 1.0
 _MAX_KINDS = 100
-"""Kinds that are told apart; all further ones share one interval."""
+"""Maximum number of distinct kinds; all further kinds share one interval."""
 
 
 def _print(text: str) -> None:
@@ -23,20 +24,20 @@ class _Kind:
 
 
 class BoundedLog:
-    """Reports faults."""
+    """Rate-limited reporter of faults."""
 
     def __init__(self, write: Callable[[str], None] = _print, read_seconds: Callable[[], float] = time.monotonic) -> None:
         self._write, self._read_seconds = write, read_seconds
         self._kinds: dict[str, _Kind] = {}
 
     def report(self, kind: str, text: str) -> None:
-        """Write `text`, unless a report of this kind was written less than INTERVAL_SECONDS ago: then only count it."""
+        """Write `text`, or only count it if this kind was reported less than INTERVAL_SECONDS ago."""
         suppressed = self.admit(kind)
         if suppressed is not None:
             self._write(f"{text} ({suppressed} more of this kind since the last report)" if suppressed else text)
 
     def admit(self, kind: str) -> int | None:
-        """None where a report of this kind has to be suppressed now; else the number suppressed since the last one."""
+        """Return the number of reports suppressed since the last one, or None if this report must be suppressed too."""
         now = self._read_seconds()
         if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
             kind = "other"
@@ -49,14 +50,14 @@ class BoundedLog:
 
 
 class BoundedRecords(logging.Filter):
-    """Bounds the records of a library's logger, by their unformatted message."""
+    """Logging filter that rate-limits the records of a library's logger by their unformatted message."""
 
     def __init__(self, read_seconds: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._log = BoundedLog(read_seconds=read_seconds)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the record; one that follows suppressed ones tells their number."""
+        """Return whether to write the record; a record that follows suppressed ones includes their number."""
         suppressed = self._log.admit(str(record.msg)[:200])
         if suppressed:
             record.msg = f"{record.msg} (%d more of this kind since the last report)"
@@ -65,17 +66,17 @@ class BoundedRecords(logging.Filter):
 
 
 class OnceLog:
-    """Reports each name once, up to a number of names. Threads may share it."""
+    """Reports each name once, up to a maximum number of names. Thread-safe."""
 
     def __init__(self, write: Callable[[str], None] = _print) -> None:
         self._write, self._lock = write, threading.Lock()
         self._seen: set[str] = set()
 
     def report(self, name: str, text: str) -> None:
-        """Write `text` if it is the first of this name."""
+        """Write `text` if this name has not been reported yet."""
         with self._lock:
             if name in self._seen or len(self._seen) > _MAX_KINDS:
                 return
             self._seen.add(name)
             is_last = len(self._seen) > _MAX_KINDS
-        self._write("further reports of this kind are left out" if is_last else text)
+        self._write("further reports of this kind are suppressed" if is_last else text)

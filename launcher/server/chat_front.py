@@ -1,4 +1,4 @@
-"""The parent's side of `tandem chat`: hands one answer at a time to the ranks, and its tokens back. A restart continues the answer."""
+"""Parent side of `tandem chat`: sends one request at a time to the ranks and streams its tokens. A restart resumes the answer."""
 
 import signal
 import sys
@@ -19,26 +19,27 @@ _MAX_FAILED_STARTS = 3
 
 
 class ChatFront(RunObserver):
-    """The ranks of one conversation."""
+    """The ranks serving one conversation."""
 
     redone = "the answer continues"
 
     def __init__(self, world_size: int, on_idle_interrupt: Callable[[], bool]) -> None:
-        """`on_idle_interrupt`: SIGINT came while nothing was being answered; whether the program is to continue."""
+        """`on_idle_interrupt` is called on SIGINT while no answer is in progress and returns whether the program continues."""
         self._journal, self._progress = Journal(), loading_progress(world_size)
         self._on_idle_interrupt = on_idle_interrupt
         self._tokens: SimpleQueue[NewToken | None] = SimpleQueue()
-        """Of the current answer; None: it was stopped, or given up."""
+        """Tokens of the current answer; None marks one that was stopped or abandoned."""
         self._failure: str | None = None
-        """Why the current answer was given up."""
+        """Why the current answer was abandoned."""
         self._current: int | None = None
         self._num_requests = 0
         self._serving, self._failed_starts = False, 0
         self.ready = threading.Event()
-        """Set when the ranks serve for the first time."""
+        """Set when the ranks are ready for the first time."""
 
     def answer(self, make_request: Callable[[int], Request]) -> Iterator[NewToken]:
-        """The tokens of an answer as they come; it ends early when it is stopped. Raises RunError when the ranks give it up."""
+        """Yield the tokens of an answer as they arrive, ending early if it is stopped. Raises RunError if it is abandoned after rank
+        failures."""
         index, self._num_requests = self._num_requests, self._num_requests + 1
         self._tokens, self._failure = SimpleQueue(), None
         self._current = index
@@ -55,11 +56,11 @@ class ChatFront(RunObserver):
             self._journal.cancel(index)
 
     def end(self) -> None:
-        """Have the ranks end."""
+        """Tell the ranks to exit."""
         self._journal.end()
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take one event of rank 0."""
+        """Handle one event from rank 0."""
         kind = event["event"]
         if kind == "tokens":
             for index, token in self._journal.take(event["tokens"]):
@@ -79,21 +80,21 @@ class ChatFront(RunObserver):
             print(f"warning: {event['message']}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
-        """Rank 0 of a new attempt is connected."""
+        """Attach to rank 0 of a new attempt."""
         self._journal.connect(send)
 
     def continue_task(self, task: Task) -> Task:
-        """The answer that has not ended, with its tokens."""
+        """Return the unfinished answer with its tokens so far."""
         assert isinstance(task, Serve)
         return replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
-        """A rank failed, and all start again."""
+        """Handle a rank failure; all ranks restart."""
         served, self._serving = self._serving, False
         self._failed_starts = 0 if served else self._failed_starts + 1
         self._progress.close()
         for index in self._journal.note_failure(served=served):
-            self._give_up(index, "the ranks failed repeatedly on this message; it was given up")
+            self._give_up(index, "the ranks failed repeatedly on this message; it was abandoned")
 
     def _give_up(self, index: int, message: str) -> None:
         self._journal.drop(index)
@@ -102,11 +103,11 @@ class ChatFront(RunObserver):
             self._tokens.put(None)
 
     def may_restart(self) -> bool:
-        """No, after consecutive failed starts."""
+        """Return False after too many consecutive failed starts."""
         return self._failed_starts + (not self._serving) < _MAX_FAILED_STARTS
 
     def takes_signal(self, number: int) -> bool:
-        """SIGINT stops the answer; without one, the loop decides."""
+        """Handle SIGINT: stop the current answer, or ask `on_idle_interrupt` if there is none."""
         if number != signal.SIGINT or not self.ready.is_set():
             return False
         if self._current is None:
@@ -115,5 +116,5 @@ class ChatFront(RunObserver):
         return True
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         self._progress.close()

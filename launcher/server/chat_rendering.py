@@ -1,6 +1,6 @@
-"""From the messages of a chat request to the text of a prompt, off the event loop and under limits.
+"""Rendering of chat messages to prompt text, off the event loop and with resource limits.
 
-Templates that cannot be used disable chat with a reason; completions are served all the same.
+An unusable template disables chat and records the reason; completions still work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,21 @@ from model.text.tokenizer_settings import TokenizerSettings
 from parallel.errors import InputError, RequestError
 
 _WAIT_SECONDS = 30.0
-"""How long a conversation may wait for others, of which each takes at most 15 s."""
+"""Maximum time a conversation waits for others to be rendered; each may take up to 15 s."""
 
 
 class ChatRenderer:
     """The chat templates of one checkpoint."""
 
     def __init__(self, path: Path, settings: TokenizerSettings, process: TemplateProcess | None = None) -> None:
-        """Reads and checks the templates of the checkpoint, or next to the tokenizer, in `path`."""
+        """Read and check the templates in `path` (from the checkpoint, or next to the tokenizer)."""
         self.reason: str | None = None
-        """Why chat is disabled; None: it is not."""
+        """Why chat is disabled, or None if it is enabled."""
         self.words = "no"
-        """Whose templates they are."""
+        """Description of the templates' origin."""
         self._templates: ChatTemplates | None = None
         self._process = process or TemplateProcess()
-        # One thread: a template that takes long delays other conversations, and nothing else.
+        # A single thread: a slow template delays other conversations but nothing else.
         self._thread = ThreadPoolExecutor(1, "chat-template")
         if find_spec("jinja2") is None:
             self.reason = "jinja2 is not installed; install tandem-launcher[serve]"
@@ -50,10 +50,10 @@ class ChatRenderer:
         documents: Sequence[Mapping[str, Any]] | None = None,
         more: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text, special tokens included, with the opening of the answer. `more`: further variables of the template.
+        """Render the prompt, including special tokens and the generation prompt. `more` holds additional template variables.
 
-        Waits for the template, so it is not for the event loop. Raises RequestError where the template refuses or fails, ServiceError
-        when chat is disabled or too many wait.
+        Blocks until the template is rendered, so do not call it on the event loop. Raises RequestError if the template rejects the messages
+        or fails, and ServiceError if chat is disabled or too many conversations are waiting.
         """
         templates = self._templates
         if self.reason is not None or templates is None:
@@ -68,7 +68,7 @@ class ChatRenderer:
             raise ServiceError(503, "too many conversations wait for the chat template; try again", kind="server_error") from None
 
     def close(self) -> None:
-        """End the process of the templates."""
+        """Terminate the template process."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._process.close()
 

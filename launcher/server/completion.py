@@ -1,6 +1,6 @@
-"""Answers to requests, whole or piece by piece, in OpenAI's objects: plans a request, queues it, and follows its tokens.
+"""Completion and chat answers, complete or streamed: plans a request, queues it, follows its tokens, and builds OpenAI objects.
 
-Depends on the planner and the dispatcher; routes and their errors are in `launcher/server/app.py`.
+Routes and error responses are in `launcher/server/app.py`.
 """
 
 import asyncio
@@ -28,40 +28,40 @@ from model.text.tokenizer import Tokenizer
 
 _READING_SECONDS = 30.0
 _LARGE_ANSWER = 500
-"""Tokens with log-probabilities."""
+"""Number of tokens with log-probabilities above which an answer is built in a thread."""
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Service:
-    """What the routes share."""
+    """State shared by the routes."""
 
     def __init__(
         self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
     ) -> None:
-        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
+        """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them."""
         self.front, self._tokenizer, self._chat = front, tokenizer, chat
         self._planner = RequestPlanner(front, tokenizer, chat, max_seconds, strict_fields=strict_fields)
         self._threads = RequestThreads()
 
     async def plan_completion(self, body: bytes) -> Asked:
-        """What a completion asks for. Raises ServiceError, RequestError."""
+        """Parse and plan a completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_completion)
 
     async def plan_chat(self, body: bytes) -> Asked:
-        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        """Parse and plan a chat completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_chat, is_chat=True)
 
     def check_model(self, name: str) -> None:
-        """Raise ServiceError for a model that is not served here."""
+        """Raise ServiceError if the requested model is not the served one."""
         self._planner.check_model(name)
 
     def close(self) -> None:
-        """Read no further request, and end the process of the chat templates."""
+        """Stop reading requests and terminate the template process."""
         self._threads.close()
         self._chat.close()
 
     async def run(self, asked: Asked, request: Request) -> bytes:
-        """The whole answer, as JSON. Raises ServiceError."""
+        """Return the complete answer as JSON. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
         work = asyncio.create_task(self._collect(asked, ticket))
@@ -78,7 +78,7 @@ class Service:
                     await task
 
     def stream(self, asked: Asked, request: Request) -> StreamingResponse:
-        """The answer piece by piece. Raises ServiceError when it cannot begin."""
+        """Stream the answer. Raises ServiceError if it cannot start."""
         ticket = self._submit(asked, request)
         return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
 
@@ -88,7 +88,7 @@ class Service:
         return ticket
 
     async def _pieces(self, asked: Asked, ticket: Ticket) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the choice, its next piece), until all choices have ended. Raises ServiceError."""
+        """Yield (choice index, next piece) until all choices have finished. Raises ServiceError."""
         num_open = len(asked.choices)
         while num_open:
             event = await ticket.events.get()
@@ -100,7 +100,7 @@ class Service:
                 continue
             text = asked.texts[number]
             if text.finish_reason:
-                continue  # what was on its way when a stop text was found
+                continue  # tokens in flight when a stop string was found
             piece = text.push(token) if asked.new_tokens else Piece("", (), "length")
             if piece.finish_reason:
                 num_open -= 1
@@ -169,14 +169,14 @@ class Service:
 
 
 class _TicketResponse(StreamingResponse):
-    """A stream of events that lets go of its sequences when it ends, even where the caller went before it began."""
+    """Event stream that releases its sequences when it ends, even if the client disconnected before it began."""
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], timeout_seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_SSE_HEADERS)
         self._close, self._timeout_seconds = close, timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. A caller who does not read, so that nothing can be sent, is left soon after the deadline."""
+        """Send the stream. A client that stops reading is disconnected shortly after the deadline."""
         try:
             await asyncio.wait_for(super().__call__(scope, receive, send), self._timeout_seconds + _READING_SECONDS)
         except asyncio.TimeoutError:
@@ -186,7 +186,7 @@ class _TicketResponse(StreamingResponse):
 
 
 async def _build_answer(num_logprobs: int, build: Callable[[], bytes]) -> bytes:
-    """Run `build`; in a thread where the log-probabilities of many tokens would hold up the event loop."""
+    """Run `build`, in a thread if the log-probabilities of many tokens would block the event loop."""
     return await asyncio.to_thread(build) if num_logprobs > _LARGE_ANSWER else build()
 
 

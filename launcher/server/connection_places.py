@@ -1,6 +1,6 @@
-"""How many connections a server may hold, by the limit of open files; and which connection gives way when all places are taken.
+"""Connection limits derived from the open-file limit, and eviction of idle connections when the limit is reached.
 
-A connection without a request in progress costs its client nothing, so it never keeps another one out. Does not know HTTP.
+An idle connection costs its client nothing, so it never keeps another client out. Does not depend on HTTP.
 """
 
 import os
@@ -12,22 +12,22 @@ from parallel.errors import ConfigError
 
 DEFAULT_MAX_CONNECTIONS = 1024
 ACCEPTED_AT_ONCE = 4
-"""Connections that the event loop accepts in one pass."""
+"""Connections accepted by the event loop per iteration."""
 OVERFLOW_PLACES = 8
-"""Connections beyond the limit that are still read, so that their requests can be answered with 503."""
+"""Connections beyond the limit that are still read, so that their requests receive a 503."""
 _PASSES_UNTIL_CLOSED = 5
-"""Passes of the event loop from accepting a connection until one that is refused is closed; the next ones are accepted meanwhile."""
+"""Event-loop iterations between accepting a connection and closing it after rejection; further connections are accepted meanwhile."""
 _MAX_DESCRIPTORS = 65_536
 _DESCRIPTORS_OF_PARENT = 20
 _DESCRIPTORS_PER_RANK = 8
-"""Pipes, log file, store and event connections of a rank in its parent, while it runs and while it is restarted."""
+"""File descriptors the parent holds per rank (pipes, log file, store and event connections), including during a restart."""
 _LEAST_CONNECTIONS = 16
 
 
 def plan_connections(requested: int | None, num_local_ranks: int) -> int:
-    """Connections at once: as requested, else what the limit of open files allows up to DEFAULT_MAX_CONNECTIONS.
+    """Return the maximum number of connections: `requested`, or what the open-file limit allows, up to DEFAULT_MAX_CONNECTIONS.
 
-    Raises the soft limit of open files to the hard one first. Raises ConfigError when the limit is too low.
+    Raises the soft open-file limit to the hard limit first. Raises ConfigError if the limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
@@ -46,7 +46,7 @@ def plan_connections(requested: int | None, num_local_ranks: int) -> int:
 
 
 class Connection(Protocol):
-    """What the places need to know of a connection."""
+    """Interface that ConnectionPlaces requires of a connection."""
 
     @property
     def is_idle(self) -> bool:
@@ -54,29 +54,29 @@ class Connection(Protocol):
         ...
 
     def give_way(self) -> None:
-        """Close, and soon leave."""
+        """Close the connection; it calls `leave` soon after."""
         ...
 
 
 class ConnectionPlaces:
-    """The connections of one server."""
+    """The open connections of one server."""
 
     def __init__(self, most: int, most_of_client: int) -> None:
-        """`most` of all clients together, and `most_of_client` of one address."""
+        """`most` limits the total number of connections, `most_of_client` those per address."""
         self.most, self.most_of_client = most, most_of_client
         self._clients: dict[Connection, str] = {}
-        """Address of each connection; the one that has been idle for longest first."""
+        """Address of each connection, the longest idle first."""
         self._counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._clients)
 
     def count(self, client: str) -> int:
-        """Connections of one address."""
+        """Return the number of connections from one address."""
         return self._counts[client]
 
     def enter(self, connection: Connection, client: str) -> bool:
-        """Take in a connection; False: it has to be refused, for lack of an idle one that could give way."""
+        """Register a connection. Returns False if it must be rejected because none is idle."""
         fits = True
         if self._counts[client] >= self.most_of_client:
             fits = self._evict([one for one, address in self._clients.items() if address == client and one.is_idle])
@@ -87,12 +87,12 @@ class ConnectionPlaces:
         return fits
 
     def note_idle(self, connection: Connection) -> None:
-        """Its request has been answered."""
+        """Record that the connection's request has been answered."""
         if connection in self._clients:
             self._clients[connection] = self._clients.pop(connection)
 
     def leave(self, connection: Connection) -> None:
-        """It is closed; nothing happens where it has given way before."""
+        """Unregister a closed connection; no effect if it was evicted before."""
         client = self._clients.pop(connection, None)
         if client is not None:
             self._counts[client] -= 1
@@ -100,7 +100,7 @@ class ConnectionPlaces:
                 del self._counts[client]
 
     def _evict(self, idle: list[Connection]) -> bool:
-        """Close the connection that has been idle for longest of the client with the most; False where none is idle."""
+        """Evict the longest-idle connection of the client with the most connections. Returns False if none is idle."""
         if not idle:
             return False
         found = max(idle, key=lambda one: self._counts[self._clients[one]])  # the first of equals

@@ -1,6 +1,6 @@
-"""The parent's side of a server: follows the ranks, hands tokens to the callers, knows how everything stands.
+"""Parent side of a server: tracks the state of the ranks, delivers tokens to requests, and reports health and metrics.
 
-Events come from a thread of the run; all that concerns callers happens on the event loop of the HTTP server. Knows no HTTP.
+Events arrive on a thread of the run; everything that concerns requests happens on the HTTP server's event loop.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from model.planning import RankPlan
 from model.spec.config import LlamaConfig
 
 MAX_FAILED_STARTS = 3
-"""After so many attempts in a row that did not come to serve, another one would not either."""
+"""The server exits after this many consecutive attempts that failed before becoming ready."""
 _SILENT_SECONDS = 10.0
-"""Without a sign of the ranks, and longer than a few of their slowest steps, they are taken for stuck."""
+"""Ranks are considered stuck after this long without a sign of life, provided it also exceeds a few of their slowest steps."""
 _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What is served."""
+    """The model being served and its plan."""
 
     name: str
-    """What callers call it."""
+    """The model name in the API."""
     version: str
     config: LlamaConfig
     job: Job
@@ -44,22 +44,22 @@ class Served:
     num_blocks: int
     max_waiting: int
     drain_seconds: float
-    """How long running answers may take when the server is asked to end."""
+    """Maximum time in-flight requests may take to complete on shutdown."""
 
 
 class ServeFront(RunObserver):
-    """One server."""
+    """The parent side of one server."""
 
-    redone = "running answers go on"
+    redone = "in-flight requests resume"
 
     def __init__(self, served: Served) -> None:
         self.served, self.metrics = served, ServeMetrics()
         self._journal = Journal()
         self.dispatcher = Dispatcher(self._journal, self.metrics, max_running=served.job.max_batch_size, max_waiting=served.max_waiting)
         self.loop: asyncio.AbstractEventLoop | None = None
-        """Of the HTTP server, as soon as it runs."""
+        """The HTTP server's event loop, once it runs."""
         self.stop_number: int | None = None
-        """The signal that asked for the end."""
+        """The signal that requested the shutdown."""
         self._began = time.monotonic()
         self.created = int(time.time())
         self._progress = loading_progress(served.job.world_size)
@@ -73,12 +73,12 @@ class ServeFront(RunObserver):
         self._last_failure: str | None = None
         self._drain_task: asyncio.Task[None] | None = None
         self.answered_once = threading.Event()
-        """Set when the ranks serve for the first time."""
+        """Set when the ranks are ready for the first time."""
 
-    # What the run says. -------------------------------------------------------------------------------------------------------------
+    # Events of the run. -------------------------------------------------------------------------------------------------------------
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take one event of rank 0."""
+        """Handle one event from rank 0."""
         kind, now = event["event"], time.monotonic()
         if kind == "tokens":
             tokens = self._journal.take(event["tokens"])
@@ -100,24 +100,24 @@ class ServeFront(RunObserver):
             self._kernel, self._phase, self._heard, self._failed_starts = event, "ready", now, 0
             self._prefilled = 0
             if self.answered_once.is_set():
-                print("the ranks are back; running answers go on", file=sys.stderr, flush=True)
+                print("the ranks are back; in-flight requests resume", file=sys.stderr, flush=True)
             self.answered_once.set()
         elif kind == "warning":
             print(f"warning: {event['message']}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
-        """Rank 0 of a new attempt is there."""
+        """Attach to rank 0 of a new attempt."""
         self._journal.connect(send)
         if self.dispatcher.is_draining and not self.dispatcher.num_running:
             self._journal.end()
 
     def continue_task(self, task: Task) -> Task:
-        """Every request that has not ended, with its tokens."""
+        """Return every unfinished request with its tokens so far."""
         assert isinstance(task, Serve)
         return replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
-        """A rank failed, and all start again."""
+        """Handle a rank failure; all ranks restart."""
         served = self._phase == "ready"
         self._count_failed_start()
         self._phase, self._last_failure, self._report = "recovering", cause, {}
@@ -129,14 +129,14 @@ class ServeFront(RunObserver):
             self._on_loop(self.dispatcher.give_up, hopeless, MAX_FAILURES)
 
     def may_restart(self) -> bool:
-        """No, where the last attempts have not come to serve."""
+        """Return False after MAX_FAILED_STARTS consecutive failed starts."""
         return self._failed_starts + (self._phase != "ready") < MAX_FAILED_STARTS
 
     def _count_failed_start(self) -> None:
         self._failed_starts = 0 if self._phase == "ready" else self._failed_starts + 1
 
     def ask_to_stop(self, number: int) -> float | None:
-        """Answer what has been asked, then end."""
+        """Finish in-flight requests, then shut down."""
         if self.stop_number is not None or self.loop is None:
             return None
         self.stop_number = number
@@ -147,28 +147,28 @@ class ServeFront(RunObserver):
         return self.served.drain_seconds + _END_SECONDS
 
     def close(self) -> None:
-        """The run is over: whoever still waits gets an error."""
+        """Handle the end of the run: pending requests receive an error."""
         self._progress.close()
         self._phase = "draining"
         self._on_loop(self.dispatcher.fail_all)
 
-    # How it stands. -----------------------------------------------------------------------------------------------------------------
+    # State and metrics. -------------------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
-        """loading, ready, recovering or draining."""
+        """One of loading, ready, recovering and draining."""
         return "draining" if self.dispatcher.is_draining or self.stop_number is not None else self._phase
 
     @property
     def health(self) -> str:
-        """ok while every rank answered lately; else what is the matter."""
+        """Return "ok" if every rank has reported recently, otherwise a description of the problem."""
         state = self.state
         if state != "ready":
             return state
         return "silent" if time.monotonic() - self._heard > max(_SILENT_SECONDS, 4 * self._slowest_seconds) else "ok"
 
     def update_metrics(self) -> None:
-        """Those that go up and down."""
+        """Update the gauges."""
         metrics, report = self.metrics, self._report
         metrics.set("running", self.dispatcher.num_running)
         metrics.set("waiting", self.dispatcher.num_waiting)
@@ -180,7 +180,7 @@ class ServeFront(RunObserver):
                 metrics.set_rank(rank, name, value)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that the page shows."""
+        """Return everything that the status page shows."""
         served, job, report, kernel, metrics = self.served, self.served.job, self._report, self._kernel, self.metrics
         ready = self._phase == "ready"
         return {
@@ -252,5 +252,5 @@ class ServeFront(RunObserver):
 
     def _on_loop(self, function: Any, *arguments: Any) -> None:
         if self.loop is not None:
-            with suppress(RuntimeError):  # the HTTP server has ended
+            with suppress(RuntimeError):  # the HTTP server has exited
                 self.loop.call_soon_threadsafe(function, *arguments)

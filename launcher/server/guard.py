@@ -1,7 +1,4 @@
-"""What stands before the routes of a server: API keys, hosts, sizes and times of requests, and an answer where a route fails.
-
-Knows ASGI and uvicorn; not what is asked.
-"""
+"""ASGI middleware in front of the routes: API keys, host checks, size and time limits, and an error response if a route fails."""
 
 import asyncio
 import hmac
@@ -25,18 +22,18 @@ from launcher.server.page_files import PAGE_FILES
 from launcher.server.request_log import log_request
 
 CALLER = "tandem.caller"
-"""In the scope of a request with a key: which it is. Others are told apart by their addresses."""
+"""Scope key that identifies the API key of a request. Requests without one are identified by address."""
 OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
-"""What needs no key: nothing of it tells of requests."""
+"""Paths that need no key: they reveal nothing about requests."""
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
 STALL_SECONDS = 60.0
-"""How long a client may take to read what has been sent before the connection is dropped."""
+"""Time a client may take to read sent data before the connection is dropped."""
 MAX_HEADER_BYTES = 32 << 10
 _HELD_BODIES = 16
-"""Bodies of the largest size that all requests together may hold in memory."""
+"""Number of maximum-size bodies that all requests together may hold in memory."""
 _DISCARDED_BYTES = 64 << 20
-"""Of a body that is too large, read at most: a caller that is still sending would not hear why its connection is closed."""
+"""Bytes read and discarded of an oversized body: a client that is still sending would miss the error response."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,25 +43,25 @@ App = Callable[[MutableMapping[str, Any], Receive, SendMessage], Awaitable[None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a server accepts."""
+    """Limits on accepted requests."""
 
     api_keys: tuple[bytes, ...]
-    """Any of these; none: nobody needs one."""
+    """Accepted keys; if empty, no key is required."""
     checks_host: bool
-    """Whether only names of this host itself may stand in the Host header: pages of other sites must not reach a server without a key."""
+    """Whether the Host header must name this host, which keeps pages of other sites away from a server without keys (DNS rebinding)."""
     max_body_bytes: int
     max_client_requests: int
-    """Requests with a body that one client may have in progress."""
+    """Maximum number of requests with a body that one client may have in progress."""
 
 
 class Guard:
-    """Wraps an ASGI application."""
+    """Middleware that wraps an ASGI application."""
 
     def __init__(self, app: App, limits: Limits, count: Callable[[str, int], None]) -> None:
-        """`count` gets path and status of every answer."""
+        """`count` receives the path and status of every response."""
         self._app, self._limits, self._count = app, limits, count
         self._requests: Counter[str] = Counter()
-        """In progress, by client."""
+        """Requests in progress per client."""
         self._held_bytes = 0
         self._log = BoundedLog()
 
@@ -87,9 +84,9 @@ class Guard:
         except ServiceError as error:
             await answer_error(error, note)
         except asyncio.TimeoutError:
-            await answer_error(ServiceError(408, f"the request's body did not come within {BODY_SECONDS:g} s"), note)
+            await answer_error(ServiceError(408, f"the request's body was not received within {BODY_SECONDS:g} s"), note)
         except (ConnectionError, ClientDisconnect):
-            pass  # the caller has gone
+            pass  # the client has disconnected
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._log.report(f"{type(error).__name__} {where.filename}:{where.lineno}", traceback.format_exc().rstrip())
@@ -123,13 +120,13 @@ class Guard:
             host = headers.get(b"host", b"").decode("latin-1")
             name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
             if not is_loopback(name.strip("[]").lower()):
-                words = f"the Host header says {host[:100]!r}, but without an API key only localhost and 127.0.0.1 are answered"
+                words = f"the Host header is {host[:100]!r}, but without an API key only localhost and 127.0.0.1 are answered"
                 raise ServiceError(403, words, kind="permission_error")
         if not self._limits.api_keys or scope["path"] in OPEN_PATHS:
             return
         scheme, _, said = headers.get(b"authorization", b"").partition(b" ")
         said = said.strip()
-        # Every key is compared, in constant time: how long it takes tells nothing.
+        # Compare all keys in constant time, so that the duration reveals nothing.
         fits = [hmac.compare_digest(said, key) for key in self._limits.api_keys]
         if scheme.lower() != b"bearer" or not any(fits):
             words = "no valid API key: send the header Authorization: Bearer KEY"
@@ -137,7 +134,7 @@ class Guard:
         scope[CALLER] = f"key {fits.index(True)}"
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive, body: bytearray) -> None:
-        """Append what comes to `body`. Raises ServiceError when it is too large, or all bodies together are."""
+        """Append received data to `body`. Raises ServiceError if it, or all bodies together, grow too large."""
         most = self._limits.max_body_bytes
         said = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(said) if said.isdigit() else 0
@@ -155,24 +152,24 @@ class Guard:
                 self._held_bytes += len(piece)
         size = max(size, come)
         if size > most:
-            raise ServiceError(413, f"the request's body has {size} bytes or more, but {most} are taken at most", code="body_too_large")
+            raise ServiceError(413, f"the request's body has {size} bytes or more, but the maximum is {most}", code="body_too_large")
 
 
 def read_client(scope: MutableMapping[str, Any]) -> str:
-    """The key of a request's client, else its address."""
+    """Return the API key of a request's client, otherwise its address."""
     address = scope.get("client")
     return str(scope.get(CALLER) or (address[0] if address else ""))
 
 
 def check_content_type(scope: MutableMapping[str, Any]) -> None:
-    """Raise ServiceError for a body that is not said to be JSON: a browser would send it for any page, without asking."""
+    """Raise ServiceError unless the body is declared as JSON: browsers send other types for any page without a preflight request."""
     kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
     if scope["method"] == "POST" and kind != b"application/json":
         raise ServiceError(400, "the body is not taken for JSON: send the header Content-Type: application/json")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body at once, then what comes."""
+    """Return a `receive` that first yields the buffered body, then further messages."""
     given = False
 
     async def again() -> Message:
@@ -186,7 +183,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def answer_error(error: ServiceError, send: SendMessage) -> None:
-    """OpenAI's form of an error. The connection is closed behind it: what the caller still sends would be waited for without a limit."""
+    """Send OpenAI's error object and close the connection; reading the rest of the request could otherwise take forever."""
     body = json.dumps(error.to_json()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **error.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -199,7 +196,8 @@ async def _refuse_connection(scope: MutableMapping[str, Any], receive: Receive, 
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol with limits: of connections, of the time until a request's head has come, and until an answer has been read."""
+    """uvicorn's protocol with limits on the number of connections, the time to receive a request's head, and the time to read a
+    response."""
 
     def __init__(self, places: ConnectionPlaces, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -214,11 +212,11 @@ class GuardedProtocol(H11Protocol):
         return cycle is None or cycle.response_complete
 
     def give_way(self) -> None:
-        """Close for another connection."""
+        """Close the connection to make room for another."""
         self.transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Register a new connection."""
         super().connection_made(transport)
         if not self._places.enter(self, self.client[0] if self.client else ""):
             if len(self._places) > self._places.most + OVERFLOW_PLACES:
@@ -228,7 +226,7 @@ class GuardedProtocol(H11Protocol):
         self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Process received bytes."""
         super().data_received(data)
         awaits_head = self.conn.their_state is h11.IDLE
         if not awaits_head:
@@ -237,30 +235,30 @@ class GuardedProtocol(H11Protocol):
             self._start_head_timer()
 
     def on_response_complete(self) -> None:
-        """A request has been answered."""
+        """Mark the connection as idle after a response."""
         self._places.note_idle(self)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is answered."""
+        """Start the stall timer: the client reads more slowly than the server sends."""
         super().pause_writing()
         self._stop_stall_timer()
         self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Stop the stall timer: the client has caught up."""
         self._stop_stall_timer()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """Unregister the connection."""
         self._places.leave(self)
         self._stop_head_timer()
         self._stop_stall_timer()
         super().connection_lost(exc)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """A request to upgrade the connection is answered as if it had not asked for that, as HTTP allows."""
+        """Suppress the warning; an upgrade request is answered without upgrading, as HTTP allows."""
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)

@@ -1,6 +1,6 @@
-"""What the ranks of a server are at work on: every request with the tokens that it has, so that ranks that start again go on with it.
+"""In-flight requests with the tokens generated so far, so that restarted ranks can resume them.
 
-Requests come from one thread, tokens from another, and the question what is left from a third. Knows ids; no text, no HTTP.
+Thread-safe: requests are added by one thread, tokens by another, and a third asks for the remaining work.
 """
 
 import threading
@@ -12,21 +12,21 @@ from launcher.job.observer import Send
 from model.engine.request import Request
 
 MAX_FAILURES = 3
-"""A request that has seen so many failures of ranks since its last token is taken for their cause, and given up."""
+"""A request with this many rank failures since its last token is considered their cause and abandoned."""
 
 
 class NewToken(NamedTuple):
-    """One token of an answer."""
+    """One generated token."""
 
     token_id: int
     finish_reason: str | None
-    """eos or length with the last one."""
+    """"eos" or "length" on the last token, otherwise None."""
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
 
 
 class PromptToken(NewToken):
-    """One token of a prompt, with the log-probability that was asked for."""
+    """One prompt token with its requested log-probability."""
 
     __slots__ = ()
 
@@ -36,40 +36,40 @@ class _Entry:
     request: Request
     token_ids: list[int] = field(default_factory=list)
     num_scored: int = 1
-    """Tokens of the prompt whose log-probabilities are known, as that of the first, which has none."""
+    """Prompt tokens with known log-probabilities; the first token counts although it has none."""
     failures: int = 0
-    """Of ranks that ran it, since the last token."""
+    """Rank failures since the last token."""
 
     @property
     def remainder(self) -> Request:
-        """What is left to do."""
+        """Return the request with its tokens so far, for resumption."""
         return replace(self.request, known_ids=tuple(self.token_ids))
 
 
 class Journal:
-    """The requests that the ranks have, or will have as soon as they are there again."""
+    """The requests that the ranks run, or will run once they have restarted."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[int, _Entry] = {}
         self._send: Send | None = None
         self._given: set[int] = set()
-        """What an attempt that is about to start has been given."""
+        """Requests passed to an attempt that is about to start."""
         self._suspect: int | None = None
         self._held: list[int] = []
-        """Further requests that one more failure would end. They wait until the suspect has a token, so that it is known who fails."""
+        """Further requests that one more failure would abandon. They wait until the suspect yields a token, which isolates the cause."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, request: Request) -> None:
-        """Have the ranks go on with it."""
+        """Add a request for the ranks to run."""
         with self._lock:
             entry = self._entries[request.index] = _Entry(request)
             self._tell_add(entry)
 
     def cancel(self, index: int) -> None:
-        """Nobody wants it any longer; nothing happens where it has ended."""
+        """Cancel a request; no effect if it has finished."""
         with self._lock:
             if self._entries.pop(index, None) is None:
                 return
@@ -81,7 +81,7 @@ class Journal:
                 self._clear_suspect()
 
     def drop(self, index: int) -> bool:
-        """The ranks have ended it without its last token; whether it was still wanted."""
+        """Remove a request that the ranks ended without a last token; returns whether it was still in flight."""
         with self._lock:
             found = self._entries.pop(index, None) is not None
             if index == self._suspect:
@@ -89,19 +89,19 @@ class Journal:
             return found
 
     def end(self) -> None:
-        """Have the ranks end when they have nothing left to do."""
+        """Tell the ranks to exit when they have no work left."""
         with self._lock:
             if self._send is not None:
                 self._send({"do": "end"})
 
     def take(self, tokens: Iterable[Sequence[Any]]) -> list[tuple[int, NewToken]]:
-        """Note tokens of rank 0, (index, position, id, finish reason, log-probability, those of the likeliest); give what is new."""
+        """Record tokens from rank 0 (index, position, id, finish reason, log-probability, top alternatives) and return the new ones."""
         new = []
         with self._lock:
             for index, position, token_id, reason, logprob, top in tokens:
                 entry = self._entries.get(index)
                 if entry is None or position < len(entry.token_ids):
-                    continue  # cancelled; or the last words of an attempt that failed, said again by the next
+                    continue  # cancelled, or a duplicate: the last tokens of a failed attempt, repeated by the next
                 assert position == len(entry.token_ids), f"token {position} of request {index} came before {len(entry.token_ids)}"
                 entry.token_ids.append(token_id)
                 entry.failures = 0
@@ -113,21 +113,21 @@ class Journal:
         return new
 
     def take_scores(self, scores: Iterable[Sequence[Any]]) -> list[tuple[int, PromptToken]]:
-        """Note prompt tokens of rank 0, (index, position, id, log-probability, those of the most likely ones); give what is new."""
+        """Record prompt tokens from rank 0 (index, position, id, log-probability, top alternatives) and return the new ones."""
         new = []
         with self._lock:
             for index, position, token_id, logprob, top in scores:
                 entry = self._entries.get(index)
                 if entry is None or position < entry.num_scored:
-                    continue  # cancelled; or said by an attempt that failed
+                    continue  # cancelled, or recorded in a failed attempt
                 assert position == entry.num_scored, f"prompt token {position} of request {index} came before {entry.num_scored}"
                 entry.num_scored += 1
                 new.append((index, PromptToken(token_id, None, logprob, tuple((i, value) for i, value in top))))
         return new
 
     def note_failure(self, *, served: bool = True) -> list[int]:
-        """The ranks have failed, after they had `served` or before: which requests are given up. Ranks that did not come to serve have
-        not failed because of any."""
+        """Record a rank failure and return the abandoned requests. Failures before the ranks were ready (`served` False) blame no
+        request."""
         with self._lock:
             self._send = None
             if not served:
@@ -140,7 +140,7 @@ class Journal:
         return hopeless
 
     def list_unfinished(self) -> tuple[Request, ...]:
-        """What an attempt that is about to start has to go on with."""
+        """Return the requests that an attempt about to start must resume."""
         with self._lock:
             suspects = [index for index, entry in self._entries.items() if entry.failures == MAX_FAILURES - 1]
             self._suspect, self._held = (suspects[0], suspects[1:]) if suspects else (None, [])
@@ -148,7 +148,7 @@ class Journal:
             return tuple(entry.remainder for index, entry in self._entries.items() if index in self._given)
 
     def connect(self, send: Send) -> None:
-        """Rank 0 of that attempt listens: tell what has come and gone since."""
+        """Attach to rank 0 of that attempt and send it the requests added and cancelled since."""
         with self._lock:
             self._send = send
             for index, entry in self._entries.items():

@@ -1,4 +1,4 @@
-"""Where a server listens: its socket, and the API keys that it needs there."""
+"""The server's listening socket and its API keys."""
 
 import socket
 from pathlib import Path
@@ -9,7 +9,7 @@ from parallel.regular_file import MAX_KEY_BYTES, read_text
 
 
 def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[bytes, ...]:
-    """The API keys. Raises ConfigError for a file without any, and where other hosts could come without one."""
+    """Read the API keys. Raises ConfigError for a file without keys, and if other hosts could connect without one."""
     if key_file is None:
         if not is_loopback(host) and not insecure:
             raise ConfigError(f"--host {host} can be reached by other hosts and needs an API key: give --api-key-file or --insecure")
@@ -20,14 +20,16 @@ def read_keys(host: str, key_file: Path | None, *, insecure: bool) -> tuple[byte
         raise ConfigError(f"--api-key-file {key_file} cannot be read: {getattr(error, 'strerror', error)}") from None
     keys = tuple(line.strip().encode() for line in text.splitlines() if line.strip() and not line.startswith("#"))
     if not keys:
-        raise ConfigError(f"--api-key-file {key_file} holds no key: write one a line")
+        raise ConfigError(f"--api-key-file {key_file} holds no key: write one per line")
     if any(character <= 32 or character > 126 for key in keys for character in key):
-        raise ConfigError(f"--api-key-file {key_file} holds a key with blanks or characters beyond ASCII, which no header carries")
+        raise ConfigError(
+            f"--api-key-file {key_file} holds a key with whitespace or non-ASCII characters, which an HTTP header cannot carry"
+        )
     return keys
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError for an address that is not this host's and for a port that is in use."""
+    """Open a listening socket. Raises ConfigError if the address is not local or the port is in use."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)

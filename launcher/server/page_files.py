@@ -1,7 +1,4 @@
-"""The files of the server's page: under which address each is served, as what, and what a browser may do with them.
-
-Knows the folder `launcher/page`; nothing of HTTP or of what the files say.
-"""
+"""The static files of the status page: path, content type, and security headers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ PAGE_FILES = {
     "/elements.js": ("elements.js", _SCRIPT),
     "/numbers.js": ("numbers.js", _SCRIPT),
 }
-"""Path of the address: file and content type."""
+"""Maps URL paths to file names and content types."""
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -35,17 +32,17 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""Scripts, styles and requests of this server only."""
+"""Allows scripts, styles and requests of this server only."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """What is sent for one address."""
+    """The content served for one path."""
 
     content: bytes
     content_type: str
 
 
 def read_page_files() -> dict[str, PageFile]:
-    """Every file of the page, by the path of its address."""
+    """Read every file of the page, keyed by URL path."""
     return {path: PageFile((PAGE_FOLDER / name).read_bytes(), content_type) for path, (name, content_type) in PAGE_FILES.items()}

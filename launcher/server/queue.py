@@ -1,7 +1,6 @@
-"""Who of a server's callers comes next: a bounded queue, fair between callers, deadlines, cancellation. Lives on one event loop.
+"""The request queue of a server: bounded, fair among clients, with deadlines and cancellation. Must be used on one event loop.
 
-The ranks get as many sequences as they run together; all others wait here, where they cost nothing. Knows ids and callers' names; no
-text, no HTTP.
+The ranks receive only as many sequences as they run concurrently; all others wait here at no cost.
 """
 
 import asyncio
@@ -18,20 +17,20 @@ from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 
 _USUAL_SECONDS = 5.0
-"""How long an answer is taken to need before there was one."""
+"""Assumed duration of an answer before any has been measured."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The sequences of one call, and what comes of them."""
+    """The sequences of one request and their events."""
 
     caller: str
     num_open: int
-    """Sequences that have not ended."""
+    """Unfinished sequences."""
     asked_at: float
-    """time.monotonic()."""
+    """Submission time, from time.monotonic()."""
     events: "asyncio.Queue[tuple[int, NewToken] | ServiceError]" = field(default_factory=asyncio.Queue)
-    """(number of the sequence in the call, its next token or a PromptToken before them); an error ends the call."""
+    """(sequence index in the request, its next token, preceded by any PromptTokens); an error ends the request."""
     deadline: asyncio.TimerHandle | None = None
     told_first: bool = False
     last_token_at: float = 0.0
@@ -52,28 +51,28 @@ class Dispatcher:
         self.max_running, self.max_waiting = max_running, max_waiting
         self._next_index = 0
         self._waiting: OrderedDict[str, deque[_Sequence]] = OrderedDict()
-        """By caller; the one whose turn it is first."""
+        """Waiting sequences by client; the client whose turn is next comes first."""
         self._running: dict[int, _Sequence] = {}
         self._drained: asyncio.Event | None = None
         self._answer_seconds = _USUAL_SECONDS
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait."""
+        """Number of waiting sequences."""
         return sum(map(len, self._waiting.values()))
 
     @property
     def num_running(self) -> int:
-        """Sequences that the ranks have."""
+        """Number of sequences that the ranks run."""
         return len(self._running)
 
     @property
     def is_draining(self) -> bool:
-        """Whether nothing new is taken."""
+        """Whether new requests are rejected."""
         return self._drained is not None
 
     def submit(self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float) -> Ticket:
-        """Queue the sequences of a call. Raises ServiceError when the server drains or too many wait."""
+        """Queue the sequences of a request. Raises ServiceError if the server is draining or too many sequences are waiting."""
         if self.is_draining:
             raise draining()
         self.check_count(len(wanted))
@@ -90,12 +89,12 @@ class Dispatcher:
         return ticket
 
     def check_count(self, sequences: int) -> None:
-        """Raise ServiceError for a call that could never be queued."""
+        """Raise ServiceError for a request that could never be queued."""
         if sequences > self.max_running + self.max_waiting:
             raise too_many(sequences, self.max_running + self.max_waiting)
 
     def close(self, ticket: Ticket) -> None:
-        """Nobody waits for the rest of it any longer."""
+        """Cancel the remaining sequences of a request."""
         if ticket.deadline is not None:
             ticket.deadline.cancel()
             ticket.deadline = None
@@ -115,7 +114,7 @@ class Dispatcher:
         self._fill()
 
     def end_choice(self, ticket: Ticket, number: int) -> None:
-        """Nobody needs more of one sequence of a call: its text has come to a stop."""
+        """Cancel one sequence of a request because its text has reached a stop string."""
         found = [index for index, one in self._running.items() if one.ticket is ticket and one.number == number]
         for index in found:
             del self._running[index]
@@ -124,7 +123,7 @@ class Dispatcher:
         self._fill()
 
     def deliver(self, tokens: Iterable[tuple[int, NewToken]]) -> None:
-        """Hand tokens on to their callers."""
+        """Deliver tokens to their requests."""
         now, has_ended = time.monotonic(), False
         for index, token in tokens:
             sequence = self._running.get(index)
@@ -147,35 +146,35 @@ class Dispatcher:
             self._fill()
 
     def deliver_scores(self, tokens: Iterable[tuple[int, PromptToken]]) -> None:
-        """Hand scored tokens of prompts on to their callers."""
+        """Deliver prompt log-probabilities to their requests."""
         for index, token in tokens:
             sequence = self._running.get(index)
             if sequence is not None:
                 sequence.ticket.events.put_nowait((sequence.number, token))
 
     def give_up(self, indices: Sequence[int], failures: int) -> None:
-        """The ranks failed so often with these that they do not get them again."""
+        """Abandon sequences that the ranks failed on repeatedly."""
         for index in indices:
             sequence = self._running.pop(index, None)
             if sequence is not None:
                 self._fail(sequence.ticket, ranks_failed(failures))
 
     def fail_sequences(self, failures: Iterable[tuple[int, str]]) -> None:
-        """End the calls of these sequences, (index, why): they have no next token."""
+        """Fail the requests of sequences (index, reason) for which the model has no next token."""
         for index, message in failures:
             sequence = self._running.pop(index, None)
             if sequence is not None:
                 self._fail(sequence.ticket, non_finite(message))
 
     def refuse(self, index: int, error: ServiceError) -> None:
-        """The ranks cannot run this sequence: its call ends with an error."""
+        """Fail the request of a sequence that the ranks cannot run."""
         sequence = self._running.pop(index, None)
         if sequence is not None:
             self._journal.cancel(index)
             self._fail(sequence.ticket, error)
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new; return when all is answered, or after so many seconds, when the rest gets an error."""
+        """Reject new requests and wait until all others are answered, or for `seconds`; the rest then fail."""
         self._drained = asyncio.Event()
         self._fill()
         try:
@@ -184,7 +183,7 @@ class Dispatcher:
             self.fail_all()
 
     def fail_all(self) -> None:
-        """End every call with an error, and take nothing new."""
+        """Fail all requests and reject new ones."""
         self._drained = self._drained or asyncio.Event()
         tickets = {sequence.ticket for some in (*self._waiting.values(), self._running.values()) for sequence in some}
         for ticket in tickets:
@@ -195,7 +194,7 @@ class Dispatcher:
         self.close(ticket)
 
     def _fill(self) -> None:
-        """Give the ranks what they have room for, one sequence of each caller in turn."""
+        """Send the ranks as many sequences as they have room for, round-robin over clients."""
         while self._waiting and len(self._running) < self.max_running:
             caller, mine = next(iter(self._waiting.items()))
             sequence = mine.popleft()
@@ -209,5 +208,5 @@ class Dispatcher:
             self._drained.set()
 
     def _estimate_wait_seconds(self) -> int:
-        """Until a place in the queue is free, by what answers have taken so far."""
+        """Estimate the time until the queue has room, from the durations of past answers."""
         return max(1, min(60, math.ceil(self._answer_seconds / max(1, self.max_running))))

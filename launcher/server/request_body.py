@@ -1,7 +1,7 @@
-"""Request bodies from bytes to the types of `launcher/server/api_requests.py`, strictly, in time and memory proportional to their size.
+"""Strict decoding of request bodies to the types of `launcher/server/api_requests.py`, in time and memory linear in their size.
 
-The body is first cut into its fields, which costs no memory; then each field is decoded by its own type. The first error ends it.
-Fields that nobody knows are skipped without being decoded. Depends on msgspec; does not know HTTP.
+The body is first split into fields without copying; each field is then decoded by its own type. Decoding stops at the first error. Unknown
+fields are skipped without being decoded.
 """
 
 import re
@@ -18,9 +18,9 @@ from launcher.server.errors import ServiceError
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
 _MAX_NAMED_FIELDS = 10_000
-"""A body with more colons may have too many fields to list; only the first unknown one is reported then."""
+"""A body with more colons may have too many fields to list; only the first unknown one is then reported."""
 _SHOWN = 60
-"""Characters of a value or name in an error message."""
+"""Maximum characters of a value or name shown in an error message."""
 _TYPE_NAMES = {
     "int": "an integer",
     "float": "a number",
@@ -34,10 +34,10 @@ _PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of s
 
 
 class BodyReader(Generic[Asked]):
-    """Reads the bodies of one route."""
+    """Decoder for the request bodies of one route."""
 
     def __init__(self, kind: type[Asked], note_unknown: Callable[[str, str], None] | None) -> None:
-        """`note_unknown` gets the name of an unknown field and a hint; without it, unknown fields are refused."""
+        """`note_unknown` receives the name of an unknown field and a hint; if None, unknown fields are rejected."""
         self._kind, self._note_unknown = kind, note_unknown
         hints = get_type_hints(kind, include_extras=True)
         self._required = [field.name for field in msgspec.structs.fields(kind) if field.required]
@@ -48,11 +48,11 @@ class BodyReader(Generic[Asked]):
         self._only_known_fields = msgspec.json.Decoder(msgspec.defstruct("KnownFields", fields, gc=False, forbid_unknown_fields=True))
 
     def read(self, body: bytes) -> Asked:
-        """The request. Raises ServiceError, which names the first field that is wrong."""
+        """Decode a request. Raises ServiceError naming the first invalid field."""
         fields = self._split(body)
         for name, hint in self._find_unknown(body):
             if self._note_unknown is None:
-                raise _refuse(f"{name!r} is no field of this request{hint}", name)
+                raise _refuse(f"{name!r} is not a field of this request{hint}", name)
             self._note_unknown(name, hint)
         self._check_neutral(fields)
         values = {name: self._decode(name, raw) for name, raw in fields.items() if name in self._decoders}
@@ -65,23 +65,23 @@ class BodyReader(Generic[Asked]):
             raise _refuse(str(error), str(error).partition(" ")[0]) from None
 
     def _split(self, body: bytes) -> dict[str, bytes]:
-        """The JSON text of each known field; null is the same as absent."""
+        """Return the JSON text of each known field that is not null."""
         try:
-            body.decode()  # fields that are skipped have to be text, too
+            body.decode()  # skipped fields must be valid text, too
             fields = self._fields.decode(body)
         except msgspec.ValidationError as error:
             found = _TYPE_NAMES.get(str(error).rpartition("got `")[2].rstrip("`"), "something else")
             raise _refuse(f"the body is {found}, but a JSON object is needed") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            words = ", or holds half of a surrogate pair" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
-            raise _refuse(f"the body is no JSON{words}: {error}") from None
+            words = ", or holds a lone surrogate" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
+            raise _refuse(f"the body is not JSON{words}: {error}") from None
         except RecursionError:
             raise _refuse("the body is nested too deeply") from None
         raw = {name: bytes(memoryview(value)) for name in self._known if (value := getattr(fields, name)) is not UNSET}
         return {name: text for name, text in raw.items() if text != b"null"}
 
     def _find_unknown(self, body: bytes) -> list[tuple[str, str]]:
-        """Name of each unknown field, with a hint."""
+        """Return the name of each unknown field, with a hint."""
         try:
             self._only_known_fields.decode(body)
             return []
@@ -91,17 +91,17 @@ class BodyReader(Generic[Asked]):
             try:
                 names = [name for name in msgspec.json.decode(body, type=dict[str, Raw]) if name not in self._known]
             except msgspec.DecodeError:
-                raise _refuse("the name of a field holds half of a surrogate pair, which is no character") from None
+                raise _refuse("the name of a field holds a lone surrogate, which is not a character") from None
         near = [(name[:_SHOWN], get_close_matches(name[:_SHOWN], self._decoders, 1)) for name in names]
         return [(name, f"; did you mean {found[0]!r}?" if found else "") for name, found in near]
 
     def _check_neutral(self, fields: dict[str, bytes]) -> None:
-        """Raise ServiceError for a field without an implementation that asks for something."""
+        """Raise ServiceError if an unimplemented field has a value that would have an effect."""
         for name, text in fields.items():
             if name in self._decoders or not NEUTRAL_FIELDS[name]:
                 continue
             if name == "tools" and fields.get("tool_choice") == b'"none"':
-                continue  # none of them may be called
+                continue  # tools that may not be called have no effect
             if len(text) > _SHOWN or msgspec.json.decode(text) not in NEUTRAL_FIELDS[name]:
                 raise _refuse(f"{name} is not supported here; leave it out", name)
 
@@ -116,7 +116,7 @@ class BodyReader(Generic[Asked]):
         except msgspec.ValidationError as error:
             raise _refuse(_explain(name, text, str(error)), name) from None
         except msgspec.DecodeError:
-            raise _refuse(f"{name} holds half of a surrogate pair, which is no character", name) from None
+            raise _refuse(f"{name} holds a lone surrogate, which is not a character", name) from None
         except RecursionError:
             raise _refuse(f"{name} is nested too deeply", name) from None
 
@@ -126,7 +126,7 @@ _IDS, _LISTS_OF_IDS = msgspec.json.Decoder(list[Token]), msgspec.json.Decoder(li
 
 
 def _choose_prompt_decoder(text: bytes) -> msgspec.json.Decoder[Any]:
-    """The one form that a prompt can have by how it begins. Raises ServiceError for too many prompts, before they are decoded."""
+    """Choose the decoder by the first characters of the prompt. Raises ServiceError for too many prompts, before decoding them."""
     match = re.match(rb'(?:"|\[\s*(["\[\]\d-]))', text)
     if match is None:
         raise _refuse(f"prompt is {_show(text)}, but has to be {_PROMPT_FORMS}", "prompt")
@@ -138,12 +138,12 @@ def _choose_prompt_decoder(text: bytes) -> msgspec.json.Decoder[Any]:
         return _IDS
     count = text.count(b"[") - 1  # lists of integers hold no other brackets
     if count > MAX_PROMPTS:
-        raise _refuse(f"prompt holds {count} prompts, but from 1 to {MAX_PROMPTS} are taken at once", "prompt")
+        raise _refuse(f"prompt holds {count} prompts, but must hold 1 to {MAX_PROMPTS}", "prompt")
     return _LISTS_OF_IDS
 
 
 def _explain(name: str, text: bytes, error: str) -> str:
-    """A sentence for msgspec's error: 'Expected `int`, got `str` - at `$[0].role`'."""
+    """Turn msgspec's error, such as 'Expected `int`, got `str` - at `$[0].role`', into a sentence."""
     words, _, path = error.partition(" - at `$")
     place = name + re.sub(r"\[(\d+|\.\.\.)\]", r".\1", path.rstrip("`")).replace("....", ".*")
     missing = re.fullmatch(r"Object missing required field `(.*)`", words)

@@ -1,4 +1,4 @@
-"""The log of a server on standard error: one line per request, and its throughput while it is busy."""
+"""Server log on standard error: one line per request, and throughput while busy."""
 
 import asyncio
 import logging
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 THROUGHPUT_SECONDS = 10.0
 POLLED_PATHS = frozenset({"/health", "/metrics", "/status"})
-"""Requests that monitoring repeats; they are logged at debug level."""
+"""Paths polled by monitoring; logged at debug level."""
 _log = logging.getLogger("tandem.server")
 
 
 def configure_log(level: str) -> None:
-    """Log to standard error from this level on: error, warning, info or debug."""
+    """Log to standard error at `level` and above: error, warning, info or debug."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     _log.handlers, _log.propagate = [handler], False
@@ -24,17 +24,17 @@ def configure_log(level: str) -> None:
 
 
 def log_request(scope: MutableMapping[str, Any], status: int, seconds: float, caller: str | None = None) -> None:
-    """One HTTP request has been answered."""
+    """Log one completed HTTP request."""
     level = logging.DEBUG if scope["path"] in POLLED_PATHS else logging.INFO
     if _log.isEnabledFor(level):
         client = caller or (scope.get("client") or ("-",))[0]
-        # A client must not be able to forge log lines.
+        # Escape the path so that clients cannot forge log lines.
         path = scope["path"][:200].encode("unicode_escape").decode()
         _log.log(level, '%s "%s %s" %d %.2f s', client, scope["method"], path, status, seconds)
 
 
 async def log_throughput(front: "ServeFront") -> None:
-    """Every THROUGHPUT_SECONDS, while requests run or wait. Runs on the event loop, until it is cancelled."""
+    """Log throughput every THROUGHPUT_SECONDS while requests run or wait. Runs on the event loop until cancelled."""
     while True:
         await asyncio.sleep(THROUGHPUT_SECONDS)
         if _log.isEnabledFor(logging.INFO):
@@ -44,7 +44,7 @@ async def log_throughput(front: "ServeFront") -> None:
 
 
 def describe_throughput(found: dict[str, Any]) -> str:
-    """A line from what `ServeFront.describe` gives."""
+    """Format a log line from the result of `ServeFront.describe`."""
     return (
         f"decode {found['tokens_per_second']:.1f} tokens/s, prefill {found['prompt_tokens_per_second']:.1f} tokens/s, "
         f"{found['running']} running, {found['waiting']} waiting, KV cache {found['blocks_used'] / max(1, found['blocks_total']):.0%} used"

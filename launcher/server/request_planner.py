@@ -1,6 +1,6 @@
-"""From the bytes of a request to token ids and sampling parameters: fields, chat template, tokenizer, and whether it all fits the model.
+"""Conversion of request bytes to token ids and sampling parameters: fields, chat template, tokenizer, and context limits.
 
-Runs in the threads of `launcher/server/request_threads.py`. Does not know HTTP, nor how an answer comes about.
+Runs in the threads of `launcher/server/request_threads.py`.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ from parallel.errors import RequestError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One call, as texts and ids."""
+    """One planned request, as text and token ids."""
 
     naming: Naming
     prompts: Sequence[tuple[int, ...]]
     choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
-    """Ids and options of each choice; n of them for each prompt."""
+    """Token ids and sampling parameters of each choice; n choices per prompt."""
     texts: Sequence[ChoiceText]
     echo: Sequence[str]
-    """What stands before each choice's text."""
+    """Echoed text that precedes each choice."""
     scored: Sequence[list[NewToken]]
-    """Prompt of each choice, as far as its log-probabilities have come, where they go with the echo."""
+    """Prompt tokens of each choice received so far, if their log-probabilities are echoed."""
     new_tokens: int
-    """Tokens of a choice at most; 0: only its prompt is of interest."""
+    """Maximum new tokens per choice; 0 evaluates only the prompt."""
     with_logprobs: bool
     with_usage: bool
     is_stream: bool
@@ -45,10 +45,10 @@ class Asked:
 
 
 class RequestPlanner:
-    """Reads the requests of one server."""
+    """Plans the requests of one server."""
 
     def __init__(self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool) -> None:
-        """`max_seconds`: the longest deadline of a request. `strict_fields`: refuse unknown fields instead of ignoring them."""
+        """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them."""
         self._front, self._tokenizer, self._chat, self._max_seconds = front, tokenizer, chat, max_seconds
         self._fingerprint = f"tandem-{front.served.version}"
         self._unknown_fields = OnceLog()
@@ -56,7 +56,7 @@ class RequestPlanner:
         self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
 
     def plan_completion(self, raw: bytes) -> Asked:
-        """What a completion asks for. Raises ServiceError, RequestError."""
+        """Plan a completion. Raises ServiceError, RequestError."""
         body = self._completions.read(raw)
         self.check_model(body.model)
         self._front.dispatcher.check_count(len(body.prompts) * body.n)
@@ -65,7 +65,7 @@ class RequestPlanner:
         return self._plan(body, prompts, new_tokens, body.logprobs, has_echo=body.echo, is_chat=False)
 
     def plan_chat(self, raw: bytes) -> Asked:
-        """What a chat completion asks for. Raises ServiceError, RequestError."""
+        """Plan a chat completion. Raises ServiceError, RequestError."""
         body = self._chats.read(raw)
         self.check_model(body.model)
         (ids,) = self._encode([self._render(body.messages)], add_special_tokens=False)
@@ -75,12 +75,12 @@ class RequestPlanner:
         return self._plan(body, [ids], new_tokens, logprobs, has_echo=False, is_chat=True)
 
     def _render(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation. Raises RequestError where the template refuses it or would drop tool calls."""
+        """Render the prompt of a conversation. Raises RequestError if the template rejects it or would drop tool calls."""
         sent = [message.to_template() for message in messages]
         text = self._chat.render(sent)
         if not any("tool_calls" in message for message in sent) or self._chat.render(_drop_tool_calls(sent)) != text:
             return text
-        # Some templates look for tool calls only where the content is null; most others fail on null.
+        # Some templates look for tool calls only if the content is null; most others fail on null.
         nulls = [{**message, "content": message["content"] or None} if "tool_calls" in message else message for message in sent]
         with suppress(RequestError):
             text = self._chat.render(nulls)
@@ -107,7 +107,7 @@ class RequestPlanner:
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
         for number, ids in enumerate(prompts):
             all_params = body.plan_sampling(max(1, new_tokens), logprobs, prompt_logprobs=is_scored)
-            token_request = Request(number, ids, all_params[0])  # the choices of a prompt differ in their seeds only
+            token_request = Request(number, ids, all_params[0])  # the choices of a prompt differ only in their seeds
             check_request(token_request, served.job.context_tokens, served.config.vocab_size)
             check_memory(token_request, served.num_blocks, served.job.block_size)
             choices.extend((ids, params) for params in all_params)
@@ -116,8 +116,8 @@ class RequestPlanner:
             raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {served.config.vocab_size}")
         num_scored = (1 + (logprobs or 0)) * body.n * sum(map(len, prompts)) if is_scored else 0
         if num_scored > MAX_PROMPT_LOGPROBS:
-            words = f"{num_scored} log-probabilities of prompts, but at most {MAX_PROMPT_LOGPROBS} are given at once: send fewer prompts"
-            raise RequestError(f"echo with logprobs asks for {words}")
+            words = f"{num_scored} log-probabilities of prompts, but the maximum is {MAX_PROMPT_LOGPROBS}: send fewer prompts"
+            raise RequestError(f"echo with logprobs requests {words}")
         echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
         return Asked(
             naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
@@ -134,7 +134,7 @@ class RequestPlanner:
         )
 
     def _encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[tuple[int, ...]]:
-        """Ids of texts; ids stay as they are. Raises RequestError for a text that is too long to be tokenized, or not Unicode."""
+        """Tokenize texts; token ids pass through. Raises RequestError for a text that is too long to tokenize or not valid Unicode."""
 
         return [self._encode_one(number, one, add_special_tokens) for number, one in enumerate(prompts)]
 
@@ -144,8 +144,8 @@ class RequestPlanner:
         try:
             size = len(prompt.encode())
         except UnicodeEncodeError:
-            raise RequestError("the text holds half of a surrogate pair, which is no character") from None
-        # A text has no fewer tokens than its longest possible token allows; counting them would take seconds.
+            raise RequestError("the text holds a lone surrogate, which is not a character") from None
+        # Reject by the longest possible token first: tokenizing an oversized text would take seconds.
         room = self._room
         if size > room and size > (most := room * self._longest_token):
             words = f"{most}: {room} tokens of at most {self._longest_token} bytes each"
@@ -156,17 +156,17 @@ class RequestPlanner:
 
     @cached_property
     def _longest_token(self) -> int:
-        """Bytes of the longest token of the vocabulary."""
+        """Length of the longest token of the vocabulary, in bytes."""
         return max((len(self._tokenizer.token_bytes(token_id)) for token_id in range(self._tokenizer.vocab_size)), default=1) or 1
 
     @property
     def _room(self) -> int:
-        """Tokens that a sequence may have."""
+        """Maximum number of tokens of a sequence."""
         served = self._front.served
         return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ServiceError for a model that is not served here."""
+        """Raise ServiceError if the requested model is not the served one."""
         known = self._front.served.name
         if name is not None and name != known:
             raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")

@@ -1,6 +1,6 @@
-"""Threads that read, tokenize and validate requests, so that the event loop keeps answering others meanwhile.
+"""Thread pools that parse, tokenize and validate requests off the event loop.
 
-Large requests have a thread of their own: they delay each other, and no small one.
+Large requests have a separate thread, so they delay each other but no small ones.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ Result = TypeVar("Result")
 LARGE_BYTES = 64 << 10
 _SMALL_THREADS = 3
 _MAX_PENDING = 256
-"""Requests that wait for or run in the threads of one kind; each holds its body."""
+"""Maximum pending requests per pool, waiting or running; each holds its body."""
 
 
 class RequestThreads:
-    """The threads of one server."""
+    """The thread pools of one server."""
 
     def __init__(self) -> None:
         kinds = [(is_chat, is_large) for is_chat in (False, True) for is_large in (False, True)]
@@ -27,9 +27,9 @@ class RequestThreads:
         self._pending = dict.fromkeys(kinds, 0)
 
     async def run(self, body: bytes, work: Callable[[bytes], Result], *, is_chat: bool = False) -> Result:
-        """What `work` makes of a request's body. Raises ServiceError (503) when too many wait, and whatever `work` raises.
+        """Apply `work` to a request body in a thread. Raises ServiceError (503) if too many requests are pending, and any error of `work`.
 
-        Chats have threads of their own: a template that takes long delays no completion.
+        Chat requests have separate threads, so a slow template delays no completions.
         """
         kind = is_chat, len(body) > LARGE_BYTES
         if self._pending[kind] >= _MAX_PENDING:
@@ -37,7 +37,7 @@ class RequestThreads:
         loop = asyncio.get_running_loop()
         self._pending[kind] += 1
 
-        def end(_: "Future[Result]") -> None:  # in the thread, even if the client has gone
+        def end(_: "Future[Result]") -> None:  # runs in the thread, even if the client has disconnected
             loop.call_soon_threadsafe(self._note_end, kind)
 
         future = self._pools[kind].submit(work, body)
@@ -48,6 +48,6 @@ class RequestThreads:
         self._pending[kind] -= 1
 
     def close(self) -> None:
-        """Start no further request."""
+        """Start no further requests."""
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)

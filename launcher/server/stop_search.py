@@ -1,7 +1,7 @@
-"""The search for stop texts in an answer as it grows.
+"""Incremental search for stop strings.
 
-Stop texts are looked for in the answer with the text of its special tokens and in the answer without it, since a client may mean either:
-`<|eot|>`, or a text that a special token interrupts. Only text without special tokens is given out. Depends on no tokenizer.
+A stop string may name a special token (`<|eot|>`) or span one, so the search covers the answer both with and without the text of its
+special tokens. Only text without special tokens is returned.
 """
 
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from itertools import compress
 
 
 class StopSearch:
-    """One answer. What may become a stop text is held back until that is known."""
+    """Stop search in one answer. Text that may turn out to be the start of a stop string is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=1) - 1
         self._held = ""
         self._shown: list[bool] = []
-        """Of each held character, whether it belongs to the answer: text of special tokens does not."""
+        """For each held character, whether it is part of the answer; text of special tokens is not."""
 
     def add(self, text: str, *, shown: bool = True) -> None:
-        """The answer grows by a text, or where not `shown` by the text of a special token."""
+        """Append text to the answer; `shown` is False for the text of a special token."""
         self._held += text
         self._shown += [shown] * len(text)
 
     def take(self, *, is_end: bool) -> tuple[str, bool]:
-        """What can be given out now, everything at the end; and whether a stop text is complete, which ends the answer before it."""
+        """Return the text that can be released, all of it at the end, and whether a stop string was found, before which the text ends."""
         places = [place for place, shown in enumerate(self._shown) if shown]
         visible = self._held if len(places) == len(self._held) else "".join(compress(self._held, self._shown))
-        # The stop text that is complete first counts, however characters are dealt to tokens; of several the longest.
+        # The stop string completed first wins, independent of token boundaries; of several, the longest.
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if visible is not self._held:
             starts = [(visible.find(stop), len(stop)) for stop in self._stops]
@@ -48,6 +48,6 @@ class StopSearch:
         return text, False
 
     def _count_begun(self, text: str) -> int:
-        """Characters at the end of a text with which a stop text begins."""
+        """Return the length of the longest suffix of `text` with which a stop string begins."""
         sizes = range(min(self._longest, len(text)), 0, -1)
         return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)

@@ -1,6 +1,6 @@
-"""A process that runs chat templates, which are programs out of somebody else's file, under limits of time, memory and output.
+"""Sandbox process for chat templates (untrusted programs from the checkpoint), with limits on time, memory and output size.
 
-It is started when it is first needed, used again, and killed when a template does not come to an end. It ends with its parent.
+Started on first use, then reused; killed if a template does not terminate. Exits with its parent.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ from parallel.errors import CheckpointError, InputError, RequestError
 _KINDS: dict[str, type[InputError]] = {kind.__name__: kind for kind in (CheckpointError, RequestError)}
 _HEAD = struct.Struct("!Q")
 _START_SECONDS = 60.0
-"""For the process to be ready; takes 0.2 s on an idle machine."""
+"""Startup timeout; startup takes 0.2 s on an idle machine."""
 _PR_SET_PDEATHSIG = 1
 _START = "import sys; sys.path[:] = sys.argv[5:]; from launcher.server.template_process import main; main(*map(int, sys.argv[1:5]))"
-"""Not `-m`, which would look for the package in the current folder first."""
+"""Not `-m`, which would search the current directory for the package first."""
 
 
 class TemplateProcess:
-    """Not to be used by two threads at once."""
+    """Client of the template process. Not thread-safe."""
 
     def __init__(
         self,
@@ -40,7 +40,8 @@ class TemplateProcess:
         memory_bytes: int = 128_000_000,
         max_characters: int = MAX_CHARACTERS,
     ) -> None:
-        """`seconds`: processor time of one call; `wall_seconds`: its duration. `memory_bytes`: on top of the interpreter's own."""
+        """`seconds` limits the CPU time of a call and `wall_seconds` its duration; `memory_bytes` is in addition to the interpreter's own
+        memory."""
         self._seconds, self._wall_seconds = seconds, wall_seconds
         self._memory_bytes, self._max_characters = memory_bytes, max_characters
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,18 +49,18 @@ class TemplateProcess:
         self._is_closed = False
 
     def check(self, source: str, where: str) -> None:
-        """Raise CheckpointError when a template cannot be compiled under the limits."""
+        """Raise CheckpointError if a template cannot be compiled within the limits."""
         try:
             self._call({"source": source, "where": where})
         except RequestError as error:
             raise CheckpointError(str(error)) from None
 
     def render(self, source: str, where: str, variables: Mapping[str, Any]) -> str:
-        """The text of a template. Raises RequestError when it fails or needs too much, CheckpointError when it cannot be compiled."""
+        """Render a template. Raises RequestError if it fails or exceeds a limit, CheckpointError if it cannot be compiled."""
         return self._call({"source": source, "where": where, "variables": variables})
 
     def close(self) -> None:
-        """End the process, whatever it does; another thread's call then fails, and so do later ones."""
+        """Kill the process, even if it is busy; concurrent and later calls fail."""
         self._is_closed = True
         self._end()
 
@@ -88,7 +89,7 @@ class TemplateProcess:
                 status = self._find_end()
                 if status == -signal.SIGPROF:
                     raise RequestError(f"the chat template of {where} took more than {self._seconds:g} s of processor time") from None
-                # Killed while it waited, by the end of the thread that started it or by somebody else: once is no reason to give up.
+                # It may have been killed while idle, by PDEATHSIG when the thread that started it exited or from outside: retry once.
                 if is_last:
                     raise RequestError(
                         f"the chat template of {where} ended its process (status {status}): it may need too much memory"
@@ -139,12 +140,12 @@ class TemplateProcess:
 
 
 def main(parent: int, microseconds: int, memory_bytes: int, max_characters: int) -> None:
-    """Serve the parent until it ends or a limit is reached."""
+    """Serve the parent until it exits or a limit is reached."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended before
+    if os.getppid() != parent:  # the parent has already exited
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ChatTemplate("", "").render({})  # everything is imported before memory is limited
+    ChatTemplate("", "").render({})  # import everything before memory is limited
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + memory_bytes
     for limit, value in ((resource.RLIMIT_AS, most), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
@@ -157,7 +158,7 @@ def main(parent: int, microseconds: int, memory_bytes: int, max_characters: int)
                 request = _receive(connection, None)
             except OSError:
                 return
-            # A template that does not end is ended by the kernel, whatever Python is doing then.
+            # The kernel terminates a template that runs too long, whatever Python is executing.
             signal.setitimer(signal.ITIMER_PROF, microseconds / 1e6)
             answer = _answer(request, templates, max_characters)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -175,7 +176,7 @@ def _answer(request: bytes, templates: dict[str, ChatTemplate], max_characters: 
             templates[source] = ChatTemplate(source, where)
         return {"text": "" if variables is None else templates[source].render(variables, max_characters)}
     except InputError as error:
-        # After memory has run out, nothing is certain.
+        # The interpreter's state is unreliable after it ran out of memory.
         ends = {"ends": True} if "too much memory" in str(error) else {}
         return {"kind": type(error).__name__, "error": str(error), **ends}
     except MemoryError:
@@ -190,7 +191,7 @@ def _send(connection: socket.socket, payload: bytes) -> None:
 
 
 def _receive(connection: socket.socket, deadline: float | None) -> bytes:
-    """One message. Raises TimeoutError, and ConnectionError when the other side has ended."""
+    """Receive one message. Raises TimeoutError, and ConnectionError if the peer has exited."""
     (length,) = _HEAD.unpack(_receive_exactly(connection, _HEAD.size, deadline))
     return _receive_exactly(connection, length, deadline)
 

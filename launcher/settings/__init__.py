@@ -1,1 +1,1 @@
-"""Options, MindFormers YAML and quantization settings."""
+"""Command-line options, MindFormers YAML, and quantization settings."""

@@ -1,6 +1,6 @@
-"""What the words after `tandem quantize -a` mean: the table of approaches, and the recipe of one with its options.
+"""The approaches of `tandem quantize -a`, and the recipe of an approach with its options.
 
-Knows words and schemes; no checkpoint, no data, no PyTorch.
+Does not depend on checkpoints, data or PyTorch.
 """
 
 import sys
@@ -23,7 +23,7 @@ _HEAD, _HEAD_AND_DOWN = ("lm_head",), ("lm_head", "w2")
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What an approach is without further words."""
+    """The defaults of an approach."""
 
     linear: LinearScheme | None
     not_converted: tuple[str, ...]
@@ -31,9 +31,9 @@ class Preset:
     smooth: bool = False
     kv_cache: bool = False
     quant_method: str | None = None
-    """The method of a YAML's quantization_config that is the same thing."""
+    """The equivalent quant_method in a YAML's quantization_config."""
     options: tuple[str, ...] = ()
-    """Which options shape it."""
+    """The options that apply to it."""
 
 
 APPROACHES = {
@@ -55,10 +55,10 @@ _NOT_GIVEN = (None, "none", "None")
 
 
 def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSettings | None) -> Recipe:
-    """The recipe of these words. A YAML's quantization_config of the same method says which layers stay float, and alpha."""
+    """Build the recipe. A YAML's quantization_config with the same method determines alpha and which layers stay in float."""
     same = yaml if yaml is not None and yaml.quant_method == preset.quant_method else None
     if yaml is not None and same is None:
-        print(f"warning: quantization_config ({yaml.quant_method}) is not what -a {options.approach} makes; it is ignored", file=sys.stderr)
+        print(f"warning: quantization_config ({yaml.quant_method}) does not match -a {options.approach} and is ignored", file=sys.stderr)
     linear, kv_cache, smooth = preset.linear, preset.kv_cache, preset.smooth
     if options.approach == "ptq":
         asked = QuantizationSettings(
@@ -73,9 +73,9 @@ def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSett
     elif _dtype(options.kvcache_dtype, None) == "int8":
         kv_cache = True
     if options.kv_granularity and not kv_cache:
-        raise ConfigError(f"--kvcache-granularity is {options.kv_granularity}, but no int8 cache is asked for; add -k int8")
+        raise ConfigError(f"--kvcache-granularity is {options.kv_granularity}, but no int8 cache is requested; add -k int8")
     if options.not_converted and linear is None:
-        raise ConfigError(f"-b names layers that stay float, but -a {options.approach} makes no integer weights; leave it out")
+        raise ConfigError(f"-b names layers that stay float, but -a {options.approach} produces no integer weights; drop -b")
     if linear is not None and "group_size" in preset.options:
         symmetric = linear.symmetric if options.symmetric is None else options.symmetric
         linear = LinearScheme(bits=4, group_size=options.group_size or DEFAULT_GROUP_SIZE, symmetric=symmetric)

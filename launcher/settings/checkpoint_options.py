@@ -1,4 +1,4 @@
-"""The options of the commands that inspect or rewrite a checkpoint: convert, reshard, verify, plan and quantize."""
+"""Options of the commands that inspect or rewrite a checkpoint: convert, reshard, verify, plan and quantize."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,13 @@ from launcher.settings.option_declarations import DATA, MODEL, OUTPUT, PARALLELI
 from launcher.settings.options import CacheDtype, CheckpointOptions, Dtype, RunOptions
 
 DEFAULT_SAMPLES = 200
-"""Golden Stick's."""
+"""Golden Stick's default."""
 Int8OrNone = Literal["int8", "none", "None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteOptions(CheckpointOptions):
-    """What convert and reshard share."""
+    """Options shared by convert and reshard."""
 
     model: str | None = None
     checkpoint: Annotated[str | Path, argument(metavar="SRC", help="Checkpoint of any readable format, or a Hugging Face id.")]
@@ -25,7 +25,7 @@ class RewriteOptions(CheckpointOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions(RewriteOptions):
-    """`tandem convert`."""
+    """Options of `tandem convert`."""
 
     to: Annotated[
         Literal["hf", "mindspore"],
@@ -36,7 +36,7 @@ class ConvertOptions(RewriteOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardOptions(RewriteOptions):
-    """`tandem reshard`."""
+    """Options of `tandem reshard`."""
 
     workers: Annotated[
         int, option("--workers", "-n", help="Number of ranks to write files for; 1: a single file.", panel=PARALLELISM, min=1)
@@ -45,7 +45,7 @@ class ReshardOptions(RewriteOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(CheckpointOptions):
-    """`tandem verify`."""
+    """Options of `tandem verify`."""
 
     verify: bool = False
     deep: Annotated[bool, option("--deep", help="Also search for NaN and infinite values.", panel=OUTPUT)] = False
@@ -54,7 +54,7 @@ class VerifyOptions(CheckpointOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions(CheckpointOptions):
-    """`tandem plan`."""
+    """Options of `tandem plan`."""
 
     verify: bool = False
     model_config: Annotated[Path | None, option("--model-config", help="Hugging Face config.json, without weights.", panel=MODEL)] = None
@@ -87,13 +87,13 @@ class PlanOptions(CheckpointOptions):
         float | None,
         option("--bandwidth", help="Memory bandwidth per rank in GB/s; adds an estimate of tokens/s. Default: none.", panel=OUTPUT),
     ] = None
-    svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Draw which rank owns what into this file.", panel=OUTPUT)] = None
+    svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Write a diagram of the split to this file.", panel=OUTPUT)] = None
     as_json: Annotated[bool, option("--json", help="Print one JSON object instead of a table.", panel=OUTPUT)] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions(RunOptions):
-    """`tandem quantize`."""
+    """Options of `tandem quantize`."""
 
     kv_cache_dtype: CacheDtype | None = None
     max_batch_size: int | None = None
@@ -105,8 +105,8 @@ class QuantizeOptions(RunOptions):
             "--approach",
             "-a",
             help="Required. rtn-a16w8: int8 weights. rtn-c8: int8 KV cache. a8w8: int8 weights, dynamic int8 activations. "
-            "smooth_quant: int8 weights and activations. ptq: as -w, -k, "
-            "--act-quant-dtype and --outliers choose. gptq, awq, rtn-a16w4: int4 weights.",
+            "smooth_quant: int8 weights and activations. ptq: as selected by -w, -k, "
+            "--act-quant-dtype and --outliers. gptq, awq, rtn-a16w4: int4 weights.",
             panel=QUANTIZATION,
         ),
         also("-q"),

@@ -1,4 +1,4 @@
-"""The options of the commands that generate text: predict, chat and serve."""
+"""Options of the commands that generate text: predict, chat and serve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ OutputFormat = Literal["text", "mindformers", "json"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions(SamplingOptions, ClusterOptions):
-    """`tandem predict`."""
+    """Options of `tandem predict`."""
 
     prompts: Annotated[
         tuple[str, ...],
@@ -20,7 +20,7 @@ class PredictOptions(SamplingOptions, ClusterOptions):
     ] = ()
     prompts_file: Annotated[
         Path | None,
-        option("--prompts-file", help='Prompts, one a line; .jsonl: objects with "prompt"; -: standard input.', panel=GENERATION),
+        option("--prompts-file", help='Prompts, one per line; .jsonl: objects with "prompt"; -: standard input.', panel=GENERATION),
     ] = None
     max_length: Annotated[
         int | None,
@@ -36,15 +36,15 @@ class PredictOptions(SamplingOptions, ClusterOptions):
         OutputFormat,
         option(
             "--format",
-            help="Form of standard output; text is streamed. Default: text.",
+            help="Format of standard output; text is streamed. Default: text.",
             panel=OUTPUT,
         ),
     ] = "text"
     output: Annotated[
         Path | None,
-        option("--output", metavar="FILE", help="Append a JSON object per finished prompt. Default: none.", panel=OUTPUT),
+        option("--output", metavar="FILE", help="Append one JSON object per finished prompt. Default: none.", panel=OUTPUT),
     ] = None
-    resume: Annotated[bool, option("--resume", help="Skip prompts that --output holds already.", panel=OUTPUT)] = False
+    resume: Annotated[bool, option("--resume", help="Skip prompts already in the --output file.", panel=OUTPUT)] = False
     stats: Annotated[
         Path | None, option("--stats", metavar="FILE", help="Write speeds, bytes and memory to this JSON file.", panel=OUTPUT)
     ] = None
@@ -52,7 +52,7 @@ class PredictOptions(SamplingOptions, ClusterOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions(SamplingOptions, EngineOptions):
-    """`tandem chat`."""
+    """Options of `tandem chat`."""
 
     system: Annotated[
         str | None, option("--system", metavar="TEXT", help="System message of the conversation. Default: none.", panel=GENERATION)
@@ -62,21 +62,21 @@ class ChatOptions(SamplingOptions, EngineOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions(ClusterOptions):
-    """`tandem serve`."""
+    """Options of `tandem serve`."""
 
     host: Annotated[
         str, option("--host", help="Address to listen on; outside loopback it needs --api-key-file. Default: 127.0.0.1.", panel=SERVER)
     ] = "127.0.0.1"
     port: Annotated[int, option("--port", help="Port to listen on; 0: any free one. Default: 8000.", panel=SERVER, min=0, max=65535)] = 8000
     api_key_file: Annotated[
-        Path | None, option("--api-key-file", help="File of API keys, one a line, for the bearer token. Default: none.", panel=SERVER)
+        Path | None, option("--api-key-file", help="File of API keys, one per line, for bearer tokens. Default: none.", panel=SERVER)
     ] = None
     insecure: Annotated[bool, option("--insecure", help="Listen on any address without an API key.", panel=SERVER)] = False
     served_model_name: Annotated[
         str | None, option("--served-model-name", help="Model name of the API. Default: the checkpoint's name.", panel=SERVER)
     ] = None
     max_waiting: Annotated[
-        int, option("--max-queue", help="Maximum waiting sequences; more are refused with 429. Default: 256.", panel=SERVER, min=0)
+        int, option("--max-queue", help="Maximum queued sequences; more are rejected (429). Default: 256.", panel=SERVER, min=0)
     ] = 256
     request_seconds: Annotated[
         float,
@@ -92,7 +92,7 @@ class ServeOptions(ClusterOptions):
         float,
         option(
             "--drain",
-            help="Seconds that running requests may take after SIGTERM or SIGINT. Default: 30.",
+            help="Seconds to drain requests after SIGTERM or SIGINT. Default: 30.",
             panel=SERVER,
             min=0,
             max=MAX_SECONDS,
@@ -102,7 +102,7 @@ class ServeOptions(ClusterOptions):
         int,
         option(
             "--prefill-tokens",
-            help="Maximum prompt tokens per forward pass: less delays other requests less. Default: 256.",
+            help="Maximum prompt tokens per forward pass; lower values delay others less. Default: 256.",
             panel=MEMORY,
             min=16,
             max=512,
@@ -113,11 +113,11 @@ class ServeOptions(ClusterOptions):
         float, option("--max-body-mb", help="Maximum request body in megabytes. Default: 4.", panel=SERVER, min=0.001, max=1000)
     ] = 4.0
     strict_fields: Annotated[
-        bool, option("--strict-fields", help="Refuse requests with unknown fields instead of ignoring these fields.", panel=SERVER)
+        bool, option("--strict-fields", help="Reject requests with unknown fields instead of ignoring them.", panel=SERVER)
     ] = False
     max_connections: Annotated[
         int | None,
-        option("--max-connections", help="Maximum open connections. Default: what open files allow, up to 1024.", panel=SERVER, min=1),
+        option("--max-connections", help="Maximum open connections. Default: the open-file limit, up to 1024.", panel=SERVER, min=1),
     ] = None
     max_client_connections: Annotated[
         int | None,
@@ -127,7 +127,7 @@ class ServeOptions(ClusterOptions):
         int,
         option(
             "--max-client-requests",
-            help="Maximum requests in progress per client (API key, else address). Default: 128.",
+            help="Maximum concurrent requests per client (API key or address). Default: 128.",
             panel=SERVER,
             min=1,
         ),
@@ -140,11 +140,9 @@ class ServeOptions(ClusterOptions):
         int | None,
         option(
             "--max-restarts",
-            help="Maximum restarts after rank failures; three consecutive failed starts end the server. Default: 1000.",
+            help="Maximum restarts after rank failures; the server exits after three failed starts in a row. Default: 1000.",
             panel=PARALLELISM,
             min=0,
         ),
     ] = None
-    log_level: Annotated[
-        LogLevel, option("--log-level", help="Least severe messages of the server to print. Default: info.", panel=OUTPUT)
-    ] = "info"
+    log_level: Annotated[LogLevel, option("--log-level", help="Minimum severity of log messages. Default: info.", panel=OUTPUT)] = "info"

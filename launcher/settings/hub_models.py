@@ -1,7 +1,7 @@
-"""Models of the Hugging Face hub: their names, and the folder in the local cache that holds one, downloaded if need be.
+"""Models on the Hugging Face Hub: their names, and their folders in the local cache, downloaded if needed.
 
-Only the files that a run reads are downloaded, and safetensors are preferred. huggingface_hub reads HF_ENDPOINT, HF_HOME, HF_TOKEN and
-HF_HUB_OFFLINE itself.
+Downloads only the files that a run reads, preferring safetensors. huggingface_hub itself reads HF_ENDPOINT, HF_HOME, HF_TOKEN and
+HF_HUB_OFFLINE.
 """
 
 import glob
@@ -26,27 +26,27 @@ _TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A repository of the hub."""
+    """A repository on the Hub."""
 
     id: str
     """org/name."""
     revision: str | None = None
-    """Branch, tag or commit; None: main."""
+    """Branch, tag or commit; None means main."""
 
     def __str__(self) -> str:
         return self.id if self.revision is None else f"{self.id}@{self.revision}"
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """`org/name`, `org/name@revision` or the address of its page; None for anything else."""
+    """Parse `org/name`, `org/name@revision` or the URL of its page; None for anything else."""
     match = _URL.fullmatch(text) or (None if text.lower().endswith(_FILE_ENDS) else _ID.fullmatch(text))
     return HubName(match["id"], match["revision"]) if match else None
 
 
 def fetch_model(name: HubName, *, offline: bool) -> Path:
-    """The folder of a model: from the local cache when it is complete there, else downloaded.
+    """Return the folder of a model, from the local cache if complete there, otherwise downloaded.
 
-    Raises CheckpointError for a name that the hub does not have, for files that cannot be read here, and when the hub cannot be reached.
+    Raises CheckpointError if the Hub has no such model, if its files cannot be read by tandem, or if the Hub is unreachable.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -66,12 +66,12 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
     print(f"downloading {name}: {len(files)} files, {num_bytes / 1e6:.0f} MB, to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
     try:
         return Path(snapshot_download(name.id, revision=name.revision, allow_patterns=[glob.escape(file) for file in files]))
-    except Exception as error:  # the HTTP library's own, which differ between versions of huggingface_hub
+    except Exception as error:  # errors of the HTTP library, which differ between versions of huggingface_hub
         raise CheckpointError(f"{name} cannot be downloaded from {constants.ENDPOINT}: {_first_line(error)}; repeat to resume") from None
 
 
 def _find_snapshot(name: HubName) -> Path | None:
-    """The folder of a revision in the cache, complete or not."""
+    """Return the folder of a revision in the cache, complete or not."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -86,7 +86,7 @@ def _find_snapshot(name: HubName) -> Path | None:
 
 
 def choose_files(name: str, files: Sequence[str]) -> list[str]:
-    """What to download of a repository's files. Raises CheckpointError when none of its weights can be read."""
+    """Select the files to download from a repository. Raises CheckpointError if none of its weights can be read."""
     top = [file for file in files if "/" not in file]
     safetensors = [file for file in top if file.endswith(".safetensors") and not file.startswith(("consolidated", "adapter_"))]
     ggufs, meta = [file for file in top if file.endswith(".gguf")], [file for file in top if re.fullmatch(r"consolidated.*\.pth", file)]
@@ -114,7 +114,7 @@ def choose_files(name: str, files: Sequence[str]) -> list[str]:
 
 
 def find_missing(folder: Path, *, needs_tokenizer: bool = True) -> str | None:
-    """The first file that a download into this folder lacks, as far as can be told; None when it is complete."""
+    """Return the first file missing from a downloaded folder, as far as can be determined; None if it is complete."""
     names = {path.name for path in folder.iterdir() if path.exists()}
     if any(name.endswith((".gguf", ".ckpt")) for name in names) or {"params.json", "tokenizer.model"} <= names:
         return None
@@ -138,7 +138,7 @@ def find_missing(folder: Path, *, needs_tokenizer: bool = True) -> str | None:
 
 
 def _list_files(name: HubName) -> tuple[list[str], int]:
-    """Names and bytes of what to download."""
+    """Return the names of the files to download, and their total size in bytes."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -155,7 +155,7 @@ def _list_files(name: HubName) -> tuple[list[str], int]:
         ) from None
     except HfHubHTTPError as error:
         raise CheckpointError(f"{constants.ENDPOINT} refused {name}: {_first_line(error)}") from None
-    except Exception as error:  # the HTTP library's own, which differ between versions of huggingface_hub
+    except Exception as error:  # errors of the HTTP library, which differ between versions of huggingface_hub
         raise CheckpointError(
             f"{name} is not a file or folder here, and {constants.ENDPOINT} cannot be reached: {_first_line(error)}; give a local path"
         ) from None

@@ -1,4 +1,4 @@
-"""The options of the commands that measure: bench, eval and env."""
+"""Options of the commands that measure: bench, eval and env."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from launcher.settings.options import RunOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions(RunOptions):
-    """`tandem bench`."""
+    """Options of `tandem bench`."""
 
     max_batch_size: int | None = None
     model_config: Annotated[Path | None, option("--model-config", help="Hugging Face config.json, for --random-weights.", panel=MODEL)] = (
@@ -23,7 +23,7 @@ class BenchOptions(RunOptions):
         str | None,
         option(
             "--quantization",
-            help="Of random weights: none, rtn-a16w8, a8w8 or rtn-a16w4. Default: the config's, else rtn-a16w8.",
+            help="Quantization of random weights: none, rtn-a16w8, a8w8 or rtn-a16w4. Default: the config's, else rtn-a16w8.",
             panel=MODEL,
         ),
     ] = None
@@ -38,7 +38,7 @@ class BenchOptions(RunOptions):
     new_tokens: Annotated[
         int | None, option("--new-tokens", help="Decode steps per round. Default: 32, at most the context.", panel=GENERATION)
     ] = None
-    rounds: Annotated[int, option("--rounds", help="Rounds per measurement, of which the median counts. Default: 3.", panel=GENERATION)] = 3
+    rounds: Annotated[int, option("--rounds", help="Rounds per measurement; the median is reported. Default: 3.", panel=GENERATION)] = 3
     speculate: Annotated[
         bool | None,
         option("--speculate", help="Also measure two real prompts with and without speculative decoding. Default: no.", panel=GENERATION),
@@ -57,7 +57,7 @@ class BenchOptions(RunOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions(RunOptions):
-    """`tandem eval`."""
+    """Options of `tandem eval`."""
 
     bind_cores: str | None = None
     task: Annotated[
@@ -72,6 +72,6 @@ class EvaluateOptions(RunOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvOptions:
-    """`tandem env`."""
+    """Options of `tandem env`."""
 
     as_json: Annotated[bool, option("--json", help="Print one JSON object instead of text.", panel=OUTPUT)] = False

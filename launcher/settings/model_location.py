@@ -1,6 +1,6 @@
-"""Where the MODEL of a command line is: a path, or a repository of the Hugging Face hub; and the YAML in its folder.
+"""Resolution of MODEL to a path or a Hugging Face Hub repository, and the YAML in its folder.
 
-Depends on neither PyTorch nor the checkpoint readers, so that errors are reported at once.
+Depends on neither PyTorch nor the checkpoint readers, so that errors are reported immediately.
 """
 
 import difflib
@@ -13,13 +13,13 @@ from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 
 _WEIGHT_ENDS = (".safetensors", ".gguf", ".ckpt", ".pth")
-"""Of files that a format may read weights from."""
+"""Extensions of files that a format may read weights from."""
 _READABLE_ENDS = (*_WEIGHT_ENDS, ".json")
 _LFS = "Git LFS"
 
 
 def find_model(text: str, *, offline: bool) -> tuple[Path, str | None]:
-    """The path of a model, and its id where it is one of the hub. Raises CheckpointError when there is none."""
+    """Return a model's path, and its id if it comes from the Hub. Raises CheckpointError if it does not exist."""
     path = Path(text).expanduser()
     name = parse_hub_name(text)
     is_url = "://" in text
@@ -43,7 +43,7 @@ def find_model(text: str, *, offline: bool) -> tuple[Path, str | None]:
 
 
 def _name_unreadable(path: Path) -> str | None:
-    """What a path is that no format reads, in a sentence; None where the formats have to look at it."""
+    """Return a sentence about why no format can read a path; None if the formats have to inspect it."""
     if path.is_file():
         words = describe_file(path) if path.name.endswith(_READABLE_ENDS) else None
         return f"{path} {words}" if words and _LFS in words else None if path.name.endswith(_READABLE_ENDS) else name_path(path)
@@ -62,7 +62,7 @@ def _may_hold_weights(entry: Path) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+    except (OSError, ValueError):  # a name that is too long or contains a null byte
         return False
 
 

@@ -1,6 +1,6 @@
-"""A command's options are the fields of one frozen dataclass: name, aliases, type, choices, help, panel and default in one place.
+"""Declaration of a command's options as fields of a frozen dataclass: name, aliases, type, choices, help, panel and default.
 
-`takes` gives a typer command its signature from such a class and imports the command's own module only when it runs.
+`takes` derives a typer command's signature from such a class, and imports the command's module only when it runs.
 """
 
 import copy
@@ -21,14 +21,14 @@ from parallel.errors import ConfigError
 MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
 OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
 PANELS = ("Arguments", MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
-"""Of the help, in this order."""
+"""Help panels, in display order."""
 _FLAGS_WIDTH = 34
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Aliases:
-    """Further spellings of an option, which work but are not shown in the help."""
+    """Alternative spellings of an option, accepted but not shown in the help."""
 
     flags: tuple[str, ...]
 
@@ -42,9 +42,9 @@ def option(
     max: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """Declare an option. Defaults are part of the help text, since most are decided after parsing.
+    """Declare an option. The help text includes the default, since most defaults are determined after parsing.
 
-    `min` and `max` are accepted themselves, `above` is not.
+    `min` and `max` are inclusive, `above` is exclusive.
     """
     declared: Any = typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
     declared.above = above
@@ -57,12 +57,12 @@ def argument(*, metavar: str, help: str) -> Any:
 
 
 def also(*flags: str) -> Aliases:
-    """Declare further spellings of an option; `--on/--off` for a switch."""
+    """Declare alternative spellings of an option; `--on/--off` for a switch."""
     return Aliases(flags)
 
 
 class DeclaredCommand(TyperCommand):
-    """A command whose options may have aliases, and whose help lists options by panel, most of them on one line."""
+    """Command whose options may have aliases, and whose help lists options by panel, mostly one per line."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the panels."""
@@ -95,7 +95,7 @@ class DeclaredCommand(TyperCommand):
 
 
 def _describe_flags(parameter: Any) -> str:
-    """`-n, --workers N`; a switch with its opposite."""
+    """Format as `-n, --workers N`; a switch with its opposite."""
     short = [flag for flag in parameter.opts if not flag.startswith("--")]
     flags = ", ".join([*short, *(flag for flag in parameter.opts if flag not in short)])
     if parameter.secondary_opts:
@@ -104,7 +104,7 @@ def _describe_flags(parameter: Any) -> str:
 
 
 def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[Callable[[], None]], Callable[..., None]]:
-    """Give a command the options of a dataclass; `prepare` checks them, then `module:function` gets them as one value."""
+    """Give a command the options of a dataclass; `prepare` validates them, then `module:function` receives them as one value."""
     assert is_dataclass(options)
     hints = get_type_hints(options, include_extras=True)
     declared = [field for field in fields(options) if _find(hints[field.name], typer.models.ParameterInfo)]
@@ -136,7 +136,7 @@ def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[C
 
 
 def _find(hint: Any, kind: type) -> Any:
-    """What of that kind stands in an annotation."""
+    """Return the metadata of type `kind` in an annotation."""
     for part in getattr(hint, "__metadata__", ()):
         if isinstance(part, kind):
             return part
@@ -144,12 +144,12 @@ def _find(hint: Any, kind: type) -> Any:
 
 
 def check_values(options: Any) -> None:
-    """Raise ConfigError for a value that is not among an option's choices or within its limits."""
+    """Raise ConfigError for a value outside an option's choices or limits."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         info, value = _find(hint, typer.models.OptionInfo), getattr(options, name)
         if info is None or value is None:
             continue
-        # typer takes the first of the flags for a default until it has read the annotation.
+        # typer takes the first flag for a default until it has read the annotation.
         flag, choices = str(info.default).partition("/")[0], _list_choices(hint.__origin__)
         if choices and value not in choices:
             words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none
@@ -178,13 +178,13 @@ def _suggest(value: str, choices: tuple[str, ...]) -> str:
 
 
 def _list_choices(kind: Any) -> tuple[str, ...]:
-    """The words of a Literal, or of `Literal | None`."""
+    """Return the values of a Literal, or of `Literal | None`."""
     literal = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
     return get_args(literal) if literal is not None else ()
 
 
 def _as_typer_reads_it(hint: Any) -> Any:
-    """Tuples of any length, which typer does not know, as lists; of several types the first, which is the one that a command line gives.
+    """Convert a type for typer: variable-length tuples, which it does not support, to lists; a union to its first type, the command line's.
 
     Choices and limits are left to `check_values`, whose messages name both values.
     """

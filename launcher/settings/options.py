@@ -1,6 +1,6 @@
-"""Options that several commands share, each declared once. A value of None was not given on the command line.
+"""Options shared by several commands, each declared once. None means not given on the command line.
 
-Depends on typer for the declarations only; their meaning is decided elsewhere.
+Only declarations; their meaning is determined elsewhere.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
 FormatName = Literal["ranks", "modelslim", "gptq", "awq", "compressed-tensors", "hf", "meta", "gguf", "mindspore"]
 MAX_SECONDS = 365 * 24 * 3600
-"""Longest time limit: an infinite one cannot be waited for."""
+"""Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
 LogLevel = Literal["error", "warning", "info", "debug"]
 
@@ -67,7 +67,7 @@ class CheckpointOptions:
         bool, option("--follow-links", help="Allow weight files that link out of the checkpoint's folder.", panel=MODEL)
     ] = False
     model_id: str | None = None
-    """The Hugging Face id that MODEL was, after it has been found on disk."""
+    """The Hugging Face id given as MODEL, after it has been resolved to a path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,9 @@ class RunOptions(CheckpointOptions):
     ] = None
     timeout_seconds: Annotated[
         float | None,
-        option("--timeout", help="Seconds without progress that fail the run. Default: 300.", panel=PARALLELISM, above=0, max=MAX_SECONDS),
+        option(
+            "--timeout", help="Seconds without progress before the run fails. Default: 300.", panel=PARALLELISM, above=0, max=MAX_SECONDS
+        ),
         also("--cluster_time_out"),
     ] = None
     num_nodes: int | None = None
@@ -153,7 +155,7 @@ class EngineOptions(RunOptions):
         bool | None,
         option(
             "--speculate/--no-speculate",
-            help="Speculative decoding with n-grams; the text stays the same. Default: no.",
+            help="Speculative decoding with n-grams; the output is unchanged. Default: no.",
             panel=GENERATION,
         ),
     ] = None
@@ -182,9 +184,9 @@ class ClusterOptions(EngineOptions):
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots, which only one base of a class may have
+@dataclass(frozen=True, kw_only=True)  # no slots, which only one base of a class may have
 class SamplingOptions:
-    """How the next token is chosen. The defaults of the help hold where the YAML gives none."""
+    """Sampling options. The defaults in the help apply if the YAML sets none."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -192,18 +194,18 @@ class SamplingOptions:
     ] = None
     do_sample: Annotated[
         bool | None,
-        option("--do-sample/--greedy", help="Sample, or take the likeliest token. Default: greedy.", panel=GENERATION),
+        option("--do-sample/--greedy", help="Sample, or take the most likely token. Default: greedy.", panel=GENERATION),
     ] = None
     temperature: Annotated[float | None, option("--temperature", help="Sampling temperature. Default: 1.", panel=GENERATION)] = None
-    top_k: Annotated[int | None, option("--top-k", help="Sample from the k likeliest tokens; 0: all. Default: 50.", panel=GENERATION)] = (
+    top_k: Annotated[int | None, option("--top-k", help="Sample from the k most likely tokens; 0: all. Default: 50.", panel=GENERATION)] = (
         None
     )
     top_p: Annotated[
         float | None,
-        option("--top-p", help="Sample from the likeliest tokens of this total probability. Default: 1.", panel=GENERATION),
+        option("--top-p", help="Sample from the most likely tokens with this total probability. Default: 1.", panel=GENERATION),
     ] = None
     repetition_penalty: Annotated[
         float | None,
-        option("--repetition-penalty", help="Above 1: repeated tokens are less likely. Default: 1.", panel=GENERATION),
+        option("--repetition-penalty", help="Values above 1 make repeated tokens less likely. Default: 1.", panel=GENERATION),
     ] = None
     seed: Annotated[int | None, option("--seed", help="Random seed of each prompt. Default: 0.", panel=GENERATION)] = None

@@ -1,4 +1,4 @@
-"""The prompts of `tandem predict`: from options, a file or standard input."""
+"""The prompts of `tandem predict`, from options, a file or standard input."""
 
 import json
 import select
@@ -14,9 +14,9 @@ _NOTICE_SECONDS = 2.0
 
 
 def read_prompts(prompts: Sequence[str], prompts_file: Path | None, *, may_read_input: bool = True) -> tuple[str, ...]:
-    """Those of --prompt, then those of the file; without either, standard input is one prompt, unless it is a terminal.
+    """Read the prompts of --prompt, then those of the file; without either, standard input is one prompt unless it is a terminal.
 
-    Raises RequestError when there is none, or a file cannot be read.
+    Raises RequestError if there is no prompt or a file cannot be read.
     """
     found = list(prompts)
     if prompts_file is not None:
@@ -40,7 +40,7 @@ def _read_file(path: Path) -> list[str]:
         raise RequestError(f"the prompts file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     found = [_read_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise RequestError(f"the prompts file {path} holds no prompt: write one a line")
+        raise RequestError(f"the prompts file {path} holds no prompt: write one per line")
     return found
 
 

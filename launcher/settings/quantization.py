@@ -1,6 +1,6 @@
-"""The `quantization_config` section of a MindFormers YAML, with the rules of the original.
+"""The `quantization_config` section of a MindFormers YAML, with MindFormers' rules.
 
-Knows words, which of them go together, and what a checkpoint declares; no tensors, no arithmetic, no files.
+Covers names, their valid combinations, and comparison with what a checkpoint declares; reads no files or tensors.
 """
 
 from collections.abc import Mapping
@@ -20,30 +20,30 @@ _RULES: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "rtn": (("A16W8", "C8", "A16W8C8"), (None,)),
     "smooth_quant": (("A8W8",), ("smooth",)),
 }
-"""Method: its combinations (A activations, W weights, C key-value cache, each with its bits) and its outlier suppressions."""
+"""Maps each method to its combinations (A activations, W weights, C KV cache, each with its bits) and outlier suppression methods."""
 
 _APPROACHES = {"rtn": "rtn-a16w8", "ptq": "ptq", "smooth_quant": "smooth_quant"}
-"""Method: what `tandem quantize` calls it."""
+"""Maps each method to its name in `tandem quantize`."""
 
 _SECTION = "model.model_config.quantization_config"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationSettings:
-    """How the weights of a checkpoint were, or are to be, quantized."""
+    """How the weights of a checkpoint are quantized, or are to be."""
 
     quant_method: str
     """'rtn', 'ptq' or 'smooth_quant'."""
     weight_dtype: str | None = None
-    """'int8', or None: weights stay as they are."""
+    """'int8', or None to keep the weights in float."""
     activation_dtype: str | None = None
-    """'int8', or None: activations stay as they are."""
+    """'int8', or None to keep the activations in float."""
     kvcache_dtype: str | None = None
-    """'int8', or None: the key-value cache stays as it is."""
+    """'int8', or None to keep the KV cache in float."""
     outliers_suppression: str | None = None
-    """'smooth': outliers of the activations are moved into the weights."""
+    """'smooth' migrates activation outliers into the weights."""
     modules_to_not_convert: tuple[str, ...] = ()
-    """A layer whose name contains one of these stays as it is."""
+    """Layers whose name contains one of these stay in float."""
     algorithm_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the method, such as `alpha` of smooth_quant."""
 
@@ -67,7 +67,7 @@ class QuantizationSettings:
             )
 
     def check_scheme(self, scheme: Scheme, config: LlamaConfig, checkpoint: str, source: str) -> None:
-        """Raise ConfigError, naming both, when a checkpoint stores other integers than these settings ask for, or of other linears."""
+        """Raise ConfigError naming both if a checkpoint's integer types, or the linears they apply to, differ from these settings."""
         wanted = None if self.weight_dtype is None else self.combination.removesuffix("C8")
         linear = scheme.linear
         found = None if linear is None else "mixed integers" if scheme.others else f"A{8 if linear.activation else 16}W{linear.bits}"
@@ -76,12 +76,12 @@ class QuantizationSettings:
             return
         if found is None:
             raise ConfigError(
-                f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds float weights; "
-                f"make int8 ones with: tandem quantize -c {source} --checkpoint {checkpoint} -a {self.approach}"
+                f"quantization_config requests {self.quant_method} ({self.combination}), but {checkpoint} holds float weights; "
+                f"create an int8 checkpoint with: tandem quantize -c {source} --checkpoint {checkpoint} -a {self.approach}"
             )
         raise ConfigError(
-            f"quantization_config asks for {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
-            "take the YAML of this checkpoint, or remove quantization_config from it"
+            f"quantization_config requests {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
+            "use the YAML of this checkpoint, or remove quantization_config from it"
         )
 
     def _check_not_converted(self, scheme: Scheme, config: LlamaConfig, checkpoint: str) -> None:
@@ -94,17 +94,17 @@ class QuantizationSettings:
             stored = "int8 weights" if scheme.is_quantized(wrong[0]) else "float weights"
             raise ConfigError(
                 f"{_SECTION}.modules_to_not_convert is {list(self.modules_to_not_convert)}, but {checkpoint} holds {stored} of {wrong[0]}"
-                f" ({len(wrong)} of {len(names)} linears differ); take the YAML of this checkpoint, or remove the key from it"
+                f" ({len(wrong)} of {len(names)} linears differ); use the YAML of this checkpoint, or remove the key from it"
             )
 
     @property
     def approach(self) -> str:
-        """What `tandem quantize` calls the method."""
+        """Name of the method in `tandem quantize`."""
         return _APPROACHES[self.quant_method]
 
     @property
     def combination(self) -> str:
-        """Bits in the notation of the original: A16W8, A8W8, C8, A16W8C8 ..."""
+        """Bit widths in Golden Stick's notation: A16W8, A8W8, C8, A16W8C8, ..."""
         bits = {None: 16, "int8": 8}
         cache = "" if self.kvcache_dtype is None else "C8"
         if cache and self.weight_dtype is None and self.activation_dtype is None:
@@ -113,7 +113,7 @@ class QuantizationSettings:
 
 
 def build_quantization(raw: Mapping[str, Any] | None) -> QuantizationSettings | None:
-    """The settings of a section that `check_keys` has accepted; None where there is none."""
+    """Build the settings from a section accepted by `check_keys`; None if there is no section."""
     if raw is None:
         return None
     said = {key: value for key, value in raw.items() if not is_null(value)}

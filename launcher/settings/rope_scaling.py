@@ -1,4 +1,4 @@
-"""`extend_method` and `scaling_factor` of a MindFormers model_config, as `rope_scaling` of a config.json."""
+"""Conversion of `extend_method` and `scaling_factor` of a MindFormers model_config to `rope_scaling` of a config.json."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,7 +13,7 @@ _STRETCH_KEYS = tuple(entry.name for entry in fields(RopeScaling))
 
 
 def read_rope_scaling(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` of a config.json for extend_method LLAMA3; nothing without one. Raises ConfigError for factors that are missing."""
+    """Return `rope_scaling` for extend_method LLAMA3, or an empty dict without one. Raises ConfigError for missing factors."""
     if is_null(model.get("extend_method")):
         return {}
     factors = model.get("scaling_factor")
@@ -32,7 +32,7 @@ def read_rope_scaling(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_scaling(scaling: Scaling | None) -> str:
-    """The scaling in words."""
+    """Describe the scaling in a few words."""
     if not isinstance(scaling, RopeScaling):
         return "none" if scaling is None else str(scaling)
     return f"llama3 {', '.join(f'{key} {getattr(scaling, key):g}' for key in _STRETCH_KEYS)}"

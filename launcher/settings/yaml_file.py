@@ -1,4 +1,4 @@
-"""A MindFormers YAML as a file: found next to a checkpoint, read as a mapping. Does not know its keys."""
+"""Locating and parsing a MindFormers YAML file. Does not interpret its keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +13,15 @@ YAML_ENDS = (".yaml", ".yml")
 
 
 def find_yaml(checkpoint: Path) -> Path | None:
-    """The MindFormers YAML in the folder of a checkpoint, told by its `model.model_config`; None without one.
+    """Return the MindFormers YAML in a checkpoint's folder, recognized by its `model.model_config`; None if there is none.
 
-    Raises ConfigError for several.
+    Raises ConfigError if there are several.
     """
     folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
     if not folder.is_dir():
         return None
     if folder != checkpoint and (folder / "config.json").exists():
-        return None  # which belongs to the .ckpt; the YAML may be that of another one
+        return None  # belongs to the .ckpt; the YAML may belong to another one
     found = [path for path in sorted(folder.iterdir()) if path.suffix in YAML_ENDS and path.is_file() and _is_mindformers(path)]
     if len(found) > 1:
         raise ConfigError(f"{folder} holds {len(found)} MindFormers YAML files ({found[0].name}, {found[1].name}): choose with --config")
@@ -37,20 +37,20 @@ def _is_mindformers(path: Path) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two, PyYAML silently takes the last."""
+    """YAML loader that rejects duplicate keys, of which PyYAML silently takes the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return node
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
-    """What the file holds. Raises ConfigError, which names the file, for what is not a YAML mapping."""
+    """Return the content of the file. Raises ConfigError naming the file if it is not a YAML mapping."""
     try:
         raw = yaml.load(read_text(path, MAX_YAML_BYTES, encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The keys of a MindFormers YAML file: which ones shape a run, of which type, and which ones mean nothing here.
+"""Schema of a MindFormers YAML file: keys that affect a run, their types, and keys that are ignored.
 
-Knows names, types and ranges; not what the values do (`launcher/settings/yaml_settings.py`), no files, no tensors.
+Covers names, types and ranges; their effects are in `launcher/settings/yaml_settings.py`.
 """
 
 import difflib
@@ -15,32 +15,32 @@ from parallel.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """A key that shapes the run. Null, also spelled None, is always accepted and means 'not said'."""
+    """A key that affects the run. Null, also spelled None, is always accepted and means unset."""
 
     types: tuple[type, ...]
-    """Accepted types; a whole number passes for a float."""
+    """Accepted types; an integer is accepted for a float."""
     at_least: float | None = None
-    """Smallest number."""
+    """Inclusive lower bound."""
     above: float | None = None
-    """Every number must be larger than this."""
+    """Exclusive lower bound."""
     at_most: float | None = None
-    """Largest number."""
+    """Inclusive upper bound."""
     choices: tuple[Any, ...] | None = None
-    """The only values beside null."""
+    """The only accepted values besides null."""
     items: type | None = None
-    """Type of every item, where the value is a list."""
+    """Type of each item, if the value is a list."""
     hint: str = ""
-    """What to do about a value that is not accepted."""
+    """How to fix a value that is not accepted."""
     check: Callable[[Any], bool] | None = None
-    """A further condition."""
+    """An additional condition."""
     needed: str = ""
-    """What is accepted, in words, where types and bounds do not tell."""
+    """Description of accepted values, if types and bounds are not sufficient."""
 
     def __post_init__(self) -> None:
         assert self.types, "a key without types would accept nothing"
 
     def accepts(self, value: Any) -> bool:
-        """Whether the run can use this value."""
+        """Return whether the run can use this value."""
         if self.check is not None and not self.check(value):
             return False
         if not any(_has_type(value, kind) for kind in self.types):
@@ -58,7 +58,7 @@ class Value:
         return (at_least is None or value >= at_least) and (above is None or value > above) and (at_most is None or value <= at_most)
 
     def describe(self) -> str:
-        """What is accepted, in words."""
+        """Describe the accepted values."""
         if self.needed:
             return self.needed
         if self.choices is not None:
@@ -71,14 +71,14 @@ class Value:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ignored:
-    """A key that MindFormers knows and that means nothing here, whatever stands under it."""
+    """A key of MindFormers that is ignored, including everything below it."""
 
     warning: str = ""
-    """What its user should know; empty when there is nothing to lose."""
+    """What the user should know about it; empty if ignoring it is harmless."""
     harmless: tuple[Any, ...] = (None, False, 0, "", "None", {}, [])
     """Values that need no warning."""
     only: Value | None = None
-    """What may stand there, where other values would ask for something that is not done here."""
+    """Accepted values, if others would request something unsupported."""
 
 
 Schema: TypeAlias = "Mapping[str, Value | Ignored | Schema]"
@@ -106,7 +106,7 @@ _DENSE = Ignored(
         hint="mixtures of experts are not supported",
     )
 )
-"""MindFormers' own default of moe_config describes a dense model."""
+"""MindFormers' default moe_config describes a dense model."""
 
 _QUANTIZATION_CONFIG: Schema = {
     "quant_method": _TEXT,
@@ -173,7 +173,7 @@ SCHEMA: Schema = {
     "load_checkpoint": _TEXT,
     "pretrained_model_dir": _TEXT,
     "run_mode": Ignored(
-        only=Value(types=(str,), choices=("predict",), hint="the command says what is done, and none of them trains: set it to predict")
+        only=Value(types=(str,), choices=("predict",), hint="the command determines the task, and none of them trains: set it to predict")
     ),
     "only_save_strategy": Ignored(
         only=Value(types=(bool,), choices=(False,), hint="MindFormers would write strategy files and exit: set it to False to predict")
@@ -216,7 +216,7 @@ SCHEMA: Schema = {
         "timeout_seconds": _POSITIVE,
         "max_new_tokens": _COUNT,
         "log_dir": _TEXT,
-        # YAML takes 1.3 without quotes for a number.
+        # YAML parses an unquoted 1.3 as a number.
         "fused_order": Value(types=(str, float), choices=("auto", "1.3", "1.4", 1.3, 1.4)),
     },
     **_ignore(
@@ -231,18 +231,18 @@ SCHEMA: Schema = {
         " monitor_config remove_redundancy use_legacy use_legacy_format trust_remote_code generation"
     ),
 }
-"""Every known key of the file, nested as the file is."""
+"""All known keys of the file, nested as in the file."""
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value says nothing: null, or the word None, which YAML reads as text."""
+    """Return whether a value is unset: null, or the word None, which YAML parses as text."""
     return value is None or value == "None"
 
 
 def check_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the keys that mean nothing here, in the order of the file.
+    """Return the dotted names of ignored keys, in file order.
 
-    Raises ConfigError for a key that is not known and for a value that the run cannot use.
+    Raises ConfigError for unknown keys and for values that the run cannot use.
     """
     ignored = []
     for path, node, value in _walk(raw, SCHEMA, ""):
@@ -255,7 +255,7 @@ def check_keys(raw: Mapping[str, Any]) -> list[str]:
 
 
 def list_warnings(raw: Mapping[str, Any]) -> list[str]:
-    """What the user should know about ignored keys. Takes a mapping that `check_keys` has accepted."""
+    """Return warnings about ignored keys. Takes a mapping accepted by `check_keys`."""
     return [
         f"{path} is ignored: {node.warning}"
         for path, node, value in _walk(raw, SCHEMA, "")
@@ -280,18 +280,18 @@ def _walk(raw: Any, schema: Schema, prefix: str) -> Iterator[tuple[str, Value | 
 
 
 def _suggest(key: str, schema: Schema, prefix: str) -> str:
-    """A hint only for what is likely meant: the same key of another section, or a typo of one in this section."""
+    """Suggest a likely correction only: the same key in another section, or a typo of a key in this section."""
     elsewhere = [path for path in _list_paths(SCHEMA, "") if path.rpartition(".")[2] == key]
     near_here = difflib.get_close_matches(key, schema, n=1)
     if len(elsewhere) == 1:
         return f"did you mean {elsewhere[0]}?"
     if near_here:
         return f"did you mean {prefix}{near_here[0]}?"
-    return "no known key is near it: remove it, or see configs/ for examples"
+    return "no known key is similar: remove it, or see configs/ for examples"
 
 
 def _count_experts(moe: Mapping[str, Any]) -> bool:
-    """Whether a moe_config asks for experts: any count of them but 1, which is the dense model."""
+    """Return whether a moe_config has experts: any count except 1, which is the dense model."""
     return any(
         value not in (None, "None", False, 0, 1)
         for key, value in moe.items()
@@ -309,7 +309,7 @@ def _list_paths(schema: Schema, prefix: str) -> Iterator[str]:
 def _has_type(value: Any, kind: type) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
-    if kind is float:  # the bounds also turn away nan and the infinities
+    if kind is float:  # the bounds also reject nan and infinities
         return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
     return isinstance(value, kind)
 
@@ -317,7 +317,7 @@ def _has_type(value: Any, kind: type) -> bool:
 def _explain(path: str, node: Value, value: Any) -> str:
     hint = node.hint
     if isinstance(value, str) and float in node.types and _reads_as_number(value):
-        hint = f"YAML takes {value} for text: write a number with a point, as in 1.0e-5"
+        hint = f"YAML parses {value} as text: write a number with a point, as in 1.0e-5"
     return f"{path} is {value!r} ({type(value).__name__}), but {node.describe()} is needed" + (f"; {hint}" if hint else "")
 
 

@@ -1,6 +1,6 @@
-"""What a MindFormers YAML says about a run, read and checked.
+"""Settings from a MindFormers YAML, parsed and validated.
 
-Knows the file's keys and the defaults of MindFormers' LlamaConfig; not the command line, the environment or the weights.
+Depends on the file's keys and the defaults of MindFormers' LlamaConfig; not on the command line, the environment or weights.
 """
 
 import math
@@ -32,10 +32,10 @@ _HUGGING_FACE_NAMES = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-"""Key of model_config: key of config.json."""
+"""Maps keys of model_config to keys of config.json."""
 
 _NOT_COMPARED = {"bos_token_id", "eos_token_id", "pad_token_id"}
-"""A YAML may well end or pad a sequence in another way than the checkpoint does."""
+"""A YAML may use other stop or padding tokens than the checkpoint."""
 
 _MODEL_DEFAULTS = {
     "hidden_size": 4096,
@@ -55,99 +55,99 @@ _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_COMPUTE_DTYPE = "float16"
 
 _FLOATS = {"rms_norm_eps", "rope_theta", "top_p", "repetition_penalty", "temperature", "timeout_seconds"}
-"""Keys whose whole numbers are floats all the same."""
+"""Keys whose integer values are converted to float."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How the next token is chosen; None is not said."""
+    """Sampling settings; None means unset."""
 
     max_length: int | None = None
-    """Prompt and continuation together, tokens (`max_decode_length`)."""
+    """Maximum tokens of prompt and continuation (`max_decode_length`)."""
     do_sample: bool | None = None
-    """Draw from the distribution instead of taking the best."""
+    """Sample instead of decoding greedily."""
     top_k: int | None = None
-    """Draw from this many best tokens; 0 is all."""
+    """Sample from the k most likely tokens; 0 means all."""
     top_p: float | None = None
-    """Draw from the best tokens that together reach this probability."""
+    """Sample from the most likely tokens with this total probability."""
     repetition_penalty: float | None = None
-    """Scores of tokens seen before are divided by this."""
+    """Logits of earlier tokens are divided by this."""
     temperature: float | None = None
-    """Scores are divided by this before drawing."""
+    """Logits are divided by this before sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TandemSettings:
-    """The settings under `tandem:`; None is not said."""
+    """Settings under `tandem:`; None means unset."""
 
     threads_per_rank: int | None = None
-    """Compute threads of each rank."""
+    """CPU threads per rank."""
     collectives: str | None = None
-    """What carries tensors between ranks: auto, shm, gloo or nccl."""
+    """Transport between ranks: "auto", "shm", "gloo" or "nccl"."""
     device: str | None = None
-    """auto, cpu, cuda or npu."""
+    """"auto", "cpu", "cuda" or "npu"."""
     dtype: str | None = None
-    """Type to compute in; goes over `compute_dtype`."""
+    """Compute dtype; overrides `compute_dtype`."""
     temperature: float | None = None
-    """Scores are divided by this before drawing."""
+    """Logits are divided by this before sampling."""
     max_batch_size: int = 16
-    """Sequences decoded together."""
+    """Maximum sequences per batch."""
     prefix_cache: bool | None = None
-    """Keep equal beginnings of sequences once."""
+    """Share the KV cache of equal prompt prefixes."""
     speculate: bool | None = None
-    """Guess tokens of greedy sequences."""
+    """Use speculative decoding for greedy sequences."""
     max_restarts: int | None = None
-    """How often a failed run starts again."""
+    """Maximum restarts after a rank failure."""
     timeout_seconds: float | None = None
-    """A step without progress for this long is a failure."""
+    """Seconds without progress before the run fails."""
     max_new_tokens: int | None = None
-    """Longest continuation, tokens."""
+    """Maximum new tokens per prompt."""
     log_dir: str | None = None
     """Folder of the log files."""
     fused_order: str | None = None
-    """Row order of fused weights: auto, 1.3 or 1.4."""
+    """Row order of fused weights: "auto", "1.3" or "1.4"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything in a YAML file that shapes a run; None is not said."""
+    """All settings in a YAML file that affect a run; None means unset."""
 
     source: str
-    """The file."""
+    """Path of the file."""
     model_values: Mapping[str, Any]
-    """Sizes and constants that the file says, in Hugging Face's names."""
+    """Model sizes and constants set in the file, by their Hugging Face names."""
     multiple_of: int | None
-    """The feed-forward's width is rounded up to a multiple of this, where it is not given."""
+    """The feed-forward width, unless set, is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None
-    """Widens the feed-forward, where its width is not given."""
+    """Factor for the feed-forward width, unless that is set."""
     max_position_embedding: int | None
-    """Longest sequence the positions are made for, tokens."""
+    """Maximum position embeddings of the model, in tokens."""
     seq_length: int | None
-    """Longest sequence of a run, tokens."""
+    """Maximum sequence length of a run, in tokens."""
     model_parallel: int | None
-    """Ranks."""
+    """Number of ranks."""
     load_checkpoint: str | None
     """Path of the checkpoint."""
     pretrained_model_dir: str | None
-    """A Hugging Face folder: the tokenizer and the model's config, and the weights where load_checkpoint names none."""
+    """Hugging Face folder with tokenizer and config, and with the weights unless load_checkpoint is set."""
     compute_dtype: str | None
-    """Type to compute in."""
+    """Compute dtype."""
     block_size: int | None
-    """Tokens of a block of keys and values."""
+    """Tokens per KV cache block."""
     num_blocks: int | None
-    """Such blocks at most."""
+    """Maximum number of KV cache blocks."""
     seed: int | None
-    """Seed of the sampling."""
+    """Random seed for sampling."""
     sampling: SamplingSettings
-    """How the next token is chosen."""
+    """Sampling settings."""
     quantization: QuantizationSettings | None
-    """How the weights are quantized."""
+    """Quantization settings."""
     vocab_file: str | None
-    """Path of the tokenizer's file."""
+    """Path of the tokenizer file."""
     tandem: TandemSettings
-    """The settings that MindFormers does not have."""
+    """Settings that MindFormers does not have."""
     ignored: tuple[str, ...]
-    """Dotted names of keys that mean nothing here."""
+    """Dotted names of ignored keys."""
     warnings: tuple[str, ...]
     """What the user should know about the ignored keys."""
 
@@ -156,13 +156,13 @@ class Settings:
         assert not unknown, f"names that config.json does not have: {unknown}"
 
     def build_model_config(self) -> LlamaConfig:
-        """The model's shape from the file alone, with MindFormers' defaults for what it leaves out."""
-        # Without a checkpoint the weights would be made in the type that computes.
+        """Build the model's config from the file alone, with MindFormers' defaults."""
+        # Without a checkpoint, weights would be created in the compute dtype.
         dtype = self.compute_dtype or _DEFAULT_COMPUTE_DTYPE
         return build_config({**self._fill_model_values(), "dtype": dtype}, self.source)
 
     def build_model_values(self) -> dict[str, Any] | None:
-        """What stands for config.json beside a checkpoint that has none; None where the file says nothing of the model."""
+        """Return the substitute for config.json for a checkpoint without one; None if the file does not describe the model."""
         return {"model_type": "llama", **self._fill_model_values()} if self.model_values else None
 
     def _fill_model_values(self) -> dict[str, Any]:
@@ -172,17 +172,17 @@ class Settings:
         return values
 
     def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:
-        """The kv_cache word of a run: the command line's, else what checkpoint and file say. Raises ConfigError for another word."""
+        """Return the kv_cache name of a run: the command line's, otherwise that of checkpoint and file. Raises ConfigError if unknown."""
         if option not in (None, *CACHE_DTYPES):
             raise ConfigError(f"kv-cache-dtype is {option!r}, but has to be one of {', '.join(CACHE_DTYPES)}")
         if option == "float":
             return None
         wanted = self.quantization is not None and self.quantization.kvcache_dtype == "int8"
-        # Without stored scales each token gets its own, which needs no calibration.
+        # Without stored scales, each token gets its own, which needs no calibration.
         return scheme.kv_cache or ("token" if option == "int8" or wanted else None)
 
     def compare_model_config(self, config: LlamaConfig, checkpoint: str) -> None:
-        """Raise ConfigError when the file and the checkpoint's config disagree, naming every such key and both values."""
+        """Raise ConfigError if the file and the checkpoint's config disagree, naming every such key with both values."""
         names = self.model_values.keys() - {*_NOT_COMPARED, ROPE_SCALING}
         said = {key: self.model_values[name] for key, name in _HUGGING_FACE_NAMES.items() if name in names}
         if self.ffn_dim_multiplier is not None and "intermediate_size" not in said:
@@ -199,20 +199,20 @@ class Settings:
         if disagreements:
             raise ConfigError(
                 f"{self.source} and {checkpoint} disagree: {', '.join(disagreements)};"
-                " take the YAML of this model, or remove these keys from it"
+                " use the YAML of this model, or remove these keys from it"
             )
 
     def _derive_intermediate_size(self, hidden_size: int) -> int:
         width = 4 * hidden_size
         if self.ffn_dim_multiplier is not None:
-            width = int((self.ffn_dim_multiplier + 0.01) * width)  # the hundredth is MindFormers' own
+            width = int((self.ffn_dim_multiplier + 0.01) * width)  # MindFormers adds 0.01
         width = int(2 * width / 3)
         multiple_of = self.multiple_of or _DEFAULT_MULTIPLE_OF
         return -(-width // multiple_of) * multiple_of
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings of a YAML file. Raises ConfigError, which names the file, for anything that cannot be used."""
+    """Read the settings of a YAML file. Raises ConfigError naming the file if it is invalid."""
     raw = read_mapping(path)
     try:
         return _build_settings(raw, str(path))
@@ -221,9 +221,9 @@ def read_settings(path: Path) -> Settings:
 
 
 def open_settings(path: Path | None, checkpoint: str | Path | None = None) -> Settings:
-    """Those of the YAML file of a command line, of the only one next to a MindSpore checkpoint, or what holds without one.
+    """Read the YAML of the command line, otherwise the only one next to a MindSpore checkpoint; without one, return the defaults.
 
-    Raises ConfigError as `read_settings` does, and for several files next to a checkpoint.
+    Raises ConfigError as `read_settings` does, and if several files are next to a checkpoint.
     """
     if path is None and checkpoint is not None:
         path = find_yaml(Path(checkpoint))
@@ -284,5 +284,5 @@ def _name_both(key: str) -> str:
 
 
 def _equal(here: Any, there: Any) -> bool:
-    # Some formats keep constants as float32, so 1e-5 comes back as 9.999999747378752e-06.
+    # Some formats store constants as float32, so 1e-5 is read as 9.999999747378752e-06.
     return math.isclose(here, there, rel_tol=1e-6) if isinstance(here, float) else bool(here == there)

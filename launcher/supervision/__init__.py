@@ -1,1 +1,1 @@
-"""Starts, watches and ends ranks, and writes the verdict."""
+"""Starts, watches and stops ranks, and writes the verdict on failures."""

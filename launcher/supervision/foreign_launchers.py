@@ -1,7 +1,6 @@
-"""A process that a launcher has made a rank (torchrun, Slurm, MPI, msrun): it joins the others, and tells what went wrong if it fails.
+"""Runs a rank that an external launcher started (torchrun, Slurm, MPI, msrun): joins the other ranks and reports failures.
 
-No parent of ours watches these ranks: the one that fails says why, or else one of those that wait for it does.
-Knows the launch environment and the log folder; not what ranks do.
+tandem has no parent process here, so the verdict comes from the rank that fails, or else from one that waits for it.
 """
 
 import faulthandler
@@ -42,19 +41,19 @@ from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
 
 _SECONDS_FOR_THE_CULPRIT = 2.0
-"""A rank that lost a peer lets the peer say why first."""
+"""A rank that lost a peer gives the peer this long to report the cause first."""
 _STOPPING_FILE = ".stopping"
-"""Left by rank 0 when it was asked to stop: the others of its host, who see it end, know then that it has not failed."""
+"""Written by rank 0 when it is asked to stop, so that the other ranks of its host do not take its exit for a failure."""
 _FAREWELL_SECONDS = 10.0
 _FAILED_FAREWELL_SECONDS = 1.0
-"""How long the store's host waits for the others to need it no more."""
+"""How long the store's host waits for other ranks to finish using the store."""
 _STACK_SECONDS = 1.0
 
 
 def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer: RunObserver) -> None:
-    """Be the rank that the environment says; rank 0's observer follows the run.
+    """Run as the rank that the environment specifies; rank 0's observer follows the run.
 
-    Raises RanksFailedError with the verdict, RunError where another rank has given it, StoppedError on SIGTERM and SIGINT.
+    Raises RanksFailedError with the verdict, RunError if another rank has reported it, StoppedError on SIGTERM and SIGINT.
     """
     rank = environment.rank
     assert rank is not None
@@ -73,17 +72,17 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
         try:
             joining.run(observer)
             joining.say_bye(0)
-        except DifferentRunError:  # every rank says so itself
+        except DifferentRunError:  # every rank reports this error itself
             joining.say_bye(2)
             raise
         except BaseException as error:
-            # Launchers end the other ranks with SIGTERM when one has failed: that one is the cause, if it went before rank 0 stopped.
+            # Launchers send SIGTERM to the other ranks when one fails: a rank that died before rank 0 stopped is the cause.
             if signals.number is not None and (not joining.find_dead() or (rank != 0 and stopping.exists())):
                 joining.say_bye(1)
                 raise StoppedError(signals.number) from None
             if isinstance(error, StopAsked):
                 peer = joining.find_dead()[0]
-                error = PeerError(f"rank {peer} died while rank 0 went on", progress.operation, peer=peer, died=True)
+                error = PeerError(f"rank {peer} died while rank 0 continued", progress.operation, peer=peer, died=True)
             refusal = _explain(error, joining, log_dir)
             joining.say_bye(1)
             raise refusal from None
@@ -95,7 +94,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
 
 
 class _Joining:
-    """The rank's way from the store to the end of its work."""
+    """The lifecycle of a rank, from connecting to the store to the end of its task."""
 
     def __init__(self, environment: LaunchEnvironment, job: Job, rank: int, progress: Progress) -> None:
         self.environment, self.job, self.rank, self.progress = environment, job, rank, progress
@@ -104,7 +103,7 @@ class _Joining:
         self._store: Store | None = None
 
     def run(self, observer: RunObserver) -> None:
-        """Meet the others and run."""
+        """Rendezvous with the other ranks and run."""
         environment, job = self.environment, self.job
         address, port, world_size = environment.master_addr, environment.master_port, environment.world_size
         assert world_size is not None
@@ -116,14 +115,14 @@ class _Joining:
                 self._raw, _ = open_store(address, port)
             else:
                 self._raw = connect_store(address, port, job.timeout_seconds)
-            # The agent's store outlives a restart; what the ranks of an earlier attempt left in it must not be found.
+            # The agent's store survives a restart; a prefix hides the keys of earlier attempts.
             self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
             if environment.store_host == "scheduler":
-                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
+                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
             if self.rank == 0:
                 self._store.set("task", json.dumps(write_task(job.task)))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
-            # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
+            # Rank 0 knows what an earlier run has finished; other hosts may lack that file.
             job = replace(job, task=read_task(json.loads(self._store.get("task"))))
         said: SimpleQueue[Message] = SimpleQueue()
         if self.rank == 0:
@@ -132,12 +131,12 @@ class _Joining:
         run_rank(job, self.seat, self._store, self.progress, emit, partial(_receive, said), wait_seconds=job.timeout_seconds)
 
     def find_dead(self) -> list[int]:
-        """The ranks of this host whose processes have ended."""
+        """Return the ranks of this host whose processes have exited."""
         seat = self.seat
         return [rank for rank in seat.local_ranks if read_state(seat.pids[rank]) in ("", "Z", "X")] if seat else []
 
     def say_bye(self, code: int) -> None:
-        """Tell the store's host that this rank needs the store no more; the host itself waits for the others."""
+        """Tell the store's host that this rank no longer needs the store; the host itself waits for the others."""
         store, seat = self._store, self.seat
         if store is None:
             return
@@ -160,11 +159,11 @@ class _Joining:
 
 
 def _silent(event: dict[str, Any]) -> None:
-    """Ranks above 0 report nothing."""
+    """Discard events on ranks above 0."""
 
 
 def _receive(said: "SimpleQueue[Message]", wait_seconds: float) -> list[Message]:
-    """What the observer in this process has said; waits so long for the first of it."""
+    """Return the messages of the observer in this process; waits up to `wait_seconds` for the first."""
     messages: list[Message] = []
     with suppress(Empty):
         while True:
@@ -173,15 +172,15 @@ def _receive(said: "SimpleQueue[Message]", wait_seconds: float) -> list[Message]
 
 
 class _Signals:
-    """The launcher's SIGTERM or SIGINT: rank 0 finishes the current token, or what its observer wants to; the others go on until it has;
-    a second ends at once."""
+    """Handler for the launcher's SIGTERM or SIGINT: rank 0 finishes the current token, or what its observer still wants to finish; the
+    other ranks continue until it has. A second signal exits at once."""
 
     def __init__(self, progress: Progress, rank: int, stopping: Path, observer: RunObserver) -> None:
         self._progress, self._rank, self._stopping, self._observer = progress, rank, stopping, observer
         self.number: int | None = None
 
     def install(self) -> None:
-        """Take over the two signals, in the main thread."""
+        """Install handlers for both signals; call from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -194,13 +193,13 @@ class _Signals:
             self._stopping.touch()
             if seconds is None:
                 self._progress.ask_to_stop()
-        # A rank that waits for another, which got no signal, may reach no end of a token.
+        # A rank waiting for one that received no signal may never finish its token.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
         signal.alarm(ceil(GRACE_SECONDS if seconds is None else seconds))
 
 
 def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exception:
-    """The verdict on this rank, or on the one that it waited for; or that another rank has given it."""
+    """Return the verdict on this rank or on the one it waited for, or an error referring to another rank's verdict."""
     account, rank, seat = RankFailure.of(error), joining.rank, joining.seat
     if not isinstance(error, RunError):
         traceback.print_exception(error)
@@ -224,7 +223,7 @@ def _explain(error: BaseException, joining: _Joining, log_dir: Path) -> Exceptio
     trace: str | None = None
     if not error.died and peer is not None and seat is not None:
         number, trace = _look_at(peer, seat, log_dir)
-    # A rank of this host that ended has said why before, or never will.
+    # A rank of this host that died has either reported the cause already or never will.
     deadline = time.monotonic() + (0 if error.died else _SECONDS_FOR_THE_CULPRIT)
     while time.monotonic() < deadline and not (log_dir / VERDICT_FILE).exists():
         time.sleep(0.05)
@@ -249,7 +248,7 @@ def _give(verdict: Verdict, log_dir: Path, rank: int, *, is_input: bool = False)
 
 
 def _look_at(peer: int, seat: Seat, log_dir: Path) -> tuple[str | None, str | None]:
-    """Whether a rank of this host that does not get on was stopped, and else its stack."""
+    """Return why a stuck rank of this host was stopped, or otherwise its stack."""
     if peer not in seat.local_ranks:
         return None, None
     pid = seat.pids[peer]
@@ -261,6 +260,6 @@ def _look_at(peer: int, seat: Seat, log_dir: Path) -> tuple[str | None, str | No
         os.kill(pid, STACK_SIGNAL)
         while time.monotonic() < deadline and not path.stat().st_size:
             time.sleep(0.02)
-        time.sleep(0.02)  # the rest of it
+        time.sleep(0.02)  # wait for the rest of the stack
         return None, shorten_stack(path.read_text(encoding="utf-8", errors="replace"))
     return None, None

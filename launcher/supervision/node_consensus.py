@@ -1,6 +1,6 @@
-"""What the parents of a run's nodes make of a failure together: what each has to say, and the one verdict of all.
+"""Agreement on a failure among the parents of a multi-node run: each node's verdict, and the common one.
 
-Knows the watch of this node and the rendezvous; starts and ends nothing.
+Depends on this node's watch and the rendezvous; starts and stops nothing.
 """
 
 import json
@@ -22,7 +22,7 @@ from model.checkpoint.fingerprint import CheckpointReplacedError
 
 
 class RanksEnded(Exception):
-    """The agent's result: ranks of this node failed, by number, and it has no restarts left."""
+    """Result of the agent: failed ranks of this node by number, with no restarts left."""
 
     def __init__(self, failures: Mapping[int, ProcessFailure]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class RanksEnded(Exception):
 def judge(
     error: Exception, watch: RankWatch, nodes: Nodes, rendezvous: NodeRendezvous | None, log_dir: Path, before: MemoryGroup
 ) -> tuple[Verdict, bool]:
-    """What this node has to say, and whether it only felt what happened elsewhere. `before`: the control group at the start."""
+    """Return this node's verdict, and whether it only echoes a failure elsewhere. `before` is the control group at the start."""
     restarts = max(0, rendezvous.attempt) if rendezvous else 0
     failure = watch.look_again()
     if failure is not None:
@@ -49,7 +49,7 @@ def judge(
             before=before,
             now=read_memory_group(),
         )
-        if isinstance(error, CheckpointReplacedError):  # the next attempt had begun already
+        if isinstance(error, CheckpointReplacedError):  # the next attempt had already begun
             said = "; ".join(filter(None, (verdict.exception, f"not restarted: {error}")))
             return replace(verdict, exception=said, restarts_used=max(0, restarts - 1)), False
         return verdict, failure.is_echo
@@ -57,7 +57,7 @@ def judge(
         return Verdict(
             first_failed_rank=None, host=host_name(), exception=f"not restarted: {error}", restarts_used=max(0, restarts - 1)
         ), False
-    if isinstance(error, RanksEnded):  # the only rank of this node, and the agent was faster than the watch
+    if isinstance(error, RanksEnded):  # the only rank of this node failed, and the agent noticed before the watch
         rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
         code = first.exitcode
         verdict = Verdict(
@@ -71,15 +71,15 @@ def judge(
         )
         return verdict, False
     blamed = error.node if isinstance(error, NodesError) else 0
-    # Before the nodes have met, this one can only suppose that the others start as many ranks.
+    # Before the rendezvous, assume that the other nodes start the same number of ranks.
     rank = (rendezvous.first_ranks[blamed] if rendezvous else 0) or blamed * nodes.local_workers
     verdict = Verdict(first_failed_rank=rank, host=f"node {blamed}", exception=str(error), restarts_used=restarts)
     return verdict, isinstance(error, RunOver)
 
 
 def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
-    """The one verdict of all nodes: of those that saw a cause the first, else that a node has gone. Raises DifferentRunError where
-    another node has refused the run."""
+    """Return the common verdict of all nodes: the first one with a cause, otherwise that a node is gone. Raises DifferentRunError if
+    another node has rejected the run."""
     if rendezvous is None or rendezvous.num_nodes == 1:
         return mine
     said = {node: json.loads(text) for node, text in rendezvous.exchange_verdicts(_write_entry(mine, is_echo)).items()}
@@ -107,7 +107,7 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
 
 
 def say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
-    """Have the other nodes end too: a signal has ended this one."""
+    """Stop the other nodes after a signal has stopped this one."""
     if rendezvous is not None and nodes.num_nodes > 1:
         words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"
         verdict = Verdict(first_failed_rank=None, host=host_name(), exception=words, restarts_used=max(0, rendezvous.attempt))
@@ -115,7 +115,7 @@ def say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) ->
 
 
 def refuse(error: DifferentRunError, rendezvous: NodeRendezvous) -> None:
-    """Have the other nodes end too, after they could compare: the nodes were started for different runs."""
+    """Stop the other nodes, once they can compare: the nodes were started for different runs."""
     rendezvous.exchange_verdicts(_write_entry(Verdict(first_failed_rank=None, host=host_name()), False, refusal=str(error)))
 
 

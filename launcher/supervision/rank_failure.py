@@ -1,7 +1,4 @@
-"""What a rank that fails leaves behind for whoever watches it: exception, the end of its traceback, whether it is only an echo.
-
-Knows exceptions and a file; not what is made of it.
-"""
+"""The failure record that a rank leaves for its watcher: exception, tail of the traceback, and whether it only echoes another failure."""
 
 import json
 import traceback
@@ -17,24 +14,24 @@ _TAIL_LINES = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailure:
-    """One rank's own account of its end."""
+    """One rank's own record of its failure."""
 
     exception: str
     """Type and message."""
     traceback_tail: str
-    """The last lines of its traceback."""
+    """The last lines of the traceback."""
     is_echo: bool
-    """Whether it ended only since another rank had."""
+    """Whether the rank failed only because another one had."""
     peer: int | None
-    """The rank that it waited for, where it knows."""
+    """The rank it was waiting for, if known."""
     is_input: bool = False
-    """The checkpoint or a setting cannot be used: another attempt would end the same way."""
+    """Whether the checkpoint or a setting is unusable, so that another attempt would fail the same way."""
 
     @classmethod
     def of(cls, error: BaseException) -> "RankFailure":
-        """The account of an exception that is being handled."""
+        """Create a record of the exception being handled."""
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-        # What tandem says to users is a sentence already; of others the type is half of the message.
+        # tandem's own errors are complete sentences; for others the type is an essential part of the message.
         words = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
         is_echo = isinstance(error, PeerError)
         return cls(
@@ -46,12 +43,12 @@ class RankFailure:
         )
 
     def write(self, path: Path) -> None:
-        """Leave it in a file."""
+        """Write the record to a file."""
         write_whole(path, json.dumps(asdict(self)))
 
 
 def read_failure(path: Path) -> RankFailure | None:
-    """What a rank left there; None when it could not."""
+    """Read a rank's failure record; None if there is none."""
     with suppress(OSError, ValueError, TypeError):
         return RankFailure(**json.loads(path.read_text(encoding="utf-8")))
     return None

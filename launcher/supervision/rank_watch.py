@@ -1,7 +1,7 @@
-"""Watches the ranks of this host: sees the first that fails, or the one that holds up the others, and ends the rest at once.
+"""Watches the ranks of this host: detects the first that fails or blocks the others, and kills the rest at once.
 
-A thread of the parent beside the elastic agent, which starts and restarts processes; the order of events is this file's business.
-Knows processes and the progress board; not what ranks do, and nothing of other hosts.
+Runs as a thread of the parent next to the elastic agent, which starts and restarts processes; this module establishes the order of
+failures. Knows nothing of other hosts.
 """
 
 import os
@@ -20,11 +20,11 @@ from parallel.progress import WAITING, ProgressBoard
 
 _POLL_SECONDS = 0.05
 _STACK_SECONDS = 1.0
-"""How long a stuck rank gets to write where it is."""
+"""How long a stuck rank may take to write its stack."""
 _START_SECONDS = 60.0
-"""Before a rank reports for the first time it imports PyTorch, which no --timeout should end."""
+"""Before its first report a rank imports PyTorch, which must not trigger --timeout."""
 STACK_SIGNAL = signal.SIGUSR1
-"""On which a rank writes its stack."""
+"""Signal on which a rank writes its stack."""
 _STOPPED_STATES = ("T", "t")
 
 
@@ -35,54 +35,54 @@ class FirstFailure:
     local_rank: int
     pid: int
     exit_code: int | None
-    """None when a signal ended it, or nothing has."""
+    """None if it was terminated by a signal, or has not exited."""
     signal: str | None
-    """The signal that ended or stopped it."""
+    """The signal that terminated or stopped it."""
     account: RankFailure | None
-    """What it said itself."""
+    """The rank's own record of the failure."""
     stuck: str | None
-    """In words, why it was ended, when it did not end by itself."""
+    """Why a rank that did not exit by itself was killed."""
     stack: str | None
-    """Where it was: of a rank that was stuck or crashed."""
+    """Stack of a rank that was stuck or crashed."""
     waiting: Mapping[int, str]
-    """What the other ranks of this host were in, by local rank."""
+    """The current operation of each other rank of this host, by local rank."""
     at_seconds: float
     """time.time() of the failure."""
 
     def with_exit_code(self, code: int) -> "FirstFailure":
-        """The same with what the agent read, negative for a signal, where it was faster than the watch."""
+        """Fill in the exit code that the agent read, negative for a signal, if the agent noticed before the watch."""
         if self.exit_code is not None or self.signal is not None or self.stuck is not None:
             return self
         return replace(self, exit_code=code if code >= 0 else None, signal=signal.Signals(-code).name if code < 0 else None)
 
     def describe(self) -> str:
-        """How it failed, in a few words."""
+        """Describe the failure in a few words."""
         said = self.account.exception.splitlines()[0] if self.account and self.account.exception else None
         return self.stuck or said or (f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}")
 
     @property
     def is_input(self) -> bool:
-        """Whether the checkpoint or a setting was at fault, so that a restart cannot help."""
+        """Whether the checkpoint or a setting is at fault, so that a restart cannot help."""
         return self.account is not None and self.account.is_input
 
     @property
     def is_echo(self) -> bool:
-        """Whether it ended only since a rank elsewhere had."""
+        """Whether the rank failed only because one elsewhere had."""
         return self.account is not None and self.account.is_echo
 
 
 def error_file(folder: Path, attempt: int, local_rank: int) -> Path:
-    """Where a rank leaves its RankFailure."""
+    """Path of a rank's RankFailure."""
     return folder / f"error_{attempt}_{local_rank}.json"
 
 
 def stack_file(folder: Path, attempt: int, local_rank: int) -> Path:
-    """Where a rank's stack is written on STACK_SIGNAL and when it crashes."""
+    """Path of a rank's stack, written on STACK_SIGNAL and on a crash."""
     return folder / f"stack_{attempt}_{local_rank}.txt"
 
 
 class RankWatch(threading.Thread):
-    """One for all attempts; `follow` names the processes of each."""
+    """Watch thread for all attempts; `follow` sets the processes of each."""
 
     def __init__(self, board: ProgressBoard, folder: Path, timeout_seconds: float) -> None:
         super().__init__(daemon=True, name="rank watch")
@@ -105,10 +105,10 @@ class RankWatch(threading.Thread):
             now = self._clock.read()
             self._last = {rank: (-1, now) for rank in pids}
             for rank, pid in pids.items():
-                self._descriptors[rank] = os.pidfd_open(pid)  # a child that has ended is a zombie: it can be opened
+                self._descriptors[rank] = os.pidfd_open(pid)  # an exited child is a zombie and can still be opened
 
     def run(self) -> None:
-        """Until `close`."""
+        """Watch until `close`."""
         while not self._closed.is_set():
             with self._lock:
                 descriptors = dict(self._descriptors)
@@ -127,18 +127,18 @@ class RankWatch(threading.Thread):
 
     @property
     def failure(self) -> FirstFailure | None:
-        """How the first rank of the present attempt failed; None when none did."""
+        """Return how the first rank of the current attempt failed, or None."""
         with self._lock:
             return self._failure
 
     def look_again(self) -> FirstFailure | None:
-        """The same, with what has happened since the thread looked last: the agent may be faster."""
+        """Poll once more and return the failure; the agent may notice before the thread does."""
         with self._lock:
             self._look(find_ended(self._descriptors))
             return self._failure
 
     def end_all(self) -> None:
-        """End every rank of this host. They have nothing to lose: what is to be kept is with the parent, or on disk."""
+        """Kill every rank of this host. They hold no state: everything worth keeping is in the parent or on disk."""
         with self._lock:
             self._is_ending = True
             self._kill(self._pids)
@@ -159,11 +159,11 @@ class RankWatch(threading.Thread):
             elif code is None:
                 self._unread = rank
         if failed and self._unread is not None and not any(account for *_, account in failed):
-            failed = [(self._unread, None, None, None)]  # the agent was faster, and has ended the others since
+            failed = [(self._unread, None, None, None)]  # the agent noticed first, and has since killed the other ranks
         if self._failure is not None or self._is_ending:
             return
         if failed:
-            # Of several that ended within one look, one that merely lost its peer is not the first.
+            # Of several ranks that exited within one poll, prefer one that did not merely lose its peer.
             rank, code, number, account = min(failed, key=lambda entry: entry[3] is not None and entry[3].is_echo)
             self._take(rank, exit_code=code, number=number, account=account)
         elif (stuck := self._find_stuck()) is not None:
@@ -188,7 +188,7 @@ class RankWatch(threading.Thread):
         self._kill(self._pids)
 
     def _find_stuck(self) -> tuple[int, float, bool] | None:
-        """A rank that holds up the others, for how many seconds it has not got on, and whether it was stopped."""
+        """Return a rank that blocks the others, the seconds since its last progress, and whether it was stopped."""
         now = self._clock.read()
         late: dict[int, float] = {}
         standings = {rank: self._board.read(rank) for rank in self._descriptors}
@@ -224,7 +224,7 @@ class RankWatch(threading.Thread):
             os.kill(self._pids[rank], STACK_SIGNAL)
             while time.monotonic() < deadline and not (stack.exists() and stack.stat().st_size):
                 time.sleep(0.02)
-            time.sleep(0.02)  # the rest of the stack
+            time.sleep(0.02)  # wait for the rest of the stack
         words = f"no progress for {seconds:.1f} s in {operation}; a longer --timeout than {self._timeout_seconds:g} s allows slower steps"
         self._take(rank, exit_code=None, number=None, account=None, stuck=words)
 
@@ -236,17 +236,17 @@ class RankWatch(threading.Thread):
 
 
 def _read_end(descriptor: int) -> tuple[int | None, int | None]:
-    """Exit code or number of the signal of a child that has ended, which stays for its parent's `wait`."""
+    """Return the exit code or signal of an exited child without reaping it, which is left to its parent."""
     try:
         end = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:  # the agent has taken it already; what it was is in the agent's result
+    except ChildProcessError:  # the agent has reaped it; its result has the exit code
         return None, None
     assert end is not None, "the descriptor said that it has ended"
     return (end.si_status, None) if end.si_code == os.CLD_EXITED else (None, end.si_status)
 
 
 def read_state(pid: int) -> str:
-    """The letter of a process's state, empty when it is gone."""
+    """Return a process's state letter, or an empty string if it is gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     return ""

@@ -1,9 +1,7 @@
-"""What SIGTERM, SIGINT and SIGHUP do to a run: the first asks for an end, a second ends it at once.
+"""Handling of SIGTERM, SIGINT and SIGHUP: the first signal requests a graceful shutdown, the second exits at once.
 
-A SIGHUP that was ignored when the process started, as by nohup, stays ignored. SIGINT is handled even so: shells start background
-jobs with it ignored, and `kill -INT` is to end a server there, as it does with uvicorn and torchrun.
-
-Knows signals and a question to ask; not what answers it.
+SIGHUP stays ignored if it was ignored at startup, as under nohup. SIGINT is handled regardless: shells ignore it in background jobs, and
+`kill -INT` must stop a server there, as it does with uvicorn and torchrun.
 """
 
 import os
@@ -24,7 +22,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StoppedError(TandemError):
-    """A signal ended the run."""
+    """The run was stopped by a signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -32,16 +30,17 @@ class StoppedError(TandemError):
 
 
 class GracefulStop:
-    """In its `with` block signals ask first. Ends the block with the elastic agent's SignalException, which its agent understands."""
+    """Context in which signals first request a graceful shutdown. Exits with the elastic agent's SignalException, which the agent
+    handles."""
 
     def __init__(self, ask: Callable[[int], float], takes: Callable[[int], bool] = lambda number: False) -> None:
-        """`ask` gets the signal, and says how many seconds the end may take. `takes` gets it before: whether it means something else."""
+        """`ask` receives the signal and returns the seconds the shutdown may take. `takes` sees it first and returns True to consume it."""
         self._ask, self._takes = ask, takes
         self._answered = threading.Event()
         self._over = False
         self._lock = threading.Lock()
         self.number: int | None = None
-        """The signal that came first; None when none did."""
+        """The first signal received, or None."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -59,19 +58,19 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def answer(self) -> None:
-        """What was asked for is done: end now."""
+        """Exit now: the requested shutdown is complete."""
         self._answered.set()
 
     def end_now(self) -> None:
-        """End the block from another thread."""
-        with self._lock:  # the signal must not come when the block has ended
+        """Exit the block from another thread."""
+        with self._lock:  # no signal may arrive after the block has exited
             if not self._over:
                 self.number = self.number or signal.SIGTERM
                 os.kill(os.getpid(), self.number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._over:
-            return  # the end has begun; it is not to be broken off
+            return  # the exit has begun and must not be interrupted
         if self.number is not None:
             self._over = True
             raise SignalException(f"signal {number}", signal.Signals(self.number))

@@ -1,7 +1,7 @@
-"""Starts the ranks of a job on this host with PyTorch's elastic agent, and sees them to the end.
+"""Starts the ranks of a job on this host with PyTorch's elastic agent, and supervises them until they exit.
 
-The agent starts and restarts processes and meets other nodes; the watch beside it tells who failed first. This file gives them the
-job, the log files, and makes one verdict of what they found.
+The agent starts and restarts processes and runs the rendezvous between nodes; the watch determines which rank failed first. This module
+provides the job and log files, and combines the findings into one verdict.
 """
 
 import json
@@ -46,7 +46,7 @@ _START_RANK = (
     f"import sys; sys.path = [{_HOME!r}] * ({_HOME!r} not in sys.path) + [one for one in sys.path if one]; "
     "from launcher.supervision.rank_process import main; main()"
 )
-"""Unlike `python -m`, without the current folder: a model.py there would hide our package."""
+"""Unlike `python -m`, excludes the current directory, where a model.py would shadow our package."""
 _SHUTDOWN_SECONDS = 5
 _MONITOR_SECONDS = 0.1
 _EXIT_BARRIER_SECONDS = 30.0
@@ -60,13 +60,13 @@ def spawn_ranks(
     observer: RunObserver,
     on_restart: Callable[[int, str, float], None],
 ) -> int:
-    """Run `job` on new processes of this node; give the number of restarts that it took.
+    """Run `job` in new processes on this node; returns the number of restarts.
 
-    `on_restart` gets the number of each restart, what failed and the time.time() of that. Raises RanksFailedError with the verdict,
-    DifferentRunError where nodes were started for different runs, StoppedError on SIGINT and SIGTERM. `on_restart` may raise
-    CheckpointReplacedError, which makes it a verdict. When it returns or raises, no rank is left.
+    `on_restart` receives the number of each restart, the cause, and the time.time() of the failure; it may raise CheckpointReplacedError,
+    which becomes the verdict. Raises RanksFailedError with the verdict, DifferentRunError if nodes were started for different runs,
+    StoppedError on SIGINT and SIGTERM. No rank is left running on return or on error.
     """
-    # The agent's own words would stand between the results; what matters of them is in the verdict.
+    # The agent's log messages would interleave with the results; the verdict has what matters of them.
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -124,7 +124,7 @@ def spawn_ranks(
 
 
 class _Agent(LocalElasticAgent):
-    """The elastic agent, handing every attempt its job and its processes to the watch."""
+    """The elastic agent; passes each attempt's job and processes to the watch."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Agent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._watch.look_again()  # before the agent takes the exit codes, and ends the others
+        self._watch.look_again()  # before the agent reaps the exit codes and stops the other ranks
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             failure = self._watch.look_again()
@@ -179,7 +179,7 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        self._watch.end_all()  # a rank that is stopped would not heed SIGTERM
+        self._watch.end_all()  # a stopped rank would not handle SIGTERM
         super()._shutdown(death_sig, timeout)
 
     def _describe_failure(self) -> tuple[str, float]:
@@ -189,7 +189,7 @@ class _Agent(LocalElasticAgent):
         return f"rank {self.first_rank + failure.local_rank} failed ({failure.describe()})", failure.at_seconds
 
     def _share_task(self, attempt: int) -> Task:
-        """What the first node has left to do: only it hears rank 0."""
+        """Return the first node's remaining work: only that node receives rank 0's events."""
         handler = self._rendezvous_handler
         if handler.num_nodes == 1:
             return self._observer.continue_task(self._job.task)
@@ -200,7 +200,7 @@ class _Agent(LocalElasticAgent):
 
 
 class _RankLogs(LogsSpecs):
-    """worker_N.log for standard error, to which a rank joins its standard output; the log of an attempt that failed is kept."""
+    """Writes standard error and output of each rank to worker_N.log; keeps the logs of failed attempts."""
 
     def __init__(self, log_dir: Path, folder: Path) -> None:
         super().__init__(str(log_dir))
@@ -209,25 +209,25 @@ class _RankLogs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """Where the logs are."""
+        """The log folder."""
         return str(self._log_dir)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Name the files of one attempt; the agent asks before it starts the processes of each."""
+        """Set the files of one attempt; the agent calls this before starting its processes."""
         logs = {}
         for local_rank, env in envs.items():
             log = self._log_dir / f"worker_{env['RANK']}.log"
             if self.attempt and log.exists():
                 log.rename(self._log_dir / f"worker_{env['RANK']}.attempt_{self.attempt - 1}.log")
             logs[local_rank] = str(log)
-            # The nodes count attempts together; an agent counts only those in which a rank of its own failed.
+            # Attempts are counted across nodes, but an agent counts only those in which one of its own ranks failed.
             env["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
         unused = dict.fromkeys(envs, str(self._folder / "unused"))
         return LogsDest(dict.fromkeys(envs, ""), logs, {}, {}, unused, unused[0], unused[0])
 
 
 class _Receiver(threading.Thread):
-    """Hands rank 0's events on; a rank that was restarted connects anew."""
+    """Receives rank 0's events; a restarted rank reconnects."""
 
     def __init__(self, listener: Listener, observer: RunObserver, stop: GracefulStop) -> None:
         super().__init__(daemon=True)
@@ -236,7 +236,7 @@ class _Receiver(threading.Thread):
         self._finished = threading.Event()
 
     def run(self) -> None:
-        """Until `finish`, or until the parent closes the listener."""
+        """Run until `finish`, or until the parent closes the listener."""
         while not self._finished.is_set():
             try:
                 connection = self._listener.accept()
@@ -246,7 +246,7 @@ class _Receiver(threading.Thread):
                 self._receive(connection)
 
     def finish(self) -> None:
-        """Return when all that was sent has been handed on: the ranks have ended, so their connection has."""
+        """Wait until all events have been handled. The ranks have exited, so their connection is closed."""
         if self._finished.is_set():
             return
         self._finished.set()
@@ -255,7 +255,7 @@ class _Receiver(threading.Thread):
         self.join()
 
     def _receive(self, connection: Connection) -> None:
-        # A rank in a long step does not listen; whoever has something to say must not wait for it.
+        # A rank in a long step does not read; senders must not wait for it.
         outbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
         sender.start()
@@ -277,17 +277,17 @@ class _Receiver(threading.Thread):
             elif self.error is None:
                 try:
                     self._observer.on_event(event)
-                except Exception as error:  # raised again by the parent when the ranks have ended
+                except Exception as error:  # re-raised by the parent after the ranks have exited
                     self.error = error
                     self._stopping.end_now()
 
 
 def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None]") -> None:
-    with suppress(OSError):  # a rank that has died does not listen; the watch knows
+    with suppress(OSError):  # a dead rank does not read; the watch reports it
         while (message := outbox.get()) is not None:
             connection.send_bytes(json.dumps(message).encode())
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:
-    """What this node says of itself to the others; all but its number of ranks has to be equal."""
+    """Return this node's identity for comparison; all but its number of ranks must match on every node."""
     return {**describe_run(job), "local_workers": nodes.local_workers}

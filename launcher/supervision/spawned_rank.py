@@ -1,4 +1,4 @@
-"""A rank that our own parent started: reads the job from the run's folder, reports to the parent through the socket and the board in it."""
+"""A rank started by tandem's own parent: reads the job from the run's folder, and reports through the socket and the board in it."""
 
 import faulthandler
 import json
@@ -25,15 +25,15 @@ from launcher.worker.service import Inbox, Message
 from parallel.progress import Progress, ProgressBoard
 
 _SLACK_SECONDS = 15.0
-"""How much longer than the parent, who can name the culprit, a rank waits for another."""
+"""Extra time a rank waits for a peer, so that the parent, which can identify the culprit, times out first."""
 
 
 def _silent(event: dict[str, Any]) -> None:
-    """Ranks above 0 report nothing."""
+    """Discard events on ranks above 0."""
 
 
 def _hear_nothing(wait_seconds: float) -> list[Message]:
-    """Nobody speaks to ranks above 0."""
+    """Return no messages: ranks above 0 receive none."""
     return []
 
 
@@ -53,8 +53,8 @@ def _connect_to_parent(folder: Path) -> tuple[Emit, Inbox]:
 
 
 def run_spawned_rank(folder: Path) -> None:
-    """Run this rank to its end."""
-    os.dup2(2, 1)  # standard error is the log file; results go through the socket
+    """Run this rank until it exits."""
+    os.dup2(2, 1)  # standard error is the log file; results are sent through the socket
     environment = read_environment()
     rank, local_rank, world_size = environment.rank, environment.local_rank, environment.world_size
     assert rank is not None and local_rank is not None and world_size is not None and environment.local_world_size is not None
@@ -72,14 +72,14 @@ def run_spawned_rank(folder: Path) -> None:
                 assert address is not None and port is not None
                 wait_seconds = job.timeout_seconds + _SLACK_SECONDS
                 store = PrefixStore(f"tandem/ranks_{attempt}", connect_store(address, port, wait_seconds))
-                seat = meet(store, rank, world_size, address, {}, wait_seconds)  # the nodes have compared
+                seat = meet(store, rank, world_size, address, {}, wait_seconds)  # the nodes have already compared their runs
             emit, inbox = _connect_to_parent(folder) if rank == 0 else (_silent, _hear_nothing)
             run_rank(job, seat, store, progress, emit, inbox, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
         except StopAsked:
-            signal.pause()  # the parent has what it wants, and ends all ranks
+            signal.pause()  # the parent has its results and kills all ranks
         except BaseException as error:
             traceback.print_exc()
             RankFailure.of(error).write(error_file(folder, attempt, local_rank))
             sys.stderr.flush()
-            # Without the interpreter's long farewell: peers and parent are waiting to hear of it.
+            # Skip the interpreter's slow shutdown: peers and parent are waiting for this exit.
             os._exit(1)

@@ -1,7 +1,4 @@
-"""One verdict on a run that failed: which rank first, why, what the others waited in, where its log is.
-
-Knows what watchers and ranks found out; starts and ends nothing.
-"""
+"""The verdict on a failed run: which rank failed first, why, what the others were waiting in, and where its log is."""
 
 import json
 import os
@@ -22,24 +19,24 @@ class Verdict:
     """Why a run failed."""
 
     first_failed_rank: int | None
-    """None when no rank did: the ranks never met."""
+    """None if no rank failed because the ranks never met."""
     host: str
     pid: int | None = None
     exit_code: int | None = None
-    """None when a signal ended it, or nothing has."""
+    """None if it was terminated by a signal, or has not exited."""
     signal: str | None = None
-    """SIGKILL and so on, when a signal ended or stopped it."""
+    """Name of the signal that terminated or stopped it, such as SIGKILL."""
     exception: str | None = None
-    """Type and message, when it raised one; else what was seen of it from outside."""
+    """Type and message of its exception, otherwise what was observed from outside."""
     traceback_tail: str | None = None
-    """The last lines of its traceback, or of its stack where it was stuck or crashed."""
+    """Last lines of its traceback, or of its stack if it was stuck or crashed."""
     others_waiting_in: dict[int, str] = field(default_factory=dict)
-    """The operation that each other rank was in when the first failed."""
+    """The operation each other rank was in when the first failed."""
     log_file: str | None = None
     restarts_used: int = 0
 
     def describe(self) -> str:
-        """Three lines for people."""
+        """Format the verdict in three lines for the terminal."""
         ended = f"ended by {self.signal}" if self.signal else f"ended with exit code {self.exit_code}"
         cause = self.exception or ended
         if self.exception and self.signal and self.signal not in self.exception:
@@ -50,27 +47,27 @@ class Verdict:
         return "\n".join(
             (
                 f"{who} ({where}): {cause}",
-                f"others: {others or 'nothing known of other ranks'}",
+                f"others: {others or 'no other ranks known'}",
                 f"restarts used: {self.restarts_used}; log: {self.log_file or 'none here'}",
             )
         )
 
     def to_json(self) -> str:
-        """For `from_json`, and for the file."""
+        """Serialize for `from_json` and for the file."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Verdict":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         raw = json.loads(text)
         return cls(**{**raw, "others_waiting_in": {int(rank): words for rank, words in raw["others_waiting_in"].items()}})
 
     def write(self, log_dir: Path) -> None:
-        """Leave verdict.json in the log folder."""
+        """Write verdict.json to the log folder."""
         write_whole(log_dir / VERDICT_FILE, self.to_json() + "\n")
 
     def claim(self, log_dir: Path) -> bool:
-        """Leave verdict.json unless another process of this run has; whether this one was first."""
+        """Write verdict.json unless another process of this run already has; returns whether this one was first."""
         temporary = log_dir / f".{VERDICT_FILE}.{self.host}.{os.getpid()}"
         write_whole(temporary, self.to_json() + "\n")
         try:
@@ -83,17 +80,17 @@ class Verdict:
 
 
 class RanksFailedError(TandemError):
-    """The ranks failed and the restarts are used up."""
+    """The ranks failed and no restarts are left."""
 
     def __init__(self, verdict: Verdict, *, is_input: bool = False) -> None:
         super().__init__(verdict.describe())
         self.verdict = verdict
         self.exit_code = 2 if is_input else 1
-        """2 where a rank found that the checkpoint or a setting cannot be used."""
+        """2 if a rank found the checkpoint or a setting to be unusable."""
 
 
 def shorten_stack(stack: str | None) -> str | None:
-    """The innermost lines of the current thread in what faulthandler writes: innermost first, other threads before or after it."""
+    """Return the innermost lines of the current thread's stack from faulthandler's output, which may list other threads around it."""
     lines = (stack or "").splitlines()
     first = next((number for number, line in enumerate(lines) if line.startswith("Current thread")), 0)
     return "\n".join(lines[first : first + _TAIL_LINES]) or None
@@ -102,15 +99,15 @@ def shorten_stack(stack: str | None) -> str | None:
 def judge_failure(
     failure: FirstFailure, *, first_rank: int, host: str, log_dir: Path, restarts: int, before: MemoryGroup, now: MemoryGroup
 ) -> Verdict:
-    """The verdict on the first failure of a host whose ranks start at `first_rank`.
+    """Build the verdict on the first failure of a host whose ranks start at `first_rank`.
 
-    `before` and `now`: the control group at the start of the run and after the failure.
+    `before` and `now` are the control group at the start of the run and after the failure.
     """
     account, rank = failure.account, first_rank + failure.local_rank
     exception = failure.stuck or (account.exception if account else None)
     if failure.signal == "SIGKILL" and now.num_kills > before.num_kills:
         limit = f"its limit is {now.limit_bytes / 1e9:.1f} GB" if now.limit_bytes else "the machine's memory was used up"
-        exception = f"out of memory: the kernel ended it ({limit}); tandem plan tells what each rank needs"
+        exception = f"out of memory: the kernel killed it ({limit}); tandem plan shows what each rank needs"
     trace = account.traceback_tail if account else shorten_stack(failure.stack)
     return Verdict(
         first_failed_rank=rank,

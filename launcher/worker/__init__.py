@@ -1,1 +1,1 @@
-"""What runs inside a rank."""
+"""Code that runs inside a rank."""

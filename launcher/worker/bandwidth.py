@@ -1,4 +1,4 @@
-"""What memory gives to the ranks of a run: all read at once, each with all of its threads. Knows collectives and clocks; no model."""
+"""Measurement of the memory bandwidth available to a run: all ranks read at once, each with all of its threads."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from model.backends.registry import find_backend
 from parallel.collectives import Collectives
 
 _BLOCK_BYTES, _BLOCK_BYTES_A_THREAD = 512 << 20, 64 << 20
-"""Several times as large as the last-level cache of processors that have up to 12 MiB of it a core."""
+"""Several times the last-level cache of processors with up to 12 MiB per core."""
 _SUMS, _TRIES = 4, 6
-"""Sums in a try, so that barriers count for nothing beside them."""
+"""Number of sums per try, so that barriers are negligible in comparison."""
 
 
 def measure_bandwidth(
@@ -23,7 +23,7 @@ def measure_bandwidth(
     threads: int,
     block_bytes: int = _BLOCK_BYTES,
 ) -> float:
-    """Bytes a second that all ranks read together; the best of several tries. `num_local`: ranks on this host."""
+    """Return the bytes per second that all ranks read together, best of several tries. `num_local` is the number of ranks on this host."""
     size = max(block_bytes, _BLOCK_BYTES_A_THREAD * threads)
     if find_backend(device.type).in_host_memory and (available := read_available_bytes()) is not None:
         size = min(size, available // (4 * num_local))

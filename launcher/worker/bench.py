@@ -1,7 +1,6 @@
-"""One rank's part of `tandem bench`: drives the engine with random prompts, and holds a clock beside it.
+"""One rank's part of `tandem bench`: runs the engine on random prompts and measures the time.
 
-All ranks take the same steps; what rank 0's clock says counts. Knows the engine and collectives; not what is printed.
-Real prompts, for what speculation gains: `launcher/worker/speculation_bench.py`.
+All ranks take the same steps; rank 0's clock counts. Speculation is measured with real prompts in `launcher/worker/speculation_bench.py`.
 """
 
 import json
@@ -28,13 +27,13 @@ from model.engine.sampling import SamplingParams
 from parallel.collectives import Collectives
 
 SHORT_TOKENS = 16
-"""Of the prompts that are decoded: keys and values are few beside the weights."""
+"""Length of the prompts for decoding, short enough that the KV cache is small compared with the weights."""
 _WARM_STEPS = 2
 _GATHERS, _WARM_GATHERS = 200, 20
 
 
 def open_source(job: Job, task: Bench) -> CheckpointSource:
-    """What the weights come from."""
+    """Open the source of the weights."""
     source = RandomSource(json.loads(task.random_values), job.path) if task.random_values else open_checkpoint(job.path, job.opening)
     return FirstLayers(source, task.num_layers) if task.num_layers else source
 
@@ -55,12 +54,13 @@ class RankBench:
         self._random = random.Random(0)
         self._done, self._total = 0, 1 + task.rounds * (1 + len(task.batch_sizes) + 2 * len(task.speculated))
         self.peak_rss_bytes = 0
-        """With the model and what it did, without what bandwidth is measured with."""
+        """Includes the model and its run, but not the memory of the bandwidth measurement."""
 
     def measure(self) -> dict[str, Any]:
-        """Prefill, decode at every batch size, what memory gives in between, one gather of what a layer passes on of one token, guesses.
+        """Measure prefill, decode at every batch size, memory bandwidth in between, one gather of a layer's output for one token, and
+        speculation.
 
-        Memory is measured several times, since on a shared machine it is not the same from second to second; the median counts.
+        Bandwidth is measured several times and the median reported, since it fluctuates on a shared machine.
         """
         sizes, world_size = self._task.batch_sizes, self._collectives.world_size
         first, *seconds = [self._time_prefill() for _ in range(self._task.rounds + 1)]
@@ -82,16 +82,16 @@ class RankBench:
         }
 
     def start_prefill(self) -> Engine:
-        """An engine that is about to take the prompt."""
+        """Create an engine that is about to run the prompt."""
         engine = Engine(self._model, 1)
         engine.add(self._request(0, self._task.prompt_tokens, 1))
         return engine
 
     def start_decode(self, batch_size: int, steps: int) -> Engine:
-        """An engine that is about to decode a full batch for `steps` steps or more."""
+        """Create an engine that is about to decode a full batch for at least `steps` steps."""
         config, engine, started = self._model.config, Engine(self._model, batch_size), set[int]()
         prompt_tokens = max(1, min(SHORT_TOKENS, config.max_position_embeddings - steps - 1))
-        # An engine may begin sequences one after another: the first have to last until the last has begun.
+        # An engine may start sequences one by one: the first must last until the last has started.
         new_tokens = min(steps + batch_size, config.max_position_embeddings - prompt_tokens)
         for index in range(batch_size):
             engine.add(self._request(index, prompt_tokens, new_tokens))
@@ -100,13 +100,13 @@ class RankBench:
         return engine
 
     def count_step_bytes(self) -> int:
-        """Bytes of this rank's weights that one step of decoding reads: all but an embedding that is not the head as well."""
+        """Return the bytes of this rank's weights that a decode step reads: all except an untied embedding."""
         model = self._model
         embedding = 0 if model.config.tie_word_embeddings else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
         return model.weight_bytes - embedding
 
     def _time_prefill(self) -> tuple[float, float]:
-        """Seconds from a prompt to its first token, and time.monotonic() then."""
+        """Return the seconds from a prompt to its first token, and time.monotonic() at that token."""
         engine = self.start_prefill()
         self._collectives.barrier()
         started = time.monotonic()
@@ -131,7 +131,7 @@ class RankBench:
         }
 
     def _time_steps(self, batch_size: int, steps: int) -> float:
-        """Median seconds for each token over steps that give a token of every sequence."""
+        """Return the median seconds per token over steps that yield one token for every sequence."""
         steps = min(steps, self._task.new_tokens)
         engine, seconds = self.start_decode(batch_size, steps), list[float]()
         self._collectives.barrier()
@@ -144,7 +144,7 @@ class RankBench:
         return median(seconds)
 
     def _measure_speculation(self) -> list[dict[str, Any]] | None:
-        """Rows of what it gains; None where that is not asked, or where the engine does not guess."""
+        """Return the rows of the speculation result; None if it was not requested or the engine does not speculate."""
         task = self._task
         if not task.speculated:
             return None

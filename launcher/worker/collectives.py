@@ -1,4 +1,4 @@
-"""Which collectives the ranks of a run speak through, decided from where they sit. Knows the job and seats; not what ranks do."""
+"""Choice of the collectives of a run, from the job and the placement of its ranks."""
 
 import os
 
@@ -15,7 +15,7 @@ from parallel.shared_memory import SharedMemoryCollectives
 
 
 def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> Collectives:
-    """The collectives of this rank: those that the job names, or the best ones for where the ranks are."""
+    """Return this rank's collectives: those the job names, otherwise the best for the placement."""
     if seat.world_size == 1:
         return IdentityCollectives()
     assert store is not None
@@ -32,7 +32,8 @@ def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> C
 
 
 def choose_collectives(device: str, seat: Seat) -> str:
-    """Shared memory for CPU ranks on one x86-64 host, gloo between such hosts; else torch.distributed's default of the device."""
+    """Choose shared memory for CPU ranks on one x86-64 host, gloo between such hosts, otherwise torch.distributed's default for the
+    device."""
     if find_backend(device).in_host_memory and shared_memory_works():
         if seat.num_nodes == 1:
             return "shm"
@@ -42,5 +43,5 @@ def choose_collectives(device: str, seat: Seat) -> str:
 
 
 def shared_memory_works() -> bool:
-    """Whether this processor keeps plain stores in order and this system has what the back needs."""
+    """Whether the processor guarantees store order (x86-64) and the system supports the shared-memory backend."""
     return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")

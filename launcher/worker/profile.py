@@ -1,6 +1,6 @@
-"""Records what the time of one rank goes to, and brings the spans of all ranks together. From outside: hooks on modules, and collectives.
+"""Profiles a rank from outside, with hooks on modules and collectives, and gathers the spans of all ranks.
 
-What is not a call of a module or a collective is seen only as the time between them. Knows modules by name; not what they compute.
+Anything other than a module call or a collective is visible only as the time in between.
 """
 
 import time
@@ -17,15 +17,15 @@ from model.engine.generation import step_all
 from parallel.recording import RecordedCollectives, Recorder
 
 PREFILL, DECODE = "prefill", "decode"
-"""Names of the spans that hold all others: one pass over a prompt; one step of decoding."""
+"""Names of the top-level spans: one pass over a prompt, one decode step."""
 _STEPS = 8
 
 
 def record_spans(bench: RankBench, model: LlamaForCausalLM, collectives: RecordedCollectives, *, one_host: bool) -> dict[str, Any]:
-    """One prefill and some steps of decoding one sequence: the names of the spans, and for each rank its spans, [name, start, duration].
+    """Run one prefill and some decode steps of one sequence; returns span names and each rank's spans, [name, start, duration].
 
-    Nanoseconds of rank 0's CLOCK_MONOTONIC; where ranks are on several hosts, those of the others are moved by what the clocks
-    differ right after a barrier.
+    Times are in nanoseconds of rank 0's CLOCK_MONOTONIC; spans of ranks on other hosts are shifted by the clock difference measured right
+    after a barrier.
     """
     recorder = Recorder()
     collectives.barrier()
@@ -45,7 +45,7 @@ def record_spans(bench: RankBench, model: LlamaForCausalLM, collectives: Recorde
 @contextmanager
 def _watch_modules(model: LlamaForCausalLM, recorder: Recorder) -> Iterator[None]:
     names = {module: name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)}
-    for name in ("lm_head",):  # a tied one is a part of the embedding
+    for name in ("lm_head",):  # a tied head is part of the embedding
         if isinstance(module := getattr(model, name, None), nn.Module):
             names[module] = name
     handles = []
@@ -60,7 +60,7 @@ def _watch_modules(model: LlamaForCausalLM, recorder: Recorder) -> Iterator[None
             recorder.add(number, started.pop())
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    # Layers that run in one call have no parts to be seen.
+    # Layers that run in a single call have no visible parts.
     before, model.fuses_layers = model.fuses_layers, False
     try:
         yield
@@ -71,7 +71,7 @@ def _watch_modules(model: LlamaForCausalLM, recorder: Recorder) -> Iterator[None
 
 
 def _gather_spans(spans: list[tuple[int, int, int]], clock: int, collectives: RecordedCollectives, *, one_host: bool) -> list[Any]:
-    """The spans of every rank. Whole numbers below 2^53 pass through float64 as they are."""
+    """Gather the spans of every rank. Integers below 2^53 survive the conversion to float64."""
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         sizes = [rows.shape[1]] * collectives.world_size

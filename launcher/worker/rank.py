@@ -1,4 +1,4 @@
-"""One rank as its tasks see it: its job, its place, its peers, whom it reports to; and how it loads the model. Knows no task."""
+"""The context of a rank for its tasks: job, placement, collectives, and reporting; also loads the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,28 +26,28 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class StopAsked(Exception):
-    """This rank was asked to stop, and has finished what it was at."""
+    """This rank was asked to stop and has finished its current work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What a task is run with."""
+    """The context a task runs with."""
 
     job: Job
     collectives: Collectives
     device: torch.device
     threads: int
     started: float
-    """time.perf_counter() when the rank began."""
+    """time.perf_counter() when the rank started."""
     emit: Emit
-    """Reports to the parent; of ranks above 0, nothing."""
+    """Sends an event to the parent; no effect on ranks above 0."""
     inbox: Inbox
-    """What a server has to say."""
+    """Receives messages from the server."""
     progress: Progress
     seat: Seat
 
     def report(self, event: str) -> Callable[[int, int], None]:
-        """Sends (done, total) under this name, and tells the watcher and the peers that this rank gets on."""
+        """Return a callback that emits (done, total) under this name and signals progress to the watch and the peers."""
 
         def send(done: int, total: int) -> None:
             self.collectives.beat()
@@ -57,20 +57,20 @@ class Rank:
         return send
 
     def heed_stop(self) -> None:
-        """Raise StopAsked when this rank was asked to stop."""
+        """Raise StopAsked if this rank was asked to stop."""
         if self.progress.asked_to_stop:
             self.emit({"event": "stopped"})
             raise StopAsked
 
     def gather(self, values: list[int]) -> list[list[int]]:
-        """The whole numbers of every rank, a row each."""
+        """Gather the integers of every rank, one row each."""
         mine = torch.tensor([values], dtype=torch.float64, device=self.device)
         sizes = [len(values)] * self.job.world_size
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
 
 def open_own_checkpoint(job: Job) -> CheckpointSource:
-    """The checkpoint of the job. Raises CheckpointReplacedError when its files are not those that the job was made for."""
+    """Open the job's checkpoint. Raises CheckpointReplacedError if its files have changed since the job was planned."""
     opened: list[CheckpointSource] = []
 
     def read() -> Fingerprint:
@@ -82,7 +82,7 @@ def open_own_checkpoint(job: Job) -> CheckpointSource:
 
 
 def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCausalLM, int]:
-    """The model with this rank's part of the checkpoint, or of `source`, and the bytes that were read."""
+    """Load this rank's part of the checkpoint, or of `source`; returns the model and the number of bytes read."""
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
@@ -102,6 +102,6 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     if model.backend.in_host_memory and (absence := explain_absence()):
         me.emit({"event": "warning", "message": absence})
     if not model.backend.is_split_invariant(model.dtype, me.threads):
-        me.emit({"event": "warning", "message": "on this device the last bits of results may differ between numbers of ranks"})
+        me.emit({"event": "warning", "message": "on this device the low-order bits of results may depend on the number of ranks"})
     me.collectives.barrier()
     return model, read_bytes

@@ -1,7 +1,4 @@
-"""One rank: joins the others, does its part of the task, reports. The same code under our own parent and under torchrun.
-
-Knows a Job and who it is; what is reported goes to `emit`, on rank 0 only.
-"""
+"""Runs one rank: joins the others, executes its part of the task, and reports. Identical for ranks of our own parent and of torchrun."""
 
 import time
 
@@ -20,10 +17,10 @@ from parallel.progress import Progress, WatchedCollectives
 
 
 def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit: Emit, inbox: Inbox, *, wait_seconds: float) -> None:
-    """Run `job` as the rank that sits there. `emit` gets events: progress, tokens, and what came of it at the end.
+    """Run `job` as the rank at `seat`. `emit` receives events on rank 0: progress, tokens, and the final result.
 
-    `inbox` gives what a server has to say.
-    `wait_seconds`: how long to wait for a peer that does not get on. Raises StopAsked after the current token when asked to.
+    `inbox` returns messages from the server. `wait_seconds` limits the wait for a peer that makes no progress. Raises StopAsked after the
+    current token if asked to stop.
     """
     started = time.perf_counter()
     if job.bind_cores:

@@ -1,7 +1,6 @@
-"""One rank's part of `tandem serve`: all ranks agree on what has come from the front, take a step, and report.
+"""One rank's part of `tandem serve`: all ranks agree on the new messages from the front, take a step, and report.
 
-The front is told of every token; twice a second it gets what each rank's time went to. Knows the engine and collectives; what is asked,
-and by whom, is the front's affair.
+The front receives every token, and twice a second the timings of each rank.
 """
 
 import json
@@ -20,18 +19,18 @@ from parallel.collectives import Collectives
 
 Message = Mapping[str, Any]
 Inbox = Callable[[float], list[Message]]
-"""Gives what the front has sent; waits up to so many seconds for the first message."""
+"""Returns the messages from the front; waits up to the given number of seconds for the first."""
 
 IDLE_SECONDS = 0.5
-"""Between two rounds of ranks that have nothing to do: each shows the front that all of them answer."""
+"""Interval between rounds of idle ranks, each of which shows the front that all ranks respond."""
 _REPORT_SECONDS = 0.5
 _STEPS = 32
-"""The last ones, of which medians are told."""
+"""Number of recent steps over which medians are computed."""
 _PAYLOAD_COLUMNS = 4096
 
 
 class RankService:
-    """The loop of one rank."""
+    """The service loop of one rank."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class RankService:
         self._is_ending = False
 
     def run(self) -> None:
-        """Serve until the front says that it is over."""
+        """Serve until the front ends it."""
         while not self._is_ending or self._engine.has_unfinished:
             messages: list[Message] = []
             if self._collectives.rank == 0:
@@ -64,7 +63,7 @@ class RankService:
                 self._report(everyone)
 
     def add(self, request: dict[str, Any]) -> None:
-        """Queue a request, for `read_request`. One that cannot run fails alone: what is wrong with it is the same on every rank."""
+        """Queue a request, in the form of `read_request`. An invalid request fails alone, since every rank finds the same error."""
         try:
             self._engine.add(read_request(request))
         except (ValueError, TypeError, KeyError, OverflowError) as error:  # a RequestError is a ValueError
@@ -96,7 +95,7 @@ class RankService:
             self._emit({"event": "failures", "failures": [(one.index, one.message) for one in self._engine.failures]})
 
     def _agree(self, messages: list[Message]) -> tuple[list[list[float]], list[Message]]:
-        """What every rank says of its last step, and rank 0's messages, on all ranks."""
+        """Gather every rank's data on its last step, and distribute rank 0's messages to all ranks."""
         collectives, world_size = self._collectives, self._collectives.world_size
         payload = json.dumps(messages).encode() if messages else b""
         mine = torch.tensor([[len(payload), *self._step, read_rss_bytes()]], dtype=torch.float64, device=self._device)
@@ -112,7 +111,7 @@ class RankService:
         return rows, messages
 
     def _share(self, payload: bytes, size: int) -> bytes:
-        """Rank 0's bytes, on every rank: rows of one width, of which the others have no column."""
+        """Broadcast rank 0's bytes, as rows of equal width to which the other ranks contribute no columns."""
         collectives, count = self._collectives, -(-size // _PAYLOAD_COLUMNS)
         sizes = [_PAYLOAD_COLUMNS] + [0] * (collectives.world_size - 1)
         local = torch.empty((count, sizes[collectives.rank]), dtype=torch.uint8, device=self._device)

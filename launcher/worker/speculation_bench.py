@@ -1,7 +1,6 @@
-"""What guessing tokens gains: real prompts, decoded one at a time with `speculate` and without, in turns.
+"""Measures the gain of speculation: real prompts, decoded one at a time with and without `speculate`, alternating.
 
-The gain depends on the text, so there are two prompts: one whose answer stands in it for the most part, and one that is gone on with
-freely. Knows these texts, the engine and its clock; not how the model came to be, nor where the result is printed.
+The gain depends on the text, so there are two prompts: one whose answer mostly repeats the prompt, and one that is continued freely.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,26 +24,26 @@ PROMPTS = {
     "copy": f"Original text:\n\n{_PASSAGE}\n\nThe same text again, word for word, but the name Anna is replaced by Maria:\n\n",
     "free": "Once upon a time, in a small village at the foot of the mountains, there lived",
 }
-"""By the name of the row in the result."""
+"""Keyed by the name of the result's row."""
 NEW_TOKENS = 64
-"""That each prompt is gone on with, whatever ends a text; fewer in a short context."""
+"""New tokens per prompt, regardless of stop tokens; fewer in a short context."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """One prompt, gone on with."""
+    """One decoded prompt."""
 
     ids: tuple[int, ...]
     """The new tokens."""
     tokens_per_second: float
-    """Behind the first token, on this rank's clock."""
+    """Speed after the first token, on this rank's clock."""
     guessed: int
     accepted: int
 
 
 def encode_prompts(tokenizer: Tokenizer, context_tokens: int, vocab_size: int) -> tuple[Request, ...]:
-    """PROMPTS in ids; one that is too long for the context loses its beginning. Raises RequestError for ids that the model has not."""
-    new_tokens = min(NEW_TOKENS, max(2, context_tokens // 2))  # the speed is that behind the first
+    """Tokenize PROMPTS, truncated on the left to the context. Raises RequestError for ids outside the model's vocabulary."""
+    new_tokens = min(NEW_TOKENS, max(2, context_tokens // 2))  # the speed is measured after the first token
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     rows = [tuple(tokenizer.encode(text)[new_tokens - context_tokens :]) for text in PROMPTS.values()]
     requests = tuple(Request(index, row, params) for index, row in enumerate(rows))
@@ -56,9 +55,9 @@ def encode_prompts(tokenizer: Tokenizer, context_tokens: int, vocab_size: int) -
 def measure_speculation(
     model: LlamaForCausalLM, collectives: Collectives, requests: Sequence[Request], rounds: int, on_decoded: Callable[[], None]
 ) -> list[dict[str, Any]] | None:
-    """A row for each of PROMPTS, whose `requests` are; None where this model's engine does not guess.
+    """Return one row for each of PROMPTS, encoded in `requests`; None if this model's engine does not speculate.
 
-    Raises RunError when guesses have changed a token.
+    Raises RunError if speculation has changed a token.
     """
     if not Engine(model, 1, speculate=True).speculates:
         return None
@@ -74,12 +73,12 @@ def measure_speculation(
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A row of the result for people."""
+    """Format a row of the result for the terminal."""
     share = row["accepted_share"]
-    guesses = "nothing was guessed" if share is None else f"{share:.0%} of the guesses were right"
+    guesses = "no draft tokens" if share is None else f"{share:.0%} of the draft tokens were accepted"
     return (
         f"speculate {row['tokens_per_second']:8.1f} tokens/s, {row['prompt']} prompt, batch 1: {row['gain']:.2f} times the "
-        f"{row['tokens_per_second_plain']:.1f} without; {guesses}, the tokens are the same"
+        f"{row['tokens_per_second_plain']:.1f} without; {guesses}, the tokens are identical"
     )
 
 
@@ -97,7 +96,7 @@ def _compare(name: str, plain: Sequence[_Decoded], guessing: Sequence[_Decoded])
             place = next(index for index, (one, other) in enumerate(zip(run.ids, plain[0].ids, strict=True)) if one != other)
             raise RunError(
                 f"new token {place} of the {name} prompt is {run.ids[place]} in one run and {plain[0].ids[place]} in another, which no "
-                "guess may cause: this is an error in tandem, please report it"
+                "speculation may cause: this is a bug in tandem, please report it"
             )
     without, speed = median(run.tokens_per_second for run in plain), median(run.tokens_per_second for run in guessing)
     guessed, accepted = (sum(getattr(run, part) for run in guessing) for part in ("guessed", "accepted"))

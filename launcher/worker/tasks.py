@@ -1,7 +1,4 @@
-"""What a rank does for each task: load the model, run it, report. All ranks do the same; rank 0's word counts.
-
-Knows what tasks mean; not who started the rank.
-"""
+"""The tasks of a rank: load the model, run it, and report. All ranks do the same; rank 0's results count."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,13 +25,13 @@ from model.spec.config import build_config
 from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
-NO_GUESSES = "--speculate guesses nothing: here the last bits of a row depend on how many go together"
+NO_GUESSES = "--speculate has no effect: here the low-order bits of a row depend on the batch size"
 _SERVE_BANDWIDTH_BYTES = 128 << 20
-"""Of each rank, for what a server shows: it is not to need more memory at its start than later."""
+"""Bytes per rank for the server's bandwidth figure; a server must not need more memory at startup than later."""
 
 
 def run_task(me: Rank) -> None:
-    """Do what the job says. Where logits are not finite, all ranks end well and rank 0 reports why: a restart would do the same again."""
+    """Run the job's task. If logits are not finite, all ranks exit normally and rank 0 reports why: a restart would fail the same way."""
     task = me.job.task
     try:
         _RUNNERS[type(task)](me, task)
@@ -104,7 +101,7 @@ def serve(me: Rank, task: Serve) -> None:
         prefill_known=True,
     )
     if not model.batch_invariant:
-        me.emit({"event": "warning", "message": "here the last bits of an answer may depend on what runs beside it"})
+        me.emit({"event": "warning", "message": "here the low-order bits of an answer may depend on concurrent requests"})
     if job.speculate and not engine.speculates:
         me.emit({"event": "warning", "message": NO_GUESSES})
     me.emit(
@@ -123,7 +120,7 @@ def serve(me: Rank, task: Serve) -> None:
 
 
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
-    """What ran, as it stands in stats."""
+    """Return the run's properties in the form they have in stats."""
     job, backend = me.job, model.backend
     return {
         "world_size": job.world_size,

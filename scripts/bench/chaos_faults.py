@@ -190,7 +190,7 @@ def run_out_of_memory(bench: Bench) -> tuple[str, list[str]]:
         prefix = ("sh", "-c", f'echo $$ > {procs} && exec "$@"', "sh")
         run = bench.start_decoding(0, prefix=prefix, variables={"PYTHONPATH": f"{site}{os.pathsep}{root}"})
         flag.touch()
-        word, faults = bench.judge(run, cause=r"rank 1 failed first.*SIGKILL: out of memory: the kernel ended it", tokens=False)
+        word, faults = bench.judge(run, cause=r"rank 1 failed first.*SIGKILL: out of memory: the kernel killed it", tokens=False)
         flag.unlink()
         time.sleep(0.2)  # until the kernel has emptied the group
     return word, faults
@@ -203,7 +203,7 @@ def partition_briefly(bench: Bench) -> tuple[str, list[str]]:
 
 def partition(bench: Bench) -> tuple[str, list[str]]:
     """The link between two nodes is down for longer than the timeout."""
-    return _partition(bench, RUN_SECONDS, "node . has gone: no sign of life")
+    return _partition(bench, RUN_SECONDS, "node . was lost: no heartbeat")
 
 
 def _partition(bench: Bench, seconds: float, cause: str | None) -> tuple[str, list[str]]:

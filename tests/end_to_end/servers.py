@@ -47,8 +47,8 @@ class Server:
         # Standard error goes into a file: nobody has to read a pipe while the server runs.
         redirect = ["sh", "-c", 'exec "$@" 2>"$0"', self.folder / "stderr"]
         self.running: Running = tandem.start([*redirect, *command], cwd=None, **variables)
-        wait_until(lambda: "listening at " in self.stderr or self.running.process.poll() is not None, "listening")
-        found = re.search(r"^listening at http://127\.0\.0\.1:(\d+)", self.stderr, re.MULTILINE)
+        wait_until(lambda: "listening on " in self.stderr or self.running.process.poll() is not None, "listening")
+        found = re.search(r"^listening on http://127\.0\.0\.1:(\d+)", self.stderr, re.MULTILINE)
         assert found, self.stderr
         self.port = int(found[1])
         self._clients: list[openai.OpenAI] = []

@@ -105,9 +105,9 @@ MISTAKES = {
     # words
     "no approach": _quantize("", r"approach '' is unknown", "rtn-a16w8, rtn-c8, smooth_quant, ptq, gptq, awq", "option -a"),
     "unknown approach": _quantize("-q omni_quant", "'omni_quant'", "smooth_quant"),
-    "data not given": _quantize("-a gptq --group-size 16", "-a gptq has to see activations", "-t boolq", "-s FILE"),
-    "kind of data, but no file": _quantize("-a smooth_quant -t boolq", "-a smooth_quant has to see activations"),
-    "cache without data": _quantize("-a rtn-c8", "-a rtn-c8 has to see activations"),
+    "data not given": _quantize("-a gptq --group-size 16", "-a gptq needs calibration data", "-t boolq", "-s FILE"),
+    "kind of data, but no file": _quantize("-a smooth_quant -t boolq", "-a smooth_quant needs calibration data"),
+    "cache without data": _quantize("-a rtn-c8", "-a rtn-c8 needs calibration data"),
     "-w with gptq": _quantize("-a gptq -w int8 -t ids -s x.npy", "-w does not go with -a gptq", "it does with ptq"),
     "-k with smooth_quant": _quantize("-a smooth_quant -k int8", "-k does not go with -a smooth_quant", "rtn-a16w8, ptq, gptq"),
     "--act-quant-dtype with rtn-a16w8": _quantize("-a rtn-a16w8 --act-quant-dtype int8", "--act-quant-dtype does not go", "with ptq"),

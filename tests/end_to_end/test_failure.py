@@ -225,7 +225,7 @@ def test_the_verdict_on_a_rank_that_the_kernel_ended_tells_the_limit_of_memory(
     verdict = json.loads((folder / "logs" / "verdict.json").read_text())
     assert (verdict["first_failed_rank"], verdict["signal"], verdict["exit_code"]) == (1, "SIGKILL", None)
     for words in (verdict["exception"], result.stderr):
-        assert f"out of memory: the kernel ended it (its limit is {LIMIT_BYTES / 1e9:.1f} GB)" in words
+        assert f"out of memory: the kernel killed it (its limit is {LIMIT_BYTES / 1e9:.1f} GB)" in words
 
 
 def test_a_stopped_rank_is_named_soon_after_the_timeout(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
@@ -288,7 +288,7 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
     os.kill(decoding.ranks[1], signal.SIGKILL)
     code, stdout, stderr = decoding.finish(90)
     assert code == 0, stderr
-    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks load again and go on with the same tokens" in stderr
+    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks reload and continue with the same tokens" in stderr
 
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (decoding.folder / "results.jsonl").read_text() == undisturbed.jsonl
@@ -332,7 +332,7 @@ def test_kills_while_loading_and_in_prefill_are_made_up_for(tandem: "Tandem", ch
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
     for number, rank in ((1, 1), (2, 0)):
-        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks load again and go on with the same tokens"
+        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks reload and continue with the same tokens"
         assert said in result.stderr
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (folder / "results.jsonl").read_text() == undisturbed.jsonl

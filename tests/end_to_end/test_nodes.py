@@ -205,7 +205,7 @@ def test_a_node_whose_launcher_is_killed_is_named_at_once(tandem: "Tandem", netw
     killed = time.monotonic()
     code, _, stderr = nodes[0].finish()
     assert code == 1 and time.monotonic() - killed < 15, stderr
-    assert nodes[0].verdict["first_failed_rank"] == 2 and "node 1 has gone: its launcher has ended" in stderr, stderr
+    assert nodes[0].verdict["first_failed_rank"] == 2 and "node 1 was lost: its launcher exited" in stderr, stderr
     nodes[1].running.process.communicate(timeout=SECONDS)
     assert [node.running.find_processes() for node in nodes] == [[], []]
 
@@ -224,7 +224,7 @@ def test_a_link_that_is_down_for_longer_than_the_timeout_ends_both_nodes(
         network.set_link("up")
     assert [code for code, _, _ in ended] == [1, 1] and seconds < 20, (seconds, ended)
     for other, node, (_, _, stderr) in zip((1, 0), nodes, ended, strict=True):
-        assert f"node {other} has gone" in node.verdict["exception"] and f"node {other} has gone" in stderr
+        assert f"node {other} was lost" in node.verdict["exception"] and f"node {other} was lost" in stderr
         assert node.verdict["host"] == f"node {other}" and node.verdict["first_failed_rank"] == (0, 2)[other]
     assert [node.running.find_processes() for node in nodes] == [[], []]
 
@@ -247,8 +247,8 @@ def test_nodes_that_do_not_come_together_say_why(tandem: "Tandem", checkpoints: 
     assert [code for code, _, _ in ended] == [1, 1, 2, 2], ended
     assert waiting.verdict["first_failed_rank"] == 1
     expected = [
-        f"cannot listen at {address}, port {ports[0]}: Address already in use",
-        f"node 1 did not come within 4 s (--timeout): 1 of 2 nodes are at {address}, port {ports[1]}",
+        f"cannot listen on {address}, port {ports[0]}: Address already in use",
+        f"node 1 did not join within 4 s (--timeout): 1 of 2 nodes have joined at {address}, port {ports[1]}",
         "tandem: node 1 has dtype bfloat16, but node 0 has float32: start all with the same options\n",
         "tandem: node 0 has dtype float32, but node 1 has bfloat16: start all with the same options\n",
     ]

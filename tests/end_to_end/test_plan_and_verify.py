@@ -181,7 +181,7 @@ def test_every_approach_can_be_planned(tool: Tool, config_70b: Path, approach: s
     found = tool("plan", "--model-config", config_70b, "-n", "8", "--quantization", approach, "--json")
     if approach == "ptq":  # its own words say what it makes, and a plan has none of them
         assert found.code == 2 and found.out == ""
-        assert "--quantization ptq does not say what it makes" in found.err and "quantization_config (-c)" in found.err
+        assert "--quantization ptq does not determine the result" in found.err and "quantization_config (-c)" in found.err
         return
     assert (found.code, found.err) == (0, "")
     assert found.json["quantization"] == ("none" if approach == "none" else SHAPES[approach])
@@ -335,7 +335,7 @@ def test_a_whole_checkpoint_is_ok(
     lines = tool("verify", folder, *deep)
     assert lines.code == 0 and lines.out.endswith("\nok\n")
     assert all(f"{file['sha256']}  {file['name']}" in lines.out for file in result["files"])
-    assert ("nothing is recorded of it" if recorded_in is None else f"as {recorded_in} says") in lines.out
+    assert ("no checksum recorded" if recorded_in is None else f"as {recorded_in} says") in lines.out
 
 
 def test_verify_as_users_run_it_ends_with_code_2_and_one_object(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_predict_verify_warns_where_nothing_is_recorded_and_goes_on(
     run_and_plan: Callable[[str], tuple["Outcome", dict[str, Any]]], checkpoints: "Checkpoints"
 ) -> None:
     warned, silent = run_and_plan("float")[0], run_and_plan("int8")[0]
-    assert f"warning: no checksums are recorded of {checkpoints.float}: its headers and sizes were checked\n" in warned.stderr
+    assert f"warning: no checksums are recorded for {checkpoints.float}: only headers and sizes were checked\n" in warned.stderr
     assert "no checksums" not in silent.stderr and "verifying: " in silent.stderr
     assert len(warned.records) == len(silent.records) == 1
 

@@ -292,8 +292,8 @@ def test_the_same_command_goes_on_where_a_killed_one_stopped(
 
     again = tandem.run(*_long_words(checkpoints, data, folder, "2"))
     assert again.returncode == 0, again.stderr
-    told = [line for line in again.stderr.splitlines() if "layers are done already; going on" in line]
-    assert told in (["1 of 3 layers are done already; going on"], ["2 of 3 layers are done already; going on"])
+    told = [line for line in again.stderr.splitlines() if "layers are already done; resuming" in line]
+    assert told in (["1 of 3 layers are already done; resuming"], ["2 of 3 layers are already done; resuming"])
     made = Quantized(folder, again.stdout, again.stderr)
     assert made.report["resumed_layers"] == int(told[0][0])
     _check_same(made, undisturbed)
@@ -307,7 +307,7 @@ def test_a_killed_rank_is_started_again_and_keeps_the_layers_that_are_done(
     os.kill(running.find_ranks()[1], signal.SIGKILL)
     stdout, stderr = running.process.communicate(timeout=120)
     assert running.process.returncode == 0, stderr
-    assert "restart 1 of 1: all ranks load again and layers that are done are kept" in stderr
+    assert "restart 1 of 1: all ranks reload and layers that are done are kept" in stderr
     made = Quantized(folder, stdout, stderr)
     assert made.report["resumed_layers"] in (1, 2)
     _check_same(made, undisturbed)

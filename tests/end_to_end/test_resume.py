@@ -60,7 +60,11 @@ def test_a_run_that_was_not_cut_starts_no_rank(tandem: "Tandem", checkpoints: "C
 
 
 def test_resume_without_output_is_refused(refuse: Callable[..., None]) -> None:
-    refuse(lambda made, folder: ["predict", *_options(made), "--resume"], ["--resume skips what is in .* --output; give --output"], False)
+    refuse(
+        lambda made, folder: ["predict", *_options(made), "--resume"],
+        ["--resume skips prompts already in the --output file; give --output"],
+        False,
+    )
 
 
 def test_results_of_other_prompts_are_refused_and_left_alone(refuse: Callable[..., None], undisturbed: "Outcome", tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_yaml_of_another_method_is_left_aside_and_named(
 ) -> None:
     assert plan(approach, yaml) == plan(approach)
     told = capsys.readouterr().err
-    assert told.startswith(f"warning: quantization_config ({yaml.quant_method}) is not what -a {approach} makes")
+    assert told.startswith(f"warning: quantization_config ({yaml.quant_method}) does not match -a {approach} and is ignored")
     assert told.count("\n") == 1
 
 

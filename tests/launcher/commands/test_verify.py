@@ -110,7 +110,7 @@ def test_the_order_of_fused_weights_is_reported(
     found = check(file, deep=True)
     assert found["ok"]
     assert found["fused_order"] == order
-    words = f"in MindFormers {order}'s row order (order 1.3 explains" if order else "in a row order that cannot be told: see --fused-order"
+    words = f"in MindFormers {order}'s row order (order 1.3 explains" if order else "in an unknown row order: see --fused-order"
     assert words in found["notes"][1]
     capsys.readouterr()
     verify(VerifyOptions(checkpoint=file, deep=True, as_json=False))

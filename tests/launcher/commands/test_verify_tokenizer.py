@@ -54,7 +54,7 @@ def test_without_any_tokenizer_there_is_a_warning(folder: Path, capsys: pytest.C
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     lines = run_verify(folder, capsys)
-    assert lines[-2].startswith("warning: there is no tokenizer: text needs one")
+    assert lines[-2].startswith("warning: no tokenizer found: text needs one")
     assert lines[-1] == "weights ok, with warnings"
 
 

@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_start(
     fail(tmp_path / "out", number, os.O_CREAT)
     code, message = tandem("plan", "--model-config", "config.json", "--svg", "out/plan.svg")
     assert code == 2
-    reason = "no file can be made there" if number == errno.ENOENT else os.strerror(number)
+    reason = "no file can be created there" if number == errno.ENOENT else os.strerror(number)
     assert message.startswith(f"tandem: --svg cannot be written: {tmp_path / 'out'}: {reason}") and message.count("\n") == 1
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -147,7 +147,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "long name": (lambda folder: folder / ("x" * 256), "File name too long"),
     "long folder": (lambda folder: folder / ("x" * 256) / "y", "File name too long"),
     "long path": (lambda folder: folder.joinpath(*["x" * 200] * 30), "File name too long"),
-    "proc": (lambda folder: Path("/proc/plan.svg"), "no file can be made there"),
+    "proc": (lambda folder: Path("/proc/plan.svg"), "no file can be created there"),
     "null byte": (lambda folder: folder / "a\0b", "a path cannot hold a null byte"),
 }
 
@@ -186,7 +186,7 @@ def test_another_user_may_not_write_and_is_told_before_the_start(tmp_path: Path)
         paths = [folder / "file", folder / "new" / "file", folder / "secret" / "file"]
         found = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=60)
         assert found.stdout.splitlines() == [
-            f"--x cannot be written: {folder / 'file'}: it may not be written",
+            f"--x cannot be written: {folder / 'file'}: it is not writable",
             f"--x cannot be written: {folder / 'file'}: it is not a folder",
             *[f"--x cannot be written: {folder}: Permission denied"] * 2,
             *[f"--x cannot be written: {folder / 'secret' / 'file'}: Permission denied"] * 2,

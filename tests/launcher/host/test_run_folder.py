@@ -79,5 +79,5 @@ def test_without_a_usable_folder_there_is_a_sentence(tmp_path: Path, monkeypatch
         with pytest.raises(ConfigError, match=r"No usable temporary directory found.*set TMPDIR to one"), open_run_folder():
             pass
     monkeypatch.setattr("tempfile.tempdir", "/proc/1")
-    with pytest.raises(ConfigError, match="there is no usable folder for temporary files"), open_run_folder():
+    with pytest.raises(ConfigError, match="no usable folder for temporary files"), open_run_folder():
         pass

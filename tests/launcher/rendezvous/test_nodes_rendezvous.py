@@ -54,7 +54,7 @@ def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            StoreError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use; choose another --master-port"
+            StoreError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use; choose another --master-port"
         ):
             open_store("127.0.0.1", port)
 
@@ -63,7 +63,7 @@ def test_a_store_that_nobody_opens_is_named_with_the_time() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        with pytest.raises(StoreError, match=f"nobody answered at 127.0.0.1, port {port} within 0.3 s"):
+        with pytest.raises(StoreError, match=f"no answer from 127.0.0.1, port {port} within 0.3 s"):
             connect_store("127.0.0.1", port, 0.3)
 
 
@@ -117,7 +117,9 @@ def test_what_one_node_shares_the_others_get() -> None:
 def test_a_node_that_does_not_come_is_named() -> None:
     first = NodeRendezvous(0, 2, "127.0.0.1", 0, 0.5, GREETING)
     try:
-        with pytest.raises(NodesError, match=r"node 1 did not come within 0.5 s \(--timeout\): 1 of 2 nodes are at 127.0.0.1") as refused:
+        with pytest.raises(
+            NodesError, match=r"node 1 did not join within 0.5 s \(--timeout\): 1 of 2 nodes have joined at 127.0.0.1"
+        ) as refused:
             first.next_rendezvous()
         assert refused.value.node == 1
     finally:
@@ -152,7 +154,7 @@ def test_a_node_that_falls_silent_is_missed(monkeypatch: pytest.MonkeyPatch) -> 
         while nodes[0].find_lost() or not nodes[0]._pulse._counts:  # until the first sign of life
             pass
         nodes[1]._pulse.end()
-        with pytest.raises(NodesError, match=r"node 1 has gone: no sign of life for 2 s \(--timeout\)"):
+        with pytest.raises(NodesError, match=r"node 1 was lost: no heartbeat for 2 s \(--timeout\)"):
             while True:
                 nodes[0].num_nodes_waiting()
     finally:
@@ -166,7 +168,7 @@ def test_a_node_whose_launcher_ends_is_missed_at_once() -> None:
     try:
         assert nodes[0].find_lost() == nodes[1].find_lost() == {}
         nodes[1].shutdown()
-        with pytest.raises(NodesError, match="node 1 has gone: its launcher has ended"):
+        with pytest.raises(NodesError, match="node 1 was lost: its launcher exited"):
             while True:
                 nodes[0].num_nodes_waiting()
     finally:

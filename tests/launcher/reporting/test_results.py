@@ -128,29 +128,29 @@ def change(**raw: Any) -> Callable[[str], str]:
 
 
 REFUSALS: dict[str, tuple[Callable[[str], str], dict[str, Any], str]] = {
-    "no JSON": (lambda line: "{'index': 1}\n", {}, "is no result of tandem predict; give another --output, or leave out --resume"),
-    "an empty line": (lambda line: "\n", {}, "is no result of tandem predict"),
-    "no object": (lambda line: "[1]\n", {}, "is no result of tandem predict"),
-    "a field less": (lambda line: line.replace('"text"', '"texts"'), {}, "is no result of tandem predict"),
-    "ids that are none": (change(token_ids=["x"]), {}, "is no result of tandem predict"),
-    "one id": (change(token_ids=4), {}, "is no result of tandem predict"),
-    "endless": (change(index=float("inf")), {}, "is no result of tandem predict"),
-    "too long": (change(logprobs=[10**400]), {}, "is no result of tandem predict"),
-    "no UTF-8": (lambda line: line.replace("zwei", "\udcff"), {}, "is no result of tandem predict"),
-    "unknown prompt": (change(index=3), {}, "it is of prompt 3, but there are 3 prompts; --resume goes on with the same prompts"),
+    "no JSON": (lambda line: "{'index': 1}\n", {}, "is not a result of tandem predict; give another --output, or drop --resume"),
+    "an empty line": (lambda line: "\n", {}, "is not a result of tandem predict"),
+    "no object": (lambda line: "[1]\n", {}, "is not a result of tandem predict"),
+    "a field less": (lambda line: line.replace('"text"', '"texts"'), {}, "is not a result of tandem predict"),
+    "ids that are none": (change(token_ids=["x"]), {}, "is not a result of tandem predict"),
+    "one id": (change(token_ids=4), {}, "is not a result of tandem predict"),
+    "endless": (change(index=float("inf")), {}, "is not a result of tandem predict"),
+    "too long": (change(logprobs=[10**400]), {}, "is not a result of tandem predict"),
+    "no UTF-8": (lambda line: line.replace("zwei", "\udcff"), {}, "is not a result of tandem predict"),
+    "unknown prompt": (change(index=3), {}, "it is of prompt 3, but there are 3 prompts; --resume requires the same prompts"),
     "negative prompt": (change(index=-1), {}, "it is of prompt -1, but there are 3 prompts"),
-    "twice": (lambda line: record(0).to_line(), {}, "prompt 0 is there twice; --resume needs the file of one run"),
-    "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume goes on"),
+    "twice": (lambda line: record(0).to_line(), {}, "prompt 0 occurs twice; --resume needs the file of one run"),
+    "other text": (change(prompt="coffee"), {}, "prompt 1 was 'coffee', but is 'zwei\\nZeilen' now; --resume requires"),
     "other tokenizer": (change(prompt_token_ids=[1, 12]), {}, "prompt 1 had the ids [1, 12], but has [1, 11] now"),
-    "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are asked for now"),
-    "no token but an end": (change(token_ids=[], finish_reason="eos"), {}, "prompt 1 ended by eos after 0 tokens, but 3 are asked for now"),
-    "fewer": (change(token_ids=[4, 5]), {}, "prompt 1 ended by length after 2 tokens, but 3 are asked for now"),
-    "more": (change(token_ids=[4] * 4, finish_reason="eos"), {}, "prompt 1 ended by eos after 4 tokens, but 3 are asked for now"),
+    "no token": (change(token_ids=[]), {}, "prompt 1 ended by length after 0 tokens, but 3 are requested now"),
+    "no token but an end": (change(token_ids=[], finish_reason="eos"), {}, "prompt 1 ended by eos after 0 tokens, but 3 are requested now"),
+    "fewer": (change(token_ids=[4, 5]), {}, "prompt 1 ended by length after 2 tokens, but 3 are requested now"),
+    "more": (change(token_ids=[4] * 4, finish_reason="eos"), {}, "prompt 1 ended by eos after 4 tokens, but 3 are requested now"),
     "eos": (change(finish_reason="eos"), {"ignore_eos": True}, "prompt 1 ended by 'eos', which these options do not do"),
     "other end": (change(finish_reason="stop"), {}, "prompt 1 ended by 'stop', which these options do not do"),
     "large id": (change(token_ids=[4, 50, 5]), {}, "prompt 1 has id 50, but the vocabulary has 50"),
     "small id": (change(token_ids=[4, -1, 5]), {}, "prompt 1 has id -1, but the vocabulary has 50"),
-    "log-probabilities": (change(logprobs=[-1.0] * 3), {}, "prompt 1 has 3 log-probabilities of 3 tokens, but no are asked for now"),
+    "log-probabilities": (change(logprobs=[-1.0] * 3), {}, "prompt 1 has 3 log-probabilities of 3 tokens, but no are requested now"),
 }
 
 
@@ -176,7 +176,7 @@ def test_log_probabilities_that_are_missing_are_refused(path: Path, logprobs: tu
     path.write_text(whole.to_line())
     assert read(path, logprobs=True) == [whole]
     path.write_text(dataclasses.replace(whole, logprobs=logprobs).to_line())
-    with pytest.raises(RequestError, match=f"prompt 1 has {had} log-probabilities of 3 tokens, but 3 are asked for now"):
+    with pytest.raises(RequestError, match=f"prompt 1 has {had} log-probabilities of 3 tokens, but 3 are requested now"):
         read(path, logprobs=True)
 
 
@@ -191,5 +191,5 @@ def test_no_line_holds_what_is_no_json(path: Path, value: str) -> None:
         record(0, logprobs=(-1.0, float(value.replace("Infinity", "inf")), -2.0)).to_line()
     path.parent.mkdir()
     path.write_text(record(0, logprobs=(-1.0, -1.5, -2.0)).to_line().replace("-1.5", value))
-    with pytest.raises(RequestError, match="line 1 is no result of tandem predict"):
+    with pytest.raises(RequestError, match="line 1 is not a result of tandem predict"):
         read(path, logprobs=True)

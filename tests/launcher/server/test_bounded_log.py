@@ -45,4 +45,4 @@ def test_each_name_is_reported_once_up_to_a_number_of_names() -> None:
     log = OnceLog(written.append)
     for number in (*range(5), *range(5), *range(10_000)):
         log.report(str(number), f"name {number}")
-    assert written == [*(f"name {number}" for number in range(100)), "further reports of this kind are left out"]
+    assert written == [*(f"name {number}" for number in range(100)), "further reports of this kind are suppressed"]

@@ -143,7 +143,7 @@ def test_a_message_on_which_the_ranks_fail_again_and_again_is_given_up() -> None
         requests = chat.start()
     assert requests == ()
     assert answer.end() == []
-    assert "given up" in str(answer.error)
+    assert "abandoned" in str(answer.error)
 
 
 def test_starts_that_fail_one_after_the_other_end_it() -> None:

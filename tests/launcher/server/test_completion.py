@@ -110,7 +110,7 @@ def test_the_first_prompt_that_is_too_long_ends_the_tokenization(build: Build, m
 def test_unknown_fields_are_refused_where_that_was_asked_for(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     body = b'{"prompt":"a","max_tokens":1,"max_tokns":5}'
     strict, lenient = build(strict_fields=True), build()
-    with pytest.raises(ServiceError, match=r"^'max_tokns' is no field of this request; did you mean 'max_tokens'\?$") as refused:
+    with pytest.raises(ServiceError, match=r"^'max_tokns' is not a field of this request; did you mean 'max_tokens'\?$") as refused:
         asyncio.run(strict.plan_completion(body))
     assert refused.value.param == "max_tokns" and capsys.readouterr().err == ""
     for _ in range(2):
@@ -129,5 +129,5 @@ def test_log_probabilities_of_prompts_are_limited_in_number(build: Build, monkey
             asked = asyncio.run(plan)
             assert [len(one) for one in asked.scored] == [int(logprobs is not None)] * 2
         else:
-            with pytest.raises(RequestError, match="asks for 604 log-probabilities of prompts, but at most 600 are given at once"):
+            with pytest.raises(RequestError, match="requests 604 log-probabilities of prompts, but the maximum is 600"):
                 asyncio.run(plan)

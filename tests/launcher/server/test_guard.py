@@ -118,7 +118,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
     call = Call(limit(), never)
     assert call.make(pieces=[]) == 408
-    assert "did not come" in call.error["message"]
+    assert "was not received" in call.error["message"]
 
 
 def test_a_caller_that_goes_away_gets_no_answer() -> None:

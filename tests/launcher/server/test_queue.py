@@ -116,7 +116,7 @@ def test_a_call_is_queued_as_a_whole_or_not_at_all() -> None:
         with pytest.raises(ServiceError) as refused:
             server.ask("b", 2, count=4)
         assert refused.value.status == 429, "later there may be room"
-        with pytest.raises(ServiceError, match="5 answers are asked for at once") as refused:
+        with pytest.raises(ServiceError, match="5 answers are requested at once") as refused:
             server.ask("b", 2, count=5)
         assert refused.value.status == 400, "there never will be"
         assert server.added == [1]

@@ -47,10 +47,10 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, path: str, 
 
 
 def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> None:
-    assert "tandem.qqqqqq is not a known key; no known key is near it" in refuse(tmp_path, "tandem: {qqqqqq: 1}")
+    assert "tandem.qqqqqq is not a known key; no known key is similar" in refuse(tmp_path, "tandem: {qqqqqq: 1}")
     assert "17 is not a known key" in refuse(tmp_path, "17: x")
     # Nothing of another section is guessed.
-    assert "hidden_sizes is not a known key; no known key is near it" in refuse(tmp_path, "hidden_sizes: 2")
+    assert "hidden_sizes is not a known key; no known key is similar" in refuse(tmp_path, "hidden_sizes: 2")
     assert "trust_remote is not a known key; did you mean trust_remote_code?" in refuse(tmp_path, "trust_remote: True")
 
 
@@ -136,8 +136,8 @@ def test_value_that_cannot_be_used_is_named_with_what_is_needed(tmp_path: Path, 
         ("a: [1", "is not YAML"),
         ("seed: 2024-13-45", "is not YAML"),
         ("[" * 5000, "is not YAML"),
-        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
-        ("model: {model_config: {top_k: 1, top_k: 2}}", "the key 'top_k' stands twice"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' occurs twice"),
+        ("model: {model_config: {top_k: 1, top_k: 2}}", "the key 'top_k' occurs twice"),
     ],
 )
 def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -210,7 +210,7 @@ def test_a_verdict_has_three_lines_and_numbers_ranks_of_the_whole_run() -> None:
 def test_a_rank_that_the_kernel_ended_for_memory_is_told_from_one_that_was_killed() -> None:
     assert judge(failure(signal="SIGKILL")).exception is None
     said = judge(failure(signal="SIGKILL"), kills=1, limit=2_000_000_000).exception
-    assert said is not None and said.startswith("out of memory: the kernel ended it (its limit is 2.0 GB)")
+    assert said is not None and said.startswith("out of memory: the kernel killed it (its limit is 2.0 GB)")
     assert judge(failure(exit_code=1), kills=1).exception is None
 
 

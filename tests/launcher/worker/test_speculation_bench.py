@@ -115,7 +115,7 @@ def test_without_a_guess_there_is_no_share(engine: type[PlayedEngine]) -> None:
     engine.guessed = (0, 0)
     rows = measure()
     assert rows is not None and [row["accepted_share"] for row in rows] == [None, None]
-    assert "nothing was guessed" in describe_row(rows[0])
+    assert "no draft tokens" in describe_row(rows[0])
 
 
 def test_an_engine_that_does_not_guess_is_not_measured(engine: type[PlayedEngine]) -> None:
@@ -133,6 +133,6 @@ def test_a_token_that_differs_is_an_error(engine: type[PlayedEngine]) -> None:
 def test_a_row_in_words() -> None:
     row = {"prompt": "copy", "tokens_per_second_plain": 100.04, "tokens_per_second": 250.1, "gain": 2.5, "accepted_share": 0.755}
     assert describe_row(row) == (
-        "speculate    250.1 tokens/s, copy prompt, batch 1: 2.50 times the 100.0 without; 76% of the guesses were right, "
-        "the tokens are the same"
+        "speculate    250.1 tokens/s, copy prompt, batch 1: 2.50 times the 100.0 without; 76% of the draft tokens were accepted, "
+        "the tokens are identical"
     )
