@@ -81,14 +81,24 @@ async def measure_tokens_per_word(address: Address, model: str, num_words: int =
     return (answer.prompt_tokens or num_words) / num_words
 
 
-async def complete(address: Address, request: Mapping[str, Any], *, timeout_seconds: float, retried: Collection[int] = (429,)) -> Answer:
-    """Send until it is not refused; a refusal's Retry-After is obeyed. Never raises: the outcome tells."""
+async def complete(
+    address: Address,
+    request: Mapping[str, Any],
+    *,
+    timeout_seconds: float,
+    retried: Collection[int] = (429,),
+    pause_seconds: float = 0.0,
+) -> Answer:
+    """Send until it is not refused; a refusal's Retry-After is obeyed. Never raises: the outcome tells.
+
+    `pause_seconds`: how long a slow client waits after each event of the stream.
+    """
     deadline = time.perf_counter() + timeout_seconds
     refusals: list[int] = []
     while True:
         started = time.perf_counter()
         try:
-            answer = await asyncio.wait_for(stream_completion(address, request), max(0.01, deadline - started))
+            answer = await asyncio.wait_for(stream_completion(address, request, pause_seconds), max(0.01, deadline - started))
         except asyncio.TimeoutError:
             answer = Answer(outcome="timeout", started=started, ended=time.perf_counter())
         if answer.outcome not in map(str, retried) or time.perf_counter() >= deadline:
@@ -98,14 +108,14 @@ async def complete(address: Address, request: Mapping[str, Any], *, timeout_seco
         await asyncio.sleep(min(seconds, max(0.0, deadline - time.perf_counter())))
 
 
-async def stream_completion(address: Address, request: Mapping[str, Any]) -> Answer:
-    """Send once, and read to the end."""
+async def stream_completion(address: Address, request: Mapping[str, Any], pause_seconds: float = 0.0) -> Answer:
+    """Send once, and read to the end, waiting `pause_seconds` after each event."""
     stream, started = _Stream(), time.perf_counter()
     retry_after = None
     try:
         async with send(address, "POST", COMPLETIONS, json.dumps(request).encode()) as response:
             if response.status == 200:
-                await stream.read(response)
+                await stream.read(response, pause_seconds)
             else:
                 stream.outcome, retry_after = str(response.status), parse_seconds(response.headers.get("retry-after"))
     except asyncio.IncompleteReadError:
@@ -166,9 +176,11 @@ class _Stream:
         self.times: list[float] = []
         self.usage: Mapping[str, int] = {}
 
-    async def read(self, response: Response) -> None:
+    async def read(self, response: Response, pause_seconds: float) -> None:
         reason = None
         async for event in response.events():
+            if pause_seconds:
+                await asyncio.sleep(pause_seconds)
             now = time.perf_counter()
             if self.outcome == OK:
                 self.outcome = "something behind [DONE]"

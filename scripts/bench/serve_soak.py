@@ -7,6 +7,8 @@
 First --prompts prompts are streamed one by one, undisturbed. Then --clients clients stream the same prompts, temperature 0, for
 --minutes or until --requests requests are made, and every text has to be the undisturbed one: nothing twice, missing or other.
 --chaos: a random rank (pids from GET /status) is killed every --kill-seconds. Refusals for now (429; with --chaos 503, too) are obeyed.
+--freeze: every other disturbance stops the server and all its ranks (SIGSTOP) for --freeze-seconds, then continues them (SIGCONT).
+--slow: every seventh request reads its stream with a pause after each event.
 --malformed: every tenth request is one that no server should take, or a client that leaves: see malformed_requests.py.
 At the end the server has to be idle, without blocks of the cache in use; memory of the server and of its ranks must not have grown
 between the first and the last tenth of the samples (restarts begin anew, so only ranks at work count), nor its open connections.
@@ -69,8 +71,10 @@ class Plan:
         return build_request(self.target.model, self.prompts[index % len(self.prompts)], self.target.max_tokens)
 
     async def complete(self, index: int) -> Answer:
-        """Stream a prompt."""
-        return await complete(self.target.address, self.build(index), timeout_seconds=self.options.timeout, retried=self.retried)
+        """Stream a prompt; with --slow, every seventh request is a slow client's."""
+        pause = self.options.slow_seconds if self.options.slow and index % 7 == 6 else 0.0
+        seconds = self.options.timeout
+        return await complete(self.target.address, self.build(index), timeout_seconds=seconds, retried=self.retried, pause_seconds=pause)
 
     def find_ranks(self, status: dict[str, Any] | None) -> dict[int, int]:
         """Rank to process id of those that live, and are the server's."""
@@ -91,6 +95,7 @@ class Tally:
     malformed: dict[str, Counter[str]] = field(default_factory=dict)
     """Kind to outcome to number."""
     kills: int = 0
+    freezes: int = 0
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -124,10 +129,29 @@ async def run_client(plan: Plan, tally: Tally, expected: Sequence[Answer], indic
             await asyncio.sleep(0.2)  # A server that refuses all is not hammered.
 
 
-async def kill_ranks(plan: Plan, tally: Tally, deadline: float) -> None:
-    """Kill a random rank now and then."""
+async def freeze(plan: Plan, tally: Tally) -> None:
+    """Stop the server and all its ranks for a while, as a container runtime or a batch system suspends a job."""
+    ranks = plan.find_ranks(await read_status(plan.target.address))
+    pids = [*ranks.values(), *([plan.server_pid] if plan.server_pid else [])]
+    try:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(plan.options.freeze_seconds)
+    finally:
+        for pid in reversed(pids):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    tally.freezes += 1
+
+
+async def disturb(plan: Plan, tally: Tally, deadline: float) -> None:
+    """Kill a random rank now and then; with --freeze, freeze everything every other time."""
     while time.monotonic() + plan.options.kill_seconds < deadline:
         await asyncio.sleep(plan.options.kill_seconds)
+        if plan.options.freeze and (tally.kills + tally.freezes) % 2:
+            await freeze(plan, tally)
+            continue
         while time.monotonic() < deadline and not (ranks := plan.find_ranks(await read_status(plan.target.address))):
             await asyncio.sleep(0.2)
         if time.monotonic() < deadline:
@@ -185,7 +209,7 @@ async def soak(plan: Plan) -> dict[str, Any]:
     began = time.monotonic()
     deadline = began + 60 * options.minutes if options.minutes else float("inf")
     indices = iter(range(options.requests)) if options.requests else itertools.count()
-    async with accompany(watch(plan, tally), *([kill_ranks(plan, tally, deadline)] if options.chaos else [])):
+    async with accompany(watch(plan, tally), *([disturb(plan, tally, deadline)] if options.chaos else [])):
         await asyncio.gather(*(run_client(plan, tally, expected, indices, deadline) for _ in range(options.clients)))
     seconds = time.monotonic() - began
     after, descriptors = await wait_until_idle(plan, options.idle_seconds, max_descriptors)
@@ -204,6 +228,7 @@ async def soak(plan: Plan) -> dict[str, Any]:
         "refusals": {str(status): count for status, count in tally.refusals.items()},
         "malformed": {name: dict(outcomes) for name, outcomes in tally.malformed.items()},
         "kills": tally.kills,
+        "freezes": tally.freezes,
         "restarts": (after["restarts"] or 0) - (before["restarts"] or 0) if before and after else None,
         "blocks_used_idle": after["blocks_used"] if after else None,
         "memory": {name: asdict(one) for name, one in growth.items()},
@@ -246,7 +271,7 @@ def print_answer(answer: dict[str, Any]) -> None:
     """What was done, and what was wrong."""
     print(
         f"{answer['requests']} requests, {answer['tokens']} tokens in {answer['seconds']:.0f} s; "
-        f"{answer['kills']} kills, {answer['restarts']} restarts; sent again: {answer['refusals'] or 'none'}"
+        f"{answer['kills']} kills, {answer['freezes']} freezes, {answer['restarts']} restarts; sent again: {answer['refusals'] or 'none'}"
     )
     for name, outcomes in answer["malformed"].items():
         print(f"{name}: " + ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()))
@@ -268,6 +293,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int)
     parser.add_argument("--chaos", action="store_true", help="kill ranks")
     parser.add_argument("--kill-seconds", type=float, default=20)
+    parser.add_argument("--freeze", action="store_true", help="with --chaos: also stop and continue all processes")
+    parser.add_argument("--freeze-seconds", type=float, default=15)
+    parser.add_argument("--slow", action="store_true", help="some clients read slowly")
+    parser.add_argument("--slow-seconds", type=float, default=0.2, help="pause of a slow client after each event")
     parser.add_argument("--malformed", action="store_true")
     parser.add_argument("--prompts", type=int, default=16, help="different ones")
     parser.add_argument("--prompt-tokens", type=int, default=32)

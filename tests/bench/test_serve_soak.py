@@ -44,6 +44,13 @@ def test_every_request_is_answered_though_ranks_are_killed_and_clients_misbehave
     assert {"server"} <= answer["memory"].keys() <= {"server", "rank 0", "rank 1"}
 
 
+def test_frozen_processes_and_slow_clients_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--chaos", "--kill-seconds", "0.1", "--freeze", "--freeze-seconds", "0.1", "--slow", "--slow-seconds", "0.01"]
+    answer = soak(capsys, *words, "--requests", "120", "--idle-seconds", "10", "--", "--token-seconds", "0.002")
+    assert (answer["faults"], answer["first_faults"], answer["requests"]) == (0, [], 120)
+    assert answer["kills"] >= 1 and answer["freezes"] >= 1
+
+
 def test_time_ends_it_where_no_number_of_requests_does(capsys: pytest.CaptureFixture[str]) -> None:
     answer = soak(capsys, "--minutes", "0.005", "--", "--token-seconds", "0.002")
     assert answer["faults"] == 0
