@@ -153,10 +153,12 @@ class SharedMemoryCollectives:
         if views is None:
             if len(self._views) >= 256:  # prefill uses many different row counts, decode only a few
                 self._views.clear()
-            views = [
-                slot[: rows * size * dtype.itemsize].view(dtype).view(rows, size)
-                for slot, size in zip(self._slots[buffer], sizes, strict=True)
-            ]
+            # Within inference mode, views would be tensors that no gather outside of it may write to.
+            with torch.inference_mode(False):
+                views = [
+                    slot[: rows * size * dtype.itemsize].view(dtype).view(rows, size)
+                    for slot, size in zip(self._slots[buffer], sizes, strict=True)
+                ]
             self._views[key] = views
         return views
 

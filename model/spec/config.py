@@ -143,7 +143,9 @@ def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaCo
     if missing:
         raise ConfigError(f"{source} lacks {', '.join(missing)}")
     try:
-        return _build_config(raw)
+        config = _build_config(raw)
+        _check_windows(raw, config)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -185,6 +187,19 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         pad_token_id=pad,
         dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
     )
+
+
+def _check_windows(raw: Mapping[str, Any], config: LlamaConfig) -> None:
+    """Raise ConfigError where attention sees a part of the context. transformers cuts its cache there, and vLLM masks it."""
+    if raw.get("layer_types"):
+        return  # every layer is "full_attention", whatever the window
+    for key in ("sliding_window", "attention_chunk_size"):
+        value, context = raw.get(key), config.max_position_embeddings
+        if value is not None and (type(value) is not int or value < context):
+            raise ConfigError(
+                f"{key} is {quote(value)}, but max_position_embeddings is {context}: attention over a window is not supported; "
+                f"set {key} to null if the model attends to its whole context"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ CONFIG_KEYS = KeyTable(
         {
             "architectures",
             "attention_bias",
+            "attention_chunk_size",
             "bos_token_id",
             "dtype",
             "eos_token_id",
@@ -29,6 +30,7 @@ CONFIG_KEYS = KeyTable(
             "rope_parameters",
             "rope_scaling",
             "rope_theta",
+            "sliding_window",
             "tie_word_embeddings",
             "torch_dtype",
             "vocab_size",
@@ -36,7 +38,12 @@ CONFIG_KEYS = KeyTable(
     ),
     fixed={
         "hidden_act": ("silu", "swish"),
+        "is_causal": (True,),
         "is_encoder_decoder": (False,),
+        "kv_sharing_modes": (),
+        "layer_types": ("full_attention",),
+        "per_layer_config": (),
+        "transformers_weights": (),
         "add_cross_attention": (False,),
         "quantization": (),
         "compression_config": (),
@@ -56,7 +63,6 @@ CONFIG_KEYS = KeyTable(
         "final_logit_softcapping": (),
         "forced_bos_token_id": (),
         "forced_eos_token_id": (),
-        "layer_types": ("full_attention",),
         "logit_scale": (1,),
         "logits_scaling": (1,),
         "min_length": (0,),
@@ -80,7 +86,6 @@ CONFIG_KEYS = KeyTable(
         "rotary_pct": (1,),
         "scale_depth": (),
         "scale_emb": (1,),
-        "sliding_window": (),
         "suppress_tokens": (),
         "use_bias": (False,),
         "use_parallel_residual": (False,),
@@ -158,7 +163,8 @@ CONFIG_KEYS = KeyTable(
         }
     ),
 )
-"""Sizes, constants and ids are read; keys that transformers' Llama ignores are ignored and reported."""
+"""Sizes, constants and ids are read; keys that transformers' Llama ignores are ignored and reported. Keys that transformers reads for
+models of any kind, such as those of masks and caches, must have their default."""
 
 CAUSAL_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 """Values of `architectures` for this decoder; LlamaModel is the same without an output head."""

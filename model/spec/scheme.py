@@ -71,6 +71,8 @@ class LinearScheme:
             )
         if self.activation is not None and (self.bits != 8 or self.group_size is not None or not self.symmetric):
             raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
+        if self.activation == "token" and not self.activation_symmetric:
+            raise ConfigError("quantization_config: dynamic int8 activations with zero points are not supported; symmetric ones are")
         if not self.packed and (self.bits != 8 or self.group_size is not None or not self.symmetric):
             raise ConfigError("quantization_config: format int-quantized needs symmetric 8-bit weights with one scale an output row")
         if self.bits == 8 and not self.symmetric:

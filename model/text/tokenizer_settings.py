@@ -18,6 +18,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 """Roles that every tokenizer may define; a checkpoint can add others, such as `image_token`."""
 _EXTRA, _ADDITIONAL, _DECODER = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
 _MAX_ID = 2**31
+_CODE_LLAMA = "CodeLlamaTokenizer"
+"""LlamaTokenizer that is never legacy; its tokens for infilling are in the vocabulary, or never used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,16 +141,19 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
             raise CheckpointError(f"{config_path}: {name} is {quote(raw[name])}, but true or false is needed")
         return bool(raw[name]) if name in raw else None
 
+    tokenizer_class, legacy = _read_class(raw, folder), read_flag("legacy")
+    if tokenizer_class == _CODE_LLAMA:
+        tokenizer_class, legacy = "LlamaTokenizer", False
     return TokenizerSettings(
         special_tokens=_order_roles({name: _read_role(name, value, config_path) for name, value in roles.items()}),
         extra_special_tokens=read_tokens(extra, config_path),
         listed_special_tokens=read_tokens(additional, map_path),
         added_tokens=MappingProxyType(added),
         lists_all_added=lists_all,
-        tokenizer_class=_read_class(raw, folder),
+        tokenizer_class=tokenizer_class,
         add_bos_token=read_flag("add_bos_token"),
         add_eos_token=read_flag("add_eos_token"),
-        legacy=read_flag("legacy"),
+        legacy=legacy,
         add_prefix_space=None if raw.get("add_prefix_space") is None else read_flag("add_prefix_space"),
         split_special_tokens=bool(read_flag("split_special_tokens")),
         has_config=has_config,

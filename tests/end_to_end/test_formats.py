@@ -60,13 +60,13 @@ def test_verify_deep_tells_notes_dropped_tensors_and_contradictions(tandem: "Tan
     shutil.copytree(find_case(shared_dir, "15e-ct-zero-points-but-symmetric"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").chmod(0o644)
-    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 128, "acme": 1}))
+    (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5, "acme": 1}))
     result = tandem.run("verify", folder, "--deep", "--json")
     found = json.loads(result.stdout)
     assert result.returncode == 2
     assert len(found["problems"]) == len(found["dropped"]) == 14 and all("set symmetric to false" in line for line in found["problems"])
     assert [note.split(": ", 1)[1] for note in found["notes"]] == [
-        "sliding_window is 128: ignored, as transformers ignores it for Llama",
+        "logit_scale is 0.5: ignored, as transformers ignores it for Llama",
         "unknown keys, not read: acme",
     ]
     lines = tandem.run("verify", folder, "--deep").stdout.splitlines()

@@ -416,6 +416,16 @@ def test_a_part_whose_row_does_not_fit_a_slot_is_refused() -> None:
     assert torch.equal(collectives.gather_columns(torch.ones((1, 262144)), [262144]), torch.ones((1, 262144)))
 
 
+def test_gathers_of_one_shape_may_come_from_inside_and_outside_inference_mode() -> None:
+    collectives = SharedMemoryCollectives(HashStore(), 0, 1, 5)
+    for _ in range(2):  # of the two slots that take turns
+        with torch.inference_mode():
+            collectives.gather_columns(torch.zeros((1, 3)), [3])
+    for place in range(2):
+        given = torch.full((1, 3), float(place))
+        assert torch.equal(collectives.gather_columns(given, [3]), given)
+
+
 def test_one_rank_gets_back_what_it_gave() -> None:
     collectives: Collectives = IdentityCollectives()
     given = torch.randn(3, 4)

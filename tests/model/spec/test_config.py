@@ -44,6 +44,33 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict[str, Any], mess
         build_config(SIZES | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 63}, "sliding_window is 63, but max_position_embeddings is 64: attention over a window is not supported"),
+        ({"sliding_window": "64"}, "sliding_window is '64', but max_position_embeddings is 64"),
+        ({"attention_chunk_size": 16}, "attention_chunk_size is 16, but max_position_embeddings is 64"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*, but only 'full_attention' is supported"),
+        ({"is_causal": False}, "is_causal is False, but only True is supported"),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config is .*, but only null is supported"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights is 'other.safetensors', but only null is supported"),
+    ],
+)
+def test_what_transformers_reads_for_models_of_every_kind_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: {message}"):
+        build_config(SIZES | {"max_position_embeddings": 64} | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sliding_window": None}, {"sliding_window": 64}, {"sliding_window": 8, "layer_types": ["full_attention"]}, {"is_causal": True}],
+    ids=str,
+)
+def test_a_window_that_no_sequence_leaves_changes_nothing(changes: dict[str, Any]) -> None:
+    plain = SIZES | {"max_position_embeddings": 64}
+    assert build_config(plain | changes) == build_config(plain)
+
+
 def test_llama3_scaling_is_read_from_either_key_of_transformers() -> None:
     values = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     for key, kind in (("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")):

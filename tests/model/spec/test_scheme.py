@@ -114,3 +114,10 @@ def test_weights_that_cannot_be_multiplied_are_refused(key: str, value: object, 
     written["config_groups"]["group_0"]["weights"][key] = value
     with pytest.raises(ConfigError, match=re.escape(words)):
         read_scheme({"quantization_config": written})
+
+
+def test_dynamic_activations_with_zero_points_are_refused() -> None:
+    written = write_scheme(Scheme(LinearScheme(packed=False, activation="token")))
+    written["config_groups"]["group_0"]["input_activations"]["symmetric"] = False
+    with pytest.raises(ConfigError, match=r"dynamic int8 activations with zero points are not supported; symmetric ones are"):
+        read_scheme({"quantization_config": written})

@@ -212,6 +212,13 @@ def test_flags_of_added_tokens_equal_transformers(
     assert read_tokenizer(tmp_path).pad_token_id == size + 4
 
 
+@pytest.mark.parametrize("form", ["model", "json"])
+def test_code_llama_is_never_legacy(tmp_path: Path, sentencepiece_model: Callable[..., bytes], form: str) -> None:
+    vocabulary = sentencepiece_model() if form == "model" else build_llama_json()
+    infilling = dict.fromkeys(("prefix_token", "middle_token", "suffix_token", "eot_token", "fill_token"))
+    compare(write(tmp_path, vocabulary, {**LLAMA, "tokenizer_class": "CodeLlamaTokenizer", "legacy": True, **infilling}))
+
+
 OTHER_FILES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "added_tokens.json": (LLAMA, {"added_tokens": {"<|user|>": 0, "<|end|>": 1}}),
     "added_tokens.json with special ones": (
