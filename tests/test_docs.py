@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import model
 from launcher.cli.main import app
 from tests.end_to_end.test_common_mistakes import MISTAKES
 
@@ -159,3 +160,12 @@ def test_paths_of_modules_and_scripts_on_the_pages_exist() -> None:
     for page, text in PAGES.items():
         for place in re.findall(r"`((?:parallel|model|launcher|configs|scripts|tests|docs)/[\w/.-]*\w/?)`", text):
             assert (PROJECT_ROOT / place).exists(), f"{page}: {place}"
+
+
+def test_python_examples_compile_and_import_names_that_exist() -> None:
+    blocks = [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
+    assert len(blocks) >= 2
+    for page, block in blocks:
+        for node in ast.walk(ast.parse(block, page)):
+            if isinstance(node, ast.ImportFrom) and node.module == "model":
+                assert {name.name for name in node.names} <= set(model.__all__)
