@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import model
 from launcher.cli.main import app
 from tests.end_to_end.test_common_mistakes import MISTAKES
 
@@ -168,3 +169,12 @@ def test_the_table_of_packages_names_every_package_and_nothing_else() -> None:
     for root in ("model", "launcher"):
         packages |= {path.parent.relative_to(PROJECT_ROOT).as_posix() for path in (PROJECT_ROOT / root).glob("*/*.py")}
     assert sorted(place.rstrip("/") for place in named) == sorted(packages)
+
+
+def test_python_examples_compile_and_import_names_that_exist() -> None:
+    blocks = [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
+    assert len(blocks) >= 2
+    for page, block in blocks:
+        for node in ast.walk(ast.parse(block, page)):
+            if isinstance(node, ast.ImportFrom) and node.module == "model":
+                assert {name.name for name in node.names} <= set(model.__all__)

@@ -11,7 +11,10 @@ from launcher.cli.main import app
 from tests.prose_patterns import MAX_HITS_PER_1000_WORDS, PATTERNS
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-PAGES = [PROJECT_ROOT / "README.md", PROJECT_ROOT / "CONTRIBUTING.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(PROJECT_ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((PROJECT_ROOT / "docs").glob("*.md")),
+]
 COMMANDS = sorted(typer.main.get_group(app).commands)
 
 

@@ -40,5 +40,5 @@ def test_other_weights_and_other_ends_are_reported(monkeypatch: pytest.MonkeyPat
     assert any("logits of prompt" in problem for problem in outcome.problems), outcome
     monkeypatch.undo()
     monkeypatch.setattr("differential.write_ends", lambda path, ends, random: False)
-    found = [run_combination(7, number, ["hf"]) for number in range(4)]
-    assert any("ends elsewhere" in problem for outcome in found for problem in outcome.problems), found
+    outcomes = (run_combination(7, number, ["hf"]) for number in range(30))  # not every drawn model reaches one of its ends
+    assert any("ends elsewhere" in problem for outcome in outcomes for problem in outcome.problems)
