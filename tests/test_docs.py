@@ -163,7 +163,7 @@ def test_paths_of_modules_and_scripts_on_the_pages_exist() -> None:
 
 
 def test_the_table_of_packages_names_every_package_and_nothing_else() -> None:
-    table = (PROJECT_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Packages")[1].split("\n## ")[0]
+    table = PAGES["docs/architecture.md"].split("## Packages")[1].split("\n## ")[0]
     named = re.findall(r"^\| `?((?:parallel|model|launcher)/[\w/]*?)/?`? \|", table, re.MULTILINE)
     packages = {"parallel"}
     for root in ("model", "launcher"):
@@ -172,6 +172,7 @@ def test_the_table_of_packages_names_every_package_and_nothing_else() -> None:
 
 
 def test_python_examples_compile_and_import_names_that_exist() -> None:
+    fence = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
     blocks = [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
     assert len(blocks) >= 2
     for page, block in blocks:
