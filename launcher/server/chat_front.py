@@ -4,9 +4,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
+
+from msgspec import structs
 
 from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
@@ -85,7 +86,7 @@ class ChatFront(RunObserver):
     def continue_task(self, task: Task) -> Task:
         """The answer that has not ended, with its tokens."""
         assert isinstance(task, Serve)
-        return replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """A rank failed, and all start again."""

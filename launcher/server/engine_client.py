@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from launcher.job.job import Job
 from launcher.job.observer import RunObserver, Send
@@ -114,7 +116,7 @@ class ServeFront(RunObserver):
     def continue_task(self, task: Task) -> Task:
         """Every request that has not ended, with its tokens."""
         assert isinstance(task, Serve)
-        return replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """A rank failed, and all start again."""

@@ -5,7 +5,6 @@ Knows the launch environment and the log folder; not what ranks do.
 """
 
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -24,9 +23,9 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launcher.environment.detection import LaunchEnvironment
+from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.observer import RunObserver
-from launcher.job.tasks import read_task, write_task
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.rendezvous.placement import Seat, find_alone, meet
@@ -121,10 +120,10 @@ class _Joining:
             if environment.store_host == "scheduler":
                 threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="signs of life").start()
             if self.rank == 0:
-                self._store.set("task", json.dumps(write_task(job.task)))
+                self._store.set("task", write(job.task))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
-            job = replace(job, task=read_task(json.loads(self._store.get("task"))))
+            job = replace(job, task=read_task(self._store.get("task")))
         said: SimpleQueue[Message] = SimpleQueue()
         if self.rank == 0:
             observer.connect(said.put)

@@ -26,9 +26,10 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 
 from launcher.host.control_groups import read_memory_group
 from launcher.host.run_folder import open_run_folder
+from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.observer import RunObserver
-from launcher.job.tasks import Task, read_task, write_task
+from launcher.job.tasks import Task
 from launcher.rendezvous.key_value_store import StoreError
 from launcher.rendezvous.nodes import Nodes
 from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
@@ -164,7 +165,7 @@ class _Agent(LocalElasticAgent):
         self._logs.attempt = attempt
         self._board.reset()
         job = replace(self._job, task=self._share_task(attempt))
-        (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
+        (self._folder / JOB_FILE).write_text(write(job), encoding="utf-8")
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._watch.follow(attempt, pids)
         return pids
@@ -195,8 +196,8 @@ class _Agent(LocalElasticAgent):
             return self._observer.continue_task(self._job.task)
         key = f"task/{attempt}"
         if handler.node == 0:
-            handler.share(key, json.dumps(write_task(self._observer.continue_task(self._job.task))))
-        return read_task(json.loads(handler.wait_for(key)))
+            handler.share(key, write(self._observer.continue_task(self._job.task)))
+        return read_task(handler.wait_for(key))
 
 
 class _RankLogs(LogsSpecs):

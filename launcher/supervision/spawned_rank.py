@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from launcher.environment.detection import read_environment
-from launcher.job.job import Job
+from launcher.job.codec import read_job
 from launcher.rendezvous.key_value_store import connect_store
 from launcher.rendezvous.placement import find_alone, meet
 from launcher.supervision.rank_failure import RankFailure
@@ -63,7 +63,7 @@ def run_spawned_rank(folder: Path) -> None:
         faulthandler.enable(stack)
         faulthandler.register(STACK_SIGNAL, stack)
         progress = Progress(ProgressBoard(folder / BOARD_FILE, environment.local_world_size).line(local_rank))
-        job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
+        job = read_job((folder / JOB_FILE).read_text(encoding="utf-8"))
         try:
             if world_size == 1:
                 seat, store = find_alone(), None

@@ -12,10 +12,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from msgspec import convert
 
 from launcher.host.process_memory import read_rss_bytes
-from launcher.job.tasks import read_request
 from model.engine.generation import Engine
+from model.engine.request import Request
 from parallel.collectives import Collectives
 
 Message = Mapping[str, Any]
@@ -64,10 +65,10 @@ class RankService:
                 self._report(everyone)
 
     def add(self, request: dict[str, Any]) -> None:
-        """Queue a request, for `read_request`. One that cannot run fails alone: what is wrong with it is the same on every rank."""
+        """Queue a request, as a mapping of its fields. One that cannot run fails alone: what is wrong with it is the same on every rank."""
         try:
-            self._engine.add(read_request(request))
-        except (ValueError, TypeError, KeyError, OverflowError) as error:  # a RequestError is a ValueError
+            self._engine.add(convert(request, Request))
+        except (ValueError, TypeError, OverflowError) as error:  # a RequestError is a ValueError
             if self._collectives.rank == 0:
                 self._emit({"event": "refused", "index": request["index"], "message": str(error)})
 

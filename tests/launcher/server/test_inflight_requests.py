@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from msgspec import convert
 
-from launcher.job.tasks import read_request
 from launcher.server.inflight_requests import MAX_FAILURES, Journal
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
@@ -39,7 +39,7 @@ class Ranks:
         requests = {request.index: request for request in self.given}
         for message in self.told:
             if message["do"] == "add":
-                request = read_request(message["request"])
+                request = convert(message["request"], Request)
                 assert request.index not in requests, "told twice"
                 requests[request.index] = request
             elif message["do"] == "cancel":
