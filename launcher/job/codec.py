@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import convert, to_builtins
 
 from launcher.job.job import Job
+from launcher.job.messages import Command, Event
 from launcher.job.tasks import Task
 
 
@@ -27,3 +28,20 @@ def read_task(text: str | bytes) -> Task:
     """A task that `write` wrote."""
     task: Task = convert(json.loads(text), Task)
     return task
+
+
+def read_event(text: str | bytes) -> Event:
+    """An event that `write` wrote."""
+    event: Event = convert(json.loads(text), Event)
+    return event
+
+
+def read_command(text: str | bytes) -> Command:
+    """A command that `write` wrote."""
+    command: Command = convert(json.loads(text), Command)
+    return command
+
+
+def read_commands(text: str | bytes) -> list[Command]:
+    """A list of commands that `write` wrote."""
+    return convert(json.loads(text), list[Command])

@@ -4,11 +4,12 @@ Knows no command; each command has an observer of its own, with what it needs of
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from launcher.job.messages import Command, Event
 from launcher.job.tasks import Task
 
-Send = Callable[[dict[str, Any]], None]
+Send = Callable[[Command], None]
+"""Sends a command to rank 0; does not wait for it."""
 
 
 class RunObserver:
@@ -17,7 +18,7 @@ class RunObserver:
     redone = "begin anew"
     """In words, what happens again after a restart."""
 
-    def on_event(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: Event) -> None:
         """Take one event of rank 0."""
 
     def connect(self, send: Send) -> None:

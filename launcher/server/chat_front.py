@@ -5,10 +5,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any
 
 from msgspec import structs
 
+from launcher.job.messages import Event, Failures, Loading, RankWarning, Refused, Serving, Tokens
 from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
@@ -59,25 +59,25 @@ class ChatFront(RunObserver):
         """Have the ranks end."""
         self._journal.end()
 
-    def on_event(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: Event) -> None:
         """Take one event of rank 0."""
-        kind = event["event"]
-        if kind == "tokens":
-            for index, token in self._journal.take(event["tokens"]):
-                if index == self._current:
-                    self._tokens.put(token)
-        elif kind == "failures":
-            for index, message in event["failures"]:
-                self._give_up(index, message)
-        elif kind == "refused":
-            self._give_up(event["index"], event["message"])
-        elif kind == "loading":
-            self._progress(event["done"], event["total"])
-        elif kind == "serving":
-            self._serving, self._failed_starts = True, 0
-            self.ready.set()
-        elif kind == "warning":
-            print(f"warning: {event['message']}", file=sys.stderr)
+        match event:
+            case Tokens():
+                for index, token in self._journal.take(event.tokens):
+                    if index == self._current:
+                        self._tokens.put(token)
+            case Failures():
+                for failure in event.failures:
+                    self._give_up(failure.index, failure.message)
+            case Refused():
+                self._give_up(event.index, event.message)
+            case Loading():
+                self._progress(event.done, event.total)
+            case Serving():
+                self._serving, self._failed_starts = True, 0
+                self.ready.set()
+            case RankWarning():
+                print(f"warning: {event.message}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
         """Rank 0 of a new attempt is connected."""

@@ -4,7 +4,6 @@ The agent starts and restarts processes and meets other nodes; the watch beside 
 job, the log files, and makes one verdict of what they found.
 """
 
-import json
 import logging
 import os
 import signal
@@ -26,8 +25,9 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 
 from launcher.host.control_groups import read_memory_group
 from launcher.host.run_folder import open_run_folder
-from launcher.job.codec import read_task, write
+from launcher.job.codec import read_event, read_task, write
 from launcher.job.job import Job
+from launcher.job.messages import Command, Stopped
 from launcher.job.observer import RunObserver
 from launcher.job.tasks import Task
 from launcher.rendezvous.key_value_store import StoreError
@@ -257,7 +257,7 @@ class _Receiver(threading.Thread):
 
     def _receive(self, connection: Connection) -> None:
         # A rank in a long step does not listen; whoever has something to say must not wait for it.
-        outbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        outbox: SimpleQueue[Command | None] = SimpleQueue()
         sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
         sender.start()
         if not self._finished.is_set():
@@ -270,10 +270,10 @@ class _Receiver(threading.Thread):
     def _hear(self, connection: Connection) -> None:
         while True:
             try:
-                event = json.loads(connection.recv_bytes())
+                event = read_event(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            if event["event"] == "stopped":
+            if isinstance(event, Stopped):
                 self._stopping.answer()
             elif self.error is None:
                 try:
@@ -283,10 +283,10 @@ class _Receiver(threading.Thread):
                     self._stopping.end_now()
 
 
-def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None]") -> None:
+def _send_all(connection: Connection, outbox: "SimpleQueue[Command | None]") -> None:
     with suppress(OSError):  # a rank that has died does not listen; the watch knows
-        while (message := outbox.get()) is not None:
-            connection.send_bytes(json.dumps(message).encode())
+        while (command := outbox.get()) is not None:
+            connection.send_bytes(write(command).encode())
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:

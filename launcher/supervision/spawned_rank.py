@@ -1,19 +1,18 @@
 """A rank that our own parent started: reads the job from the run's folder, reports to the parent through the socket and the board in it."""
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 import traceback
 from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
 from launcher.environment.detection import read_environment
-from launcher.job.codec import read_job
+from launcher.job.codec import read_command, read_job, write
+from launcher.job.messages import Command, Event
 from launcher.rendezvous.key_value_store import connect_store
 from launcher.rendezvous.placement import find_alone, meet
 from launcher.supervision.rank_failure import RankFailure
@@ -21,18 +20,18 @@ from launcher.supervision.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.supervision.rank_watch import STACK_SIGNAL, error_file, stack_file
 from launcher.worker.rank import Emit, StopAsked
 from launcher.worker.run import run_rank
-from launcher.worker.service import Inbox, Message
+from launcher.worker.service import Inbox
 from parallel.progress import Progress, ProgressBoard
 
 _SLACK_SECONDS = 15.0
 """How much longer than the parent, who can name the culprit, a rank waits for another."""
 
 
-def _silent(event: dict[str, Any]) -> None:
+def _silent(event: Event) -> None:
     """Ranks above 0 report nothing."""
 
 
-def _hear_nothing(wait_seconds: float) -> list[Message]:
+def _hear_nothing(wait_seconds: float) -> list[Command]:
     """Nobody speaks to ranks above 0."""
     return []
 
@@ -40,14 +39,14 @@ def _hear_nothing(wait_seconds: float) -> list[Message]:
 def _connect_to_parent(folder: Path) -> tuple[Emit, Inbox]:
     connection = Client(str(folder / SOCKET_FILE), "AF_UNIX")
 
-    def emit(event: dict[str, Any]) -> None:
-        connection.send_bytes(json.dumps(event).encode())
+    def emit(event: Event) -> None:
+        connection.send_bytes(write(event).encode())
 
-    def receive(wait_seconds: float) -> list[Message]:
-        messages: list[Message] = []
-        while connection.poll(0.0 if messages else wait_seconds):
-            messages.append(json.loads(connection.recv_bytes()))
-        return messages
+    def receive(wait_seconds: float) -> list[Command]:
+        commands: list[Command] = []
+        while connection.poll(0.0 if commands else wait_seconds):
+            commands.append(read_command(connection.recv_bytes()))
+        return commands
 
     return emit, receive
 

@@ -17,6 +17,7 @@ import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
+from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.request import Request, check_memory, check_request
 from model.engine.sampling import Choice, SamplingState, sample, score
 from model.engine.scheduling import LiveSequence, Part, Scheduler
@@ -28,48 +29,6 @@ from parallel.errors import NonFiniteError
 
 _SCORED_ROWS = 32
 """Prompt tokens that are scored together: the logits of the whole vocabulary of each are in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token."""
-
-    index: int
-    """The request's number."""
-    token_id: int
-    """The token."""
-    logprob: float | None
-    """Its log-probability, where asked for."""
-    finish_reason: str | None
-    """"eos" or "length" with the last token."""
-    position: int
-    """How many new tokens came before it."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the likeliest tokens there, where asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailure:
-    """A sequence that ended without its next token."""
-
-    index: int
-    """The request's number."""
-    position: int
-    """How many new tokens it has."""
-    message: str
-    """Why, and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScore:
-    """One token of a prompt whose log-probabilities were asked for; the first token has none."""
-
-    index: int
-    """The request's number."""
-    position: int
-    """Of the token in the prompt."""
-    choice: Choice
-    """The token with its log-probability, and the most likely ones."""
 
 
 @dataclass(slots=True)
