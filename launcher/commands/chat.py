@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+from msgspec import structs
+
 from launcher.commands.conversation import Conversation
 from launcher.commands.predict import plan_params
 from launcher.commands.run_ranks import Run, build_job, open_run, run_job
@@ -48,7 +50,7 @@ def _chat(options: ChatOptions, run: Run, tokenizer: Tokenizer, renderer: ChatRe
     task = Serve(requests=(), num_blocks=1, prefill_tokens=PREFILL_TOKENS)
     job = build_job(run, task, tokenizer=tokenizer)
     num_blocks, _ = plan_cache(run, job)
-    job = replace(job, task=replace(task, num_blocks=num_blocks))
+    job = replace(job, task=structs.replace(task, num_blocks=num_blocks))
     room = min(run.context_tokens, num_blocks * job.block_size + 1)
     conversation = Conversation(renderer.render, tokenizer, room, options.system)
     conversation.plan("Hello")  # fail early if the system message is too long or the template rejects it

@@ -1,14 +1,14 @@
 """The job of a run: everything its ranks need, resolved and validated before any of them starts.
 
-A plain value, sent as JSON from the parent to the ranks. Prompts are already tokenized.
+A plain value that travels as JSON (`launcher/job/codec.py`) from the parent to the ranks. Knows no text: prompts are ids already.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.job.tasks import Task, read_task, write_task
+from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 
@@ -61,24 +61,12 @@ class Job:
     task: Task
     """The task of the ranks."""
 
-    def to_json(self) -> str:
-        """Serialize for `from_json`."""
-        return json.dumps({**asdict(self), "task": write_task(self.task)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Job":
-        """Inverse of `to_json`."""
-        raw: dict[str, Any] = json.loads(text)
-        opening = OpenOptions(**raw.pop("opening"))
-        task, eos_token_ids = read_task(raw.pop("task")), tuple(raw.pop("eos_token_ids"))
-        fingerprint = Fingerprint.from_json(raw.pop("fingerprint"))
-        return cls(**raw, opening=opening, fingerprint=fingerprint, eos_token_ids=eos_token_ids, task=task)
-
     @property
     def shared_settings(self) -> dict[str, Any]:
-        """Return the settings that must be equal on all ranks and nodes; the checkpoint's path is local, and rank 0 determines the task."""
-        settings: dict[str, Any] = json.loads(self.to_json()) | {"fused_order": self.opening.fused_order}
-        return {name: value for name, value in settings.items() if name not in _LOCAL_FIELDS}
+        """What ranks and nodes of a run have to have alike; each finds the checkpoint where it is, and rank 0 decides the task."""
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _LOCAL_FIELDS}
+        settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
+        return settings
 
     @property
     def path(self) -> Path:

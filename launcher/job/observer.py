@@ -4,11 +4,12 @@ Each command has its own observer.
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from launcher.job.messages import Command, Event
 from launcher.job.tasks import Task
 
-Send = Callable[[dict[str, Any]], None]
+Send = Callable[[Command], None]
+"""Sends a command to rank 0; does not wait for it."""
 
 
 class RunObserver:
@@ -17,8 +18,8 @@ class RunObserver:
     redone = "start over"
     """What happens after a restart, as part of a message."""
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Handle one event from rank 0."""
+    def on_event(self, event: Event) -> None:
+        """Take one event of rank 0."""
 
     def connect(self, send: Send) -> None:
         """Attach to rank 0 of a new attempt; messages passed to `send` reach it unless it has died."""

@@ -1,31 +1,25 @@
-"""The tasks of a run: decode prompts, serve, evaluate, benchmark, quantize. Plain values that travel as JSON.
+"""What the ranks of a run do: decode prompts, serve, evaluate, measure speed, quantize. Plain values.
 
-All text is already tokenized. The implementations are in `launcher/worker/run.py`.
+Knows ids only: texts have been encoded. How each is run: `launcher/worker/tasks.py`; how they travel: `launcher/job/codec.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from msgspec import Struct
 
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
 from model.quantization.recipe import Recipe
-from model.spec.scheme import LinearScheme
 
 EVALUATIONS = ("boolq", "perplexity")
 
 
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """Decode a fixed set of prompts."""
+class Decode(Struct, frozen=True, tag=True):
+    """Go on with prompts."""
 
     requests: tuple[Request, ...]
     """The prompts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serve:
-    """Decode requests as they arrive."""
+class Serve(Struct, frozen=True, kw_only=True, tag=True):
+    """Go on with prompts as they come."""
 
     requests: tuple[Request, ...]
     """Requests present at startup."""
@@ -35,8 +29,7 @@ class Serve:
     """Maximum prompt tokens per forward pass."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate:
+class Evaluate(Struct, frozen=True, kw_only=True, tag=True):
     """Score the model."""
 
     name: str
@@ -49,9 +42,8 @@ class Evaluate:
     """Token ids of yes and no."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantize:
-    """Quantize the checkpoint's layers into a work folder."""
+class Quantize(Struct, frozen=True, kw_only=True, tag=True):
+    """Round the checkpoint's layers into a work folder."""
 
     recipe: Recipe
     """The quantization recipe."""
@@ -61,8 +53,7 @@ class Quantize:
     """Absolute path."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class Bench(Struct, frozen=True, kw_only=True, tag=True):
     """Measure speed."""
 
     batch_sizes: tuple[int, ...]
@@ -86,63 +77,3 @@ class Bench:
 
 
 Task = Decode | Serve | Evaluate | Quantize | Bench
-
-
-def write_task(task: Task) -> dict[str, Any]:
-    """Serialize for `read_task`."""
-    return {"kind": type(task).__name__, **asdict(task)}
-
-
-def read_task(raw: dict[str, Any]) -> Task:
-    """Inverse of `write_task`, from JSON."""
-    return _READERS[raw["kind"]](raw)
-
-
-def read_request(raw: dict[str, Any]) -> Request:
-    """Inverse of `asdict`, from JSON."""
-    params = SamplingParams.from_json(raw["params"])
-    return Request(raw["index"], tuple(raw["prompt_ids"]), params, tuple(raw["known_ids"]), raw["known_reason"])
-
-
-def _read_decode(raw: dict[str, Any]) -> Decode:
-    return Decode(_requests(raw["requests"]))
-
-
-def _read_serve(raw: dict[str, Any]) -> Serve:
-    return Serve(requests=_requests(raw["requests"]), num_blocks=raw["num_blocks"], prefill_tokens=raw["prefill_tokens"])
-
-
-def _read_evaluate(raw: dict[str, Any]) -> Evaluate:
-    yes, no = raw["choices"]
-    return Evaluate(name=raw["name"], rows=_rows(raw["rows"]), answers=tuple(raw["answers"]), choices=(yes, no))
-
-
-def _read_quantize(raw: dict[str, Any]) -> Quantize:
-    recipe = dict(raw["recipe"])
-    linear = LinearScheme(**recipe.pop("linear")) if recipe["linear"] else recipe.pop("linear")
-    words = tuple(recipe.pop("not_converted"))
-    return Quantize(
-        recipe=Recipe(linear=linear, not_converted=words, **recipe), samples=_rows(raw["samples"]), work_folder=raw["work_folder"]
-    )
-
-
-def _read_bench(raw: dict[str, Any]) -> Bench:
-    values = {name: value for name, value in raw.items() if name != "kind"}
-    return Bench(**{**values, "batch_sizes": tuple(raw["batch_sizes"]), "speculated": _requests(raw["speculated"])})
-
-
-def _rows(raw: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in raw)
-
-
-def _requests(raw: list[dict[str, Any]]) -> tuple[Request, ...]:
-    return tuple(map(read_request, raw))
-
-
-_READERS: dict[str, Callable[[dict[str, Any]], Task]] = {
-    "Decode": _read_decode,
-    "Serve": _read_serve,
-    "Evaluate": _read_evaluate,
-    "Quantize": _read_quantize,
-    "Bench": _read_bench,
-}

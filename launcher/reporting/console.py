@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from rich.console import Console as Terminal
 from rich.live import Live
 from rich.progress import (
@@ -27,10 +28,12 @@ from rich.progress import (
 from rich.text import Text
 
 from launcher.host.atomic_write import write_whole
+from launcher.job.messages import Event, Failed, Failures, Loading, RankWarning, Result, Stats, Tokens, Working
 from launcher.job.observer import RunObserver
 from launcher.job.tasks import Decode, Task
 from launcher.reporting.printed_results import ResultPrinter, build_printer
 from launcher.reporting.results import Record, ResultsFile
+from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.request import Request
 from model.text.tokenizer import StreamDecoder, Tokenizer, continuation
 
@@ -120,19 +123,19 @@ class WorkConsole(RunObserver):
         self.failure: str | None = None
         """Why the ranks ended without a result, if all of them found that there cannot be one."""
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Handle one event from rank 0."""
-        kind = event.pop("event")
-        if kind == "loading":
-            self._loading(event["done"], event["total"])
-        elif kind == "progress":
-            self._working(event["done"], event["total"])
-        elif kind == "warning":
-            print(f"warning: {event['message']}", file=sys.stderr)
-        elif kind == "result":
-            self.result = event
-        elif kind == "failed":
-            self.failure = event["message"]
+    def on_event(self, event: Event) -> None:
+        """Take one event of rank 0."""
+        match event:
+            case Loading():
+                self._loading(event.done, event.total)
+            case Working():
+                self._working(event.done, event.total)
+            case RankWarning():
+                print(f"warning: {event.message}", file=sys.stderr)
+            case Result():
+                self.result = event.values
+            case Failed():
+                self.failure = event.message
 
     def close(self) -> None:
         """Remove the progress bars."""
@@ -177,7 +180,7 @@ class RunConsole(RunObserver):
         self._live: Live | None = None
         self._failed_at: float | None = None
         self._recoveries: list[float] = []
-        self.stats: dict[str, Any] | None = None
+        self.stats: Stats | None = None
 
     @property
     def is_done(self) -> bool:
@@ -222,20 +225,22 @@ class RunConsole(RunObserver):
         self._failed_at = at_seconds
         self._loading.close()
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Handle one event from rank 0."""
-        kind = event.pop("event")
-        if kind == "loading":
-            self._loading(event["done"], event["total"])
-        elif kind == "token":
-            self._take_token(**event)
-        elif kind == "failure":
-            self._take_failure(**event)
-        elif kind == "warning":
-            print(f"warning: {event['message']}", file=sys.stderr)
-        elif kind == "stats":
-            self.stats = event
-            self._stop_live()
+    def on_event(self, event: Event) -> None:
+        """Take one event of rank 0."""
+        match event:
+            case Loading():
+                self._loading(event.done, event.total)
+            case Tokens():
+                for token in event.tokens:
+                    self._take_token(token)
+            case Failures():
+                for failure in event.failures:
+                    self._take_failure(failure)
+            case RankWarning():
+                print(f"warning: {event.message}", file=sys.stderr)
+            case Stats():
+                self.stats = event
+                self._stop_live()
 
     def close(self) -> None:
         """Remove the progress bars."""
@@ -246,48 +251,46 @@ class RunConsole(RunObserver):
         """Finish the run: sort the results file, write stats, and print the speed."""
         if self._output is not None:
             self._output.close()
-        if self.stats is None:
+        if (s := self.stats) is None:
             return
-        self.stats.update(restarts=restarts, recovery_seconds=self._recoveries)
         if stats is not None:
-            write_whole(stats, json.dumps(self.stats, indent=2) + "\n")
-        s = self.stats
+            values = {**structs.asdict(s), "restarts": restarts, "recovery_seconds": self._recoveries}
+            write_whole(stats, json.dumps(values, indent=2) + "\n")
         print(
-            f"decode {s['decode_tokens_per_second']:.1f} tokens/s, prefill {s['prefill_tokens_per_second']:.1f} tokens/s, "
-            f"loaded in {s['load_seconds']:.2f} s; {s['world_size']} rank(s) x {s['threads_per_rank']} thread(s), "
-            f"{s['kernel']}, {s['collectives']}",
+            f"decode {s.decode_tokens_per_second:.1f} tokens/s, prefill {s.prefill_tokens_per_second:.1f} tokens/s, "
+            f"loaded in {s.load_seconds:.2f} s; {s.world_size} rank(s) x {s.threads_per_rank} thread(s), {s.kernel}, {s.collectives}",
             file=sys.stderr,
         )
 
-    def _take_token(
-        self, index: int, token_id: int, logprob: float | None, finish_reason: str | None, position: int, top_logprobs: Any = ()
-    ) -> None:
+    def _take_token(self, token: TokenEvent) -> None:
+        index, position = token.index, token.position
         with self._lock:
             if position < len(self._tokens[index]):
                 return  # a duplicate: the last tokens of a failed attempt, repeated by the next
             assert position == len(self._tokens[index]), f"token {position} of prompt {index} came before {len(self._tokens[index])}"
-            self._tokens[index].append(token_id)
-            if logprob is not None:
-                self._logprobs[index].append(logprob)
-            self._reasons[index] = finish_reason
+            self._tokens[index].append(token.token_id)
+            if token.logprob is not None:
+                self._logprobs[index].append(token.logprob)
+            self._reasons[index] = token.finish_reason
         if self._failed_at is not None:
             self._recoveries.append(time.time() - self._failed_at)
             self._failed_at = None
-        self._texts[index] += self._streams[index].push(token_id)
-        if finish_reason:
-            self._records[index] = self._build_record(index, finish_reason)
+        self._texts[index] += self._streams[index].push(token.token_id)
+        if token.finish_reason:
+            self._records[index] = self._build_record(index, token.finish_reason)
             if self._output is not None:
                 self._output.append(self._records[index])
         if self._terminal.is_terminal and not self._printer.streams:
             self._show_live()
         self.print_done()
 
-    def _take_failure(self, index: int, position: int, message: str) -> None:
+    def _take_failure(self, failure: SequenceFailure) -> None:
+        index, position = failure.index, failure.position
         with self._lock:
             if self._reasons[index]:
                 return  # a restarted attempt found the same error
             assert position == len(self._tokens[index]), f"prompt {index} failed at {position} with {len(self._tokens[index])} tokens"
-            self._reasons[index], self._errors[index] = "error", message
+            self._reasons[index], self._errors[index] = "error", failure.message
         if self._output is not None:
             self._output.append(self._build_record(index, "error"))
         self.print_done()

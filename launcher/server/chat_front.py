@@ -4,10 +4,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
 
+from msgspec import structs
+
+from launcher.job.messages import Event, Failures, Loading, RankWarning, Refused, Serving, Tokens
 from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
@@ -59,25 +60,25 @@ class ChatFront(RunObserver):
         """Tell the ranks to exit."""
         self._journal.end()
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Handle one event from rank 0."""
-        kind = event["event"]
-        if kind == "tokens":
-            for index, token in self._journal.take(event["tokens"]):
-                if index == self._current:
-                    self._tokens.put(token)
-        elif kind == "failures":
-            for index, message in event["failures"]:
-                self._give_up(index, message)
-        elif kind == "refused":
-            self._give_up(event["index"], event["message"])
-        elif kind == "loading":
-            self._progress(event["done"], event["total"])
-        elif kind == "serving":
-            self._serving, self._failed_starts = True, 0
-            self.ready.set()
-        elif kind == "warning":
-            print(f"warning: {event['message']}", file=sys.stderr)
+    def on_event(self, event: Event) -> None:
+        """Take one event of rank 0."""
+        match event:
+            case Tokens():
+                for index, token in self._journal.take(event.tokens):
+                    if index == self._current:
+                        self._tokens.put(token)
+            case Failures():
+                for failure in event.failures:
+                    self._give_up(failure.index, failure.message)
+            case Refused():
+                self._give_up(event.index, event.message)
+            case Loading():
+                self._progress(event.done, event.total)
+            case Serving():
+                self._serving, self._failed_starts = True, 0
+                self.ready.set()
+            case RankWarning():
+                print(f"warning: {event.message}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
         """Attach to rank 0 of a new attempt."""
@@ -86,7 +87,7 @@ class ChatFront(RunObserver):
     def continue_task(self, task: Task) -> Task:
         """Return the unfinished answer with its tokens so far."""
         assert isinstance(task, Serve)
-        return replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """Handle a rank failure; all ranks restart."""

@@ -9,10 +9,23 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from launcher.job.job import Job
+from launcher.job.messages import (
+    Event,
+    Failures,
+    Loading,
+    RankWarning,
+    Refused,
+    Report,
+    Scores,
+    Serving,
+    Tokens,
+)
 from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
@@ -64,8 +77,8 @@ class ServeFront(RunObserver):
         self.created = int(time.time())
         self._progress = loading_progress(served.job.world_size)
         self._phase, self._loaded = "loading", (0, 0)
-        self._kernel: dict[str, Any] = {}
-        self._report: dict[str, Any] = {}
+        self._serving: Serving | None = None
+        self._report: Report | None = None
         self._heard = 0.0
         self._slowest_seconds = 0.0
         self._prefilled = 0
@@ -77,33 +90,29 @@ class ServeFront(RunObserver):
 
     # Events of the run. -------------------------------------------------------------------------------------------------------------
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Handle one event from rank 0."""
-        kind, now = event["event"], time.monotonic()
-        if kind == "tokens":
-            tokens = self._journal.take(event["tokens"])
-            if tokens:
-                self._on_loop(self.dispatcher.deliver, tokens)
-        elif kind == "failures":
-            failures = [(index, message) for index, message in event["failures"] if self._journal.drop(index)]
-            self._on_loop(self.dispatcher.fail_sequences, failures)
-        elif kind == "refused":
-            self._on_loop(self.dispatcher.refuse, event["index"], ServiceError(400, event["message"]))
-        elif kind == "scores":
-            self._on_loop(self.dispatcher.deliver_scores, self._journal.take_scores(event["scores"]))
-        elif kind == "report":
-            self._take_report(event, now)
-        elif kind == "loading":
-            self._loaded = event["done"], event["total"]
-            self._progress(event["done"], event["total"])
-        elif kind == "serving":
-            self._kernel, self._phase, self._heard, self._failed_starts = event, "ready", now, 0
-            self._prefilled = 0
-            if self.answered_once.is_set():
-                print("the ranks are back; in-flight requests resume", file=sys.stderr, flush=True)
-            self.answered_once.set()
-        elif kind == "warning":
-            print(f"warning: {event['message']}", file=sys.stderr)
+    def on_event(self, event: Event) -> None:
+        """Take one event of rank 0."""
+        match event:
+            case Tokens():
+                tokens = self._journal.take(event.tokens)
+                if tokens:
+                    self._on_loop(self.dispatcher.deliver, tokens)
+            case Failures():
+                failures = [(one.index, one.message) for one in event.failures if self._journal.drop(one.index)]
+                self._on_loop(self.dispatcher.fail_sequences, failures)
+            case Refused():
+                self._on_loop(self.dispatcher.refuse, event.index, ServiceError(400, event.message))
+            case Scores():
+                self._on_loop(self.dispatcher.deliver_scores, self._journal.take_scores(event.scores))
+            case Report():
+                self._take_report(event)
+            case Loading():
+                self._loaded = event.done, event.total
+                self._progress(event.done, event.total)
+            case Serving():
+                self._take_serving(event)
+            case RankWarning():
+                print(f"warning: {event.message}", file=sys.stderr)
 
     def connect(self, send: Send) -> None:
         """Attach to rank 0 of a new attempt."""
@@ -114,13 +123,13 @@ class ServeFront(RunObserver):
     def continue_task(self, task: Task) -> Task:
         """Return every unfinished request with its tokens so far."""
         assert isinstance(task, Serve)
-        return replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._journal.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """Handle a rank failure; all ranks restart."""
         served = self._phase == "ready"
         self._count_failed_start()
-        self._phase, self._last_failure, self._report = "recovering", cause, {}
+        self._phase, self._last_failure, self._report = "recovering", cause, None
         self._restarts += 1
         self.metrics.count_restart()
         self._progress.close()
@@ -173,15 +182,15 @@ class ServeFront(RunObserver):
         metrics.set("running", self.dispatcher.num_running)
         metrics.set("waiting", self.dispatcher.num_waiting)
         metrics.set("kv_blocks", self.served.num_blocks)
-        metrics.set("kv_blocks_used", report.get("blocks_used", 0))
+        metrics.set("kv_blocks_used", report.blocks_used if report else 0)
         metrics.set("healthy", self.health == "ok")
-        for rank, row in enumerate(report.get("ranks", ())):
-            for name, value in row.items():
+        for rank, row in enumerate(report.ranks if report else ()):
+            for name, value in structs.asdict(row).items():
                 metrics.set_rank(rank, name, value)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that the status page shows."""
-        served, job, report, kernel, metrics = self.served, self.served.job, self._report, self._kernel, self.metrics
+        """Everything that the page shows."""
+        served, job, report, serving, metrics = self.served, self.served.job, self._report, self._serving, self.metrics
         ready = self._phase == "ready"
         return {
             "model": served.name,
@@ -191,17 +200,17 @@ class ServeFront(RunObserver):
             "world_size": job.world_size,
             "num_layers": served.config.num_hidden_layers,
             "dtype": job.dtype,
-            "quantization": kernel.get("quantization"),
-            "kernel": kernel.get("kernel"),
-            "collectives": kernel.get("collectives"),
-            "threads_per_rank": kernel.get("threads_per_rank"),
+            "quantization": serving.quantization if serving else None,
+            "kernel": serving.kernel if serving else None,
+            "collectives": serving.collectives if serving else None,
+            "threads_per_rank": serving.threads_per_rank if serving else None,
             "context_tokens": job.context_tokens,
             "loading": None if ready else {"done_bytes": self._loaded[0], "total_bytes": self._loaded[1]},
             "running": self.dispatcher.num_running,
             "max_running": self.dispatcher.max_running,
             "waiting": self.dispatcher.num_waiting,
             "max_waiting": self.dispatcher.max_waiting,
-            "blocks_used": report.get("blocks_used", 0),
+            "blocks_used": report.blocks_used if report else 0,
             "blocks_total": served.num_blocks,
             "block_size": job.block_size,
             "tokens_per_second": metrics.tokens.read(),
@@ -211,18 +220,18 @@ class ServeFront(RunObserver):
             "tokens_total": metrics.num_tokens,
             "restarts": self._restarts,
             "last_failure": self._last_failure,
-            "ranks": [self._describe_rank(plan, report, ready) for plan in served.plans],
+            "ranks": [self._describe_rank(plan, report, serving if ready else None) for plan in served.plans],
         }
 
-    def _describe_rank(self, plan: RankPlan, report: dict[str, Any], ready: bool) -> dict[str, Any]:
-        rank, kernel = plan.rank, self._kernel if ready else {}
-        row = report["ranks"][rank] if report else {}
-        step = row.get("step_seconds")
-        memory = kernel.get("memory_bytes_per_second")
+    def _describe_rank(self, plan: RankPlan, report: Report | None, serving: Serving | None) -> dict[str, Any]:
+        rank = plan.rank
+        row = report.ranks[rank] if report else None
+        step = row.step_seconds if row else None
+        memory = serving.memory_bytes_per_second if serving else None
         return {
             "rank": rank,
-            "host": kernel["hosts"][rank] if kernel else None,
-            "pid": kernel["pids"][rank] if kernel else None,
+            "host": serving.hosts[rank] if serving else None,
+            "pid": serving.pids[rank] if serving else None,
             "heads": plan.heads,
             "kv_heads": plan.kv_heads,
             "hidden_rows": plan.hidden_rows,
@@ -230,18 +239,24 @@ class ServeFront(RunObserver):
             "vocab_rows": plan.vocab_rows,
             "weight_bytes": plan.weight_bytes,
             "kv_cache_bytes": plan.kv_cache_bytes,
-            "rss_bytes": row.get("rss_bytes"),
+            "rss_bytes": row.rss_bytes if row else None,
             "step_seconds": step,
-            "gather_seconds": row.get("gather_seconds"),
+            "gather_seconds": row.gather_seconds if row else None,
             "bytes_per_second": plan.streamed_bytes / step if step else None,
             "memory_bytes_per_second": memory / self.served.job.world_size if memory else None,
         }
 
-    def _take_report(self, event: dict[str, Any], now: float) -> None:
-        self._heard, self._report = now, event
-        self._slowest_seconds = event["slowest_seconds"]
-        self._on_loop(self.metrics.prefill.add, max(0, event["prefill_tokens"] - self._prefilled))
-        self._prefilled = event["prefill_tokens"]
+    def _take_serving(self, serving: Serving) -> None:
+        self._serving, self._phase, self._heard, self._failed_starts = serving, "ready", time.monotonic(), 0
+        self._prefilled = 0
+        if self.answered_once.is_set():
+            print("the ranks are back; running answers go on", file=sys.stderr, flush=True)
+        self.answered_once.set()
+
+    def _take_report(self, report: Report) -> None:
+        self._heard, self._report, self._slowest_seconds = time.monotonic(), report, report.slowest_seconds
+        self._on_loop(self.metrics.prefill.add, max(0, report.prefill_tokens - self._prefilled))
+        self._prefilled = report.prefill_tokens
 
     def _begin_drain(self) -> None:
         async def drain() -> None:

@@ -4,11 +4,13 @@ Thread-safe: requests are added by one thread, tokens by another, and a third as
 """
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from launcher.job.messages import Add, Cancel, End
 from launcher.job.observer import Send
+from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
 
 MAX_FAILURES = 3
@@ -76,7 +78,7 @@ class Journal:
             if index in self._held:
                 self._held.remove(index)
             elif self._send is not None:
-                self._send({"do": "cancel", "index": index})
+                self._send(Cancel(index))
             if index == self._suspect:
                 self._clear_suspect()
 
@@ -92,37 +94,40 @@ class Journal:
         """Tell the ranks to exit when they have no work left."""
         with self._lock:
             if self._send is not None:
-                self._send({"do": "end"})
+                self._send(End())
 
-    def take(self, tokens: Iterable[Sequence[Any]]) -> list[tuple[int, NewToken]]:
-        """Record tokens from rank 0 (index, position, id, finish reason, log-probability, top alternatives) and return the new ones."""
+    def take(self, tokens: Iterable[TokenEvent]) -> list[tuple[int, NewToken]]:
+        """Note tokens of rank 0; give what is new."""
         new = []
         with self._lock:
-            for index, position, token_id, reason, logprob, top in tokens:
+            for token in tokens:
+                index, position = token.index, token.position
                 entry = self._entries.get(index)
                 if entry is None or position < len(entry.token_ids):
                     continue  # cancelled, or a duplicate: the last tokens of a failed attempt, repeated by the next
                 assert position == len(entry.token_ids), f"token {position} of request {index} came before {len(entry.token_ids)}"
-                entry.token_ids.append(token_id)
+                entry.token_ids.append(token.token_id)
                 entry.failures = 0
-                new.append((index, NewToken(token_id, reason, logprob, tuple((i, value) for i, value in top))))
-                if reason:
+                new.append((index, NewToken(token.token_id, token.finish_reason, token.logprob, token.top_logprobs)))
+                if token.finish_reason:
                     del self._entries[index]
                 if index == self._suspect:
                     self._clear_suspect()
         return new
 
-    def take_scores(self, scores: Iterable[Sequence[Any]]) -> list[tuple[int, PromptToken]]:
-        """Record prompt tokens from rank 0 (index, position, id, log-probability, top alternatives) and return the new ones."""
+    def take_scores(self, scores: Iterable[PromptScore]) -> list[tuple[int, PromptToken]]:
+        """Note prompt tokens of rank 0; give what is new."""
         new = []
         with self._lock:
-            for index, position, token_id, logprob, top in scores:
+            for score in scores:
+                index, position = score.index, score.position
                 entry = self._entries.get(index)
                 if entry is None or position < entry.num_scored:
                     continue  # cancelled, or recorded in a failed attempt
                 assert position == entry.num_scored, f"prompt token {position} of request {index} came before {entry.num_scored}"
                 entry.num_scored += 1
-                new.append((index, PromptToken(token_id, None, logprob, tuple((i, value) for i, value in top))))
+                token_id, logprob, top = score.choice
+                new.append((index, PromptToken(token_id, None, logprob, top)))
         return new
 
     def note_failure(self, *, served: bool = True) -> list[int]:
@@ -155,12 +160,12 @@ class Journal:
                 if index not in self._given and index not in self._held:
                     self._tell_add(entry)
             for index in self._given - set(self._entries):
-                send({"do": "cancel", "index": index})
+                send(Cancel(index))
             self._given = set()
 
     def _tell_add(self, entry: _Entry) -> None:
         if self._send is not None:
-            self._send({"do": "add", "request": asdict(entry.remainder)})
+            self._send(Add(entry.remainder))
 
     def _clear_suspect(self) -> None:
         self._suspect = self._held.pop(0) if self._held else None

@@ -4,7 +4,6 @@ tandem has no parent process here, so the verdict comes from the rank that fails
 """
 
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -18,14 +17,14 @@ from math import ceil
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launcher.environment.detection import LaunchEnvironment
+from launcher.job.codec import read_task, write
 from launcher.job.job import Job
+from launcher.job.messages import Command, Event
 from launcher.job.observer import RunObserver
-from launcher.job.tasks import read_task, write_task
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.rendezvous.placement import Seat, find_alone, meet
@@ -36,7 +35,6 @@ from launcher.supervision.signals import GRACE_SECONDS, StoppedError
 from launcher.supervision.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
 from launcher.worker.rank import StopAsked
 from launcher.worker.run import run_rank
-from launcher.worker.service import Message
 from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
 
@@ -120,11 +118,11 @@ class _Joining:
             if environment.store_host == "scheduler":
                 threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
             if self.rank == 0:
-                self._store.set("task", json.dumps(write_task(job.task)))
+                self._store.set("task", write(job.task))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
-            # Rank 0 knows what an earlier run has finished; other hosts may lack that file.
-            job = replace(job, task=read_task(json.loads(self._store.get("task"))))
-        said: SimpleQueue[Message] = SimpleQueue()
+            # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
+            job = replace(job, task=read_task(self._store.get("task")))
+        said: SimpleQueue[Command] = SimpleQueue()
         if self.rank == 0:
             observer.connect(said.put)
         emit = observer.on_event if self.rank == 0 else _silent
@@ -158,17 +156,17 @@ class _Joining:
                 time.sleep(BEAT_SECONDS)
 
 
-def _silent(event: dict[str, Any]) -> None:
-    """Discard events on ranks above 0."""
+def _silent(event: Event) -> None:
+    """Ranks above 0 report nothing."""
 
 
-def _receive(said: "SimpleQueue[Message]", wait_seconds: float) -> list[Message]:
-    """Return the messages of the observer in this process; waits up to `wait_seconds` for the first."""
-    messages: list[Message] = []
+def _receive(said: "SimpleQueue[Command]", wait_seconds: float) -> list[Command]:
+    """What the observer in this process has said; waits so long for the first of it."""
+    commands: list[Command] = []
     with suppress(Empty):
         while True:
-            messages.append(said.get(block=not messages and wait_seconds > 0, timeout=wait_seconds or None))
-    return messages
+            commands.append(said.get(block=not commands and wait_seconds > 0, timeout=wait_seconds or None))
+    return commands
 
 
 class _Signals:

@@ -4,7 +4,6 @@ The agent starts and restarts processes and runs the rendezvous between nodes; t
 provides the job and log files, and combines the findings into one verdict.
 """
 
-import json
 import logging
 import os
 import signal
@@ -26,9 +25,11 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 
 from launcher.host.control_groups import read_memory_group
 from launcher.host.run_folder import open_run_folder
+from launcher.job.codec import read_event, read_task, write
 from launcher.job.job import Job
+from launcher.job.messages import Command, Stopped
 from launcher.job.observer import RunObserver
-from launcher.job.tasks import Task, read_task, write_task
+from launcher.job.tasks import Task
 from launcher.rendezvous.key_value_store import StoreError
 from launcher.rendezvous.nodes import Nodes
 from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
@@ -164,7 +165,7 @@ class _Agent(LocalElasticAgent):
         self._logs.attempt = attempt
         self._board.reset()
         job = replace(self._job, task=self._share_task(attempt))
-        (self._folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
+        (self._folder / JOB_FILE).write_text(write(job), encoding="utf-8")
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._watch.follow(attempt, pids)
         return pids
@@ -195,8 +196,8 @@ class _Agent(LocalElasticAgent):
             return self._observer.continue_task(self._job.task)
         key = f"task/{attempt}"
         if handler.node == 0:
-            handler.share(key, json.dumps(write_task(self._observer.continue_task(self._job.task))))
-        return read_task(json.loads(handler.wait_for(key)))
+            handler.share(key, write(self._observer.continue_task(self._job.task)))
+        return read_task(handler.wait_for(key))
 
 
 class _RankLogs(LogsSpecs):
@@ -255,8 +256,8 @@ class _Receiver(threading.Thread):
         self.join()
 
     def _receive(self, connection: Connection) -> None:
-        # A rank in a long step does not read; senders must not wait for it.
-        outbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        # A rank in a long step does not listen; whoever has something to say must not wait for it.
+        outbox: SimpleQueue[Command | None] = SimpleQueue()
         sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
         sender.start()
         if not self._finished.is_set():
@@ -269,10 +270,10 @@ class _Receiver(threading.Thread):
     def _hear(self, connection: Connection) -> None:
         while True:
             try:
-                event = json.loads(connection.recv_bytes())
+                event = read_event(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            if event["event"] == "stopped":
+            if isinstance(event, Stopped):
                 self._stopping.answer()
             elif self.error is None:
                 try:
@@ -282,10 +283,10 @@ class _Receiver(threading.Thread):
                     self._stopping.end_now()
 
 
-def _send_all(connection: Connection, outbox: "SimpleQueue[dict[str, Any] | None]") -> None:
-    with suppress(OSError):  # a dead rank does not read; the watch reports it
-        while (message := outbox.get()) is not None:
-            connection.send_bytes(json.dumps(message).encode())
+def _send_all(connection: Connection, outbox: "SimpleQueue[Command | None]") -> None:
+    with suppress(OSError):  # a rank that has died does not listen; the watch knows
+        while (command := outbox.get()) is not None:
+            connection.send_bytes(write(command).encode())
 
 
 def _greet(job: Job, nodes: Nodes) -> Mapping[str, Any]:

@@ -1,19 +1,18 @@
 """A rank started by tandem's own parent: reads the job from the run's folder, and reports through the socket and the board in it."""
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 import traceback
 from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
 from launcher.environment.detection import read_environment
-from launcher.job.job import Job
+from launcher.job.codec import read_command, read_job, write
+from launcher.job.messages import Command, Event
 from launcher.rendezvous.key_value_store import connect_store
 from launcher.rendezvous.placement import find_alone, meet
 from launcher.supervision.rank_failure import RankFailure
@@ -21,33 +20,33 @@ from launcher.supervision.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.supervision.rank_watch import STACK_SIGNAL, error_file, stack_file
 from launcher.worker.rank import Emit, StopAsked
 from launcher.worker.run import run_rank
-from launcher.worker.service import Inbox, Message
+from launcher.worker.service import Inbox
 from parallel.progress import Progress, ProgressBoard
 
 _SLACK_SECONDS = 15.0
 """Extra time a rank waits for a peer, so that the parent, which can identify the culprit, times out first."""
 
 
-def _silent(event: dict[str, Any]) -> None:
-    """Discard events on ranks above 0."""
+def _silent(event: Event) -> None:
+    """Ranks above 0 report nothing."""
 
 
-def _hear_nothing(wait_seconds: float) -> list[Message]:
-    """Return no messages: ranks above 0 receive none."""
+def _hear_nothing(wait_seconds: float) -> list[Command]:
+    """Nobody speaks to ranks above 0."""
     return []
 
 
 def _connect_to_parent(folder: Path) -> tuple[Emit, Inbox]:
     connection = Client(str(folder / SOCKET_FILE), "AF_UNIX")
 
-    def emit(event: dict[str, Any]) -> None:
-        connection.send_bytes(json.dumps(event).encode())
+    def emit(event: Event) -> None:
+        connection.send_bytes(write(event).encode())
 
-    def receive(wait_seconds: float) -> list[Message]:
-        messages: list[Message] = []
-        while connection.poll(0.0 if messages else wait_seconds):
-            messages.append(json.loads(connection.recv_bytes()))
-        return messages
+    def receive(wait_seconds: float) -> list[Command]:
+        commands: list[Command] = []
+        while connection.poll(0.0 if commands else wait_seconds):
+            commands.append(read_command(connection.recv_bytes()))
+        return commands
 
     return emit, receive
 
@@ -63,7 +62,7 @@ def run_spawned_rank(folder: Path) -> None:
         faulthandler.enable(stack)
         faulthandler.register(STACK_SIGNAL, stack)
         progress = Progress(ProgressBoard(folder / BOARD_FILE, environment.local_world_size).line(local_rank))
-        job = Job.from_json((folder / JOB_FILE).read_text(encoding="utf-8"))
+        job = read_job((folder / JOB_FILE).read_text(encoding="utf-8"))
         try:
             if world_size == 1:
                 seat, store = find_alone(), None

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from launcher.host.process_memory import give_back_memory
 from launcher.job.job import Job
+from launcher.job.messages import Event, Loading, RankWarning, Stopped, Working
 from launcher.rendezvous.placement import Seat
 from launcher.worker.service import Inbox
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_state
@@ -22,7 +22,7 @@ from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
 from parallel.progress import Progress
 
-Emit = Callable[[dict[str, Any]], None]
+Emit = Callable[[Event], None]
 
 
 class StopAsked(Exception):
@@ -46,20 +46,20 @@ class Rank:
     progress: Progress
     seat: Seat
 
-    def report(self, event: str) -> Callable[[int, int], None]:
-        """Return a callback that emits (done, total) under this name and signals progress to the watch and the peers."""
+    def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
+        """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
 
         def send(done: int, total: int) -> None:
             self.collectives.beat()
             self.heed_stop()
-            self.emit({"event": event, "done": done, "total": total})
+            self.emit(kind(done, total))
 
         return send
 
     def heed_stop(self) -> None:
         """Raise StopAsked if this rank was asked to stop."""
         if self.progress.asked_to_stop:
-            self.emit({"event": "stopped"})
+            self.emit(Stopped())
             raise StopAsked
 
     def gather(self, values: list[int]) -> list[list[int]]:
@@ -96,12 +96,12 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     )
     scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
-    read_bytes = load_model(model, source, me.report("loading"))
+    read_bytes = load_model(model, source, me.report(Loading))
     if own:
         check_unchanged(job.fingerprint, partial(read_state, source))
     if model.backend.in_host_memory and (absence := explain_absence()):
-        me.emit({"event": "warning", "message": absence})
+        me.emit(RankWarning(absence))
     if not model.backend.is_split_invariant(model.dtype, me.threads):
-        me.emit({"event": "warning", "message": "on this device the low-order bits of results may depend on the number of ranks"})
+        me.emit(RankWarning("on this device the last bits of results may differ between numbers of ranks"))
     me.collectives.barrier()
     return model, read_bytes

@@ -3,23 +3,22 @@
 The front receives every token, and twice a second the timings of each rank.
 """
 
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
 
 from launcher.host.process_memory import read_rss_bytes
-from launcher.job.tasks import read_request
+from launcher.job.codec import read_commands, write
+from launcher.job.messages import Add, Cancel, Command, End, Event, Failures, RankReport, Refused, Report, Scores, Tokens
 from model.engine.generation import Engine
+from model.engine.request import Request
 from parallel.collectives import Collectives
 
-Message = Mapping[str, Any]
-Inbox = Callable[[float], list[Message]]
-"""Returns the messages from the front; waits up to the given number of seconds for the first."""
+Inbox = Callable[[float], list[Command]]
+"""Gives what the front has sent; waits up to so many seconds for the first message."""
 
 IDLE_SECONDS = 0.5
 """Interval between rounds of idle ranks, each of which shows the front that all ranks respond."""
@@ -39,7 +38,7 @@ class RankService:
         device: torch.device,
         read_gather_nanoseconds: Callable[[], int],
         inbox: Inbox,
-        emit: Callable[[dict[str, Any]], None],
+        emit: Callable[[Event], None],
     ) -> None:
         self._engine, self._collectives, self._device = engine, collectives, device
         self._read_gather_nanoseconds, self._inbox, self._emit = read_gather_nanoseconds, inbox, emit
@@ -51,34 +50,33 @@ class RankService:
     def run(self) -> None:
         """Serve until the front ends it."""
         while not self._is_ending or self._engine.has_unfinished:
-            messages: list[Message] = []
+            commands: list[Command] = []
             if self._collectives.rank == 0:
-                messages = self._inbox(0.0 if self._engine.has_unfinished else IDLE_SECONDS)
-            everyone, messages = self._agree(messages)
-            for message in messages:
-                self._heed(message)
+                commands = self._inbox(0.0 if self._engine.has_unfinished else IDLE_SECONDS)
+            everyone, commands = self._agree(commands)
+            for command in commands:
+                self._heed(command)
             if self._engine.has_unfinished:
                 self._take_step()
             if self._collectives.rank == 0 and time.monotonic() > self._reported + _REPORT_SECONDS:
                 self._report(everyone)
 
-    def add(self, request: dict[str, Any]) -> None:
-        """Queue a request, in the form of `read_request`. An invalid request fails alone, since every rank finds the same error."""
+    def add(self, request: Request) -> None:
+        """Queue a request. One that cannot run fails alone: what is wrong with it is the same on every rank."""
         try:
-            self._engine.add(read_request(request))
-        except (ValueError, TypeError, KeyError, OverflowError) as error:  # a RequestError is a ValueError
+            self._engine.add(request)
+        except (ValueError, TypeError, OverflowError) as error:  # a RequestError is a ValueError
             if self._collectives.rank == 0:
-                self._emit({"event": "refused", "index": request["index"], "message": str(error)})
+                self._emit(Refused(request.index, str(error)))
 
-    def _heed(self, message: Message) -> None:
-        kind = message["do"]
-        if kind == "add":
-            self.add(message["request"])
-        elif kind == "cancel":
-            self._engine.cancel(message["index"])
-        else:
-            assert kind == "end", message
-            self._is_ending = True
+    def _heed(self, command: Command) -> None:
+        match command:
+            case Add():
+                self.add(command.request)
+            case Cancel():
+                self._engine.cancel(command.index)
+            case End():
+                self._is_ending = True
 
     def _take_step(self) -> None:
         waited, started = self._read_gather_nanoseconds(), time.perf_counter()
@@ -87,17 +85,16 @@ class RankService:
         self._step = took, (self._read_gather_nanoseconds() - waited) * 1e-9
         scores = self._engine.take_scores()
         if scores and self._collectives.rank == 0:
-            self._emit({"event": "scores", "scores": [(one.index, one.position, *one.choice) for one in scores]})
+            self._emit(Scores(tuple(scores)))
         if events and self._collectives.rank == 0:
-            tokens = [(e.index, e.position, e.token_id, e.finish_reason, e.logprob, e.top_logprobs) for e in events]
-            self._emit({"event": "tokens", "tokens": tokens})
+            self._emit(Tokens(tuple(events)))
         if self._engine.failures:
-            self._emit({"event": "failures", "failures": [(one.index, one.message) for one in self._engine.failures]})
+            self._emit(Failures(tuple(self._engine.failures)))
 
-    def _agree(self, messages: list[Message]) -> tuple[list[list[float]], list[Message]]:
-        """Gather every rank's data on its last step, and distribute rank 0's messages to all ranks."""
+    def _agree(self, commands: list[Command]) -> tuple[list[list[float]], list[Command]]:
+        """What every rank says of its last step, and rank 0's commands, on all ranks."""
         collectives, world_size = self._collectives, self._collectives.world_size
-        payload = json.dumps(messages).encode() if messages else b""
+        payload = write(commands).encode() if commands else b""
         mine = torch.tensor([[len(payload), *self._step, read_rss_bytes()]], dtype=torch.float64, device=self._device)
         self._step = 0.0, 0.0
         rows = collectives.gather_columns(mine, [mine.shape[1]] * world_size).view(world_size, -1).tolist()
@@ -106,9 +103,8 @@ class RankService:
             if row[1]:
                 steps.append((row[1], row[2]))
         if size and world_size > 1:
-            payload = self._share(payload, size)
-            messages = json.loads(payload)
-        return rows, messages
+            commands = read_commands(self._share(payload, size))
+        return rows, commands
 
     def _share(self, payload: bytes, size: int) -> bytes:
         """Broadcast rank 0's bytes, as rows of equal width to which the other ranks contribute no columns."""
@@ -125,19 +121,18 @@ class RankService:
         self._reported = time.monotonic()
         engine = self._engine
         ranks = [
-            {
-                "step_seconds": median(step for step, _ in steps) if steps else None,
-                "gather_seconds": median(gather for _, gather in steps) if steps else None,
-                "rss_bytes": int(row[3]),
-            }
+            RankReport(
+                step_seconds=median(step for step, _ in steps) if steps else None,
+                gather_seconds=median(gather for _, gather in steps) if steps else None,
+                rss_bytes=int(row[3]),
+            )
             for steps, row in zip(self._steps, rows, strict=True)
         ]
         self._emit(
-            {
-                "event": "report",
-                "ranks": ranks,
-                "slowest_seconds": max((step for step, _ in self._steps[0]), default=0.0),
-                "blocks_used": engine.num_used_blocks,
-                "prefill_tokens": engine.times.prefill_tokens,
-            }
+            Report(
+                ranks=tuple(ranks),
+                slowest_seconds=max((step for step, _ in self._steps[0]), default=0.0),
+                blocks_used=engine.num_used_blocks,
+                prefill_tokens=engine.times.prefill_tokens,
+            )
         )

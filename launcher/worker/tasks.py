@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.host.process_memory import give_back_memory, read_peak_rss_bytes
+from launcher.job.messages import Failed, Failures, RankWarning, Result, Serving, Stats, Tokens, Working
 from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Serve
 from launcher.worker.bandwidth import measure_bandwidth
 from launcher.worker.bench import RankBench, open_source
@@ -36,7 +37,7 @@ def run_task(me: Rank) -> None:
     try:
         _RUNNERS[type(task)](me, task)
     except NonFiniteError as error:
-        me.emit({"event": "failed", "message": str(error)})
+        me.emit(Failed(str(error)))
 
 
 def decode(me: Rank, task: Decode) -> None:
@@ -54,33 +55,32 @@ def decode(me: Rank, task: Decode) -> None:
         prefill_known=model.batch_invariant,
     )
     if job.speculate and not engine.speculates:
-        emit({"event": "warning", "message": NO_GUESSES})
+        emit(RankWarning(NO_GUESSES))
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
-        for event in engine.step():
-            emit({"event": "token", **asdict(event)})
-        for failure in engine.failures:
-            emit({"event": "failure", **asdict(failure)})
+        if events := engine.step():
+            emit(Tokens(tuple(events)))
+        if engine.failures:
+            emit(Failures(tuple(engine.failures)))
         me.heed_stop()
     everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
     times = engine.times
     emit(
-        {
-            "event": "stats",
+        Stats(
             **_describe(me, model),
-            "load_seconds": load_seconds,
-            "prefill_tokens_per_second": _speed(times.prefill_tokens, times.prefill_seconds),
-            "decode_tokens_per_second": _speed(times.decode_tokens, times.decode_seconds),
-            "time_to_first_token_seconds": times.first_token_seconds,
-            "speculated_tokens": times.speculated_tokens,
-            "accepted_tokens": times.accepted_tokens,
-            "weight_bytes": [row[0] for row in everyone],
-            "read_bytes": [row[1] for row in everyone],
-            "peak_rss_bytes": [row[2] for row in everyone],
-            "kv_cache_dtype": "int8" if model.scheme.kv_cache else job.dtype,
-            "kv_cache_bytes_per_token": [row[3] for row in everyone],
-        }
+            load_seconds=load_seconds,
+            prefill_tokens_per_second=_speed(times.prefill_tokens, times.prefill_seconds),
+            decode_tokens_per_second=_speed(times.decode_tokens, times.decode_seconds),
+            time_to_first_token_seconds=times.first_token_seconds,
+            speculated_tokens=times.speculated_tokens,
+            accepted_tokens=times.accepted_tokens,
+            weight_bytes=[row[0] for row in everyone],
+            read_bytes=[row[1] for row in everyone],
+            peak_rss_bytes=[row[2] for row in everyone],
+            kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,
+            kv_cache_bytes_per_token=[row[3] for row in everyone],
+        )
     )
 
 
@@ -101,21 +101,13 @@ def serve(me: Rank, task: Serve) -> None:
         prefill_known=True,
     )
     if not model.batch_invariant:
-        me.emit({"event": "warning", "message": "here the low-order bits of an answer may depend on concurrent requests"})
+        me.emit(RankWarning("here the last bits of an answer may depend on what runs beside it"))
     if job.speculate and not engine.speculates:
-        me.emit({"event": "warning", "message": NO_GUESSES})
-    me.emit(
-        {
-            "event": "serving",
-            **_describe(me, model),
-            "memory_bytes_per_second": bandwidth,
-            "hosts": me.seat.host_names,
-            "pids": me.seat.pids,
-        }
-    )
+        me.emit(RankWarning(NO_GUESSES))
+    me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
     service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
     for request in task.requests:
-        service.add(asdict(request))
+        service.add(request)
     service.run()
 
 
@@ -140,10 +132,10 @@ def bench(me: Rank, task: Bench) -> None:
     model, read_bytes = load_rank(me, open_source(me.job, task))
     load_seconds = time.perf_counter() - me.started
     measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
-    bench = RankBench(task, model, me.collectives, measure, me.report("progress"))
+    bench = RankBench(task, model, me.collectives, measure, me.report(Working))
     measured = bench.measure()
     if task.speculated and measured["speculation"] is None:
-        me.emit({"event": "warning", "message": NO_GUESSES})
+        me.emit(RankWarning(NO_GUESSES))
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),
@@ -156,13 +148,13 @@ def bench(me: Rank, task: Bench) -> None:
     }
     if task.profile:
         result["profile"] = record_spans(bench, model, recorded, one_host=seat.num_nodes == 1)
-    me.emit({"event": "result", **result})
+    me.emit(Result(result))
 
 
 def evaluate(me: Rank, task: Evaluate) -> None:
     model, _ = load_rank(me)
     started = time.perf_counter()
-    batch, report = me.job.max_batch_size, me.report("progress")
+    batch, report = me.job.max_batch_size, me.report(Working)
     result = (
         asdict(perplexity(model, task.rows, batch_size=batch, on_progress=report))
         if task.name == "perplexity"
@@ -170,15 +162,16 @@ def evaluate(me: Rank, task: Evaluate) -> None:
     )
     tokens, seconds = sum(map(len, task.rows)), time.perf_counter() - started
     me.emit(
-        {
-            "event": "result",
-            **result,
-            "quantization": model.scheme.name,
-            "dtype": me.job.dtype,
-            "world_size": me.job.world_size,
-            "seconds": seconds,
-            "tokens_per_second": _speed(tokens, seconds),
-        }
+        Result(
+            {
+                **result,
+                "quantization": model.scheme.name,
+                "dtype": me.job.dtype,
+                "world_size": me.job.world_size,
+                "seconds": seconds,
+                "tokens_per_second": _speed(tokens, seconds),
+            }
+        )
     )
 
 
@@ -197,18 +190,19 @@ def quantize(me: Rank, task: Quantize) -> None:
         dtype=me.job.dtype,
         device=me.device,
         num_threads=me.threads,
-        on_progress=me.report("progress"),
+        on_progress=me.report(Working),
     )
     check_unchanged(me.job.fingerprint, partial(read_state, source))
     everyone = me.gather([before, read_peak_rss_bytes()])
     me.emit(
-        {
-            "event": "result",
-            "seconds": time.perf_counter() - me.started,
-            "resumed_layers": resumed,
-            "rss_bytes_before": [row[0] for row in everyone],
-            "peak_rss_bytes": [row[1] for row in everyone],
-        }
+        Result(
+            {
+                "seconds": time.perf_counter() - me.started,
+                "resumed_layers": resumed,
+                "rss_bytes_before": [row[0] for row in everyone],
+                "peak_rss_bytes": [row[1] for row in everyone],
+            }
+        )
     )
 
 

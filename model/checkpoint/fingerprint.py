@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from model.checkpoint.source import CheckpointSource
 from model.spec.config import LlamaConfig
@@ -42,11 +41,6 @@ class Fingerprint:
     """Hash of the values of config.json."""
     files: Mapping[str, tuple[int, int]]
     """Size in bytes and modification time in nanoseconds of each file that holds tensors, by its path on this host."""
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Fingerprint":
-        """Inverse of `asdict`, from JSON."""
-        return cls(raw["content"], raw["config"], {path: (size, time) for path, (size, time) in raw["files"].items()})
 
     @property
     def state(self) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
+from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.request import Request, check_memory, check_request
 from model.engine.sampling import Choice, SamplingState, sample, score
 from model.engine.scheduling import LiveSequence, Part, Scheduler
@@ -28,48 +29,6 @@ from parallel.errors import NonFiniteError
 
 _SCORED_ROWS = 32
 """Prompt tokens scored at a time: their logits over the whole vocabulary are in memory at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token."""
-
-    index: int
-    """The request's index."""
-    token_id: int
-    """The token."""
-    logprob: float | None
-    """Its log-probability, if requested."""
-    finish_reason: str | None
-    """"eos" or "length" on the last token."""
-    position: int
-    """Number of new tokens before it."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the most likely tokens at this position, if requested."""
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailure:
-    """A sequence that ended with an error."""
-
-    index: int
-    """The request's index."""
-    position: int
-    """Number of new tokens generated so far."""
-    message: str
-    """The cause, and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScore:
-    """Score of one prompt token, for requests with prompt log-probabilities. The first token has none."""
-
-    index: int
-    """The request's index."""
-    position: int
-    """Position of the token in the prompt."""
-    choice: Choice
-    """The token with its log-probability, and the most likely alternatives."""
 
 
 @dataclass(slots=True)

@@ -62,12 +62,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end this sequence in addition to the model's; as in vLLM, `ignore_eos` does not affect them."""
 
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "SamplingParams":
-        """Inverse of `asdict`, from JSON."""
-        bias = tuple((int(token), float(bias)) for token, bias in raw["logit_bias"])
-        return cls(**{**raw, "logit_bias": bias, "stop_token_ids": tuple(raw["stop_token_ids"])})
-
     def __post_init__(self) -> None:
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

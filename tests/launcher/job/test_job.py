@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.job.codec import read_job, read_task, write
 from launcher.job.job import Job
-from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Task, read_task, write_task
+from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.engine.request import Request
@@ -73,7 +74,7 @@ JOB = Job(
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_comes_back_from_json_as_it_was(name: str) -> None:
     task = TASKS[name]
-    back = read_task(json.loads(json.dumps(write_task(task))))
+    back = read_task(write(task))
     assert back == task
     assert type(back) is type(task)
     assert hash(back) == hash(task), "rows and words are tuples again"
@@ -82,7 +83,7 @@ def test_a_task_comes_back_from_json_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_a_job_comes_back_from_json_as_it_was(name: str) -> None:
     job = replace(JOB, task=TASKS[name], kv_cache="token", threads_per_rank=2, pad_token_id=0)
-    assert Job.from_json(job.to_json()) == job
+    assert read_job(write(job)) == job
 
 
 def test_values_that_stand_for_a_config_travel_too() -> None:
@@ -94,12 +95,12 @@ def test_values_that_stand_for_a_config_travel_too() -> None:
             values={"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False},
         ),
     )
-    back = Job.from_json(job.to_json())
+    back = read_job(write(job))
     assert back == job
     assert back.path == Path("/some where/modèle")
 
 
 def test_json_is_one_line_that_names_the_task() -> None:
-    text = JOB.to_json()
+    text = write(JOB)
     assert "\n" not in text
-    assert json.loads(text)["task"]["kind"] == "Decode"
+    assert json.loads(text)["task"]["type"] == "Decode"

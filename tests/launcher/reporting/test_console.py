@@ -4,26 +4,39 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from msgspec import structs
 
+from launcher.job.messages import Failures, Stats, Tokens
 from launcher.reporting.console import RunConsole, loading_progress
 from launcher.reporting.printed_results import build_printer
 from launcher.reporting.results import Record, ResultsFile, read_results
+from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 
 PROMPTS = ["ab", "c", "de"]
-STATS = {
-    "decode_tokens_per_second": 8.0,
-    "prefill_tokens_per_second": 9.0,
-    "load_seconds": 0.5,
-    "world_size": 2,
-    "threads_per_rank": 1,
-    "kernel": "plain",
-    "collectives": "shm",
-}
+STATS = Stats(
+    world_size=2,
+    threads_per_rank=1,
+    device="cpu",
+    dtype="float32",
+    quantization="none",
+    kernel="plain",
+    collectives="shm",
+    load_seconds=0.5,
+    prefill_tokens_per_second=9.0,
+    decode_tokens_per_second=8.0,
+    time_to_first_token_seconds=0.1,
+    speculated_tokens=0,
+    accepted_tokens=0,
+    weight_bytes=[1, 1],
+    read_bytes=[1, 1],
+    peak_rss_bytes=[1, 1],
+    kv_cache_dtype="float32",
+    kv_cache_bytes_per_token=[1, 1],
+)
 
 
 class Letters:
@@ -54,8 +67,7 @@ RESULTS = ["abxy", "cz", "devw"]
 def say(console: RunConsole, tokens: Iterable[tuple[int, str, str | None, int]]) -> None:
     for index, letter, reason, position in tokens:
         token_id = ord(letter) - 96
-        event: dict[str, Any] = {"event": "token", "index": index, "token_id": token_id, "logprob": -token_id / 8}
-        console.on_event({**event, "finish_reason": reason, "position": position})
+        console.on_event(Tokens((TokenEvent(index, token_id, -token_id / 8, reason, position),)))
 
 
 def build(path: Path | None = None, done: list[Record] | None = None) -> RunConsole:
@@ -151,10 +163,11 @@ def test_the_way_back_is_measured_to_the_first_new_token_of_each_attempt(tmp_pat
         say(console, TOKENS[:cut])  # nothing new
         say(console, TOKENS[cut : cut + 1])
     say(console, TOKENS[4:])
-    console.on_event({"event": "stats", **STATS})
+    console.on_event(STATS)
     console.close()
     console.write(stats, 2)
     written = json.loads(stats.read_text())
+    assert list(written) == [*structs.asdict(STATS), "restarts", "recovery_seconds"]
     assert written["restarts"] == 2
     assert written["recovery_seconds"] == [pytest.approx(30, abs=5), pytest.approx(50, abs=5)]
     assert "decode 8.0 tokens/s" in capsys.readouterr().err
@@ -165,7 +178,7 @@ def test_no_failure_is_no_way_back(tmp_path: Path) -> None:
     console.write(stats, 0)
     assert not stats.exists()
     say(console, TOKENS)
-    console.on_event({"event": "stats", **STATS})
+    console.on_event(STATS)
     console.write(stats, 0)
     assert json.loads(stats.read_text())["recovery_seconds"] == []
 
@@ -174,9 +187,9 @@ def test_a_prompt_that_ends_with_an_error_is_a_record_and_the_others_go_on(tmp_p
     path = tmp_path / "results.jsonl"
     console = build(path)
     say(console, TOKENS[:1])
-    failure = {"event": "failure", "index": 0, "position": 1, "message": "the logits are NaN"}
-    console.on_event(dict(failure))
-    console.on_event(dict(failure))  # another attempt finds the same
+    failure = Failures((SequenceFailure(0, 1, "the logits are NaN"),))
+    console.on_event(failure)
+    console.on_event(failure)  # another attempt finds the same
     assert not console.is_done
     say(console, [TOKENS[1], *TOKENS[3:]])
     assert console.is_done and console.failure == "prompt 0 ended with an error: the logits are NaN"
@@ -193,7 +206,7 @@ def test_a_prompt_that_ends_with_an_error_is_a_record_and_the_others_go_on(tmp_p
 def test_errors_of_several_prompts_are_one_sentence() -> None:
     console = build()
     for index in (2, 0):
-        console.on_event({"event": "failure", "index": index, "position": 0, "message": f"cause {index}"})
+        console.on_event(Failures((SequenceFailure(index, 0, f"cause {index}"),)))
     assert console.failure == "prompt 0 ended with an error: cause 0; so did 1 more of 3"
 
 

@@ -14,12 +14,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from launcher.commands.serve import HttpServer, listen
+from launcher.job.messages import Add, Cancel, Command, RankReport, Report, Scores, Serving, Tokens
 from launcher.server.app import build_app
 from launcher.server.chat_rendering import ChatRenderer
 from launcher.server.completion import Service
 from launcher.server.connection_places import ConnectionPlaces, plan_connections
 from launcher.server.engine_client import Served, ServeFront
 from launcher.server.guard import Limits
+from model.engine.events import PromptScore, TokenEvent
+from model.engine.request import Request
+from model.engine.sampling import Choice
 from model.text.tokenizer_settings import read_tokenizer_settings
 
 CONTEXT = 512
@@ -61,34 +65,46 @@ class FakeEngine:
         self._front = front
         self._cancelled: set[int] = set()
         front.connect(self.take)
-        front.on_event({"event": "serving", "kernel": "fake"})
+        front.on_event(
+            Serving(
+                world_size=1,
+                threads_per_rank=1,
+                device="cpu",
+                dtype="float32",
+                quantization="none",
+                kernel="fake",
+                collectives="identity",
+                memory_bytes_per_second=1e9,
+                hosts=("localhost",),
+                pids=(1,),
+            )
+        )
         threading.Thread(target=self._report, daemon=True).start()
 
-    def take(self, message: dict[str, Any]) -> None:
-        if message["do"] == "add":
-            threading.Thread(target=self._decode, args=(message["request"],), daemon=True).start()
-        elif message["do"] == "cancel":
-            self._cancelled.add(message["index"])
+    def take(self, command: Command) -> None:
+        if isinstance(command, Add):
+            threading.Thread(target=self._decode, args=(command.request,), daemon=True).start()
+        elif isinstance(command, Cancel):
+            self._cancelled.add(command.index)
 
-    def _decode(self, request: dict[str, Any]) -> None:
-        params, index = request["params"], request["index"]
-        if params["prompt_logprobs"]:
-            scores = [(index, place, token, -2.0, [(65, -0.5)]) for place, token in enumerate(request["prompt_ids"]) if place]
-            self._front.on_event({"event": "scores", "scores": scores})
-        for k in range(params["max_new_tokens"]):
+    def _decode(self, request: Request) -> None:
+        params, index = request.params, request.index
+        if params.prompt_logprobs:
+            choices = [Choice(token, -2.0, ((65, -0.5),)) for token in request.prompt_ids]
+            self._front.on_event(Scores(tuple(PromptScore(index, place, choice) for place, choice in enumerate(choices) if place)))
+        for k in range(params.max_new_tokens):
             if index in self._cancelled:
                 return
-            reason = "length" if k + 1 == params["max_new_tokens"] else None
+            reason = "length" if k + 1 == params.max_new_tokens else None
             token = 97 + k % 26
-            logprob = -1.0 if params["logprobs"] else None
-            top = [(token, -1.0)] * params["top_logprobs"]
-            self._front.on_event({"event": "tokens", "tokens": [(index, k, token, reason, logprob, top)]})
+            logprob = -1.0 if params.logprobs else None
+            top = ((token, -1.0),) * params.top_logprobs
+            self._front.on_event(Tokens((TokenEvent(index, token, logprob, reason, k, top),)))
 
     def _report(self) -> None:
         while True:
-            row = {"step_seconds": 0.001, "gather_seconds": 0.0, "rss_bytes": 1}
-            report = {"event": "report", "ranks": [row], "slowest_seconds": 0.001, "blocks_used": 0, "prefill_tokens": 0}
-            self._front.on_event(report)
+            row = RankReport(step_seconds=0.001, gather_seconds=0.0, rss_bytes=1)
+            self._front.on_event(Report(ranks=(row,), slowest_seconds=0.001, blocks_used=0, prefill_tokens=0))
             time.sleep(0.2)
 
 

@@ -2,16 +2,17 @@
 
 import signal
 import threading
-from typing import Any
 
 import pytest
 
+from launcher.job.messages import Add, Cancel, Command, End
 from launcher.job.tasks import Serve
 from launcher.server.chat_front import ChatFront
 from launcher.server.inflight_requests import MAX_FAILURES
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 from parallel.errors import RunError
+from tests.launcher.server.rank_events import SERVING, tokens
 
 TASK = Serve(requests=(), num_blocks=1, prefill_tokens=16)
 
@@ -20,7 +21,7 @@ class Chat:
     """A front whose ranks are this test."""
 
     def __init__(self, *, continues: bool = True) -> None:
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[Command] = []
         self.interrupts = 0
         self._continues = continues
         self.front = ChatFront(2, self._interrupt)
@@ -31,12 +32,12 @@ class Chat:
         task = self.front.continue_task(TASK)
         assert isinstance(task, Serve)
         self.front.connect(self.sent.append)
-        self.front.on_event({"event": "serving"})
+        self.front.on_event(SERVING)
         return task.requests
 
     def say(self, index: int, position: int, token_id: int, reason: str | None = None) -> None:
         """Rank 0 has a token."""
-        self.front.on_event({"event": "tokens", "tokens": [(index, position, token_id, reason, None, ())]})
+        self.front.on_event(tokens(index, position, token_id, reason))
 
     def answer(self) -> "Answer":
         return Answer(self.front)
@@ -91,7 +92,8 @@ def test_answers_come_one_after_the_other() -> None:
     for index in range(2):
         answer = chat.answer()
         wait_for(chat, index + 1)
-        assert chat.sent[-1]["do"] == "add" and chat.sent[-1]["request"]["index"] == index
+        last = chat.sent[-1]
+        assert isinstance(last, Add) and last.request.index == index
         chat.say(index, 0, 7)
         chat.say(index, 1, 8, "eos")
         assert answer.end() == [7, 8]
@@ -104,7 +106,7 @@ def test_an_interrupt_stops_the_answer_alone() -> None:
     chat.say(0, 0, 7)
     assert chat.front.takes_signal(signal.SIGINT)
     assert answer.end() == [7] and answer.error is None
-    assert chat.sent[-1] == {"do": "cancel", "index": 0}
+    assert chat.sent[-1] == Cancel(0)
     assert chat.interrupts == 0
     assert not chat.front.takes_signal(signal.SIGTERM), "this one ends the program"
 
@@ -157,4 +159,4 @@ def test_starts_that_fail_one_after_the_other_end_it() -> None:
 def test_the_end_is_told_to_the_ranks() -> None:
     chat = Chat()
     chat.front.end()
-    assert chat.sent == [{"do": "end"}]
+    assert chat.sent == [End()]

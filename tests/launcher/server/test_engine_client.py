@@ -6,22 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
+from launcher.job.messages import Add, Cancel, Command, End, Failures, Loading, Refused
 from launcher.job.tasks import Serve
 from launcher.server.engine_client import MAX_FAILED_STARTS, Served, ServeFront
+from model.engine.events import SequenceFailure
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 from model.spec.config import LlamaConfig
+from tests.launcher.server.rank_events import REPORT, SERVING, tokens
 
 PARAMS = SamplingParams(max_new_tokens=4)
 SERVE = Serve(requests=(), num_blocks=9, prefill_tokens=16)
-REPORT: dict[str, Any] = {
-    "event": "report",
-    "ranks": [{"step_seconds": 0.5, "gather_seconds": 0.1, "rss_bytes": 7}],
-    "blocks_used": 3,
-    "slowest_seconds": 0.5,
-    "prefill_tokens": 40,
-}
 
 
 @pytest.fixture
@@ -41,11 +38,11 @@ def settle(front: ServeFront) -> None:
     front.loop.run_until_complete(asyncio.sleep(0.01))
 
 
-def become_ready(front: ServeFront) -> list[dict[str, Any]]:
+def become_ready(front: ServeFront) -> list[Command]:
     """The ranks connect and serve; what they are told from now on."""
-    told: list[dict[str, Any]] = []
+    told: list[Command] = []
     front.connect(told.append)
-    front.on_event({"event": "serving", "kernel": "k"})
+    front.on_event(SERVING)
     return told
 
 
@@ -60,7 +57,7 @@ def fail(front: ServeFront) -> bool:
 
 def test_states_follow_what_the_ranks_do(front: ServeFront, capsys: pytest.CaptureFixture[str]) -> None:
     assert (front.state, front.health, front.answered_once.is_set()) == ("loading", "loading", False)
-    front.on_event({"event": "loading", "done": 1, "total": 2})
+    front.on_event(Loading(1, 2))
     become_ready(front)
     assert (front.state, front.health, front.answered_once.is_set()) == ("ready", "ok", True)
     fail(front)
@@ -80,7 +77,7 @@ def test_silent_ranks_are_told_of_unless_their_steps_are_slow(front: ServeFront,
     assert front.health == "ok"
     now = 11.0
     assert front.health == "silent"
-    front.on_event({**REPORT, "slowest_seconds": 5.0})
+    front.on_event(structs.replace(REPORT, slowest_seconds=5.0))
     now += 19
     assert front.health == "ok"
     now += 2
@@ -115,12 +112,12 @@ def test_a_request_that_the_ranks_refuse_ends_alone(front: ServeFront) -> None:
     told = become_ready(front)
     assert front.loop is not None
     refused, other = (front.loop.run_until_complete(submit(front)) for _ in range(2))
-    front.on_event({"event": "refused", "index": 0, "message": "prompt 0 is long"})
-    front.on_event({"event": "tokens", "tokens": [(1, 0, 5, "eos", None, ())]})
+    front.on_event(Refused(0, "prompt 0 is long"))
+    front.on_event(tokens(1, 0, 5, "eos"))
     settle(front)
     error = refused.events.get_nowait()
     assert (error.status, str(error)) == (400, "prompt 0 is long") and other.events.get_nowait()[1].token_id == 5
-    assert [message["do"] for message in told] == ["add", "add", "cancel"] and front.continue_task(SERVE).requests == ()
+    assert list(map(type, told)) == [Add, Add, Cancel] and front.continue_task(SERVE).requests == ()
 
 
 def test_the_ranks_end_when_all_has_been_answered(front: ServeFront) -> None:
@@ -130,11 +127,11 @@ def test_the_ranks_end_when_all_has_been_answered(front: ServeFront) -> None:
     seconds = front.ask_to_stop(15)
     assert seconds is not None and seconds > 60, "the drain and some"
     settle(front)
-    assert [message["do"] for message in told] == ["add"]
-    front.on_event({"event": "tokens", "tokens": [(0, 0, 5, "eos", None, ())]})
+    assert list(map(type, told)) == [Add]
+    front.on_event(tokens(0, 0, 5, "eos"))
     settle(front)
     assert ticket.events.get_nowait()[1].token_id == 5
-    assert [message["do"] for message in told] == ["add", "end"]
+    assert list(map(type, told)) == [Add, End]
     assert front.ask_to_stop(15) is None, "a second signal ends it at once"
 
 
@@ -145,10 +142,10 @@ def test_ranks_that_fail_in_a_drain_go_on_and_end_then(front: ServeFront) -> Non
     front.ask_to_stop(15)
     settle(front)
     assert fail(front)
-    front.on_event({"event": "tokens", "tokens": [(0, 0, 5, "eos", None, ())]})  # last words
+    front.on_event(tokens(0, 0, 5, "eos"))  # last words
     settle(front)
     told = become_ready(front)
-    assert [message["do"] for message in told] == ["cancel", "end"]
+    assert list(map(type, told)) == [Cancel, End]
 
 
 def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: ServeFront) -> None:
@@ -160,10 +157,10 @@ def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: Ser
     settle(front)
     assert ticket.events.empty() and front.state == "draining"
     told = become_ready(front)
-    front.on_event({"event": "tokens", "tokens": [(0, 0, 5, "eos", None, ())]})
+    front.on_event(tokens(0, 0, 5, "eos"))
     settle(front)
     assert ticket.events.get_nowait()[1].token_id == 5
-    assert [message["do"] for message in told] == ["end"]
+    assert told == [End()]
 
 
 def test_nobody_keeps_a_server_that_comes_back_from_its_end(front: ServeFront) -> None:
@@ -190,7 +187,7 @@ def test_hopeless_requests_get_an_error(front: ServeFront) -> None:
 def test_reports_are_shown(front: ServeFront) -> None:
     become_ready(front)
     front.on_event(REPORT)
-    front.on_event({**REPORT, "prefill_tokens": 100})
+    front.on_event(structs.replace(REPORT, prefill_tokens=100))
     settle(front)
     front.update_metrics()
     text = front.metrics.write().decode()
@@ -209,13 +206,13 @@ def test_sequences_without_finite_logits_end_their_calls_alone(front: ServeFront
         return [submit("a", [((1,), PARAMS)], 60.0), submit("b", [((2,), PARAMS)] * 2, 60.0)]
 
     healthy, sick = loop.run_until_complete(ask())
-    front.on_event({"event": "tokens", "tokens": [(1, 0, 7, None, None, ())]})
-    front.on_event({"event": "failures", "failures": [(1, "the logits are NaN"), (99, "of a call that has gone")]})
+    front.on_event(tokens(1, 0, 7))
+    front.on_event(Failures((SequenceFailure(1, 1, "the logits are NaN"), SequenceFailure(99, 0, "of a call that has gone"))))
     settle(front)
     events = [sick.events.get_nowait() for _ in range(sick.events.qsize())]
     assert events[0][1].token_id == 7
     assert (events[-1].status, events[-1].code, str(events[-1])) == (500, "logits_not_finite", "the logits are NaN")
     assert healthy.num_open == 1 and front.dispatcher.num_running == 1
     front.continue_task(Serve(requests=(), num_blocks=9, prefill_tokens=16))
-    assert [message["index"] for message in told if message["do"] == "cancel"] == [], "the ranks know"
+    assert not any(isinstance(command, Cancel) for command in told), "the ranks know"
     assert [request.index for request in front._journal.list_unfinished()] == [0], "nobody gets it again"

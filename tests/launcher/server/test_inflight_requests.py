@@ -1,13 +1,13 @@
 """What the ranks of a server are told: at once, at a new start, and not at all."""
 
-from typing import Any
-
 import pytest
 
-from launcher.job.tasks import read_request
+from launcher.job.messages import Add, Cancel, Command, End
 from launcher.server.inflight_requests import MAX_FAILURES, Journal
+from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling import Choice, SamplingParams
+from tests.launcher.server.rank_events import token
 
 PARAMS = SamplingParams(max_new_tokens=9, logit_bias=((3, -2.5),), stop_token_ids=(4, 5))
 
@@ -16,18 +16,13 @@ def ask(index: int) -> Request:
     return Request(index, (1, 2, index), PARAMS)
 
 
-def token(index: int, position: int, token_id: int, reason: str | None = None) -> tuple[Any, ...]:
-    """As rank 0 reports it."""
-    return index, position, token_id, reason, None, ()
-
-
 class Ranks:
     """One attempt: what it was given when it started, and what it has been told since."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.given = journal.list_unfinished()
-        self.told: list[dict[str, Any]] = []
+        self.told: list[Command] = []
 
     def connect(self) -> "Ranks":
         self.journal.connect(self.told.append)
@@ -37,13 +32,12 @@ class Ranks:
     def running(self) -> dict[int, Request]:
         """What these ranks run now."""
         requests = {request.index: request for request in self.given}
-        for message in self.told:
-            if message["do"] == "add":
-                request = read_request(message["request"])
-                assert request.index not in requests, "told twice"
-                requests[request.index] = request
-            elif message["do"] == "cancel":
-                requests.pop(message["index"], None)
+        for command in self.told:
+            if isinstance(command, Add):
+                assert command.request.index not in requests, "told twice"
+                requests[command.request.index] = command.request
+            elif isinstance(command, Cancel):
+                requests.pop(command.index, None)
         return requests
 
 
@@ -59,7 +53,7 @@ def test_ranks_are_told_at_once_and_read_what_was_asked(journal: Journal) -> Non
     journal.cancel(0)
     journal.cancel(5)
     assert ranks.running == {1: ask(1)}
-    assert [message["do"] for message in ranks.told] == ["add", "add", "cancel"]
+    assert list(map(type, ranks.told)) == [Add, Add, Cancel]
     assert len(journal) == 1
 
 
@@ -75,7 +69,7 @@ def test_tokens_are_new_once(journal: Journal) -> None:
 
 def test_log_probabilities_come_along(journal: Journal) -> None:
     journal.add(ask(0))
-    ((_, new),) = journal.take([(0, 0, 50, "eos", -0.5, [[50, -0.5], [51, -1.5]])])
+    ((_, new),) = journal.take([TokenEvent(0, 50, -0.5, "eos", 0, ((50, -0.5), (51, -1.5)))])
     assert (new.finish_reason, new.logprob, new.top_logprobs) == ("eos", -0.5, ((50, -0.5), (51, -1.5)))
 
 
@@ -145,7 +139,7 @@ def test_the_end_is_said_to_those_who_listen(journal: Journal) -> None:
     journal.end()
     ranks = Ranks(journal).connect()
     journal.end()
-    assert ranks.told == [{"do": "end"}]
+    assert ranks.told == [End()]
 
 
 def test_a_request_is_given_up_when_it_has_seen_too_many_failures_since_its_last_token(journal: Journal) -> None:
@@ -217,8 +211,8 @@ def test_ranks_that_did_not_come_to_serve_have_not_failed_because_of_anything() 
 
 
 def test_scores_of_a_prompt_are_given_once_however_often_ranks_start_again(journal: Journal) -> None:
-    def score(position: int) -> tuple[Any, ...]:
-        return 0, position, 70 + position, -float(position), [[5, -0.5]]
+    def score(position: int) -> PromptScore:
+        return PromptScore(0, position, Choice(70 + position, -float(position), ((5, -0.5),)))
 
     Ranks(journal).connect()
     journal.add(ask(0))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.job.messages import Add, Cancel, Command
 from launcher.server.errors import ServiceError
 from launcher.server.inflight_requests import Journal, NewToken
 from launcher.server.metrics import ServeMetrics
@@ -21,9 +22,9 @@ class Server:
     """A dispatcher, and what it says to the ranks."""
 
     def __init__(self, max_running: int = 2, max_waiting: int = 100) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self.commands: list[Command] = []
         self.metrics, journal = ServeMetrics(), Journal()
-        journal.connect(self.messages.append)
+        journal.connect(self.commands.append)
         self.dispatcher = Dispatcher(journal, self.metrics, max_running=max_running, max_waiting=max_waiting)
 
     def ask(self, caller: str, name: int, count: int = 1, seconds: float = LONG_SECONDS) -> Ticket:
@@ -33,12 +34,12 @@ class Server:
     @property
     def added(self) -> list[int]:
         """Names of what the ranks got, in order."""
-        return [message["request"]["prompt_ids"][0] for message in self.messages if message["do"] == "add"]
+        return [command.request.prompt_ids[0] for command in self.commands if isinstance(command, Add)]
 
     @property
     def cancelled(self) -> list[int]:
         """Numbers of what the ranks are not to go on with."""
-        return [message["index"] for message in self.messages if message["do"] == "cancel"]
+        return [command.index for command in self.commands if isinstance(command, Cancel)]
 
     def deliver(self, index: int, token: int, reason: str | None = None) -> None:
         """One token of the ranks."""

@@ -1,12 +1,12 @@
 """One rank of a server: a request that cannot run ends alone."""
 
 from collections import deque
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
+from launcher.job.messages import Add, Command, End, Event, Refused
 from launcher.worker.service import RankService
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
@@ -15,40 +15,31 @@ from parallel.errors import RequestError
 
 
 class StrictEngine:
-    """Takes requests of one token."""
+    """Takes requests of one token; says of others what it is made with."""
 
     has_unfinished = False
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception) -> None:
         self.taken: list[int] = []
+        self._error = error
 
     def add(self, request: Request) -> None:
         if len(request.prompt_ids) != 1:
-            raise RequestError(f"prompt {request.index} is long")
+            raise self._error
         self.taken.append(request.index)
 
 
-def describe(index: int, *ids: int, **changed: Any) -> dict[str, Any]:
-    request = asdict(Request(index, ids, SamplingParams(max_new_tokens=1)))
-    return {"do": "add", "request": {**request, "params": {**request["params"], **changed}}}
+def ask(index: int, *ids: int) -> Add:
+    return Add(Request(index, ids, SamplingParams(max_new_tokens=1)))
 
 
-@pytest.mark.parametrize(
-    ("bad", "said"),
-    [
-        (describe(7, 1, 2), "prompt 7 is long"),
-        (describe(7, 1, top_p=0), "top_p is 0, but has to be above 0"),
-        (describe(7, 1, max_new_tokens="many"), "'>=' not supported"),
-        (describe(7, 1, nonsense=1), "nonsense"),
-    ],
-)
-def test_a_request_that_cannot_run_is_refused_and_those_around_it_run(bad: dict[str, Any], said: str) -> None:
-    engine: Any = StrictEngine()
-    told: list[dict[str, Any]] = []
-    inbox = deque([[describe(1, 5), bad, describe(2, 5)], [{"do": "end"}]])
+@pytest.mark.parametrize("error", [RequestError("prompt 7 is long"), TypeError("no such type"), OverflowError("too large")])
+def test_a_request_that_cannot_run_is_refused_and_those_around_it_run(error: Exception) -> None:
+    engine: Any = StrictEngine(error)
+    told: list[Event] = []
+    inbox = deque[list[Command]]([[ask(1, 5), ask(7, 1, 2), ask(2, 5)], [End()]])
     service = RankService(engine, IdentityCollectives(), torch.device("cpu"), lambda: 0, lambda wait: inbox.popleft(), told.append)
     service._reported = float("inf")
     service.run()
     assert engine.taken == [1, 2]
-    (refusal,) = told
-    assert (refusal["event"], refusal["index"]) == ("refused", 7) and said in refusal["message"]
+    assert told == [Refused(7, str(error))]

@@ -7,7 +7,8 @@ import pytest
 
 from launcher.worker.speculation_bench import NEW_TOKENS, PROMPTS, describe_row, encode_prompts, measure_speculation
 from model.decoder.llama import LlamaForCausalLM
-from model.engine.generation import EngineTimes, TokenEvent
+from model.engine.events import TokenEvent
+from model.engine.generation import EngineTimes
 from model.engine.request import Request
 from model.text.tokenizer import Tokenizer
 from parallel.collectives import IdentityCollectives

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,6 @@ def test_a_copy_has_the_same_content_and_so_have_rank_files(folder: Path, tmp_pa
     source = open_checkpoint(folder)
     write_rank_files(source, build_config(source.config), read_scheme(source.config), 2, tmp_path / "ranks")
     assert fingerprint(tmp_path / "ranks").content == before.content
-    assert Fingerprint.from_json(json.loads(json.dumps(asdict(before)))) == before
 
 
 @pytest.mark.parametrize("row", [0, 48, 95])

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from model import AutoModel
 from model.decoder.llama import LlamaForCausalLM
-from model.engine.generation import Engine, SequenceFailure, TokenEvent, generate
+from model.engine.events import SequenceFailure, TokenEvent
+from model.engine.generation import Engine, generate
 from model.engine.request import Request
 from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingParams, SamplingState, sample
 from model.layers.linear import RowBlock

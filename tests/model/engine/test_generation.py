@@ -12,7 +12,8 @@ import pytest
 
 from model import AutoModel
 from model.decoder.llama import LlamaForCausalLM
-from model.engine.generation import Engine, EngineTimes, TokenEvent, generate
+from model.engine.events import TokenEvent
+from model.engine.generation import Engine, EngineTimes, generate
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 from model.layers.batch import Span

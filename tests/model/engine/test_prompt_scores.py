@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.decoder.llama import LlamaForCausalLM
-from model.engine.generation import Engine, PromptScore, TokenEvent
+from model.engine.events import PromptScore, TokenEvent
+from model.engine.generation import Engine
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from model.decoder.llama import LlamaForCausalLM
-from model.engine.generation import Engine, TokenEvent, generate
+from model.engine.events import TokenEvent
+from model.engine.generation import Engine, generate
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 from model.engine.speculation import MAX_DRAFT, PromptLookup
