@@ -163,6 +163,7 @@ def test_paths_of_modules_and_scripts_on_the_pages_exist() -> None:
 
 
 def test_python_examples_compile_and_import_names_that_exist() -> None:
+    fence = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
     blocks = [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
     assert len(blocks) >= 2
     for page, block in blocks:
