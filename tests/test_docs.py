@@ -162,6 +162,15 @@ def test_paths_of_modules_and_scripts_on_the_pages_exist() -> None:
             assert (PROJECT_ROOT / place).exists(), f"{page}: {place}"
 
 
+def test_the_table_of_packages_names_every_package_and_nothing_else() -> None:
+    table = PAGES["docs/architecture.md"].split("## Packages")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `?((?:parallel|model|launcher)/[\w/]*?)/?`? \|", table, re.MULTILINE)
+    packages = {"parallel"}
+    for root in ("model", "launcher"):
+        packages |= {path.parent.relative_to(PROJECT_ROOT).as_posix() for path in (PROJECT_ROOT / root).glob("*/*.py")}
+    assert sorted(place.rstrip("/") for place in named) == sorted(packages)
+
+
 def test_python_examples_compile_and_import_names_that_exist() -> None:
     fence = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
     blocks = [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
