@@ -16,8 +16,8 @@ from typing import Any
 from launcher.commands.env import read_processor
 from launcher.commands.preparation import writes_results
 from launcher.commands.profile_report import build_trace, print_profile
-from launcher.commands.run_ranks import OpenedModel, Run, build_job, first_said, open_model, open_run, run_to_result
-from launcher.host.atomic_write import write_whole
+from launcher.commands.run_ranks import OpenedModel, Run, build_job, first_not_none, open_model, open_run, run_to_result
+from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
@@ -59,7 +59,7 @@ def bench(options: BenchOptions) -> None:
     result = describe_result(task, run, measured)
     if profile is not None and options.profile is not None:
         with as_run_failure():
-            write_whole(options.profile, json.dumps(build_trace(profile)) + "\n")
+            atomic_write(options.profile, json.dumps(build_trace(profile)) + "\n")
         print_profile(profile, sys.stderr if options.as_json else sys.stdout)
         print(f"wrote {options.profile}; open it in https://ui.perfetto.dev or chrome://tracing", file=sys.stderr)
     print(json.dumps(result) if options.as_json else "\n".join(write_lines(result)))
@@ -82,8 +82,8 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
     context = run.context_tokens
     if context < 3:
         raise ConfigError(f"the model's context is {context} tokens, but a measurement needs at least 3")
-    prompt_tokens = first_said(options.prompt_tokens, min(DEFAULT_PROMPT_TOKENS, context - 1))
-    new_tokens = first_said(options.new_tokens, min(DEFAULT_NEW_TOKENS, context - 2))
+    prompt_tokens = first_not_none(options.prompt_tokens, min(DEFAULT_PROMPT_TOKENS, context - 1))
+    new_tokens = first_not_none(options.new_tokens, min(DEFAULT_NEW_TOKENS, context - 2))
     for flag, value, most in (("--prompt-tokens", prompt_tokens, context - 1), ("--new-tokens", new_tokens, context - 2)):
         if not 1 <= value <= most:
             raise ConfigError(f"{flag} is {value}, but has to be from 1 to {most}: the model's context is {context}")
@@ -212,7 +212,7 @@ def _open_random(options: BenchOptions, settings: Settings) -> OpenedModel:
     config, declared = build_config(values, str(path)), read_scheme(values)
     settings.compare_model_config(config, str(path))
     # Weights are generated in the compute dtype, as a checkpoint for it would store them.
-    dtype = first_said(options.dtype, settings.tandem.dtype, settings.compute_dtype, config.dtype)
+    dtype = first_not_none(options.dtype, settings.tandem.dtype, settings.compute_dtype, config.dtype)
     values = {**{key: value for key, value in values.items() if key != "torch_dtype"}, "dtype": dtype}
     if declared.name == "none":
         values = declare_scheme(values, _plan_scheme(options, settings, config))
@@ -224,7 +224,7 @@ def _open_random(options: BenchOptions, settings: Settings) -> OpenedModel:
 
 def _plan_scheme(options: BenchOptions, settings: Settings, config: LlamaConfig) -> Scheme:
     """Return the scheme a checkpoint of this shape would declare. int4 uses the largest common group size that divides its columns."""
-    word = first_said(options.quantization, settings.quantization.approach if settings.quantization else None, DEFAULT_QUANTIZATION)
+    word = first_not_none(options.quantization, settings.quantization.approach if settings.quantization else None, DEFAULT_QUANTIZATION)
     if word not in RANDOM_QUANTIZATIONS:
         raise ConfigError(f"{settings.source} requests {word}, which needs data; give --quantization: {', '.join(RANDOM_QUANTIZATIONS)}")
     if word == "none":

@@ -18,7 +18,7 @@ from launcher.commands.predict import plan_params
 from launcher.commands.run_ranks import Run, build_job, open_run, run_job
 from launcher.commands.serve import plan_cache
 from launcher.job.tasks import Serve
-from launcher.server.chat_front import ChatFront
+from launcher.server.chat_front import ChatEngineClient
 from launcher.server.chat_rendering import ChatRenderer
 from launcher.settings.decode_options import ChatOptions
 from model.engine.request import Request, check_request
@@ -72,7 +72,7 @@ class ChatLoop(threading.Thread):
 
     def __init__(self, run: Run, options: ChatOptions, conversation: Conversation, tokenizer: Tokenizer, title: str) -> None:
         super().__init__(daemon=True, name="chat")
-        self.front = ChatFront(run.world_size, self._heed_interrupt)
+        self.front = ChatEngineClient(run.world_size, self._heed_interrupt)
         self.error: Exception | None = None
         self._run, self._options, self._conversation, self._tokenizer, self._title = run, options, conversation, tokenizer, title
         self._is_terminal = sys.stdin is not None and sys.stdin.isatty()

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from launcher.environment.detection import decide_world_size, read_environment
-from launcher.host.atomic_write import write_whole
+from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
@@ -57,7 +57,7 @@ def plan(options: PlanOptions) -> None:
     if options.svg:
         title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
         with as_run_failure():
-            write_whole(options.svg, draw_plan(plans, title))
+            atomic_write(options.svg, draw_plan(plans, title))
         print(f"wrote {options.svg}", file=sys.stderr)
     if options.as_json:
         print(json.dumps(result))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
+from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.console import RunConsole
@@ -104,18 +104,18 @@ def plan_params(options: SamplingOptions, settings: Settings, max_new_tokens: in
     sampling = settings.sampling
     return SamplingParams(
         max_new_tokens=max_new_tokens,
-        do_sample=first_said(options.do_sample, sampling.do_sample, False),
-        temperature=first_said(options.temperature, sampling.temperature, 1.0),
-        top_k=first_said(options.top_k, sampling.top_k, 50),
-        top_p=first_said(options.top_p, sampling.top_p, 1.0),
-        repetition_penalty=first_said(options.repetition_penalty, sampling.repetition_penalty, 1.0),
-        seed=first_said(options.seed, settings.seed, 0),
+        do_sample=first_not_none(options.do_sample, sampling.do_sample, False),
+        temperature=first_not_none(options.temperature, sampling.temperature, 1.0),
+        top_k=first_not_none(options.top_k, sampling.top_k, 50),
+        top_p=first_not_none(options.top_p, sampling.top_p, 1.0),
+        repetition_penalty=first_not_none(options.repetition_penalty, sampling.repetition_penalty, 1.0),
+        seed=first_not_none(options.seed, settings.seed, 0),
     )
 
 
 def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int], context: int) -> list[int]:
     """Return the maximum new tokens of each prompt from its length, truncated to the context with a warning."""
-    new_tokens = first_said(options.max_new_tokens, None if options.max_length else settings.tandem.max_new_tokens)
+    new_tokens = first_not_none(options.max_new_tokens, None if options.max_length else settings.tandem.max_new_tokens)
     longest = max(lengths)
     if longest >= context:
         raise RequestError(f"prompt {lengths.index(longest)} has {longest} tokens, but the model's context is {context}: shorten it")
@@ -125,7 +125,7 @@ def plan_lengths(options: PredictOptions, settings: Settings, lengths: list[int]
         if longest + new_tokens > context:
             print(f"warning: {longest} prompt tokens and {new_tokens} new ones exceed the context of {context}; cut there", file=sys.stderr)
         return [min(new_tokens, context - length) for length in lengths]
-    max_length: int = first_said(options.max_length, settings.sampling.max_length, min(DEFAULT_MAX_LENGTH, context))
+    max_length: int = first_not_none(options.max_length, settings.sampling.max_length, min(DEFAULT_MAX_LENGTH, context))
     if max_length > context:
         print(f"warning: max_length {max_length} exceeds the context of {context}; cut there", file=sys.stderr)
         max_length = context

@@ -18,7 +18,7 @@ from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.job.job import Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
-from launcher.job.prefetch import read_ahead
+from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
@@ -148,7 +148,7 @@ def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
             open_regular(options.key_file).close()
         except OSError as error:
             raise ConfigError(f"--key-file cannot be read: {describe_os_error(error)}") from None
-    fused_order = first_said(options.fused_order, settings.tandem.fused_order)
+    fused_order = first_not_none(options.fused_order, settings.tandem.fused_order)
     values = settings.build_model_values()
     if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
         values = read_config(folder / "config.json")
@@ -191,9 +191,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     that of `Run.read_tokenizer`, for tasks whose answers end at its stop tokens.
     """
     options, settings, config = run.options, run.settings, run.opened.config
-    own, said_ids = settings.tandem, settings.model_values
+    own, yaml_ids = settings.tandem, settings.model_values
     end = decide_end_of_text(
-        run.opened.source, config.vocab_size, named=said_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=run.tokenizer_path
+        run.opened.source, config.vocab_size, named=yaml_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=run.tokenizer_path
     )
     if tokenizer is not None and not run.environment.rank:
         for warning in end.warnings:
@@ -206,20 +206,20 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         eos_token_ids=end.ids,
-        pad_token_id=said_ids.get("pad_token_id", config.pad_token_id),
-        dtype=_one_of("dtype", first_said(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
+        pad_token_id=yaml_ids.get("pad_token_id", config.pad_token_id),
+        dtype=_one_of("dtype", first_not_none(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
         device=choose_device(
-            _one_of("device", first_said(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
+            _one_of("device", first_not_none(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
         ),
-        collectives=_one_of("collectives", first_said(options.collectives, own.collectives, "auto"), COLLECTIVES),
-        threads_per_rank=first_said(options.threads_per_rank, own.threads_per_rank),
+        collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), COLLECTIVES),
+        threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
-        timeout_seconds=first_said(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
-        max_batch_size=first_said(options.max_batch_size, own.max_batch_size),
-        block_size=first_said(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
-        num_blocks=first_said(options.num_blocks, settings.num_blocks),
-        prefix_cache=first_said(options.prefix_cache, own.prefix_cache, True),
-        speculate=first_said(options.speculate, own.speculate, False),
+        timeout_seconds=first_not_none(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
+        max_batch_size=first_not_none(options.max_batch_size, own.max_batch_size),
+        block_size=first_not_none(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
+        num_blocks=first_not_none(options.num_blocks, settings.num_blocks),
+        prefix_cache=first_not_none(options.prefix_cache, own.prefix_cache, True),
+        speculate=first_not_none(options.speculate, own.speculate, False),
         task=task,
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
@@ -259,8 +259,8 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
     if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
-    read_ahead(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
-    max_restarts = first_said(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
+    prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
+    max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
         observer.note_failure(cause, at_seconds)
@@ -320,7 +320,7 @@ def _parse_flag(name: str, word: str | None) -> bool:
     return found
 
 
-def first_said(*values: Any) -> Any:
+def first_not_none(*values: Any) -> Any:
     """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)
 

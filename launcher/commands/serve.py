@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from launcher.commands.run_ranks import Run, build_job, first_said, open_run, run_job
+from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
 from launcher.host.program_version import read_version
@@ -31,7 +31,7 @@ from parallel.errors import RunError
 
 if TYPE_CHECKING:
     from launcher.server.connection_places import ConnectionPlaces
-    from launcher.server.engine_client import ServeFront
+    from launcher.server.engine_client import EngineClient
     from launcher.server.guard import App
 
 DEFAULT_MAX_RESTARTS = 1000
@@ -47,13 +47,13 @@ def serve(options: ServeOptions) -> None:
     """Serve until a signal or a failure. Raises InputError before anything starts, RanksFailedError, StoppedError."""
     keys = read_keys(options.host, options.api_key_file, insecure=options.insecure)
     run = open_run(options)
-    max_restarts = first_said(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
+    max_restarts = first_not_none(options.max_restarts, run.settings.tandem.max_restarts, DEFAULT_MAX_RESTARTS)
     run = replace(run, options=replace(options, max_restarts=max_restarts))
     from launcher.server.app import build_app
     from launcher.server.chat_rendering import ChatRenderer
     from launcher.server.completion import Service
     from launcher.server.connection_places import ConnectionPlaces, plan_connections
-    from launcher.server.engine_client import Served, ServeFront
+    from launcher.server.engine_client import EngineClient, Served
     from launcher.server.guard import Limits
 
     tokenizer = run.read_tokenizer()
@@ -64,7 +64,7 @@ def serve(options: ServeOptions) -> None:
     if run.nodes.node_rank or run.environment.rank:
         run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, runs the HTTP server
         return
-    front = ServeFront(
+    front = EngineClient(
         Served(
             name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
             version=read_version(),
@@ -158,7 +158,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
 class HttpServer(threading.Thread):
     """uvicorn on its own event loop in a thread; the main thread handles signals and ranks."""
 
-    def __init__(self, app: "App", listener: socket.socket, front: "ServeFront", places: "ConnectionPlaces") -> None:
+    def __init__(self, app: "App", listener: socket.socket, front: "EngineClient", places: "ConnectionPlaces") -> None:
         super().__init__(daemon=True, name="http")
         import uvicorn
 
@@ -219,6 +219,6 @@ class HttpServer(threading.Thread):
         self.join(timeout=10)
 
 
-def _announce(front: "ServeFront", address: str) -> None:
+def _announce(front: "EngineClient", address: str) -> None:
     front.answered_once.wait()
     print(f"ready: {address}/v1, page at {address}/", file=sys.stderr, flush=True)

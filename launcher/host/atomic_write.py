@@ -18,7 +18,7 @@ _OWN_STREAM = re.compile(r"/dev/(?:fd/(\d+)|(stdout)|(stderr))|/proc/(?:self|thr
 """Paths that name an open descriptor of this process; if it is a file, another program may be writing it, too."""
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write `text` to `path`, creating its folder if missing.
 
     Raises OSError naming `path` if the file cannot be written or is a folder, socket or block device; leaves no partial file behind.

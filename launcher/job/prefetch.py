@@ -16,7 +16,7 @@ _MOST_BYTES = 4 << 30
 """More than a fast disk reads while a rank starts; data read too early might be evicted again."""
 
 
-def read_ahead(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ranks: range, world_size: int) -> threading.Thread:
+def prefetch(source: CheckpointSource, config: LlamaConfig, scheme: Scheme, ranks: range, world_size: int) -> threading.Thread:
     """Prefetch what `ranks` read first, in a background thread that need not be joined."""
     places = list(find_places(source, config, scheme, ranks, world_size))
     thread = threading.Thread(target=_ask, args=(places,), daemon=True)

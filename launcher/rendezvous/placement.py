@@ -17,7 +17,7 @@ from parallel.store_waiting import wait_for_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class RankPlacement:
     """The placement of one rank among the others."""
 
     rank: int
@@ -54,12 +54,12 @@ class Seat:
         return len(set(self.nodes))
 
 
-def find_alone() -> Seat:
+def find_alone() -> RankPlacement:
     """Return the placement of a single rank."""
-    return Seat(rank=0, host_names=(socket.gethostname(),), pids=(os.getpid(),))
+    return RankPlacement(rank=0, host_names=(socket.gethostname(),), pids=(os.getpid(),))
 
 
-def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mapping[str, Any], timeout_seconds: float) -> Seat:
+def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mapping[str, Any], timeout_seconds: float) -> RankPlacement:
     """Wait for all ranks and return this one's placement. `run` holds the values that must match on all ranks, see `describe_run`.
 
     Raises PeerError for a rank that does not join, DifferentRunError for a rank of another run.
@@ -72,7 +72,7 @@ def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mappin
     for other, seat in enumerate(seats):
         compare_runs(f"rank {other}", seat["run"], f"rank {rank}", run)
     nodes = plan_nodes([seat["host"] for seat in seats])
-    return Seat(
+    return RankPlacement(
         rank=rank,
         nodes=tuple(nodes),
         host_names=tuple(seat["name"] for seat in seats),

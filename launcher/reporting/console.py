@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from launcher.host.atomic_write import write_whole
+from launcher.host.atomic_write import atomic_write
 from launcher.job.messages import Event, Failed, Failures, Loading, RankWarning, Result, Stats, Tokens, Working
 from launcher.job.observer import RunObserver
 from launcher.job.tasks import Decode, Task
@@ -215,7 +215,7 @@ class RunConsole(RunObserver):
         with self._lock:
             return Decode(
                 tuple(
-                    replace(request, known_ids=tuple(tokens), known_reason=reason)
+                    replace(request, resumed_ids=tuple(tokens), known_reason=reason)
                     for request, tokens, reason in zip(self._requests, self._tokens, self._reasons, strict=True)
                 )
             )
@@ -255,7 +255,7 @@ class RunConsole(RunObserver):
             return
         if stats is not None:
             values = {**structs.asdict(s), "restarts": restarts, "recovery_seconds": self._recoveries}
-            write_whole(stats, json.dumps(values, indent=2) + "\n")
+            atomic_write(stats, json.dumps(values, indent=2) + "\n")
         print(
             f"decode {s.decode_tokens_per_second:.1f} tokens/s, prefill {s.prefill_tokens_per_second:.1f} tokens/s, "
             f"loaded in {s.load_seconds:.2f} s; {s.world_size} rank(s) x {s.threads_per_rank} thread(s), {s.kernel}, {s.collectives}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from launcher.host.atomic_write import needs_direct_writing, open_direct, write_whole
+from launcher.host.atomic_write import atomic_write, needs_direct_writing, open_direct
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.path_lock import PathInUseError, hold
 from model.engine.request import Request
@@ -70,7 +70,7 @@ class ResultsFile:
         """Truncate the file now, so that a restarted process does not mistake an older run's records for its own."""
         with as_run_failure(self._path):
             if self._is_new and not needs_direct_writing(self._path):
-                write_whole(self._path, "")
+                atomic_write(self._path, "")
                 self._is_new = False
 
     def append(self, record: Record) -> None:
@@ -99,7 +99,7 @@ class ResultsFile:
             indices = [record.index for record in self._records]
             if indices != sorted(indices):
                 self._records.sort(key=lambda record: record.index)
-                write_whole(self._path, "".join(record.to_line() for record in self._records))
+                atomic_write(self._path, "".join(record.to_line() for record in self._records))
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def read_results(path: Path, requests: Sequence[Request], prompts: Sequence[str]
     done = [record for record in records.values() if record.finish_reason != "error"]
     try:
         if len(done) < len(records):
-            write_whole(path, "".join(record.to_line() for record in done))
+            atomic_write(path, "".join(record.to_line() for record in done))
         elif len(whole) < len(text):
             os.truncate(path, len(whole))
     except OSError as error:

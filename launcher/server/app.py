@@ -9,11 +9,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from launcher.server.completion import Service
-from launcher.server.engine_client import ServeFront
+from launcher.server.engine_client import EngineClient
 from launcher.server.errors import ServiceError, server_failed
 from launcher.server.guard import App, Guard, Limits
 from launcher.server.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
-from launcher.server.request_planner import Asked
+from launcher.server.request_planner import PlannedRequest
 from parallel.errors import RequestError
 
 _ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
@@ -42,7 +42,7 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     async def chat(request: Request) -> Response:
         return await answer(await service.plan_chat(await request.body()), request)
 
-    async def answer(asked: Asked, request: Request) -> Response:
+    async def answer(asked: PlannedRequest, request: Request) -> Response:
         if asked.is_stream:
             return service.stream(asked, request)
         return Response(await service.run(asked, request), media_type="application/json")
@@ -96,7 +96,7 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     return CORSMiddleware(guard, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
 
 
-def _describe_model(front: ServeFront) -> dict[str, Any]:
+def _describe_model(front: EngineClient) -> dict[str, Any]:
     served = front.served
     return {
         "id": served.name,

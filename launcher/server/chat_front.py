@@ -12,21 +12,21 @@ from launcher.job.messages import Event, Failures, Loading, RankWarning, Refused
 from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
-from launcher.server.inflight_requests import Journal, NewToken
+from launcher.server.inflight_requests import InflightRequests, NewToken
 from model.engine.request import Request
 from parallel.errors import RunError
 
 _MAX_FAILED_STARTS = 3
 
 
-class ChatFront(RunObserver):
+class ChatEngineClient(RunObserver):
     """The ranks serving one conversation."""
 
     redone = "the answer continues"
 
     def __init__(self, world_size: int, on_idle_interrupt: Callable[[], bool]) -> None:
         """`on_idle_interrupt` is called on SIGINT while no answer is in progress and returns whether the program continues."""
-        self._journal, self._progress = Journal(), loading_progress(world_size)
+        self._inflight, self._progress = InflightRequests(), loading_progress(world_size)
         self._on_idle_interrupt = on_idle_interrupt
         self._tokens: SimpleQueue[NewToken | None] = SimpleQueue()
         """Tokens of the current answer; None marks one that was stopped or abandoned."""
@@ -44,7 +44,7 @@ class ChatFront(RunObserver):
         index, self._num_requests = self._num_requests, self._num_requests + 1
         self._tokens, self._failure = SimpleQueue(), None
         self._current = index
-        self._journal.add(make_request(index))
+        self._inflight.add(make_request(index))
         try:
             while (token := self._tokens.get()) is not None:
                 yield token
@@ -54,17 +54,17 @@ class ChatFront(RunObserver):
                 raise RunError(self._failure)
         finally:
             self._current = None
-            self._journal.cancel(index)
+            self._inflight.cancel(index)
 
     def end(self) -> None:
         """Tell the ranks to exit."""
-        self._journal.end()
+        self._inflight.end()
 
     def on_event(self, event: Event) -> None:
         """Take one event of rank 0."""
         match event:
             case Tokens():
-                for index, token in self._journal.take(event.tokens):
+                for index, token in self._inflight.take(event.tokens):
                     if index == self._current:
                         self._tokens.put(token)
             case Failures():
@@ -82,23 +82,23 @@ class ChatFront(RunObserver):
 
     def connect(self, send: Send) -> None:
         """Attach to rank 0 of a new attempt."""
-        self._journal.connect(send)
+        self._inflight.connect(send)
 
     def continue_task(self, task: Task) -> Task:
         """Return the unfinished answer with its tokens so far."""
         assert isinstance(task, Serve)
-        return structs.replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._inflight.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """Handle a rank failure; all ranks restart."""
         served, self._serving = self._serving, False
         self._failed_starts = 0 if served else self._failed_starts + 1
         self._progress.close()
-        for index in self._journal.note_failure(served=served):
+        for index in self._inflight.note_failure(served=served):
             self._give_up(index, "the ranks failed repeatedly on this message; it was abandoned")
 
     def _give_up(self, index: int, message: str) -> None:
-        self._journal.drop(index)
+        self._inflight.drop(index)
         if index == self._current:
             self._failure = message
             self._tokens.put(None)

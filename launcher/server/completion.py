@@ -17,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from launcher.server.api_answers import Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
 from launcher.server.chat_rendering import ChatRenderer
-from launcher.server.engine_client import ServeFront
-from launcher.server.errors import ServiceError, caller_gone
+from launcher.server.engine_client import EngineClient
+from launcher.server.errors import ServiceError, client_gone
 from launcher.server.guard import read_client
 from launcher.server.inflight_requests import PromptToken
 from launcher.server.queue import Ticket
-from launcher.server.request_planner import Asked, RequestPlanner
+from launcher.server.request_planner import PlannedRequest, RequestPlanner
 from launcher.server.request_threads import RequestThreads
 from model.text.tokenizer import Tokenizer
 
@@ -36,18 +36,18 @@ class Service:
     """State shared by the routes."""
 
     def __init__(
-        self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
+        self, front: EngineClient, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
     ) -> None:
         """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them."""
         self.front, self._tokenizer, self._chat = front, tokenizer, chat
         self._planner = RequestPlanner(front, tokenizer, chat, max_seconds, strict_fields=strict_fields)
         self._threads = RequestThreads()
 
-    async def plan_completion(self, body: bytes) -> Asked:
+    async def plan_completion(self, body: bytes) -> PlannedRequest:
         """Parse and plan a completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_completion)
 
-    async def plan_chat(self, body: bytes) -> Asked:
+    async def plan_chat(self, body: bytes) -> PlannedRequest:
         """Parse and plan a chat completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_chat, is_chat=True)
 
@@ -60,7 +60,7 @@ class Service:
         self._threads.close()
         self._chat.close()
 
-    async def run(self, asked: Asked, request: Request) -> bytes:
+    async def run(self, asked: PlannedRequest, request: Request) -> bytes:
         """Return the complete answer as JSON. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
@@ -68,7 +68,7 @@ class Service:
         try:
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise caller_gone()
+                raise client_gone()
             return work.result()
         finally:
             self.front.dispatcher.close(ticket)
@@ -77,17 +77,17 @@ class Service:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
-    def stream(self, asked: Asked, request: Request) -> StreamingResponse:
+    def stream(self, asked: PlannedRequest, request: Request) -> StreamingResponse:
         """Stream the answer. Raises ServiceError if it cannot start."""
         ticket = self._submit(asked, request)
         return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
 
-    def _submit(self, asked: Asked, request: Request) -> Ticket:
+    def _submit(self, asked: PlannedRequest, request: Request) -> Ticket:
         ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 
-    async def _pieces(self, asked: Asked, ticket: Ticket) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self, asked: PlannedRequest, ticket: Ticket) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (choice index, next piece) until all choices have finished. Raises ServiceError."""
         num_open = len(asked.choices)
         while num_open:
@@ -108,7 +108,7 @@ class Service:
                     self.front.dispatcher.end_choice(ticket, number)
             yield number, piece
 
-    async def _collect(self, asked: Asked, ticket: Ticket) -> bytes:
+    async def _collect(self, asked: PlannedRequest, ticket: Ticket) -> bytes:
         pieces: list[list[Piece]] = [[] for _ in asked.choices]
         async for number, piece in self._pieces(asked, ticket):
             pieces[number].append(piece)
@@ -120,7 +120,7 @@ class Service:
         num_tokens = sum(map(len, pieces)) + sum(map(len, asked.scored))
         return await _build_answer(num_tokens if asked.with_logprobs else 0, build)
 
-    async def _write_events(self, asked: Asked, ticket: Ticket) -> AsyncIterator[bytes]:
+    async def _write_events(self, asked: PlannedRequest, ticket: Ticket) -> AsyncIterator[bytes]:
         offsets = [len(text) for text in asked.echo]
         begun = [False] * len(asked.choices)
         try:
@@ -143,12 +143,12 @@ class Service:
         except ServiceError as error:
             yield _event(error.to_json())
 
-    def _build_chunk(self, asked: Asked, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
+    def _build_chunk(self, asked: PlannedRequest, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
         choice = self._build_choice(asked, number, [piece], offset, is_chunk=True, is_first=is_first)
         return _event(asked.naming.build([choice], None, is_chunk=True))
 
     def _build_choice(
-        self, asked: Asked, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
+        self, asked: PlannedRequest, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
     ) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         tokens = [token for piece in pieces for token in piece.tokens]
@@ -164,7 +164,7 @@ class Service:
                 choice["logprobs"] = build_text_logprobs(self._tokenizer, scored, tokens, offset)
         return choice
 
-    def _count(self, asked: Asked) -> dict[str, int]:
+    def _count(self, asked: PlannedRequest) -> dict[str, int]:
         return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
 
 

@@ -30,7 +30,7 @@ from launcher.job.observer import RunObserver, Send
 from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
 from launcher.server.errors import ServiceError
-from launcher.server.inflight_requests import MAX_FAILURES, Journal
+from launcher.server.inflight_requests import MAX_FAILURES, InflightRequests
 from launcher.server.metrics import ServeMetrics
 from launcher.server.queue import Dispatcher
 from model.planning import RankPlan
@@ -60,15 +60,15 @@ class Served:
     """Maximum time in-flight requests may take to complete on shutdown."""
 
 
-class ServeFront(RunObserver):
+class EngineClient(RunObserver):
     """The parent side of one server."""
 
     redone = "in-flight requests resume"
 
     def __init__(self, served: Served) -> None:
         self.served, self.metrics = served, ServeMetrics()
-        self._journal = Journal()
-        self.dispatcher = Dispatcher(self._journal, self.metrics, max_running=served.job.max_batch_size, max_waiting=served.max_waiting)
+        self._inflight = InflightRequests()
+        self.dispatcher = Dispatcher(self._inflight, self.metrics, max_running=served.job.max_batch_size, max_waiting=served.max_waiting)
         self.loop: asyncio.AbstractEventLoop | None = None
         """The HTTP server's event loop, once it runs."""
         self.stop_number: int | None = None
@@ -94,16 +94,16 @@ class ServeFront(RunObserver):
         """Take one event of rank 0."""
         match event:
             case Tokens():
-                tokens = self._journal.take(event.tokens)
+                tokens = self._inflight.take(event.tokens)
                 if tokens:
                     self._on_loop(self.dispatcher.deliver, tokens)
             case Failures():
-                failures = [(one.index, one.message) for one in event.failures if self._journal.drop(one.index)]
+                failures = [(one.index, one.message) for one in event.failures if self._inflight.drop(one.index)]
                 self._on_loop(self.dispatcher.fail_sequences, failures)
             case Refused():
                 self._on_loop(self.dispatcher.refuse, event.index, ServiceError(400, event.message))
             case Scores():
-                self._on_loop(self.dispatcher.deliver_scores, self._journal.take_scores(event.scores))
+                self._on_loop(self.dispatcher.deliver_scores, self._inflight.take_scores(event.scores))
             case Report():
                 self._take_report(event)
             case Loading():
@@ -116,14 +116,14 @@ class ServeFront(RunObserver):
 
     def connect(self, send: Send) -> None:
         """Attach to rank 0 of a new attempt."""
-        self._journal.connect(send)
+        self._inflight.connect(send)
         if self.dispatcher.is_draining and not self.dispatcher.num_running:
-            self._journal.end()
+            self._inflight.end()
 
     def continue_task(self, task: Task) -> Task:
         """Return every unfinished request with its tokens so far."""
         assert isinstance(task, Serve)
-        return structs.replace(task, requests=self._journal.list_unfinished())
+        return structs.replace(task, requests=self._inflight.list_unfinished())
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """Handle a rank failure; all ranks restart."""
@@ -133,7 +133,7 @@ class ServeFront(RunObserver):
         self._restarts += 1
         self.metrics.count_restart()
         self._progress.close()
-        hopeless = self._journal.note_failure(served=served)
+        hopeless = self._inflight.note_failure(served=served)
         if hopeless:
             self._on_loop(self.dispatcher.give_up, hopeless, MAX_FAILURES)
 
@@ -261,7 +261,7 @@ class ServeFront(RunObserver):
     def _begin_drain(self) -> None:
         async def drain() -> None:
             await self.dispatcher.drain(self.served.drain_seconds)
-            self._journal.end()
+            self._inflight.end()
 
         self._drain_task = asyncio.create_task(drain())
 

@@ -87,7 +87,7 @@ def server_failed() -> ServiceError:
     return ServiceError(500, "the server failed; its log says why", kind="server_error")
 
 
-def caller_gone() -> ServiceError:
+def client_gone() -> ServiceError:
     """499, nginx's status for a client that has disconnected."""
     return ServiceError(499, "the client has disconnected")
 

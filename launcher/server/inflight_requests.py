@@ -45,10 +45,10 @@ class _Entry:
     @property
     def remainder(self) -> Request:
         """Return the request with its tokens so far, for resumption."""
-        return replace(self.request, known_ids=tuple(self.token_ids))
+        return replace(self.request, resumed_ids=tuple(self.token_ids))
 
 
-class Journal:
+class InflightRequests:
     """The requests that the ranks run, or will run once they have restarted."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from launcher.server.errors import ServiceError, draining, ended, non_finite, queue_full, ranks_failed, timed_out, too_many
-from launcher.server.inflight_requests import Journal, NewToken, PromptToken
+from launcher.server.inflight_requests import InflightRequests, NewToken, PromptToken
 from launcher.server.metrics import ServeMetrics
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
@@ -46,8 +46,8 @@ class _Sequence:
 class Dispatcher:
     """The queue of one server."""
 
-    def __init__(self, journal: Journal, metrics: ServeMetrics, *, max_running: int, max_waiting: int) -> None:
-        self._journal, self._metrics = journal, metrics
+    def __init__(self, journal: InflightRequests, metrics: ServeMetrics, *, max_running: int, max_waiting: int) -> None:
+        self._inflight, self._metrics = journal, metrics
         self.max_running, self.max_waiting = max_running, max_waiting
         self._next_index = 0
         self._waiting: OrderedDict[str, deque[_Sequence]] = OrderedDict()
@@ -103,7 +103,7 @@ class Dispatcher:
         ticket.num_open = 0
         for index in [index for index, sequence in self._running.items() if sequence.ticket is ticket]:
             del self._running[index]
-            self._journal.cancel(index)
+            self._inflight.cancel(index)
         mine = self._waiting.get(ticket.caller)
         if mine is not None:
             left = deque(sequence for sequence in mine if sequence.ticket is not ticket)
@@ -119,7 +119,7 @@ class Dispatcher:
         for index in found:
             del self._running[index]
             ticket.num_open -= 1
-            self._journal.cancel(index)
+            self._inflight.cancel(index)
         self._fill()
 
     def deliver(self, tokens: Iterable[tuple[int, NewToken]]) -> None:
@@ -170,7 +170,7 @@ class Dispatcher:
         """Fail the request of a sequence that the ranks cannot run."""
         sequence = self._running.pop(index, None)
         if sequence is not None:
-            self._journal.cancel(index)
+            self._inflight.cancel(index)
             self._fail(sequence.ticket, error)
 
     async def drain(self, seconds: float) -> None:
@@ -203,7 +203,7 @@ class Dispatcher:
             else:
                 del self._waiting[caller]
             self._running[sequence.request.index] = sequence
-            self._journal.add(sequence.request)
+            self._inflight.add(sequence.request)
         if self._drained is not None and not self._running and not self._waiting:
             self._drained.set()
 

@@ -15,7 +15,7 @@ from msgspec import UNSET, Raw
 from launcher.server.api_requests import MAX_BIASES, MAX_PROMPTS, NEUTRAL_FIELDS, GenerationRequest, Token
 from launcher.server.errors import ServiceError
 
-Asked = TypeVar("Asked", bound=GenerationRequest)
+PlannedRequest = TypeVar("PlannedRequest", bound=GenerationRequest)
 
 _MAX_NAMED_FIELDS = 10_000
 """A body with more colons may have too many fields to list; only the first unknown one is then reported."""
@@ -33,10 +33,10 @@ _TYPE_NAMES = {
 _PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of such lists"
 
 
-class BodyReader(Generic[Asked]):
+class BodyReader(Generic[PlannedRequest]):
     """Decoder for the request bodies of one route."""
 
-    def __init__(self, kind: type[Asked], note_unknown: Callable[[str, str], None] | None) -> None:
+    def __init__(self, kind: type[PlannedRequest], note_unknown: Callable[[str, str], None] | None) -> None:
         """`note_unknown` receives the name of an unknown field and a hint; if None, unknown fields are rejected."""
         self._kind, self._note_unknown = kind, note_unknown
         hints = get_type_hints(kind, include_extras=True)
@@ -47,7 +47,7 @@ class BodyReader(Generic[Asked]):
         self._fields = msgspec.json.Decoder(msgspec.defstruct("Fields", fields, gc=False))
         self._only_known_fields = msgspec.json.Decoder(msgspec.defstruct("KnownFields", fields, gc=False, forbid_unknown_fields=True))
 
-    def read(self, body: bytes) -> Asked:
+    def read(self, body: bytes) -> PlannedRequest:
         """Decode a request. Raises ServiceError naming the first invalid field."""
         fields = self._split(body)
         for name, hint in self._find_unknown(body):

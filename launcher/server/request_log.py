@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launcher.server.engine_client import ServeFront
+    from launcher.server.engine_client import EngineClient
 
 THROUGHPUT_SECONDS = 10.0
 POLLED_PATHS = frozenset({"/health", "/metrics", "/status"})
@@ -33,7 +33,7 @@ def log_request(scope: MutableMapping[str, Any], status: int, seconds: float, ca
         _log.log(level, '%s "%s %s" %d %.2f s', client, scope["method"], path, status, seconds)
 
 
-async def log_throughput(front: "ServeFront") -> None:
+async def log_throughput(front: "EngineClient") -> None:
     """Log throughput every THROUGHPUT_SECONDS while requests run or wait. Runs on the event loop until cancelled."""
     while True:
         await asyncio.sleep(THROUGHPUT_SECONDS)
@@ -44,7 +44,7 @@ async def log_throughput(front: "ServeFront") -> None:
 
 
 def describe_throughput(found: dict[str, Any]) -> str:
-    """Format a log line from the result of `ServeFront.describe`."""
+    """Format a log line from the result of `EngineClient.describe`."""
     return (
         f"decode {found['tokens_per_second']:.1f} tokens/s, prefill {found['prompt_tokens_per_second']:.1f} tokens/s, "
         f"{found['running']} running, {found['waiting']} waiting, KV cache {found['blocks_used'] / max(1, found['blocks_total']):.0%} used"

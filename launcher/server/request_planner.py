@@ -13,7 +13,7 @@ from launcher.server.api_answers import ChoiceText, Naming
 from launcher.server.api_requests import DEFAULT_COMPLETION_TOKENS, MAX_PROMPT_LOGPROBS, ChatRequest, CompletionRequest, Message
 from launcher.server.bounded_log import OnceLog
 from launcher.server.chat_rendering import ChatRenderer
-from launcher.server.engine_client import ServeFront
+from launcher.server.engine_client import EngineClient
 from launcher.server.errors import ServiceError
 from launcher.server.inflight_requests import NewToken
 from launcher.server.request_body import BodyReader
@@ -24,7 +24,7 @@ from parallel.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class PlannedRequest:
     """One planned request, as text and token ids."""
 
     naming: Naming
@@ -47,7 +47,7 @@ class Asked:
 class RequestPlanner:
     """Plans the requests of one server."""
 
-    def __init__(self, front: ServeFront, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool) -> None:
+    def __init__(self, front: EngineClient, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool) -> None:
         """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them."""
         self._front, self._tokenizer, self._chat, self._max_seconds = front, tokenizer, chat, max_seconds
         self._fingerprint = f"tandem-{front.served.version}"
@@ -55,7 +55,7 @@ class RequestPlanner:
         note = None if strict_fields else self._note_unknown
         self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
 
-    def plan_completion(self, raw: bytes) -> Asked:
+    def plan_completion(self, raw: bytes) -> PlannedRequest:
         """Plan a completion. Raises ServiceError, RequestError."""
         body = self._completions.read(raw)
         self.check_model(body.model)
@@ -64,7 +64,7 @@ class RequestPlanner:
         new_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         return self._plan(body, prompts, new_tokens, body.logprobs, has_echo=body.echo, is_chat=False)
 
-    def plan_chat(self, raw: bytes) -> Asked:
+    def plan_chat(self, raw: bytes) -> PlannedRequest:
         """Plan a chat completion. Raises ServiceError, RequestError."""
         body = self._chats.read(raw)
         self.check_model(body.model)
@@ -102,7 +102,7 @@ class RequestPlanner:
         *,
         has_echo: bool,
         is_chat: bool,
-    ) -> Asked:
+    ) -> PlannedRequest:
         served, is_scored = self._front.served, has_echo and logprobs is not None
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
         for number, ids in enumerate(prompts):
@@ -119,7 +119,7 @@ class RequestPlanner:
             words = f"{num_scored} log-probabilities of prompts, but the maximum is {MAX_PROMPT_LOGPROBS}: send fewer prompts"
             raise RequestError(f"echo with logprobs requests {words}")
         echo = [self._tokenizer.decode(ids) if has_echo else "" for ids in prompts]
-        return Asked(
+        return PlannedRequest(
             naming=Naming.new(served.name, is_chat=is_chat, fingerprint=self._fingerprint),
             prompts=prompts,
             choices=choices,

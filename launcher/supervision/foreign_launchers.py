@@ -27,13 +27,13 @@ from launcher.job.messages import Command, Event
 from launcher.job.observer import RunObserver
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
-from launcher.rendezvous.placement import Seat, find_alone, meet
+from launcher.rendezvous.placement import RankPlacement, find_alone, meet
 from launcher.rendezvous.run_identity import DifferentRunError, describe_run
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
 from launcher.supervision.signals import GRACE_SECONDS, StoppedError
 from launcher.supervision.verdict import VERDICT_FILE, RanksFailedError, Verdict, shorten_stack
-from launcher.worker.rank import StopAsked
+from launcher.worker.rank import StopRequested
 from launcher.worker.run import run_rank
 from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
@@ -69,20 +69,20 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
         joining = _Joining(environment, job, rank, progress)
         try:
             joining.run(observer)
-            joining.say_bye(0)
+            joining.announce_exit(0)
         except DifferentRunError:  # every rank reports this error itself
-            joining.say_bye(2)
+            joining.announce_exit(2)
             raise
         except BaseException as error:
             # Launchers send SIGTERM to the other ranks when one fails: a rank that died before rank 0 stopped is the cause.
             if signals.number is not None and (not joining.find_dead() or (rank != 0 and stopping.exists())):
-                joining.say_bye(1)
+                joining.announce_exit(1)
                 raise StoppedError(signals.number) from None
-            if isinstance(error, StopAsked):
+            if isinstance(error, StopRequested):
                 peer = joining.find_dead()[0]
                 error = PeerError(f"rank {peer} died while rank 0 continued", progress.operation, peer=peer, died=True)
             refusal = _explain(error, joining, log_dir)
-            joining.say_bye(1)
+            joining.announce_exit(1)
             raise refusal from None
         finally:
             faulthandler.unregister(STACK_SIGNAL)
@@ -96,7 +96,7 @@ class _Joining:
 
     def __init__(self, environment: LaunchEnvironment, job: Job, rank: int, progress: Progress) -> None:
         self.environment, self.job, self.rank, self.progress = environment, job, rank, progress
-        self.seat: Seat | None = None
+        self.seat: RankPlacement | None = None
         self._raw: Store | None = None
         self._store: Store | None = None
 
@@ -133,7 +133,7 @@ class _Joining:
         seat = self.seat
         return [rank for rank in seat.local_ranks if read_state(seat.pids[rank]) in ("", "Z", "X")] if seat else []
 
-    def say_bye(self, code: int) -> None:
+    def announce_exit(self, code: int) -> None:
         """Tell the store's host that this rank no longer needs the store; the host itself waits for the others."""
         store, seat = self._store, self.seat
         if store is None:
@@ -245,7 +245,7 @@ def _give(verdict: Verdict, log_dir: Path, rank: int, *, is_input: bool = False)
     return RunError(f"rank {rank} ended since another rank failed first: see {log_dir / VERDICT_FILE}")
 
 
-def _look_at(peer: int, seat: Seat, log_dir: Path) -> tuple[str | None, str | None]:
+def _look_at(peer: int, seat: RankPlacement, log_dir: Path) -> tuple[str | None, str | None]:
     """Return why a stuck rank of this host was stopped, or otherwise its stack."""
     if peer not in seat.local_ranks:
         return None, None

@@ -106,7 +106,7 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
     return mine
 
 
-def say_stopped(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
+def announce_stop(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
     """Stop the other nodes after a signal has stopped this one."""
     if rendezvous is not None and nodes.num_nodes > 1:
         words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"

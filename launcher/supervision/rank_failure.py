@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.host.atomic_write import write_whole
+from launcher.host.atomic_write import atomic_write
 from parallel.errors import CheckpointError, ConfigError, PeerError, TandemError
 
 _TAIL_LINES = 12
@@ -44,7 +44,7 @@ class RankFailure:
 
     def write(self, path: Path) -> None:
         """Write the record to a file."""
-        write_whole(path, json.dumps(asdict(self)))
+        atomic_write(path, json.dumps(asdict(self)))
 
 
 def read_failure(path: Path) -> RankFailure | None:

@@ -34,7 +34,7 @@ from launcher.rendezvous.key_value_store import StoreError
 from launcher.rendezvous.nodes import Nodes
 from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
 from launcher.rendezvous.run_identity import DifferentRunError, describe_run
-from launcher.supervision.node_consensus import RanksEnded, agree, judge, refuse, say_stopped
+from launcher.supervision.node_consensus import RanksEnded, agree, announce_stop, judge, refuse
 from launcher.supervision.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.supervision.rank_watch import RankWatch
 from launcher.supervision.signals import GRACE_SECONDS, GracefulStop, StoppedError
@@ -100,7 +100,7 @@ def spawn_ranks(
             except SignalException as error:
                 if receiver.error is None:
                     number = stop.number or int(error.sigval)
-                    say_stopped(rendezvous, number, nodes)
+                    announce_stop(rendezvous, number, nodes)
                     raise StoppedError(number) from None
             except DifferentRunError as error:
                 assert rendezvous is not None, "nodes have met"

@@ -18,7 +18,7 @@ from launcher.rendezvous.placement import find_alone, meet
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_process import BOARD_FILE, JOB_FILE, SOCKET_FILE
 from launcher.supervision.rank_watch import STACK_SIGNAL, error_file, stack_file
-from launcher.worker.rank import Emit, StopAsked
+from launcher.worker.rank import Emit, StopRequested
 from launcher.worker.run import run_rank
 from launcher.worker.service import Inbox
 from parallel.progress import Progress, ProgressBoard
@@ -74,7 +74,7 @@ def run_spawned_rank(folder: Path) -> None:
                 seat = meet(store, rank, world_size, address, {}, wait_seconds)  # the nodes have already compared their runs
             emit, inbox = _connect_to_parent(folder) if rank == 0 else (_silent, _hear_nothing)
             run_rank(job, seat, store, progress, emit, inbox, wait_seconds=job.timeout_seconds + _SLACK_SECONDS)
-        except StopAsked:
+        except StopRequested:
             signal.pause()  # the parent has its results and kills all ranks
         except BaseException as error:
             traceback.print_exc()

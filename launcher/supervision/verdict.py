@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from launcher.host.atomic_write import write_whole
+from launcher.host.atomic_write import atomic_write
 from launcher.host.control_groups import MemoryGroup
 from launcher.supervision.rank_watch import FirstFailure
 from parallel.errors import TandemError
@@ -64,12 +64,12 @@ class Verdict:
 
     def write(self, log_dir: Path) -> None:
         """Write verdict.json to the log folder."""
-        write_whole(log_dir / VERDICT_FILE, self.to_json() + "\n")
+        atomic_write(log_dir / VERDICT_FILE, self.to_json() + "\n")
 
     def claim(self, log_dir: Path) -> bool:
         """Write verdict.json unless another process of this run already has; returns whether this one was first."""
         temporary = log_dir / f".{VERDICT_FILE}.{self.host}.{os.getpid()}"
-        write_whole(temporary, self.to_json() + "\n")
+        atomic_write(temporary, self.to_json() + "\n")
         try:
             os.link(temporary, log_dir / VERDICT_FILE)
         except FileExistsError:

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from launcher.job.job import Job
-from launcher.rendezvous.placement import Seat
+from launcher.rendezvous.placement import RankPlacement
 from model.backends.registry import find_backend
 from parallel.collectives import Collectives, DistributedCollectives, IdentityCollectives
 from parallel.errors import RunError
@@ -14,7 +14,7 @@ from parallel.node_collectives import NodeCollectives
 from parallel.shared_memory import SharedMemoryCollectives
 
 
-def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> Collectives:
+def connect(job: Job, seat: RankPlacement, store: Store | None, wait_seconds: float) -> Collectives:
     """Return this rank's collectives: those the job names, otherwise the best for the placement."""
     if seat.world_size == 1:
         return IdentityCollectives()
@@ -31,7 +31,7 @@ def connect(job: Job, seat: Seat, store: Store | None, wait_seconds: float) -> C
     return DistributedCollectives(store, seat.rank, seat.world_size, name, wait_seconds, seat.address)
 
 
-def choose_collectives(device: str, seat: Seat) -> str:
+def choose_collectives(device: str, seat: RankPlacement) -> str:
     """Choose shared memory for CPU ranks on one x86-64 host, gloo between such hosts, otherwise torch.distributed's default for the
     device."""
     if find_backend(device).in_host_memory and shared_memory_works():

@@ -9,7 +9,7 @@ import torch
 from launcher.host.process_memory import give_back_memory
 from launcher.job.job import Job
 from launcher.job.messages import Event, Loading, RankWarning, Stopped, Working
-from launcher.rendezvous.placement import Seat
+from launcher.rendezvous.placement import RankPlacement
 from launcher.worker.service import Inbox
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_state
 from model.checkpoint.formats import open_checkpoint
@@ -25,7 +25,7 @@ from parallel.progress import Progress
 Emit = Callable[[Event], None]
 
 
-class StopAsked(Exception):
+class StopRequested(Exception):
     """This rank was asked to stop and has finished its current work."""
 
 
@@ -44,23 +44,23 @@ class Rank:
     inbox: Inbox
     """Receives messages from the server."""
     progress: Progress
-    seat: Seat
+    seat: RankPlacement
 
     def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
 
         def send(done: int, total: int) -> None:
             self.collectives.beat()
-            self.heed_stop()
+            self.raise_if_stopping()
             self.emit(kind(done, total))
 
         return send
 
-    def heed_stop(self) -> None:
-        """Raise StopAsked if this rank was asked to stop."""
+    def raise_if_stopping(self) -> None:
+        """Raise StopRequested if this rank was asked to stop."""
         if self.progress.asked_to_stop:
             self.emit(Stopped())
-            raise StopAsked
+            raise StopRequested
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """Gather the integers of every rank, one row each."""

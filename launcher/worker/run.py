@@ -7,7 +7,7 @@ from torch.distributed.distributed_c10d import Store
 
 from launcher.host.cores import bind_cores, count_cores, share_cores
 from launcher.job.job import Job
-from launcher.rendezvous.placement import Seat
+from launcher.rendezvous.placement import RankPlacement
 from launcher.worker.collectives import connect
 from launcher.worker.rank import Emit, Rank
 from launcher.worker.service import Inbox
@@ -16,11 +16,13 @@ from model.backends.registry import find_backend
 from parallel.progress import Progress, WatchedCollectives
 
 
-def run_rank(job: Job, seat: Seat, store: Store | None, progress: Progress, emit: Emit, inbox: Inbox, *, wait_seconds: float) -> None:
+def run_rank(
+    job: Job, seat: RankPlacement, store: Store | None, progress: Progress, emit: Emit, inbox: Inbox, *, wait_seconds: float
+) -> None:
     """Run `job` as the rank at `seat`. `emit` receives events on rank 0: progress, tokens, and the final result.
 
-    `inbox` returns messages from the server. `wait_seconds` limits the wait for a peer that makes no progress. Raises StopAsked after the
-    current token if asked to stop.
+    `inbox` returns messages from the server. `wait_seconds` limits the wait for a peer that makes no progress. Raises StopRequested
+    after the current token if asked to stop.
     """
     started = time.perf_counter()
     if job.bind_cores:

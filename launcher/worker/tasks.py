@@ -26,7 +26,7 @@ from model.spec.config import build_config
 from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
-NO_GUESSES = "--speculate has no effect: here the low-order bits of a row depend on the batch size"
+NO_SPECULATION = "--speculate has no effect: here the low-order bits of a row depend on the batch size"
 _SERVE_BANDWIDTH_BYTES = 128 << 20
 """Bytes per rank for the server's bandwidth figure; a server must not need more memory at startup than later."""
 
@@ -52,10 +52,10 @@ def decode(me: Rank, task: Decode) -> None:
         num_blocks=min(needed, job.num_blocks or needed),
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
-        prefill_known=model.batch_invariant,
+        prefill_resumed=model.batch_invariant,
     )
     if job.speculate and not engine.speculates:
-        emit(RankWarning(NO_GUESSES))
+        emit(RankWarning(NO_SPECULATION))
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -63,7 +63,7 @@ def decode(me: Rank, task: Decode) -> None:
             emit(Tokens(tuple(events)))
         if engine.failures:
             emit(Failures(tuple(engine.failures)))
-        me.heed_stop()
+        me.raise_if_stopping()
     everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
     times = engine.times
     emit(
@@ -98,12 +98,12 @@ def serve(me: Rank, task: Serve) -> None:
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
         prefill_tokens=task.prefill_tokens,
-        prefill_known=True,
+        prefill_resumed=True,
     )
     if not model.batch_invariant:
         me.emit(RankWarning("here the last bits of an answer may depend on what runs beside it"))
     if job.speculate and not engine.speculates:
-        me.emit(RankWarning(NO_GUESSES))
+        me.emit(RankWarning(NO_SPECULATION))
     me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
     service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
     for request in task.requests:
@@ -135,7 +135,7 @@ def bench(me: Rank, task: Bench) -> None:
     bench = RankBench(task, model, me.collectives, measure, me.report(Working))
     measured = bench.measure()
     if task.speculated and measured["speculation"] is None:
-        me.emit(RankWarning(NO_GUESSES))
+        me.emit(RankWarning(NO_SPECULATION))
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),

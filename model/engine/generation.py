@@ -3,7 +3,7 @@
 Every rank runs the same engine on the same requests and takes the same steps. Both predict and serve consume the events of `step`.
 `model/engine/scheduling.py` decides the contents of a pass. Works on token ids only, not text.
 
-A resumed run prefills the resumed tokens together with their prompts (`prefill_known`). Without native kernels, the low-order bits of a
+A resumed run prefills the resumed tokens together with their prompts (`prefill_resumed`). Without native kernels, the low-order bits of a
 matmul depend on the batch size; the run then repeats the original steps with the same batches, takes the resumed tokens instead of
 sampling, and skips steps whose results are not needed.
 """
@@ -64,12 +64,12 @@ class Engine:
         share_prefixes: bool = True,
         speculate: bool = False,
         prefill_tokens: int = PREFILL_TOKENS,
-        prefill_known: bool = False,
+        prefill_resumed: bool = False,
     ) -> None:
         """`num_blocks`: size of the KV cache; None reserves address space for `max_batch_size` full contexts.
 
         `share_prefixes`: store equal prefixes once. `speculate`: draft tokens for greedy sequences and verify several per pass; ignored
-        unless the model is batch-invariant. `prefill_tokens`: maximum per pass. `prefill_known`: prefill resumed tokens with their
+        unless the model is batch-invariant. `prefill_tokens`: maximum per pass. `prefill_resumed`: prefill resumed tokens with their
         prompts instead of one by one, and skip finished requests; the new tokens are bitwise identical if the model is batch-invariant.
         Raises ConfigError for an invalid block configuration.
         """
@@ -79,7 +79,7 @@ class Engine:
         self._store = model.build_store(num_blocks, block_size)
         self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes, prefill_tokens=prefill_tokens)
         self.speculates = speculate and model.batch_invariant
-        self._prefill_known = prefill_known
+        self._prefill_known = prefill_resumed
         self._began: float | None = None
         self._scores: list[PromptScore] = []
         self.times = EngineTimes()
@@ -102,7 +102,7 @@ class Engine:
         if self._prefill_known:
             if request.known_reason:
                 return
-            for token in request.known_ids:
+            for token in request.resumed_ids:
                 sampling.take(token)
                 self._go_on(sequence, token)
         self._scheduler.add(sequence)
@@ -280,7 +280,7 @@ class Engine:
         sequence.num_new += 1
         if sequence.lookup is not None:
             sequence.lookup.extend((token,))
-        if request.known_reason and sequence.num_new == len(request.known_ids):
+        if request.known_reason and sequence.num_new == len(request.resumed_ids):
             return request.known_reason  # regardless of the current stop ids
         if token in params.stop_token_ids or (token in self._model.config.eos_token_ids and not params.ignore_eos):
             return "eos"
@@ -310,7 +310,7 @@ def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
         known = sequence.knows(ahead)
         if known is None:
             yield ahead, _expect(sequence.sampling, part.drafts, ahead)
-        elif sequence.num_new + ahead + 1 == len(sequence.request.known_ids) and sequence.is_over:
+        elif sequence.num_new + ahead + 1 == len(sequence.request.resumed_ids) and sequence.is_over:
             return
         elif ahead < len(part.drafts) and known != part.drafts[ahead]:
             return

@@ -66,11 +66,11 @@ class LiveSequence:
     @property
     def final_ids(self) -> tuple[int, ...]:
         """Prompt and new tokens, including all resumed ones."""
-        return self.request.prompt_ids + self.request.known_ids
+        return self.request.prompt_ids + self.request.resumed_ids
 
     def knows(self, ahead: int) -> int | None:
         """Return the new token `ahead` positions ahead if it is a resumed one."""
-        known, place = self.request.known_ids, self.num_new + ahead
+        known, place = self.request.resumed_ids, self.num_new + ahead
         return known[place] if place < len(known) else None
 
 

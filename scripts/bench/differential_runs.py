@@ -204,7 +204,7 @@ def _decode(written: Written, run: Drawn, ends: Ends, expected: Answers, collect
                 ignore_eos=ends.ignore_eos,
                 stop_token_ids=ends.stop,
             ),
-            known_ids=tuple(answer[: min(run.known, len(answer) - 1)]),
+            resumed_ids=tuple(answer[: min(run.known, len(answer) - 1)]),
         )
         for index, (prompt, count, answer) in enumerate(zip(run.prompts, run.new_tokens, expected.end(ends), strict=True))
     ]
@@ -217,9 +217,9 @@ def _decode(written: Written, run: Drawn, ends: Ends, expected: Answers, collect
         share_prefixes=run.share_prefixes,
         speculate=run.speculate,
         prefill_tokens=run.prefill_tokens,
-        prefill_known=model.batch_invariant,
+        prefill_resumed=model.batch_invariant,
     )
-    rows = [list(request.known_ids) for request in requests]
+    rows = [list(request.resumed_ids) for request in requests]
     for request in requests:
         engine.add(request)
     while engine.has_unfinished:

@@ -51,7 +51,7 @@ def folder(checkpoints: "Checkpoints", tmp_path_factory: pytest.TempPathFactory)
 def server(tandem: "Tandem", folder: Path) -> Iterator[Server]:
     server = Server(tandem, "--checkpoint", folder, *OPTIONS, "--max-batch-size", "8", "--max-body-mb", "0.1")
     try:
-        # Asked before the ranks are there: it waits for them.
+        # PlannedRequest before the ranks are there: it waits for them.
         assert server.health == (503, "loading")
         assert server.status["state"] == "loading"
         early = server.complete("I love", max_tokens=3, temperature=0)

@@ -19,8 +19,8 @@ from model.spec.scheme import LinearScheme
 REQUESTS = (
     Request(0, (1, 5, 9), SamplingParams(max_new_tokens=3)),
     Request(1, (1,), SamplingParams(max_new_tokens=7, do_sample=True, temperature=0.1, top_k=0, top_p=0.95, seed=2**32 - 1, logprobs=True)),
-    Request(2, (1, 2), SamplingParams(max_new_tokens=7), known_ids=(5, 0, 5)),
-    Request(3, (3,), SamplingParams(max_new_tokens=7), known_ids=(4, 2), known_reason="eos"),
+    Request(2, (1, 2), SamplingParams(max_new_tokens=7), resumed_ids=(5, 0, 5)),
+    Request(3, (3,), SamplingParams(max_new_tokens=7), resumed_ids=(4, 2), known_reason="eos"),
 )
 SMOOTH = Recipe(
     approach="ptq",

@@ -118,7 +118,7 @@ def test_what_is_left_to_do_holds_every_token_that_came(cut: int) -> None:
     assert [(r.index, r.prompt_ids, r.params) for r in task.requests] == [(r.index, r.prompt_ids, r.params) for r in REQUESTS]
     for request in task.requests:
         mine = [(ord(letter) - 96, reason) for index, letter, reason, _ in TOKENS[:cut] if index == request.index]
-        assert request.known_ids == tuple(token for token, _ in mine)
+        assert request.resumed_ids == tuple(token for token, _ in mine)
         assert request.known_reason == (mine[-1][1] if mine else None)
 
 
@@ -133,7 +133,7 @@ def test_what_an_earlier_run_has_done_is_printed_in_its_place_or_not_again(
     capsys.readouterr()
     console = build(path, read_results(path, REQUESTS, PROMPTS, TOKENIZER.vocab_size))
     assert [request.known_reason for request in console.plan_task().requests] == ["length", "eos", None]
-    assert [request.known_ids for request in console.plan_task().requests] == [(24, 25), (26,), ()]
+    assert [request.resumed_ids for request in console.plan_task().requests] == [(24, 25), (26,), ()]
     console.print_done(again=again)
     assert capsys.readouterr().out == (lines(RESULTS[:2]) if again else "")
     assert not console.is_done

@@ -19,7 +19,7 @@ from launcher.server.app import build_app
 from launcher.server.chat_rendering import ChatRenderer
 from launcher.server.completion import Service
 from launcher.server.connection_places import ConnectionPlaces, plan_connections
-from launcher.server.engine_client import Served, ServeFront
+from launcher.server.engine_client import EngineClient, Served
 from launcher.server.guard import Limits
 from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
@@ -61,7 +61,7 @@ def build_chat(template: str) -> ChatRenderer:
 class FakeEngine:
     """Answers like rank 0."""
 
-    def __init__(self, front: ServeFront) -> None:
+    def __init__(self, front: EngineClient) -> None:
         self._front = front
         self._cancelled: set[int] = set()
         front.connect(self.take)
@@ -112,7 +112,7 @@ def serve(max_client_requests: int, keys: tuple[bytes, ...]) -> None:
     """Print the port, then serve."""
     job: Any = SimpleNamespace(world_size=1, max_batch_size=4, context_tokens=CONTEXT, block_size=16, dtype="float32")
     config: Any = SimpleNamespace(vocab_size=258, num_hidden_layers=1)
-    front = ServeFront(
+    front = EngineClient(
         Served(name="fake", version="0", config=config, job=job, plans=[], num_blocks=1000, max_waiting=200, drain_seconds=1.0)
     )
     tokenizer = ByteTokenizer()

@@ -7,7 +7,7 @@ import pytest
 
 from launcher.job.messages import Add, Cancel, Command, End
 from launcher.job.tasks import Serve
-from launcher.server.chat_front import ChatFront
+from launcher.server.chat_front import ChatEngineClient
 from launcher.server.inflight_requests import MAX_FAILURES
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
@@ -24,7 +24,7 @@ class Chat:
         self.sent: list[Command] = []
         self.interrupts = 0
         self._continues = continues
-        self.front = ChatFront(2, self._interrupt)
+        self.front = ChatEngineClient(2, self._interrupt)
         self.start()
 
     def start(self) -> tuple[Request, ...]:
@@ -50,7 +50,7 @@ class Chat:
 class Answer(threading.Thread):
     """Reads one answer, as the loop of the chat does."""
 
-    def __init__(self, front: ChatFront) -> None:
+    def __init__(self, front: ChatEngineClient) -> None:
         super().__init__()
         self._front = front
         self.begun = threading.Event()
@@ -119,7 +119,7 @@ def test_an_interrupt_between_answers_is_the_loops_to_judge(continues: bool) -> 
 
 
 def test_an_interrupt_while_loading_ends_the_program() -> None:
-    assert not ChatFront(1, lambda: True).takes_signal(signal.SIGINT)
+    assert not ChatEngineClient(1, lambda: True).takes_signal(signal.SIGINT)
 
 
 def test_a_restart_continues_the_answer_with_its_tokens() -> None:
@@ -129,7 +129,7 @@ def test_a_restart_continues_the_answer_with_its_tokens() -> None:
     chat.say(0, 0, 7)
     chat.front.note_failure("rank 1 failed", 0.0)
     (request,) = chat.start()
-    assert (request.index, request.known_ids) == (0, (7,))
+    assert (request.index, request.resumed_ids) == (0, (7,))
     chat.say(0, 0, 7)  # said again
     chat.say(0, 1, 8, "length")
     assert answer.end() == [7, 8]

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.server.completion import Service
 from launcher.server.errors import ServiceError
-from launcher.server.inflight_requests import Journal
+from launcher.server.inflight_requests import InflightRequests
 from launcher.server.metrics import ServeMetrics
 from launcher.server.queue import Dispatcher
 from parallel.errors import RequestError
@@ -44,7 +44,7 @@ def build() -> Iterator[Build]:
         def make(template: str = PLAIN, *, context: int = 512, **options: Any) -> Service:
             job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4)
             served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100)
-            dispatcher = Dispatcher(Journal(), ServeMetrics(), max_running=4, max_waiting=100)
+            dispatcher = Dispatcher(InflightRequests(), ServeMetrics(), max_running=4, max_waiting=100)
             front: Any = SimpleNamespace(served=served, dispatcher=dispatcher)
             service = Service(front, ByteTokenizer(), build_chat(template), 60.0, **options)
             services.callback(service.close)

@@ -10,7 +10,7 @@ from msgspec import structs
 
 from launcher.job.messages import Add, Cancel, Command, End, Failures, Loading, Refused
 from launcher.job.tasks import Serve
-from launcher.server.engine_client import MAX_FAILED_STARTS, Served, ServeFront
+from launcher.server.engine_client import MAX_FAILED_STARTS, EngineClient, Served
 from model.engine.events import SequenceFailure
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
@@ -22,23 +22,23 @@ SERVE = Serve(requests=(), num_blocks=9, prefill_tokens=16)
 
 
 @pytest.fixture
-def front() -> Iterator[ServeFront]:
+def front() -> Iterator[EngineClient]:
     """Of one rank; its loop can be run by hand."""
     job: Any = SimpleNamespace(world_size=1, max_batch_size=2)
     config: Any = object.__new__(LlamaConfig)
-    front = ServeFront(Served(name="m", version="0", config=config, job=job, plans=[], num_blocks=9, max_waiting=5, drain_seconds=60.0))
+    front = EngineClient(Served(name="m", version="0", config=config, job=job, plans=[], num_blocks=9, max_waiting=5, drain_seconds=60.0))
     front.loop = asyncio.new_event_loop()
     yield front
     front.loop.close()
 
 
-def settle(front: ServeFront) -> None:
+def settle(front: EngineClient) -> None:
     """Let everything happen that has been asked of the loop."""
     assert front.loop is not None
     front.loop.run_until_complete(asyncio.sleep(0.01))
 
 
-def become_ready(front: ServeFront) -> list[Command]:
+def become_ready(front: EngineClient) -> list[Command]:
     """The ranks connect and serve; what they are told from now on."""
     told: list[Command] = []
     front.connect(told.append)
@@ -46,7 +46,7 @@ def become_ready(front: ServeFront) -> list[Command]:
     return told
 
 
-def fail(front: ServeFront) -> bool:
+def fail(front: EngineClient) -> bool:
     """A rank fails, as the agent tells it; whether there was another start."""
     if not front.may_restart():
         return False
@@ -55,7 +55,7 @@ def fail(front: ServeFront) -> bool:
     return True
 
 
-def test_states_follow_what_the_ranks_do(front: ServeFront, capsys: pytest.CaptureFixture[str]) -> None:
+def test_states_follow_what_the_ranks_do(front: EngineClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert (front.state, front.health, front.answered_once.is_set()) == ("loading", "loading", False)
     front.on_event(Loading(1, 2))
     become_ready(front)
@@ -68,7 +68,7 @@ def test_states_follow_what_the_ranks_do(front: ServeFront, capsys: pytest.Captu
     assert front.state == "draining"
 
 
-def test_silent_ranks_are_told_of_unless_their_steps_are_slow(front: ServeFront, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_ranks_are_told_of_unless_their_steps_are_slow(front: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("launcher.server.engine_client.time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
     become_ready(front)
@@ -84,18 +84,18 @@ def test_silent_ranks_are_told_of_unless_their_steps_are_slow(front: ServeFront,
     assert front.health == "silent"
 
 
-def test_starts_that_do_not_come_to_serve_end_a_server(front: ServeFront) -> None:
+def test_starts_that_do_not_come_to_serve_end_a_server(front: EngineClient) -> None:
     assert [fail(front) for _ in range(MAX_FAILED_STARTS)] == [True] * (MAX_FAILED_STARTS - 1) + [False]
 
 
-def test_starts_in_between_that_serve_make_up_for_those_that_do_not(front: ServeFront) -> None:
+def test_starts_in_between_that_serve_make_up_for_those_that_do_not(front: EngineClient) -> None:
     for _ in range(5):
         become_ready(front)
         assert [fail(front) for _ in range(MAX_FAILED_STARTS)] == [True] * MAX_FAILED_STARTS
     assert not fail(front)
 
 
-def test_what_is_asked_to_stop_while_it_loads_answers_nobody(front: ServeFront) -> None:
+def test_what_is_asked_to_stop_while_it_loads_answers_nobody(front: EngineClient) -> None:
     assert front.loop is not None
     ticket = front.loop.run_until_complete(submit(front))
     assert front.ask_to_stop(15) is None
@@ -104,11 +104,11 @@ def test_what_is_asked_to_stop_while_it_loads_answers_nobody(front: ServeFront) 
     assert (front.state, front.stop_number) == ("draining", 15)
 
 
-async def submit(front: ServeFront) -> Any:
+async def submit(front: EngineClient) -> Any:
     return front.dispatcher.submit("a", [((1, 2), PARAMS)], 600.0)
 
 
-def test_a_request_that_the_ranks_refuse_ends_alone(front: ServeFront) -> None:
+def test_a_request_that_the_ranks_refuse_ends_alone(front: EngineClient) -> None:
     told = become_ready(front)
     assert front.loop is not None
     refused, other = (front.loop.run_until_complete(submit(front)) for _ in range(2))
@@ -120,7 +120,7 @@ def test_a_request_that_the_ranks_refuse_ends_alone(front: ServeFront) -> None:
     assert list(map(type, told)) == [Add, Add, Cancel] and front.continue_task(SERVE).requests == ()
 
 
-def test_the_ranks_end_when_all_has_been_answered(front: ServeFront) -> None:
+def test_the_ranks_end_when_all_has_been_answered(front: EngineClient) -> None:
     told = become_ready(front)
     assert front.loop is not None
     ticket = front.loop.run_until_complete(submit(front))
@@ -135,7 +135,7 @@ def test_the_ranks_end_when_all_has_been_answered(front: ServeFront) -> None:
     assert front.ask_to_stop(15) is None, "a second signal ends it at once"
 
 
-def test_ranks_that_fail_in_a_drain_go_on_and_end_then(front: ServeFront) -> None:
+def test_ranks_that_fail_in_a_drain_go_on_and_end_then(front: EngineClient) -> None:
     become_ready(front)
     assert front.loop is not None
     front.loop.run_until_complete(submit(front))
@@ -148,7 +148,7 @@ def test_ranks_that_fail_in_a_drain_go_on_and_end_then(front: ServeFront) -> Non
     assert list(map(type, told)) == [Cancel, End]
 
 
-def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: ServeFront) -> None:
+def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: EngineClient) -> None:
     become_ready(front)
     assert front.loop is not None
     ticket = front.loop.run_until_complete(submit(front))
@@ -163,13 +163,13 @@ def test_what_is_asked_to_stop_while_ranks_come_back_answers_what_ran(front: Ser
     assert told == [End()]
 
 
-def test_nobody_keeps_a_server_that_comes_back_from_its_end(front: ServeFront) -> None:
+def test_nobody_keeps_a_server_that_comes_back_from_its_end(front: EngineClient) -> None:
     become_ready(front)
     assert fail(front)
     assert front.ask_to_stop(15) is None
 
 
-def test_hopeless_requests_get_an_error(front: ServeFront) -> None:
+def test_hopeless_requests_get_an_error(front: EngineClient) -> None:
     assert front.loop is not None
     become_ready(front)
     ticket = front.loop.run_until_complete(submit(front))
@@ -184,7 +184,7 @@ def test_hopeless_requests_get_an_error(front: ServeFront) -> None:
     assert ticket.events.get_nowait().code == "ranks_failed"
 
 
-def test_reports_are_shown(front: ServeFront) -> None:
+def test_reports_are_shown(front: EngineClient) -> None:
     become_ready(front)
     front.on_event(REPORT)
     front.on_event(structs.replace(REPORT, prefill_tokens=100))
@@ -196,7 +196,7 @@ def test_reports_are_shown(front: ServeFront) -> None:
     assert "tandem_prompt_tokens_per_second 100.0" in text
 
 
-def test_sequences_without_finite_logits_end_their_calls_alone(front: ServeFront) -> None:
+def test_sequences_without_finite_logits_end_their_calls_alone(front: EngineClient) -> None:
     told = become_ready(front)
     loop = front.loop
     assert loop is not None
@@ -215,4 +215,4 @@ def test_sequences_without_finite_logits_end_their_calls_alone(front: ServeFront
     assert healthy.num_open == 1 and front.dispatcher.num_running == 1
     front.continue_task(Serve(requests=(), num_blocks=9, prefill_tokens=16))
     assert not any(isinstance(command, Cancel) for command in told), "the ranks know"
-    assert [request.index for request in front._journal.list_unfinished()] == [0], "nobody gets it again"
+    assert [request.index for request in front._inflight.list_unfinished()] == [0], "nobody gets it again"

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.job.messages import Add, Cancel, Command
 from launcher.server.errors import ServiceError
-from launcher.server.inflight_requests import Journal, NewToken
+from launcher.server.inflight_requests import InflightRequests, NewToken
 from launcher.server.metrics import ServeMetrics
 from launcher.server.queue import Dispatcher, Ticket
 from model.engine.sampling import SamplingParams
@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self, max_running: int = 2, max_waiting: int = 100) -> None:
         self.commands: list[Command] = []
-        self.metrics, journal = ServeMetrics(), Journal()
+        self.metrics, journal = ServeMetrics(), InflightRequests()
         journal.connect(self.commands.append)
         self.dispatcher = Dispatcher(journal, self.metrics, max_running=max_running, max_waiting=max_waiting)
 

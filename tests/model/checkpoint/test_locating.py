@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from launcher.job.prefetch import find_places, read_ahead
+from launcher.job.prefetch import find_places, prefetch
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from model.spec.weights import plan_weights
@@ -59,7 +59,7 @@ def test_reading_ahead_leaves_a_missing_file_to_the_ranks(checkpoint: "Checkpoin
     source = checkpoint.open()
     config, scheme = build_config(source.config), read_scheme(source.config)
     before = len(os.listdir("/proc/self/fd"))
-    read_ahead(source, config, scheme, range(1), 1).join()
+    prefetch(source, config, scheme, range(1), 1).join()
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
-    read_ahead(source, config, scheme, range(1), 1).join()
+    prefetch(source, config, scheme, range(1), 1).join()
     assert len(os.listdir("/proc/self/fd")) == before

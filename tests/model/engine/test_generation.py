@@ -183,7 +183,7 @@ def know(requests: list[Request], events: list[TokenEvent]) -> list[Request]:
     for request in requests:
         mine = [event for event in events if event.index == request.index]
         ids, reason = tuple(event.token_id for event in mine), mine[-1].finish_reason if mine else None
-        known.append(dataclasses.replace(request, known_ids=ids, known_reason=reason))
+        known.append(dataclasses.replace(request, resumed_ids=ids, known_reason=reason))
     return known
 
 
@@ -276,7 +276,7 @@ def test_known_tokens_do_not_count_as_work(model: LlamaForCausalLM) -> None:
 
 def test_what_has_ended_stays_ended_whatever_ids_end_a_sequence_now(model: LlamaForCausalLM, passes: list[int]) -> None:
     first, second = ask(PROMPTS[:2], max_new_tokens=4)
-    ended = dataclasses.replace(first, known_ids=(5, 6), known_reason="eos")
+    ended = dataclasses.replace(first, resumed_ids=(5, 6), known_reason="eos")
     assert run(model, [ended])[1] == [] and passes == []
     found, events = run(model, [ended, second])
     assert found == [[], decode_plainly(model, PROMPTS[1], 4)]
@@ -287,7 +287,7 @@ def test_steps_without_a_new_token_take_no_time_of_decoding(model: LlamaForCausa
     monkeypatch.setattr("model.engine.generation.time", SimpleNamespace(perf_counter=itertools.count(100).__next__))
     engine = Engine(model)
     (request,) = ask(PROMPTS[:1], max_new_tokens=5)
-    events = list(generate(engine, [dataclasses.replace(request, known_ids=(5, 6))]))
+    events = list(generate(engine, [dataclasses.replace(request, resumed_ids=(5, 6))]))
     assert [event.position for event in events] == [2, 3, 4]
     # Two looks at the clock a step; the third step makes the first new token.
     assert engine.times == EngineTimes(
@@ -306,7 +306,7 @@ def test_a_part_of_a_prompt_that_is_left_out_does_not_count_as_work(model: Llama
 
 
 @pytest.mark.parametrize(
-    ("known_ids", "known_reason", "words"),
+    ("resumed_ids", "known_reason", "words"),
     [
         ((1,) * 6, None, "prompt 0 is said to have 6 new tokens already, but 1 to 5 are asked for"),
         ((1,) * 6, "length", "prompt 0 is said to have 6 new tokens already"),
@@ -316,12 +316,12 @@ def test_a_part_of_a_prompt_that_is_left_out_does_not_count_as_work(model: Llama
     ],
 )
 def test_known_tokens_that_cannot_be_are_refused(
-    model: LlamaForCausalLM, known_ids: tuple[int, ...], known_reason: str | None, words: str
+    model: LlamaForCausalLM, resumed_ids: tuple[int, ...], known_reason: str | None, words: str
 ) -> None:
     good = Request(0, (5,), SamplingParams(max_new_tokens=5), (96,) * 5, "length")
     Engine(model).add(good)
     with pytest.raises(RequestError, match=words):
-        Engine(model).add(dataclasses.replace(good, known_ids=known_ids, known_reason=known_reason))
+        Engine(model).add(dataclasses.replace(good, resumed_ids=resumed_ids, known_reason=known_reason))
 
 
 def test_generate_gives_prompts_and_continuations(auto_model: AutoModel, model: LlamaForCausalLM) -> None:

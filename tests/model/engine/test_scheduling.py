@@ -221,7 +221,7 @@ def know(requests: list[Request], events: list[TokenEvent]) -> list[Request]:
     mine = [[event for event in events if event.index == request.index] for request in requests]
     return [
         dataclasses.replace(
-            request, known_ids=tuple(event.token_id for event in ours), known_reason=ours[-1].finish_reason if ours else None
+            request, resumed_ids=tuple(event.token_id for event in ours), known_reason=ours[-1].finish_reason if ours else None
         )
         for request, ours in zip(requests, mine, strict=True)
     ]
@@ -287,11 +287,11 @@ def test_known_tokens_go_through_with_their_prompts(model: LlamaForCausalLM, spe
     requests = ask(*mixed_prompts(), **penalties)
     expected = run_alone(model, requests)
     for known in (1, 7, 19):
-        again = [dataclasses.replace(r, known_ids=tuple(tokens[:known])) for r, tokens in zip(requests, expected, strict=True)]
-        engine = Engine(model, 5, prefill_known=True, speculate=speculate)
+        again = [dataclasses.replace(r, resumed_ids=tuple(tokens[:known])) for r, tokens in zip(requests, expected, strict=True)]
+        engine = Engine(model, 5, prefill_resumed=True, speculate=speculate)
         events = list(generate(engine, again))
         assert collect(events, again) == [tokens[known:] for tokens in expected]
         assert min(event.position for event in events) == known
         assert engine.num_used_blocks == 0
-    ended = dataclasses.replace(requests[0], known_ids=(3, 4), known_reason="eos")
-    assert not Engine(model, prefill_known=True).add(ended) and not list(generate(Engine(model, prefill_known=True), [ended]))
+    ended = dataclasses.replace(requests[0], resumed_ids=(3, 4), known_reason="eos")
+    assert not Engine(model, prefill_resumed=True).add(ended) and not list(generate(Engine(model, prefill_resumed=True), [ended]))

@@ -176,7 +176,7 @@ def test_a_run_that_is_cut_anywhere_goes_on_with_the_same_events(model: LlamaFor
     for cut in range(0, len(events) + 1, 3):
         mine = [[event for event in events[:cut] if event.index == request.index] for request in requests]
         known = [
-            dataclasses.replace(r, known_ids=tuple(e.token_id for e in ours), known_reason=ours[-1].finish_reason if ours else None)
+            dataclasses.replace(r, resumed_ids=tuple(e.token_id for e in ours), known_reason=ours[-1].finish_reason if ours else None)
             for r, ours in zip(requests, mine, strict=True)
         ]
         assert list(generate(Engine(model, **options), known)) == events[cut:], f"cut after {cut}"
