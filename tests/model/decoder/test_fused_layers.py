@@ -265,7 +265,9 @@ run = model._fused._run
 
 def leave(layers, first, number, one, ranks):  # behind the gathers of the first layer
     assert run(layers, first, 1, one, ranks) == 0
-    time.sleep(4 if end == "stops" else 0)
+    begun = time.monotonic()  # however slow the machine is, a rank that stops is still there when the others give up
+    while end == "stops" and len(list(Path(path).parent.glob("*-told"))) < 2 and time.monotonic() - begun < 50:
+        time.sleep(0.05)
     os._exit(0)
 
 if rank == 1:
@@ -275,7 +277,8 @@ try:
     model([Span(cache, [5] * count)])
 except PeerError as error:
     waited = time.monotonic() - started
-    os.write(1, f"{rank} {error.peer} {error.died} {waited < (3.5 if end == 'stops' else 10)} {error}\\n".encode())
+    os.write(1, f"{rank} {error.peer} {error.died} {waited < 10} {error}\\n".encode())
+    Path(f"{path}-{rank}-told").touch()
 """
 
 
