@@ -45,7 +45,9 @@ def prepare(options: Any) -> Any:
     settings = open_settings(options.config)
     if options.checkpoint is None and _needs_checkpoint(options):
         if not settings.load_checkpoint:
-            raise ConfigError(f"no model: give a path or a Hugging Face id, as in tandem {_COMMANDS.get(type(options), 'predict')} MODEL")
+            command = _COMMANDS.get(type(options), "predict")
+            other = ", or --model-config with --random-weights" if isinstance(options, BenchOptions) else ""
+            raise ConfigError(f"no model: give --checkpoint, a path or a Hugging Face id, as in tandem {command} MODEL{other}")
         path, model_id = find_model(settings.load_checkpoint, offline=options.offline)
         options = replace(options, checkpoint=path, model_id=model_id)
     if isinstance(options, RunOptions) and environment is not None:

@@ -11,6 +11,7 @@ from launcher.settings.yaml_file import YAML_ENDS
 from model.checkpoint.recognition import name_path
 from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
+from parallel.regular_file import describe_kind
 
 _WEIGHT_ENDS = (".safetensors", ".gguf", ".ckpt", ".pth")
 """Extensions of files that a format may read weights from."""
@@ -28,9 +29,7 @@ def find_model(text: str, *, offline: bool) -> tuple[Path, str | None]:
     if is_url:
         raise CheckpointError(f"{text} is not a model page on huggingface.co: give org/name, or download it and give its path")
     if not _exists(path):
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a broken link, to {path.readlink()}")
-        raise CheckpointError(f"the checkpoint {path} does not exist{_suggest(path)}")
+        raise CheckpointError(_explain_absence(path))
     if path.suffix in YAML_ENDS:
         raise CheckpointError(f"{path} is a configuration, not a checkpoint: give it with --config")
     try:
@@ -42,11 +41,22 @@ def find_model(text: str, *, offline: bool) -> tuple[Path, str | None]:
     return path, None
 
 
+def _explain_absence(path: Path) -> str:
+    try:
+        if path.is_symlink():
+            return f"{path} is a broken link, to {path.readlink()}"
+    except OSError as error:
+        return f"the checkpoint {path} cannot be read: {error.strerror}"
+    return f"the checkpoint {path} does not exist{_suggest(path)}"
+
+
 def _name_unreadable(path: Path) -> str | None:
     """Return a sentence about why no format can read a path; None if the formats have to inspect it."""
     if path.is_file():
         words = describe_file(path) if path.name.endswith(_READABLE_ENDS) else None
         return f"{path} {words}" if words and _LFS in words else None if path.name.endswith(_READABLE_ENDS) else name_path(path)
+    if not path.is_dir():
+        return f"the checkpoint {path} is {describe_kind(path.stat().st_mode)}, but a file or a folder is needed"
     entries = list(path.iterdir())
     for entry in entries:
         words = describe_file(entry) if entry.name.endswith(_READABLE_ENDS) and entry.is_file() else None

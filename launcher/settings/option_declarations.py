@@ -156,7 +156,8 @@ def check_values(options: Any) -> None:
             needed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
             raise ConfigError(f"{flag} is {value!r}, but has to be {needed}{_suggest(value, choices)}")
         if not _is_within(value, info):
-            raise ConfigError(f"{flag} is {value}, but has to be {_describe_limits(info)}")
+            unit = " seconds" if name.endswith("_seconds") else ""
+            raise ConfigError(f"{flag} is {value}, but has to be {_describe_limits(info)}{unit}")
 
 
 def _is_within(value: Any, info: Any) -> bool:
@@ -167,9 +168,9 @@ def _is_within(value: Any, info: Any) -> bool:
 
 def _describe_limits(info: Any) -> str:
     if info.min is not None and info.max is not None:
-        return f"from {info.min:g} to {info.max:g}"
+        return f"from {info.min:.12g} to {info.max:.12g}"
     limits = (("above", info.above), ("at least", info.min), ("at most", info.max))
-    return " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+    return " and ".join(f"{words} {limit:.12g}" for words, limit in limits if limit is not None)
 
 
 def _suggest(value: str, choices: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from model.spec.file_kind import describe_file
 from model.spec.quantization_keys import OTHER_METHODS, SUPPORTED_METHODS
 from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
+from parallel.regular_file import describe_kind
 
 _SPLIT_GGUF = re.compile(r".+-\d{5}-of-(\d{5})\.gguf")
 _SAVE_AGAIN = "load it with transformers and save it again with save_pretrained(folder), which writes safetensors"
@@ -84,8 +85,14 @@ def _name_folder(path: Path) -> str | None:
     for pattern, words in _FOLDER_PARTS:
         if any(path.glob(pattern)):
             return f"{path} {words}"
-    if any(name.endswith(".safetensors") for name in names):
+    shards = sorted(path / name for name in names if name.endswith(".safetensors"))
+    if shards and "config.json" not in names:
         return f"{path} holds safetensors files, but no config.json: copy the whole checkpoint"
+    for shard in shards:
+        if not shard.exists():
+            return f"{shard} is a broken link, to {shard.readlink()}"
+        if not shard.is_file():
+            return f"{shard} is {describe_kind(shard.stat().st_mode)}, but a regular file is needed"
     inner = _find_inner(path)
     if inner:
         more = f", one of {len(inner)} such folders" if len(inner) > 1 else ""

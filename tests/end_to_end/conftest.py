@@ -301,6 +301,7 @@ def refuse(
             main()
         written, message = capsys.readouterr()
         assert (ended.value.code, written) == (2, ""), message
+        message = re.sub(r"\Aconfig: .*\n", "", message)  # which YAML was found next to the checkpoint
         words = " ".join(message.split())
         for name in names:
             assert re.search(name, words), f"{name!r} is not in {words!r}"

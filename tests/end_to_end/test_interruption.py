@@ -141,7 +141,8 @@ def test_ranks_end_with_a_parent_that_is_killed_while_they_import(tandem: "Tande
 
 
 def test_a_rank_whose_parent_has_gone_before_it_could_look_exits() -> None:
-    result = subprocess.run([sys.executable, "-m", "launcher.supervision.rank_process", "nowhere", "1"], timeout=20, capture_output=True)
+    program = "from launcher.supervision.rank_process import main; main()"
+    result = subprocess.run([sys.executable, "-c", program, "nowhere", "1"], timeout=20, capture_output=True)
     assert (result.returncode, result.stdout, result.stderr) == (1, b"", b"")
 
 

@@ -82,8 +82,8 @@ REFUSED: dict[str, tuple[Make, tuple[str, ...]]] = {
     "predict --prompts-file FOLDER": (_predict(lambda folder: ["--prompts-file", folder]), (FOLDER,)),
     "predict --prompts-file DEVICE": (_predict(lambda folder: ["--prompts-file", "/dev/zero"]), ("is a character device",)),
     "predict --key-file FIFO": (_predict(lambda folder: ["--key-file", _fifo(folder)]), ("--key-file cannot be read", FIFO)),
-    "predict --key-file FOLDER": (_predict(lambda folder: ["--key-file", folder]), ("--key-file cannot be read", FOLDER)),
-    "predict --key-file nothing": (_predict(lambda folder: ["--key-file", folder / "x"]), ("--key-file cannot be read", "No such file")),
+    "predict --key-file FOLDER": (_predict(lambda folder: ["--key-file", folder]), ("--key-file .* is a folder, but a file",)),
+    "predict --key-file nothing": (_predict(lambda folder: ["--key-file", folder / "x"]), ("--key-file .* does not exist",)),
     "predict -c FIFO": (_predict(lambda folder: ["-c", _fifo(folder)]), (FIFO,)),
     "predict -c FOLDER": (_predict(lambda folder: ["-c", folder]), (FOLDER,)),
     "predict -c DEVICE": (_predict(lambda folder: ["-c", "/dev/zero"]), ("is a character device",)),
@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Make, tuple[str, ...]]] = {
     "checkpoint DEVICE": (lambda good, folder: ["predict", "--checkpoint", "/dev/zero"], ("is a character device",)),
     "checkpoint with a long name": (lambda good, folder: ["predict", "--checkpoint", "x" * 300], ("File name too long",)),
     "config.json FIFO": (_with_checkpoint(lambda path: _replace_by_fifo(path / "config.json")), ("config.json", FIFO)),
-    "weights FIFO": (_with_checkpoint(lambda path: _replace_by_fifo(path / "model.safetensors")), ("no checkpoint",)),
+    "weights FIFO": (_with_checkpoint(lambda path: _replace_by_fifo(path / "model.safetensors")), (r"model\.safetensors", FIFO)),
     "checksums FIFO": (_with_checkpoint(lambda path: os.mkfifo(path / "SHA256SUMS")), ("SHA256SUMS", FIFO)),
     "checksums of 6 GB": (_with_checkpoint(lambda path: _huge(path / "SHA256SUMS")), ("SHA256SUMS", "at most 16777216 are read")),
     "config.json of 6 GB": (_with_checkpoint(lambda path: _huge(path / "config.json")), ("config.json", "at most")),
@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     "serve --api-key-file FOLDER": (
         lambda good, folder: ["serve", "--checkpoint", good.float, "--api-key-file", folder],
-        ("--api-key-file .* cannot be read", FOLDER),
+        ("--api-key-file .* is a folder, but a file",),
     ),
     "serve --log-dir FILE": (
         lambda good, folder: ["serve", "--checkpoint", good.float, "--log-dir", _file(folder)],
