@@ -78,6 +78,7 @@ def arrange_ranks(
         num_slices = slices
         for first in range(0, len(stage), slices):
             _check_slices(stage[first : first + slices])
+            _check_copies(stage[first : first + slices], encrypted, reader)
             if first:
                 _check_replica(stage[:slices], stage[first : first + slices], encrypted, reader)
         for name in stage[0].parts:
@@ -157,6 +158,25 @@ def _check_slices(ranks: Sequence[_Rank]) -> None:
                     f"{name} is {one.tensor_type} {list(one.dims)} in {one_file}, but {stored.tensor_type} "
                     f"{list(stored.dims)} in {file}: give the files of one run"
                 )
+
+
+def _check_copies(ranks: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> None:
+    """Raise CheckpointError where one slice lies under two ranks: all tensors that are cut by their columns are equal at both ends."""
+    names = [name for name in sorted(ranks[0].names) if name.endswith("weight") and any(f".{linear}." in name for linear in _ROW_PARALLEL)]
+    if not names:
+        return
+    seen: dict[bytes, _Rank] = {}
+    for rank in ranks:
+        start = _read_ends(*rank.parts[names[0]], encrypted, reader).numpy().tobytes()
+        other = seen.setdefault(start, rank)
+        if other is not rank and all(
+            torch.equal(_read_ends(*rank.parts[name], encrypted, reader), _read_ends(*other.parts[name], encrypted, reader))
+            for name in names[1:]
+        ):
+            raise CheckpointError(
+                f"{other.file} and {rank.file} hold the same slice of each tensor, but should hold different slices: copy the files of "
+                "both ranks again"
+            )
 
 
 def _check_replica(ranks: Sequence[_Rank], others: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> None:

@@ -304,3 +304,13 @@ def test_real_layouts(shared_dir: Path, name: str) -> None:
     for tensor, info in truth.tensors.items():
         assert torch.equal(read_all(source, tensor), truth.read_rows(reader, tensor, 0, info.shape[0]))
     reader.close()
+
+
+def test_one_slice_under_two_ranks_is_refused(tmp_path: Path) -> None:
+    parts = cut(make_float(), 2)
+    for rank, part in enumerate([parts[0], parts[0]]):
+        write_rank(tmp_path, rank, part)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    words = r"rank_0/checkpoint_0\.ckpt and .*rank_1/checkpoint_1\.ckpt hold the same slice of each tensor, but should hold different"
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
