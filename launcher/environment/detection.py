@@ -20,7 +20,7 @@ _AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnvironment:
-    """What the environment says about this process; the rank's fields are None if it is not a rank."""
+    """The launch environment of this process; the rank's fields are None if it is not a rank."""
 
     launcher: str = _NONE
     """"none", or the name in the table of the launcher that made this process a rank or a scheduler."""

@@ -1,7 +1,7 @@
-"""The one form in which jobs, tasks and messages travel between processes: JSON.
+"""Serialization of jobs, tasks and messages between processes: JSON.
 
 Python's own JSON, since it holds infinity and whole numbers beyond 64 bits, which a client may send; msgspec's JSON and MessagePack
-do not. A float comes back with the same bits. Only this version of the program reads what it wrote.
+do not. A float comes back with the same bits. The format is private to one version of the program.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The job of a run: everything its ranks need, resolved and validated before any of them starts.
 
-A plain value that travels as JSON (`launcher/job/codec.py`) from the parent to the ranks. Knows no text: prompts are ids already.
+A plain value, sent as JSON (`launcher/job/codec.py`) from the parent to the ranks. Prompts are already tokenized.
 """
 
 import json
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def shared_settings(self) -> dict[str, Any]:
-        """What ranks and nodes of a run have to have alike; each finds the checkpoint where it is, and rank 0 decides the task."""
+        """Return the settings that must be equal on all ranks and nodes; the checkpoint's path is local, and rank 0 determines the task."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _LOCAL_FIELDS}
         settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
         return settings

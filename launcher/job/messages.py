@@ -78,7 +78,7 @@ class Stopped(Struct, frozen=True, tag=True):
 
 
 class _Running(Struct, frozen=True, kw_only=True):
-    """What runs: the first fields of every message that describes it."""
+    """Description of the run; the common fields of Stats and Serving."""
 
     world_size: int
     """Ranks."""
@@ -91,13 +91,13 @@ class _Running(Struct, frozen=True, kw_only=True):
     quantization: str
     """Name of the checkpoint's scheme."""
     kernel: str
-    """What multiplies."""
+    """Name of the matmul kernel."""
     collectives: str
-    """What the ranks exchange parts with."""
+    """Name of the collectives."""
 
 
 class Stats(_Running, frozen=True, kw_only=True, tag=True):
-    """What a run that decodes measured, at its end. Lists have one value for each rank."""
+    """Measurements of a decoding run, sent at its end. Lists have one value per rank."""
 
     load_seconds: float
     """Seconds from the start of rank 0 until the model was loaded."""
@@ -108,9 +108,9 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     time_to_first_token_seconds: float
     """Seconds from the first step to the first new token."""
     speculated_tokens: int
-    """Guesses that went through the model."""
+    """Draft tokens that were verified."""
     accepted_tokens: int
-    """Guesses that were right."""
+    """Draft tokens that were accepted."""
     weight_bytes: list[int]
     """Bytes of weights in memory."""
     read_bytes: list[int]
@@ -153,13 +153,13 @@ class Report(Struct, frozen=True, kw_only=True, tag=True):
     slowest_seconds: float
     """Seconds of rank 0's slowest recent step; 0 before the first step."""
     blocks_used: int
-    """Blocks of keys and values in use."""
+    """KV cache blocks in use."""
     prefill_tokens: int
     """Prompt tokens that went through the model since the ranks started."""
 
 
 class Result(Struct, frozen=True, tag=True):
-    """What a task that ends in one result found: an evaluation, a benchmark or a quantization."""
+    """Result of an evaluation, a benchmark or a quantization."""
 
     values: dict[str, Any]
     """By name; the command that started the task knows them."""
@@ -170,14 +170,14 @@ Event = Loading | Working | RankWarning | Tokens | Scores | Failures | Refused |
 
 
 class Add(Struct, frozen=True, tag=True):
-    """Run this request beside the others."""
+    """Add a request to the batch."""
 
     request: Request
-    """With the tokens that it has already."""
+    """The request, with its resumed tokens."""
 
 
 class Cancel(Struct, frozen=True, tag=True):
-    """Nobody waits for this request any longer."""
+    """Cancel a request whose client has disconnected."""
 
     index: int
     """The request's number."""

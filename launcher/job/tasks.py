@@ -1,6 +1,6 @@
-"""What the ranks of a run do: decode prompts, serve, evaluate, measure speed, quantize. Plain values.
+"""The tasks of a run: decode prompts, serve, evaluate, benchmark, quantize. Plain values; all text is already tokenized.
 
-Knows ids only: texts have been encoded. How each is run: `launcher/worker/tasks.py`; how they travel: `launcher/job/codec.py`.
+The implementations are in `launcher/worker/tasks.py`; `launcher/job/codec.py` serializes them.
 """
 
 from msgspec import Struct
@@ -12,14 +12,14 @@ EVALUATIONS = ("boolq", "perplexity")
 
 
 class Decode(Struct, frozen=True, tag=True):
-    """Go on with prompts."""
+    """Decode a fixed set of prompts."""
 
     requests: tuple[Request, ...]
     """The prompts."""
 
 
 class Serve(Struct, frozen=True, kw_only=True, tag=True):
-    """Go on with prompts as they come."""
+    """Decode requests as they arrive."""
 
     requests: tuple[Request, ...]
     """Requests present at startup."""
@@ -43,7 +43,7 @@ class Evaluate(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Quantize(Struct, frozen=True, kw_only=True, tag=True):
-    """Round the checkpoint's layers into a work folder."""
+    """Quantize the checkpoint's layers into a work folder."""
 
     recipe: Recipe
     """The quantization recipe."""

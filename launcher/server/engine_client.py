@@ -53,7 +53,7 @@ class Served:
     config: LlamaConfig
     job: Job
     plans: Sequence[RankPlan]
-    """What each rank owns."""
+    """The share of each rank."""
     num_blocks: int
     max_waiting: int
     drain_seconds: float
@@ -250,7 +250,7 @@ class EngineClient(RunObserver):
         self._serving, self._phase, self._heard, self._failed_starts = serving, "ready", time.monotonic(), 0
         self._prefilled = 0
         if self.answered_once.is_set():
-            print("the ranks are back; running answers go on", file=sys.stderr, flush=True)
+            print("the ranks are back; in-flight answers continue", file=sys.stderr, flush=True)
         self.answered_once.set()
 
     def _take_report(self, report: Report) -> None:

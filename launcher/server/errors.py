@@ -84,7 +84,7 @@ def non_finite(message: str) -> ServiceError:
 
 def server_failed() -> ServiceError:
     """500: an unexpected error."""
-    return ServiceError(500, "the server failed; its log says why", kind="server_error")
+    return ServiceError(500, "the server failed; see its log", kind="server_error")
 
 
 def client_gone() -> ServiceError:

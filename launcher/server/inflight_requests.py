@@ -97,7 +97,7 @@ class InflightRequests:
                 self._send(End())
 
     def take(self, tokens: Iterable[TokenEvent]) -> list[tuple[int, NewToken]]:
-        """Note tokens of rank 0; give what is new."""
+        """Record tokens from rank 0; return the new ones."""
         new = []
         with self._lock:
             for token in tokens:
@@ -116,7 +116,7 @@ class InflightRequests:
         return new
 
     def take_scores(self, scores: Iterable[PromptScore]) -> list[tuple[int, PromptToken]]:
-        """Note prompt tokens of rank 0; give what is new."""
+        """Record scored prompt tokens from rank 0; return the new ones."""
         new = []
         with self._lock:
             for score in scores:

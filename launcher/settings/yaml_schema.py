@@ -74,7 +74,7 @@ class Ignored:
     """A key of MindFormers that is ignored, including everything below it."""
 
     warning: str = ""
-    """What the user should know about it; empty if ignoring it is harmless."""
+    """Note for the user; empty if ignoring it is harmless."""
     harmless: tuple[Any, ...] = (None, False, 0, "", "None", {}, [])
     """Values that need no warning."""
     only: Value | None = None

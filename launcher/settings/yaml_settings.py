@@ -149,7 +149,7 @@ class Settings:
     ignored: tuple[str, ...]
     """Dotted names of ignored keys."""
     warnings: tuple[str, ...]
-    """What the user should know about the ignored keys."""
+    """Notes for the user about ignored keys."""
 
     def __post_init__(self) -> None:
         unknown = self.model_values.keys() - {*_HUGGING_FACE_NAMES.values(), ROPE_SCALING}

@@ -161,7 +161,7 @@ def _silent(event: Event) -> None:
 
 
 def _receive(said: "SimpleQueue[Command]", wait_seconds: float) -> list[Command]:
-    """What the observer in this process has said; waits so long for the first of it."""
+    """Return the pending commands of the observer in this process; waits up to `wait_seconds` for the first one."""
     commands: list[Command] = []
     with suppress(Empty):
         while True:

@@ -256,7 +256,7 @@ class _Receiver(threading.Thread):
         self.join()
 
     def _receive(self, connection: Connection) -> None:
-        # A rank in a long step does not listen; whoever has something to say must not wait for it.
+        # A rank in a long step does not read its socket; senders must not block on it.
         outbox: SimpleQueue[Command | None] = SimpleQueue()
         sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True, name="to rank 0")
         sender.start()

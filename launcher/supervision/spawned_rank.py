@@ -32,7 +32,7 @@ def _silent(event: Event) -> None:
 
 
 def _hear_nothing(wait_seconds: float) -> list[Command]:
-    """Nobody speaks to ranks above 0."""
+    """Only rank 0 receives commands."""
     return []
 
 

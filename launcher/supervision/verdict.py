@@ -107,7 +107,7 @@ def judge_failure(
     exception = failure.stuck or (account.exception if account else None)
     if failure.signal == "SIGKILL" and now.num_kills > before.num_kills:
         limit = f"its limit is {now.limit_bytes / 1e9:.1f} GB" if now.limit_bytes else "the machine's memory was used up"
-        exception = f"out of memory: the kernel killed it ({limit}); tandem plan shows what each rank needs"
+        exception = f"out of memory: the kernel killed it ({limit}); tandem plan shows the memory of each rank"
     trace = account.traceback_tail if account else shorten_stack(failure.stack)
     return Verdict(
         first_failed_rank=rank,

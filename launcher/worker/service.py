@@ -18,7 +18,7 @@ from model.engine.request import Request
 from parallel.collectives import Collectives
 
 Inbox = Callable[[float], list[Command]]
-"""Gives what the front has sent; waits up to so many seconds for the first message."""
+"""Returns the pending commands; waits up to the given number of seconds for the first one."""
 
 IDLE_SECONDS = 0.5
 """Interval between rounds of idle ranks, each of which shows the front that all ranks respond."""
@@ -62,7 +62,7 @@ class RankService:
                 self._report(everyone)
 
     def add(self, request: Request) -> None:
-        """Queue a request. One that cannot run fails alone: what is wrong with it is the same on every rank."""
+        """Queue a request. A request that cannot run fails alone, with the same error on every rank."""
         try:
             self._engine.add(request)
         except (ValueError, TypeError, OverflowError) as error:  # a RequestError is a ValueError
@@ -92,7 +92,7 @@ class RankService:
             self._emit(Failures(tuple(self._engine.failures)))
 
     def _agree(self, commands: list[Command]) -> tuple[list[list[float]], list[Command]]:
-        """What every rank says of its last step, and rank 0's commands, on all ranks."""
+        """Gather the step times of all ranks and distribute rank 0's commands."""
         collectives, world_size = self._collectives, self._collectives.world_size
         payload = write(commands).encode() if commands else b""
         mine = torch.tensor([[len(payload), *self._step, read_rss_bytes()]], dtype=torch.float64, device=self._device)

@@ -101,7 +101,7 @@ def serve(me: Rank, task: Serve) -> None:
         prefill_resumed=True,
     )
     if not model.batch_invariant:
-        me.emit(RankWarning("here the last bits of an answer may depend on what runs beside it"))
+        me.emit(RankWarning("without native kernels, the low-order bits of an answer may depend on the batch"))
     if job.speculate and not engine.speculates:
         me.emit(RankWarning(NO_SPECULATION))
     me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
