@@ -25,22 +25,29 @@ _SMALLEST_WITH_FACTOR_8 = 4096
 
 META_KEYS = KeyTable(
     name="params.json",
-    read=frozenset({*_SIZES, *_CONSTANTS, "use_scaled_rope"}),
+    read=frozenset({*_SIZES, *_CONSTANTS, "head_dim", "use_scaled_rope"}),
     fixed={
+        "causal": (True,),
+        "llama_4_scaling": (),
         "lora_args": (),
+        "moe": (),
         "moe_args": (),
+        "quantization": (),
         "quantization_args": (),
         "rope_high_freq_factor": (),
         "rope_scaling_factor": (),
+        "sliding_window": (),
+        "use_biases": (False,),
         "vision_args": (),
         "vision_chunk_size": (),
         "vision_num_cross_attention_layers": (),
         "use_qk_norm": (False,),
         "nope_layer_interval": (),
+        "yarn": (),
     },
-    harmless=frozenset({"ffn_dim_multiplier", "max_batch_size", "max_seq_len", "multiple_of", "vocab_size"}),
+    harmless=frozenset({"ffn_dim_multiplier", "hidden_dim", "max_batch_size", "max_seq_len", "multiple_of", "vocab_size"}),
 )
-"""Keys of params.json; vocabulary and feed-forward sizes are taken from the tensors."""
+"""Keys of params.json, Meta's and Mistral's; vocabulary and feed-forward sizes are taken from the tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +123,9 @@ def read_meta_params(file: Path) -> MetaParams:
             raise ConfigError(f"{file}: {key} is {quote(value)}, but a {kind} above 0 is needed: copy the file again")
     if raw["dim"] % (2 * raw["n_heads"]):
         raise ConfigError(f"{file}: dim {raw['dim']} does not divide into {raw['n_heads']} heads of an even width: copy the file again")
+    width = raw["dim"] // raw["n_heads"]
+    if raw.get("head_dim") not in (None, width):
+        raise ConfigError(f"{file}: head_dim is {quote(raw['head_dim'])}, but only dim / n_heads, {width}, is supported")
     return MetaParams(
         dim=raw["dim"],
         num_layers=raw["n_layers"],

@@ -24,7 +24,17 @@ import transformers
 
 from differential_formats import TESTED
 from differential_models import DrawnModel, draw_model
-from differential_runs import Answers, Ends, Found, decode_in_threads, decode_with_commands, decode_with_transformers, draw_run, write_ends
+from differential_runs import (
+    Answers,
+    Drawn,
+    Ends,
+    Found,
+    decode_in_threads,
+    decode_with_commands,
+    decode_with_transformers,
+    draw_run,
+    write_ends,
+)
 
 TIE = 1e-4
 """Of scores: closer ones may be taken either way."""
@@ -98,8 +108,8 @@ def _describe(model: DrawnModel) -> str:
     return " ".join([*(f"{key}={values[key]}" for key in keys), f"rope={rope}", *flags])
 
 
-def _describe_run(run: object, ends: Ends) -> str:
-    values = asdict(run)  # type: ignore[call-overload]
+def _describe_run(run: Drawn, ends: Ends) -> str:
+    values = asdict(run)
     lengths = [len(prompt) for prompt in values.pop("prompts")]
     return f"prompts={lengths} " + " ".join(f"{key}={value}" for key, value in {**values, **asdict(ends)}.items())
 

@@ -577,6 +577,9 @@ def test_ranks_that_repeat_key_value_heads_are_refused(tmp_path: Path) -> None:
         (json.dumps(PARAMS | {"rope_theta": 10**400}), "rope_theta is 1000"),
         (json.dumps(PARAMS | {"n_heads": 7}), "dim 64 does not divide into 7 heads"),
         (json.dumps(PARAMS | {"n_heads": 64}), "dim 64 does not divide into 64 heads of an even width"),
+        (json.dumps(PARAMS | {"head_dim": 32}), f"head_dim is 32, but only dim / n_heads, {HIDDEN // HEADS}, is supported"),
+        (json.dumps(PARAMS | {"sliding_window": 4096}), "sliding_window is 4096, but only null is supported"),
+        (json.dumps(PARAMS | {"moe": {"num_experts": 8}}), "moe is .*, but only null is supported"),
     ],
 )
 def test_a_params_json_that_makes_no_sense_is_a_config_error(tmp_path: Path, text: str | None, message: str) -> None:
