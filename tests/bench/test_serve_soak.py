@@ -1,15 +1,18 @@
 """serve_soak.py against a server that behaves, and against servers that repeat, lose, leak or leave."""
 
+import asyncio
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import serve_soak
 from http_client import Address
 from leak_watch import Growth, Sample, compare_tenths, count_descriptors, is_descendant, judge_growth, judge_idle, read_rss_bytes
 from malformed_requests import KINDS
@@ -44,11 +47,43 @@ def test_every_request_is_answered_though_ranks_are_killed_and_clients_misbehave
     assert {"server"} <= answer["memory"].keys() <= {"server", "rank 0", "rank 1"}
 
 
-def test_frozen_processes_and_slow_clients_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--chaos", "--kill-seconds", "0.1", "--freeze", "--freeze-seconds", "0.1", "--slow", "--slow-seconds", "0.01"]
-    answer = soak(capsys, *words, "--requests", "120", "--idle-seconds", "10", "--", "--token-seconds", "0.002")
-    assert (answer["faults"], answer["first_faults"], answer["requests"]) == (0, [], 120)
-    assert answer["kills"] >= 1 and answer["freezes"] >= 1
+def test_slow_clients_get_every_token(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = soak(capsys, "--slow", "--slow-seconds", "0.01", "--requests", "30", "--", "--token-seconds", "0.002")
+    assert (answer["faults"], answer["first_faults"], answer["requests"]) == (0, [], 30)
+
+
+def test_a_freeze_stops_the_server_and_its_ranks_and_continues_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    pids = [process.pid for process in processes]
+    plan: Any = SimpleNamespace(
+        server_pid=pids[0],
+        target=SimpleNamespace(address=None),
+        options=SimpleNamespace(freeze_seconds=0.2),
+        find_ranks=lambda status: {rank: pid for rank, pid in enumerate(pids[1:])},
+    )
+
+    async def read_nothing(address: Any) -> None:
+        return None
+
+    def read_states() -> list[str]:
+        return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids]
+
+    async def run(tally: serve_soak.Tally) -> list[str]:
+        work = asyncio.create_task(serve_soak.freeze(plan, tally))
+        await asyncio.sleep(0.1)
+        frozen = read_states()
+        await work
+        return frozen
+
+    monkeypatch.setattr(serve_soak, "read_status", read_nothing)
+    tally = serve_soak.Tally()
+    try:
+        assert asyncio.run(run(tally)) == ["T"] * 3
+        assert "T" not in read_states() and tally.freezes == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_time_ends_it_where_no_number_of_requests_does(capsys: pytest.CaptureFixture[str]) -> None:
