@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
-from model.spec.scheme import Scheme
+from model.spec.scheme import Scheme, run_as_one
 from model.spec.weights import FUSED, WeightSpec, linear_shape, plan_weights
 from parallel.layout import count_tiled_rows, plan_heads
 
@@ -230,8 +230,7 @@ def _list_steps(
 
     def linear(names: tuple[str, ...], columns: int, units: tuple[int, ...]) -> Iterator[_Step]:
         first = scheme.find_linear(names[0])
-        apart = first is not None and (first.smooth or first.act_order or first.activation == "tensor")
-        if len(names) > 1 and (apart or any(scheme.find_linear(name) != first for name in names)):
+        if not run_as_one([scheme.find_linear(name) for name in names]):
             for name, unit in zip(names, units, strict=True):
                 yield from linear((name,), columns, (unit,))
             return

@@ -14,7 +14,7 @@ from parallel.shared_memory import SharedMemoryCollectives
 from parallel.store_waiting import StoreBarrier, StoreBeats
 
 
-def plan_nodes(hosts: Sequence[str]) -> list[int]:
+def number_nodes(hosts: Sequence[str]) -> list[int]:
     """Return the node of every rank, numbered by first appearance, given an identifier of each rank's host."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(host, len(numbers)) for host in hosts]

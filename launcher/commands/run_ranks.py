@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
@@ -23,13 +23,13 @@ from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import ByteProgress, WorkConsole
-from launcher.settings.options import MAX_SECONDS, CheckpointOptions, RunOptions
+from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, Device, RunOptions
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
-from model.backends.registry import DEVICE_TYPES, find_backend
+from model.backends.registry import find_backend
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.notes import list_notes, name_settings
@@ -48,8 +48,6 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Minimum number of file descriptors and processes a run uses, per run and per rank."""
-COLLECTIVES = ("auto", "shm", "gloo", "nccl")
-DEVICES = ("auto", *DEVICE_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +207,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         pad_token_id=yaml_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_not_none(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
         device=choose_device(
-            _one_of("device", first_not_none(options.device, own.device, "auto"), DEVICES), run.environment, run.num_local_ranks
+            _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)), run.environment, run.num_local_ranks
         ),
-        collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), COLLECTIVES),
+        collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), get_args(CollectivesName)),
         threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
         timeout_seconds=first_not_none(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from launcher.rendezvous.key_value_store import find_own_address
 from launcher.rendezvous.run_identity import compare_runs
-from parallel.node_collectives import plan_nodes
+from parallel.node_collectives import number_nodes
 from parallel.store_waiting import wait_for_ranks
 
 
@@ -71,7 +71,7 @@ def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mappin
     seats = [json.loads(store.get(f"seat/{other}")) for other in range(world_size)]
     for other, seat in enumerate(seats):
         compare_runs(f"rank {other}", seat["run"], f"rank {rank}", run)
-    nodes = plan_nodes([seat["host"] for seat in seats])
+    nodes = number_nodes([seat["host"] for seat in seats])
     return RankPlacement(
         rank=rank,
         nodes=tuple(nodes),

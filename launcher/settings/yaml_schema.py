@@ -7,8 +7,9 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
+from launcher.settings.options import CollectivesName, Device
 from model.spec.config import DTYPES
 from parallel.errors import ConfigError
 
@@ -205,8 +206,8 @@ SCHEMA: Schema = {
     },
     "tandem": {
         "threads_per_rank": _COUNT,
-        "collectives": Value(types=(str,), choices=("auto", "shm", "gloo", "nccl")),
-        "device": Value(types=(str,), choices=("auto", "cpu", "cuda", "npu")),
+        "collectives": Value(types=(str,), choices=get_args(CollectivesName)),
+        "device": Value(types=(str,), choices=get_args(Device)),
         "dtype": _DTYPE,
         "temperature": _POSITIVE,
         "max_batch_size": _COUNT,

@@ -14,7 +14,7 @@ from torch import nn
 from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
 from model.backends.interface import Backend
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
-from model.spec.scheme import LinearScheme
+from model.spec.scheme import LinearScheme, run_as_one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +138,11 @@ class SeparateLinears(nn.Module):
 def build_linear(
     in_features: int, blocks: Sequence[RowBlock], schemes: Sequence[LinearScheme | None], dtype: torch.dtype, backend: Backend
 ) -> nn.Module:
-    """Build the layer for linears with the same input, given one block and one scheme each: one matmul if their schemes are equal.
-
-    Linears that scale or quantize their inputs with their own stored parameters need separate matmuls.
-    """
-    scheme = schemes[0]
-    own_input = scheme is not None and (scheme.smooth or scheme.act_order or scheme.activation == "tensor")
-    if len(schemes) > 1 and (own_input or any(other != scheme for other in schemes)):
+    """Build the layer for linears with the same input, given one block and one scheme each: one matmul if `run_as_one`."""
+    if not run_as_one(schemes):
         alone = [build_linear(in_features, (block,), (one,), dtype, backend) for block, one in zip(blocks, schemes, strict=True)]
         return SeparateLinears(alone)
+    scheme = schemes[0]
     if scheme is None:
         return ColumnParallelLinear(in_features, blocks, dtype, backend)
     return QuantizedColumnParallelLinear(in_features, blocks, scheme, backend.int8_kernel)

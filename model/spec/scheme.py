@@ -19,7 +19,7 @@ per channel or token. All readers expose these names, whatever the names in thei
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,16 @@ class LinearScheme:
         else:
             words = f"a8w8-{'dynamic' if self.activation == 'token' else 'static'}"
         return words + ("-smooth" if self.smooth else "") + (f"-g{self.group_size}" if self.group_size else "")
+
+
+def run_as_one(schemes: Sequence[LinearScheme | None]) -> bool:
+    """Whether linears with the same input, stored in these schemes, run as one matmul.
+
+    They do not if their schemes differ, or if each scales or quantizes its input with its own stored parameters.
+    """
+    first = schemes[0]
+    own_input = first is not None and (first.smooth or first.act_order or first.activation == "tensor")
+    return len(schemes) == 1 or (not own_input and all(other == first for other in schemes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import HashStore
 
 from parallel.collectives import Collectives, IdentityCollectives
-from parallel.node_collectives import plan_nodes
+from parallel.node_collectives import number_nodes
 from parallel.shared_memory import SharedMemoryCollectives
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -405,7 +405,7 @@ def test_ranks_listen_on_the_given_address_only(host: RankHost, tmp_path: Path) 
 
 
 def test_nodes_are_numbered_by_first_appearance() -> None:
-    assert plan_nodes(["b", "a", "b", "c", "a"]) == [0, 1, 0, 2, 1]
+    assert number_nodes(["b", "a", "b", "c", "a"]) == [0, 1, 0, 2, 1]
 
 
 @pytest.mark.skipif(not HAS_SHARED_MEMORY, reason="plain stores keep their order on x86-64 only")

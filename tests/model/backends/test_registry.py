@@ -1,8 +1,11 @@
 """The table of backends, and the native and PyTorch backends compared with each other."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from launcher.settings.options import Device
 from model.backends.registry import DEVICE_TYPES, find_backend
 from model.kernels.library import find_kernels, kernels_disabled
 from parallel.errors import ConfigError
@@ -34,3 +37,7 @@ def test_native_and_torch_operations_agree(dtype: torch.dtype) -> None:
     found, expected = (backend.rms_norm(x.clone(), delta, norm, 1e-5) for backend in (native, plain))
     torch.testing.assert_close(found, expected, **tolerance)
     torch.testing.assert_close(native.silu_multiply(x), plain.silu_multiply(x), **tolerance)
+
+
+def test_options_offer_the_device_types_of_the_registry() -> None:
+    assert get_args(Device) == ("auto", *DEVICE_TYPES)
