@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
-from model.checkpoint.hf_folder import check_link
+from model.checkpoint.hf_folder import check_link, untie_head
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.spec.config import build_config, read_config
@@ -72,6 +72,7 @@ class DescribedFolder:
                 if name in self._stored:
                     raise CheckpointError(f"{name} is in both {self._stored[name][0]} and {file}: copy the checkpoint again")
                 self._stored[name] = (file, stored)
+        self.notes = untie_head(config, self._stored, path)
         self._convert: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._constants: dict[str, torch.Tensor] = {}
         forms = self._find_forms([*linear_names(build_config(config)), "lm_head"], description)

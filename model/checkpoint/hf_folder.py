@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +48,7 @@ class HuggingFaceFolder:
         names = find_names(self._stored, path)
         self._stored = {names[name]: stored for name, stored in self._stored.items()}
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
-        self.notes = self._untie_head()
+        self.notes = untie_head(self.config, self._stored, path)
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor."""
@@ -61,16 +63,19 @@ class HuggingFaceFolder:
         """Return the folder itself."""
         return self.path
 
-    def _untie_head(self) -> tuple[str, ...]:
-        """Like transformers, use a stored head that differs from the embedding even if the config ties them."""
-        head, embedding = (self._stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if self.config.get("tie_word_embeddings") is not True or not head or not embedding or _have_same_bytes(head, embedding):
-            return ()
-        self.config["tie_word_embeddings"] = False
-        return (
-            f"{self.path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: not tied, as in "
-            "transformers",
-        )
+
+def untie_head(config: dict[str, Any], stored: Mapping[str, tuple[Path, StoredTensor]], path: Path) -> tuple[str, ...]:
+    """Like transformers, use a stored head that differs from the embedding even if the config ties them.
+
+    Changes `config`, and returns a note for the user.
+    """
+    head, embedding = (stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if config.get("tie_word_embeddings") is not True or not head or not embedding or _have_same_bytes(head, embedding):
+        return ()
+    config["tie_word_embeddings"] = False
+    return (
+        f"{path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: not tied, as in transformers",
+    )
 
 
 def _weight_files(path: Path, *, follow_links: bool) -> list[Path]:

@@ -21,6 +21,9 @@ from parallel.file_slices import FileReader
 SAMPLE_BYTES = 64 << 20
 """Maximum bytes read before a run. In larger checkpoints, every n-th linear is checked here, and all of them while ranks load."""
 _ZERO_POINTS = ("weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 128
+"""Of a tied head, at its start, middle and end before a run."""
 _INV_FREQ = "rotary_emb.inv_freq"
 _EXPONENTS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
 """Integer type of the same width, and the exponent bits: all set in NaN and infinities."""
@@ -56,8 +59,26 @@ def find_contradictions(source: CheckpointSource, config: LlamaConfig, scheme: S
                     yield from _check_scale(source, reader, name)
                 elif name.endswith(("k_zero_point", "v_zero_point")):
                     yield from _check_zeros(source, reader, name, None)
+        yield from _check_tied_head(source, reader, config, deep=deep)
     finally:
         reader.close()
+
+
+def _check_tied_head(source: CheckpointSource, reader: FileReader, config: LlamaConfig, *, deep: bool) -> Iterator[str]:
+    """A head that is stored although it is the embedding has its rows: where readers do not untie it, it would be dropped."""
+    if not config.tie_word_embeddings or not {_HEAD, _EMBEDDING} <= source.tensors.keys():
+        return
+    count = min(source.tensors[name].shape[0] for name in (_HEAD, _EMBEDDING))
+    starts = range(0, count, _COMPARED_ROWS) if deep else sorted({0, count // 2, max(0, count - _COMPARED_ROWS)})
+    for start in starts:
+        stop = min(count, start + _COMPARED_ROWS)
+        head, embedding = (source.read_rows(reader, name, start, stop) for name in (_HEAD, _EMBEDDING))
+        if head.shape != embedding.shape or not torch.equal(head.float(), embedding.float()):
+            yield (
+                f"{source.path}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}: set tie_word_embeddings to false if "
+                "the head is to be used"
+            )
+            return
 
 
 def describe_rotary(source: CheckpointSource, config: LlamaConfig) -> list[str]:

@@ -46,7 +46,7 @@ _WITH_COMMANDS = ("hf", "compressed-tensors", "gptq", "awq", "ranks")
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one combination."""
+    """The result of one combination."""
 
     format: str
     words: str
@@ -149,7 +149,7 @@ def _compare_logits(outcome: Outcome, place: str, found: Found, answers: Answers
 
 
 def main() -> int:
-    """Run what the command line names."""
+    """Run the combinations of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="combinations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="start of the random numbers (default: %(default)s)")

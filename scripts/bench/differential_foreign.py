@@ -1,4 +1,4 @@
-"""Writes a drawn model as GGUF, MindSpore `.ckpt` and Meta files: formats with names, row orders and settings of their own.
+"""Write a random model as GGUF, MindSpore `.ckpt` and Meta files: formats whose names, row orders and settings differ from Hugging Face's.
 
 Each writer gives the path, the float32 weights that were stored, and the options to open them with.
 """
@@ -69,7 +69,7 @@ def _count_heads(values: Mapping[str, Any], name: str) -> int:
 
 
 def write_gguf(folder: Path, model: DrawnModel, random: random.Random) -> tuple[Path, Tensors, dict[str, Any]]:
-    """Matrices of one type or each of its own; rope settings under the keys of today."""
+    """Matrices of one type or of mixed types; rope settings under the current keys."""
     values, path = model.values, folder / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(values["max_position_embeddings"])

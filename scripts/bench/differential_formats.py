@@ -1,4 +1,4 @@
-"""Writes a drawn model in every readable format, and gives the float32 weights that its stored numbers stand for.
+"""Write a random model in every readable format, and return the float32 weights that its stored values represent.
 
 The writers follow the formats' documents; only rank files are written by the project itself, from one of the others.
 """
@@ -31,7 +31,7 @@ class Written:
 
     path: Path
     weights: Tensors
-    """What transformers is to load."""
+    """For transformers, by Hugging Face name."""
     options: OpenOptions = field(default_factory=OpenOptions)
 
 
@@ -44,7 +44,7 @@ class TestedFormat:
 
 
 def _cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[Tensors, Tensors]:
-    """As they are stored, and what that stands for."""
+    """Stored tensors, and their values in float32."""
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     return stored, {name: tensor.float() for name, tensor in stored.items()}
 
@@ -160,7 +160,7 @@ def _shuffle(inputs: int, size: int, random: random.Random) -> torch.Tensor:
 
 
 def write_gptq(folder: Path, model: DrawnModel, random: random.Random) -> Written:
-    """4 or 8 bits, both conventions of zero points, act-order, linears with settings of their own or left out."""
+    """4 or 8 bits, both conventions of zero points, act-order, linears with separate settings or left out."""
     bits, version, order = random.choice((4, 4, 8)), random.choice(("gptq", "gptq_v2")), random.random() < 0.4
     size, symmetric = random.choice((16, 32, -1)), bits == 8 or random.random() < 0.5
     settings: dict[str, Any] = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": order}
@@ -232,7 +232,7 @@ def write_modelslim(folder: Path, model: DrawnModel, random: random.Random) -> W
 
 
 def write_ranks(folder: Path, model: DrawnModel, random: random.Random) -> Written:
-    """What `tandem reshard` makes of one of the other folders, for two or three ranks."""
+    """Rank files of two or three ranks, resharded from another format."""
     write = random.choice((write_hf, write_compressed, write_gptq, write_awq))
     (folder / "source").mkdir()
     written = write(folder / "source", model, random)

@@ -26,7 +26,7 @@ _CONTEXT = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a format can hold."""
+    """Restrictions of a format."""
 
     inputs: int = 1
     """Inputs of every linear are a multiple of this."""
@@ -48,7 +48,7 @@ class DrawnModel:
     values: dict[str, Any]
     """Of its config.json, without quantization."""
     tensors: dict[str, torch.Tensor]
-    """float32, in Hugging Face's names; an output head is there, tied or not."""
+    """float32, in Hugging Face's names; the output head is included, tied or not."""
 
 
 def draw_model(random: random.Random, limits: Limits) -> DrawnModel:

@@ -50,7 +50,7 @@ def round_weight(
 
 
 def pack(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Unsigned integers [a, b] as int32 words [a, b * bits / 32, rounded up], the first value lowest unless `order` says otherwise."""
+    """Unsigned integers [a, b] as int32 words [a, b * bits / 32, rounded up], the first value lowest unless `order` is given."""
     per_word = 32 // bits
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word)).unflatten(1, (-1, per_word))
     if order is not None:

@@ -1,4 +1,4 @@
-"""Decodes one checkpoint as transformers does, as ranks in threads of this process do, and as the command line does.
+"""Decode one checkpoint as transformers does, as ranks in threads of this process do, and as the command line does.
 
 Options are drawn so that they must not change a token: batches, blocks, shared prefixes, speculation, resumed tokens.
 """
@@ -40,7 +40,7 @@ _TIMEOUT_SECONDS = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """What is decoded, and how."""
+    """Prompts and options."""
 
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: tuple[int, ...]
@@ -56,12 +56,12 @@ class Drawn:
     plain: bool
     """Without the project's own kernels."""
     known: int
-    """Tokens of each answer that an earlier run has made already."""
+    """Tokens of each answer to resume behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Where answers end, and which file says so."""
+    """Ids that end answers."""
 
     eos: tuple[int, ...]
     stop: tuple[int, ...]
@@ -70,12 +70,12 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What transformers decodes."""
+    """Reference answers from transformers."""
 
     rows: list[list[int]]
-    """New tokens of each prompt, without an end."""
+    """New tokens of each prompt, without ends."""
     scores: list[torch.Tensor]
-    """[new tokens, vocab] of each prompt: what the largest is taken of."""
+    """[new tokens, vocab] of each prompt: logits after penalties; the largest is chosen."""
     logits: list[torch.Tensor]
     """[tokens, vocab] of each prompt with its new tokens."""
 
@@ -88,7 +88,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What tandem decodes on one rank."""
+    """Answers of tandem on one rank."""
 
     rows: list[list[int]]
     logits: list[torch.Tensor]
@@ -165,7 +165,7 @@ def write_ends(path: Path, ends: Ends, random: random.Random) -> bool:
 
 
 def decode_in_threads(written: Written, run: Drawn, ends: Ends, expected: Answers, world_size: int) -> list[Found]:
-    """What every rank decodes; ranks are threads with shared memory between them."""
+    """Decode on every rank; ranks are threads with shared memory between them."""
     store = HashStore()
 
     def run_rank(rank: int) -> Found:
@@ -235,7 +235,7 @@ def _compute_logits(model: LlamaForCausalLM, ids: Sequence[int]) -> torch.Tensor
 
 
 def decode_with_commands(folder: Path, written: Written, run: Drawn, ends: Ends, world_size: int) -> list[list[int]]:
-    """What `tandem predict` decodes. The checkpoint is a folder with config.json; it gets a tokenizer of words t0, t1, and so on."""
+    """Decode with `tandem predict`. The checkpoint is a folder with config.json; a tokenizer of words t0, t1, ... is added to it."""
     values = json.loads((written.path / "config.json").read_text())
     vocabulary = {f"t{place}": place for place in range(values["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))

@@ -86,6 +86,18 @@ def read(source: DescribedFolder, name: str) -> torch.Tensor:
     return whole
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_differs_from_a_tied_embedding_is_not_tied(tmp_path: Path, equal: bool) -> None:
+    tensors = make("W8A16")
+    if equal:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    folder = write(tmp_path / "model", tensors, "W8A16")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    source = DescribedFolder(folder)
+    assert build_config(source.config).tie_word_embeddings is equal
+    assert (source.notes == ()) is equal
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("files", "index"), [(1, False), (3, False), (2, True)])
 def test_every_form_is_read(tmp_path: Path, form: str, files: int, index: bool) -> None:

@@ -25,6 +25,7 @@ from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.spec.weights import plan_weights
 from model.text.tokenizer import read_tokenizer
 from parallel.errors import CheckpointError
+from tests.model import mindspore_files
 from tests.model.checkpoint.conftest import LLAMA, make_awq, make_gptq, make_tensors, write_folder
 
 TIED = LLAMA | {"tie_word_embeddings": True, "max_position_embeddings": 64}
@@ -68,6 +69,20 @@ def test_a_tied_head_is_loaded_where_its_values_differ_as_in_transformers(tmp_pa
     assert any("tie_word_embeddings is true, but" in note for note in list_notes(source, config)) is not equal
     assert list_dropped(source, config, Scheme()) == ([HEAD] if equal else [])
     assert decode(folder) == decode_with_transformers(folder)
+
+
+@pytest.mark.parametrize("row", [0, 48, 95, None])
+def test_a_tied_head_of_mindspore_has_the_rows_of_the_embedding(tmp_path: Path, row: int | None) -> None:
+    tensors = mindspore_files.make_float()
+    tensors["lm_head.weight"] = tensors["model.tok_embeddings.embedding_weight"].clone()
+    if row is not None:
+        tensors["lm_head.weight"][row] += 1
+    mindspore_files.write_ckpt(tmp_path / "m.ckpt", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(mindspore_files.CONFIG | {"tie_word_embeddings": True}))
+    source = open_checkpoint(tmp_path / "m.ckpt")
+    found = list(find_contradictions(source, build_config(source.config), Scheme()))
+    assert len(found) == (row is not None)
+    assert all("tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight" in line for line in found)
 
 
 @settings(max_examples=20, deadline=None)
