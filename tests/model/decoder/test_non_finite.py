@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import AutoModel
+from model.backends.registry import find_backend
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.generation import Engine, generate
@@ -219,7 +220,7 @@ def test_a_token_without_a_chance_has_vllms_least_log_probability(gather_ranks: 
 
 def test_static_int8_activations_keep_a_nan() -> None:
     scheme = LinearScheme(activation="tensor")
-    layer = build_linear(32, (RowBlock(16, 16),), (scheme,), torch.float16, torch.device("cpu"))
+    layer = build_linear(32, (RowBlock(16, 16),), (scheme,), torch.float16, find_backend("cpu"))
     weight = torch.randint(-127, 128, (16, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     layer.assign(StoredLinear(weight=weight, scale=torch.rand(16, 1), input_scale=0.02), torch.device("cpu"))
     x = torch.randn((3, 32), generator=torch.Generator().manual_seed(0)).half()
