@@ -66,7 +66,7 @@ print(f"The ranks read {shares} of the checkpoint's {checkpoint_bytes / 1e6:.0f}
 print()
 print("Next:")
 print("  source .venv/bin/activate")
-print(f"  tandem chat {sys.argv[2]}              # talk to it")
+print(f"  tandem chat {sys.argv[2]} --workers 2              # talk to it")
 print(f"  tandem serve {sys.argv[2]} --workers 2  # OpenAI's API and a web page, http://127.0.0.1:8000")
 print("  tandem predict ORG/NAME --prompt 'Hello'                  # a Llama-family model of the Hugging Face hub")
 PYTHON
