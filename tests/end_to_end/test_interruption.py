@@ -164,7 +164,12 @@ def test_a_server_under_nohup_outlives_its_terminal_and_interrupts_still_end_it(
 
 def test_a_run_ends_on_a_hangup_that_nobody_ignores(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
     options = ("--workers", "2", "--prompt", "a", "--ignore-eos", "--max-new-tokens", "2000", "--log-dir", tmp_path / "log")
-    running = tandem.start([sys.executable, "-m", "launcher", "predict", "--checkpoint", checkpoints.float, *options])
+    # The tests themselves may run under nohup, whose ignored SIGHUP children inherit.
+    reset = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", reset, "-m", "launcher", "predict", "--checkpoint", checkpoints.float, *options]
+    running = tandem.start(command)
     wait_until(lambda: len(running.find_ranks()) == 2, "two ranks")
     running.process.send_signal(signal.SIGHUP)
     _, stderr = running.process.communicate(timeout=30)
