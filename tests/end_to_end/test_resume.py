@@ -73,7 +73,7 @@ def test_results_of_other_prompts_are_refused_and_left_alone(refuse: Callable[..
         others = [word if word != PROMPTS[2] else "a llama" for word in _options(made)]
         return ["predict", *others, "--output", folder / "results.jsonl", "--resume"]
 
-    words = ["results.jsonl, line 3: prompt 2 was 'I love Beijing, because', but is 'a llama' now", "--resume goes on with the same"]
+    words = ["results.jsonl, line 3: prompt 2 was 'I love Beijing, because', but is 'a llama' now", "--resume requires the same"]
     refuse(make, words, False)
     assert (tmp_path / "results.jsonl").read_text(encoding="utf-8") == undisturbed.jsonl
 

@@ -83,7 +83,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], tuple[str | Path, ...]], str]] = {
     "no such address": (lambda _: ("--host", "203.0.113.7", "--insecure"), r"cannot listen on 203\.0\.113\.7"),
     "missing key file": (lambda folder: ("--api-key-file", folder / "none"), "none does not exist"),
     "empty key file": (_write_keys("# nothing\n\n"), "holds no key"),
-    "key with a blank": (_write_keys("two words\n"), "holds a key with blanks"),
+    "key with a blank": (_write_keys("two words\n"), "holds a key with whitespace"),
     "port": (lambda _: ("--port", "65536"), "--port is 65536, but has to be from 0"),
     "queue": (lambda _: ("--max-queue", "-1"), "--max-queue is -1, but has to be at least 0"),
     "request timeout": (lambda _: ("--request-timeout", "0"), "--request-timeout is 0.0, but has to be above 0"),
