@@ -95,5 +95,6 @@ def test_only_the_first_node_prints_what_is_done(
         nodes = ("--nnodes", "2", "--node-rank", number, "--master-addr", "127.0.0.1", "--master-port", "29400")
         command = tandem.predict_command(folder, *_options(checkpoints), "--workers", "2", "--resume", *nodes)
         monkeypatch.setattr("sys.argv", ["tandem", *map(str, command[command.index("predict") :])])
-        main()
-        assert capsys.readouterr().out == printed
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code, capsys.readouterr().out) == (0, printed)
