@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.settings.hub_models import fetch_model, parse_hub_name
 from launcher.settings.yaml_file import YAML_ENDS
 from model.checkpoint.recognition import name_path
-from model.spec.file_kind import describe_file
+from model.spec.file_kind import GGUF_WORDS, describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
 
@@ -53,8 +53,10 @@ def _explain_absence(path: Path) -> str:
 def _name_unreadable(path: Path) -> str | None:
     """Return a sentence about why no format can read a path; None if the formats have to inspect it."""
     if path.is_file():
-        words = describe_file(path) if path.name.endswith(_READABLE_ENDS) else None
-        return f"{path} {words}" if words and _LFS in words else None if path.name.endswith(_READABLE_ENDS) else name_path(path)
+        words = describe_file(path)
+        if path.name.endswith(_READABLE_ENDS) or words == GGUF_WORDS:  # a GGUF file is read under any name
+            return f"{path} {words}" if words and _LFS in words else None
+        return name_path(path)
     if not path.is_dir():
         return f"the checkpoint {path} is {describe_kind(path.stat().st_mode)}, but a file or a folder is needed"
     entries = list(path.iterdir())

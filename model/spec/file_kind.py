@@ -3,6 +3,7 @@
 from pathlib import Path
 
 _HEAD_BYTES = 512
+GGUF_WORDS = "is a GGUF file"
 _STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file again"),
     (b"PK\x03\x04", "is a zip file"),
@@ -13,7 +14,7 @@ _STARTS = (
     (b"\x28\xb5\x2f\xfd", "is a zstd archive: unpack it first"),
     (b"\x89HDF", "is an HDF5 file, as TensorFlow and Keras write, which is not supported"),
     (b"\x93NUMPY", "is a NumPy array, not a checkpoint"),
-    (b"GGUF", "is a GGUF file"),
+    (b"GGUF", GGUF_WORDS),
     (b"ggjt", "is a GGJT file of llama.cpp before GGUF, which is not supported: convert the original checkpoint with a current llama.cpp"),
     (b"ggml", "is a GGML file of llama.cpp before GGUF, which is not supported: convert the original checkpoint with a current llama.cpp"),
     (b"\x80\x02", "is a Python pickle, which is not read because it can run code"),

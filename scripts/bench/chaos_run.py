@@ -113,7 +113,19 @@ def start(
     """Start a run in a folder of its own. `before` is called in the new process; `prefix` are words before the command."""
     folder, mark = Path(tempfile.mkdtemp(dir=parent)), uuid.uuid4().hex
     where = str(checkpoint or arguments.checkpoint)
-    command = [*prefix, sys.executable, "-m", "launcher", "predict", "--format", "mindformers", "--checkpoint", where, "--workers", str(arguments.workers)]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "launcher",
+        "predict",
+        "--format",
+        "mindformers",
+        "--checkpoint",
+        where,
+        "--workers",
+        str(arguments.workers),
+    ]
     command += ["--threads-per-rank", "1", "--max-new-tokens", str(arguments.tokens), "--ignore-eos", "--max-batch-size", "2"]
     command += ["--max-restarts", str(max_restarts), "--timeout", str(arguments.timeout), "--log-dir", str(log_dir or folder / "log")]
     command += ["--output", str(output or folder / "out.jsonl"), "--stats", str(folder / "stats.json"), *map(str, options)]
