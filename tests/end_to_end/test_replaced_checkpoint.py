@@ -118,7 +118,7 @@ def test_weights_that_are_replaced_while_ranks_start_or_load_are_not_used(
     result = tandem.run_command(command, **paths)
     assert result.returncode == 1 and result.stdout == "", result.stderr
     verdict = read_verdict(folder)
-    assert verdict["first_failed_rank"] == 1 or function == "open_checkpoint"
+    assert verdict["first_failed_rank"] in (0, 1)  # rank 0 compares the fingerprint too, and either may be the first to see it
     assert f"the checkpoint was replaced during the run ({own / 'model.safetensors'} has" in verdict["exception"]
 
 
