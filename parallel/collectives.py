@@ -149,8 +149,9 @@ class DistributedCollectives:
                 work.wait(_LOOK)
                 return
             except RuntimeError as error:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # perhaps only just: then this returns, or raises what really happened
+                    work.wait(_LOOK)
+                    return
                 if clock.read() > self._timeout_seconds:
                     # Destroying a gloo group waits for its pending work, which may never finish here: leak a reference so that it is never
                     # destroyed.

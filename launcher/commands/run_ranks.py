@@ -6,7 +6,8 @@ All input errors are raised here, before any process starts. Depends on no parti
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from launcher.reporting.console import ByteProgress, WorkConsole
 from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, Device, RunOptions
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
+from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
@@ -72,6 +74,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    starter: RankStarter | None = None
+    """The process that starts the ranks, if tandem does; it imports PyTorch while this one reads and checks the input."""
 
     @property
     def num_local_ranks(self) -> int:
@@ -125,13 +129,23 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
+    starter = None if environment.is_rank else RankStarter(preload=options.preload)
+    try:
+        return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
+    except BaseException:
+        if starter is not None:
+            starter.close()
+        raise
+
+
+def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Callable[[Settings], OpenedModel]) -> Run:
     settings = open_settings(options.config, options.checkpoint)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
     nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
-    opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
+    opened = opener(settings)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
@@ -267,7 +281,7 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         print(f"{cause}; restart {number} of {max_restarts}: all ranks reload and {observer.redone}", file=sys.stderr)
 
     try:
-        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
+        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell, run.starter)
     except RanksFailedError as error:
         try:
             error.verdict.write(log_dir)

@@ -15,7 +15,6 @@ WORKER_NUM = "MS_WORKER_NUM"
 """Number of ranks to start, for a process that is not itself a rank."""
 
 _NONE = "none"
-_AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +90,9 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
     )
 
 
-def keep_signals_from_agent() -> None:
-    """Restrict PyTorch's elastic agent to SIGQUIT: otherwise it would replace our signal handlers, and an ignored SIGHUP, on every start
-    of processes."""
-    os.environ[_AGENT_SIGNALS] = "SIGQUIT"
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process, as if it had been started with them."""
+    os.environ.update(variables)
 
 
 def decide_world_size(workers: int | None, environment: LaunchEnvironment, settings_model_parallel: int | None) -> int:

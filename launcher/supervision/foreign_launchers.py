@@ -25,10 +25,11 @@ from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.messages import Command, Event
 from launcher.job.observer import RunObserver
+from launcher.rendezvous.errors import DifferentRunError
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.rendezvous.placement import RankPlacement, find_alone, meet
-from launcher.rendezvous.run_identity import DifferentRunError, describe_run
+from launcher.rendezvous.run_identity import describe_run
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
 from launcher.supervision.signals import GRACE_SECONDS, StoppedError

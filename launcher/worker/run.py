@@ -13,7 +13,8 @@ from launcher.worker.rank import Emit, Rank
 from launcher.worker.service import Inbox
 from launcher.worker.tasks import run_task
 from model.backends.registry import find_backend
-from parallel.progress import Progress, WatchedCollectives
+from parallel.progress import Progress
+from parallel.watched_collectives import WatchedCollectives
 
 
 def run_rank(

@@ -132,7 +132,7 @@ FAULTS = {
 FAULTY = """
 import os, resource, signal, sys
 
-if os.environ.get("RANK") == "1" and "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
+if "launcher.supervision" in " ".join(sys.orig_argv):
     import {module} as module
 
     *owners, name = "{function}".split(".")
@@ -141,7 +141,7 @@ if os.environ.get("RANK") == "1" and "launcher.supervision.rank_process" in " ".
 
     def go_wrong(*arguments, **options):
         calls.append(1)
-        if len(calls) > (3 if owners else 0):
+        if os.environ["RANK"] == "1" and len(calls) > (3 if owners else 0):
             {fault}
         return plain(*arguments, **options)
 
@@ -303,23 +303,26 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
 FATAL = """
 import os, signal, sys
 
-if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
-    import launcher.worker.rank, parallel.progress
+if "launcher.supervision" in " ".join(sys.orig_argv):
+    import launcher.worker.rank
+    from parallel.watched_collectives import WatchedCollectives
 
-    place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
-    plain, gather = launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns
+    plain, gather = launcher.worker.rank.load_model, WatchedCollectives.gather_columns
+
+    def place():
+        return os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 
     def load_model(*arguments, **options):
-        if place == ("0", "1"):
+        if place() == ("0", "1"):
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*arguments, **options)
 
     def gather_columns(*arguments, **options):  # for the first time in the first prefill
-        if place == ("1", "0"):
+        if place() == ("1", "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(*arguments, **options)
 
-    launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
+    launcher.worker.rank.load_model, WatchedCollectives.gather_columns = load_model, gather_columns
 """
 """Rank 1 is killed while the first attempt loads, rank 0 in the first prefill of the second."""
 

@@ -31,7 +31,7 @@ POISON = (7, 7, 7)
 POISONED = """
 import os, signal, sys
 
-if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+if "launcher.supervision" in " ".join(sys.orig_argv):
     from model.engine.generation import Engine
 
     add, step, poisoned = Engine.add, Engine.step, []
@@ -42,7 +42,7 @@ if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ
         return add(self, request)
 
     def step_or_die(self):
-        if poisoned:
+        if poisoned and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self)
 
