@@ -20,7 +20,7 @@ WAITING = ("gather_columns", "barrier")
 """The operations in which a rank waits for others."""
 
 _WORDS = 8  # one 64-byte cache line per rank
-_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED, _ATTEMPT = range(6)
+_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED, _ATTEMPT, _KEEPS = range(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Standing:
     """An entry of OPERATIONS."""
     entered: int
     """Number of collectives entered: of ranks that wait for each other, the one with the lowest count blocks the rest."""
+    keeps_weights: bool
+    """Whether the rank can take part in another attempt with the weights that it has loaded."""
 
 
 class ProgressBoard:
@@ -56,7 +58,7 @@ class ProgressBoard:
     def read(self, index: int) -> Standing:
         """Read the current contents of a rank's line."""
         words = self.line(index)
-        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED])
+        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED], bool(words[_KEEPS]))
 
     def reset(self) -> None:
         """Reset all lines, for the processes of the next attempt."""
@@ -120,6 +122,10 @@ class Progress:
     def ask_to_stop(self) -> None:
         """Set `asked_to_stop`."""
         self._line[_STOP] = 1
+
+    def note_kept_weights(self) -> None:
+        """Record that this rank can take part in another attempt with the weights that it has loaded."""
+        self._line[_KEEPS] = 1
 
     @property
     def admitted_attempt(self) -> int:

@@ -48,8 +48,9 @@ class WatchedCollectives:
         self._inner.beat()
 
     def rejoin(self, inner: Collectives) -> None:
-        """Use other collectives from now on, of the same rank among as many ranks. The former ones have been closed."""
+        """Close the wrapped collectives, which have lost a peer, and use others of the same rank among as many ranks."""
         assert (inner.rank, inner.world_size) == (self.rank, self.world_size), "the model is split for this rank"
+        self._inner.close()
         self._inner, self.name = inner, inner.name
 
     def close(self) -> None:

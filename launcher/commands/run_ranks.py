@@ -5,7 +5,7 @@ All input errors are raised here, before any process starts. Depends on no parti
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -274,11 +274,11 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
-    def tell(number: int, cause: str, at_seconds: float) -> None:
+    def tell(number: int, cause: str, at_seconds: float, reloading: Sequence[int]) -> None:
         observer.note_failure(cause, at_seconds)
         if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
             check_unchanged(job.fingerprint, lambda: _read_again(job))
-        print(f"{cause}; restart {number} of {max_restarts}: all ranks reload and {observer.redone}", file=sys.stderr)
+        print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
         return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell, run.starter)
@@ -288,6 +288,15 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         except OSError as fault:  # a full disk must not hide the original failure
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _say_reloading(ranks: Sequence[int], nodes: Nodes) -> str:
+    """Return the beginning of what happens after a restart; the ranks that do not reload have kept their weights."""
+    if len(ranks) == nodes.local_workers:
+        return "all ranks reload and"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} reloads, then all"
+    return f"ranks {', '.join(map(str, ranks))} reload, then all"
 
 
 def _check_descriptors(world_size: int) -> None:

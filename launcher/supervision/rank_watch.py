@@ -134,8 +134,12 @@ class RankWatch:
                 del self._living[rank]
         self._living = {}
 
+    def find_keeping(self) -> set[int]:
+        """Return the living ranks that have loaded their weights and can take part in the next attempt with them."""
+        return {rank for rank in self._living if self._board.read(rank).keeps_weights}
+
     def find_rejoining(self) -> set[int]:
-        """Return the living ranks that wait for the next attempt with their weights."""
+        """Return the living ranks that wait for the next attempt."""
         return {rank for rank in self._living if self._board.read(rank).operation == REJOINING}
 
     def end(self, ranks: Collection[int] | None = None) -> None:

@@ -1,15 +1,19 @@
 """A rank started by tandem's own parent: reads the job from the run's folder, and reports through the socket and the board in it."""
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
+import time
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from launcher.environment.detection import set_variables
 from launcher.job.codec import read_command, read_job, write
 from launcher.job.messages import Command, Event
 from launcher.rendezvous.key_value_store import connect_store, open_file_store
@@ -17,10 +21,15 @@ from launcher.rendezvous.placement import find_alone, meet
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_process import BOARD_FILE, SOCKET_FILE, RankOrder, job_file, store_file
 from launcher.supervision.rank_watch import STACK_SIGNAL, error_file, stack_file
-from launcher.worker.rank import StopRequested
+from launcher.worker.rank import Kept, StopRequested
 from launcher.worker.run import run_rank
-from parallel.progress import Progress, ProgressBoard
+from parallel.errors import PeerError
+from parallel.observed_time import ObservedTime
+from parallel.progress import REJOINING, Progress, ProgressBoard
 
+_POLL_SECONDS = 0.002
+_REJOIN_SECONDS = 60.0
+"""How long a rank that has lost a peer waits for the parent to begin another attempt."""
 _SLACK_SECONDS = 15.0
 """Extra time a rank waits for a peer, so that the parent, which can identify the culprit, times out first."""
 
@@ -43,6 +52,11 @@ class _ParentLine:
             commands.append(read_command(self._connection.recv_bytes()))
         return commands
 
+    def close(self) -> None:
+        """Close the connection; the parent has what was sent."""
+        if self._connection is not None:
+            self._connection.close()
+
 
 def run_spawned_rank(order: RankOrder) -> None:
     """Run this rank; returns when it has ended well, and exits otherwise."""
@@ -54,7 +68,7 @@ def run_spawned_rank(order: RankOrder) -> None:
         faulthandler.register(STACK_SIGNAL, stack)
         progress = Progress(ProgressBoard(folder / BOARD_FILE, order.local_world_size).line(order.local_rank))
         try:
-            _run_attempt(order, folder, progress)
+            _run_attempts(order, folder, progress)
         except StopRequested:
             signal.pause()  # the parent has its results and kills all ranks
         except BaseException as error:
@@ -65,7 +79,36 @@ def run_spawned_rank(order: RankOrder) -> None:
             os._exit(1)
 
 
-def _run_attempt(order: RankOrder, folder: Path, progress: Progress) -> None:
+def _run_attempts(order: RankOrder, folder: Path, progress: Progress) -> None:
+    """Run one attempt after the other, for as long as this rank only loses peers and can go on with its weights."""
+    kept = Kept()
+    while True:
+        try:
+            return _run_attempt(order, folder, progress, kept)
+        except PeerError as error:
+            if kept.model is None or not error.died:
+                raise
+            lost = error.with_traceback(None)  # the frames hold the KV cache
+            lost.__context__ = lost.__cause__ = None
+        gc.collect()
+        print(f"{lost}; waiting for the next attempt", file=sys.stderr, flush=True)
+        order = _wait_for_attempt(order, progress, lost)
+
+
+def _wait_for_attempt(order: RankOrder, progress: Progress, lost: PeerError) -> RankOrder:
+    """Wait until the parent lets this rank into an attempt. Raises `lost` if it does not."""
+    progress.set_operation(REJOINING)
+    clock = ObservedTime()
+    while (attempt := progress.admitted_attempt) <= order.attempt:
+        if clock.read() > _REJOIN_SECONDS:
+            raise lost
+        time.sleep(_POLL_SECONDS)
+    order = replace(order, attempt=attempt)
+    set_variables(order.variables)
+    return order
+
+
+def _run_attempt(order: RankOrder, folder: Path, progress: Progress, kept: Kept) -> None:
     job = read_job(job_file(folder, order.attempt).read_text(encoding="utf-8"))
     wait_seconds = job.timeout_seconds + _SLACK_SECONDS
     if order.world_size == 1:
@@ -75,7 +118,11 @@ def _run_attempt(order: RankOrder, folder: Path, progress: Progress) -> None:
         address = order.master_addr or "127.0.0.1"
         seat = meet(store, order.rank, order.world_size, address, {}, wait_seconds)  # the nodes have already compared their runs
     line = _ParentLine(folder, order.rank)
-    run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds)
+    try:
+        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, kept=kept)
+    except PeerError:
+        line.close()  # the next attempt makes another
+        raise
 
 
 def _open_store(order: RankOrder, folder: Path, wait_seconds: float) -> Store:

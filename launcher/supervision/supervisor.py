@@ -5,7 +5,7 @@ an attempt in `launcher/rendezvous/nodes_rendezvous.py`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from launcher.rendezvous.nodes import Nodes
 from launcher.supervision.event_receiver import EventReceiver
 from launcher.supervision.node_consensus import RanksEnded
 from launcher.supervision.rank_process import RankOrder, job_file
-from launcher.supervision.rank_starter import RankStarter, StarterEndedError
+from launcher.supervision.rank_starter import RankHandle, RankStarter, StarterEndedError
 from launcher.supervision.rank_watch import FirstFailure, RankWatch
 from launcher.supervision.signals import GracefulStop
 from parallel.progress import ProgressBoard
@@ -26,9 +26,13 @@ from parallel.progress import ProgressBoard
 if TYPE_CHECKING:
     from launcher.rendezvous.nodes_rendezvous import NodeRendezvous
 
-OnRestart = Callable[[int, str, float], None]
-"""Receives the number of a restart, its cause, and the time.time() of the failure; may raise CheckpointReplacedError."""
+OnRestart = Callable[[int, str, float, Sequence[int]], None]
+"""Receives the number of a restart, its cause, the time.time() of the failure, and the ranks of this host that load their weights again;
+may raise CheckpointReplacedError."""
 _POLL_SECONDS = 0.05
+_SPARE_SECONDS = 10.0
+"""How long a rank with loaded weights may take to notice that a peer has died: the longest time between two collectives."""
+_SPARE_POLL_SECONDS = 0.005
 _END_SECONDS = 5.0
 """How long killed ranks may take to end; the kernel may first have to finish a read for them."""
 _NODES_SECONDS = 30.0
@@ -71,7 +75,7 @@ class Supervisor:
         Raises RanksEnded when a rank has failed and no restart is left, ObserverFailedError, StoppedError, CheckpointReplacedError, and
         the errors of the rendezvous. Ranks may be left then.
         """
-        self._begin_attempt()
+        self._begin_attempt({})
         while True:
             failure = self._watch_attempt()
             if failure is None and not self._watch.living:
@@ -79,8 +83,7 @@ class Supervisor:
                     return
             elif failure is not None and (self.attempt >= self._max_restarts or failure.is_input or not self._observer.may_restart()):
                 raise RanksEnded
-            self.end_ranks()
-            self._begin_attempt()
+            self._begin_attempt(self._spare_ranks(failure))
 
     def raise_if_over(self) -> None:
         """Raise ObserverFailedError, or StoppedError if a signal has ended the run."""
@@ -91,26 +94,55 @@ class Supervisor:
     def end_ranks(self) -> None:
         """Kill all ranks of this host, and wait until they have ended."""
         self._watch.end()
-        deadline = time.monotonic() + _END_SECONDS
-        while self._watch.living and time.monotonic() < deadline:
-            self._look()
+        self._wait_for_ends(set(self._watch.living))
 
     def close(self) -> None:
         """End the process that starts the ranks, and what is left of them."""
         self._starter.close()
 
-    def _begin_attempt(self) -> None:
+    def _spare_ranks(self, failure: FirstFailure | None) -> Mapping[int, RankHandle]:
+        """Kill the ranks that cannot go on after a failure, and return those that wait for the next attempt with their weights."""
+        watch = self._watch
+        if failure is None or self.rendezvous is not None:
+            self.end_ranks()
+            return {}
+        if failure.local_rank is not None:
+            watch.end({failure.local_rank})  # it may be stuck
+        deadline = time.monotonic() + _SPARE_SECONDS
+        while True:
+            waiting, keeping = watch.find_rejoining(), watch.find_keeping().difference({failure.local_rank})
+            watch.end(set(watch.living) - keeping)
+            if waiting >= keeping or time.monotonic() > deadline:
+                break
+            self._look(_SPARE_POLL_SECONDS)
+            self.raise_if_over()
+        rest = set(watch.living) - waiting
+        watch.end(rest)
+        self._wait_for_ends(rest)
+        return {rank: handle for rank, handle in watch.living.items() if rank in waiting}
+
+    def _wait_for_ends(self, ranks: set[int]) -> None:
+        deadline = time.monotonic() + _END_SECONDS
+        while ranks & set(self._watch.living) and time.monotonic() < deadline:
+            self._look()
+
+    def _begin_attempt(self, spared: Mapping[int, RankHandle]) -> None:
+        """Start the ranks, except those that have been spared, which take part again."""
         failure = self._watch.failure
         self.attempt = self.rendezvous.next_attempt() if self.rendezvous else self.attempt + 1
+        new = [rank for rank in range(self._nodes.local_workers) if rank not in spared]
         if self.attempt:
-            self._on_restart(self.attempt, *self._describe(failure))
+            self._on_restart(self.attempt, *self._describe(failure), [self._first_rank + rank for rank in new])
         self._board.reset()
         job = replace(self._job, task=self._share_task())
         job_file(self._folder, self.attempt).write_text(write(job), encoding="utf-8")
         self._first_rank = self.rendezvous.first_ranks[self._nodes.node_rank] if self.rendezvous else 0
         try:
-            handles = {}
-            for local_rank in range(self._nodes.local_workers):
+            handles = dict(spared)
+            self._watch.follow(handles)
+            for local_rank in spared:
+                self._board.admit(local_rank, self.attempt)
+            for local_rank in new:
                 order = self._order(local_rank)
                 handles[local_rank] = self._starter.start(order, self._open_log(order.rank))
                 self._watch.follow(handles)
@@ -125,9 +157,9 @@ class Supervisor:
             if failure is not None or not self._watch.living or (self.rendezvous is not None and self.rendezvous.is_behind()):
                 return failure
 
-    def _look(self) -> FirstFailure | None:
+    def _look(self, seconds: float = _POLL_SECONDS) -> FirstFailure | None:
         try:
-            return self._watch.look(self._starter.wait(_POLL_SECONDS))
+            return self._watch.look(self._starter.wait(seconds))
         except StarterEndedError as error:
             self._watch.take_starter(error.end, error.words)
             self._starter.close()
