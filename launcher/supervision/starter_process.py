@@ -136,7 +136,8 @@ def _take_over_log(log: int) -> None:
 
 
 def _reseed() -> None:
-    """Seed global generators from the system's, as the imports of a new interpreter do. PyTorch's starts at the same number anyway."""
+    """Seed global generators from the system's, as the imports of a new interpreter do."""
     random.seed()
+    sys.modules["torch"].default_generator.seed()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()

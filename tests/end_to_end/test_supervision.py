@@ -46,11 +46,12 @@ if "launcher.supervision" in " ".join(sys.orig_argv):
             "leads its session": os.getsid(0) == os.getpid(),
             "standard files": [files[0], files[1] == files[2] and files[2].endswith(f"worker_{me.seat.rank}.log")],
             "threads": [torch.get_num_threads(), torch.get_num_interop_threads(), threading.active_count()],
-            "torch": [torch.initial_seed(), torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.cuda.is_initialized()],
+            "torch": [torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.cuda.is_initialized()],
             "path": [one for one in sys.path if "zip" not in one],
             "flags": str(sys.flags),
             "chance": random.random(),
             "numpy's chance": __import__("numpy").random.random(),
+            "torch's chance": torch.initial_seed(),
         }
         with open(os.path.join(os.environ["TELL_TO"], f"{me.seat.rank}.json"), "w") as file:
             json.dump(facts, file)
@@ -74,13 +75,14 @@ def test_a_forked_rank_finds_what_a_fresh_one_finds(tandem: "Tandem", checkpoint
         )
         assert result.returncode == 0, result.stderr
         found[mode] = [json.loads((told / f"{rank}.json").read_text()) for rank in (0, 1)]
-    chances = [rank.pop(name) for ranks in found.values() for rank in ranks for name in ("chance", "numpy's chance")]
-    assert len(set(chances)) == 8, "no two ranks have the same generator"
+    chances = [rank.pop(name) for ranks in found.values() for rank in ranks for name in ("chance", "numpy's chance", "torch's chance")]
+    assert len(set(chances)) == 12, "no two ranks have the same generator"
     for ranks in found.values():
         for rank in ranks:
             for name in ("TELL_TO", "TANDEM_TEST_RUN"):
                 rank["environment"].pop(name)
-    assert found["--preload"] == found["--no-preload"]
+    for forked, fresh in zip(found["--preload"], found["--no-preload"], strict=True):
+        assert {name: (forked[name], fresh[name]) for name in forked if forked[name] != fresh[name]} == {}
     assert [rank["environment"]["RANK"] for rank in found["--preload"]] == ["0", "1"]
     assert found["--preload"][0]["umask"] == "0027" and found["--preload"][0]["environment"]["KMP_BLOCKTIME"] == "1"
 
