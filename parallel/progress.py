@@ -10,9 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-REJOINING = "rejoining"
-"""The operation of a rank that has lost a peer, keeps its weights, and waits for the next attempt."""
-OPERATIONS = ("starting", "loading", "computing", "gather_columns", "barrier", "done", REJOINING)
+OPERATIONS = ("starting", "loading", "computing", "gather_columns", "barrier", "done")
 """The operations of a rank, indexed by the code on its line."""
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 """The code of each operation."""
@@ -20,7 +18,7 @@ WAITING = ("gather_columns", "barrier")
 """The operations in which a rank waits for others."""
 
 _WORDS = 8  # one 64-byte cache line per rank
-_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED, _ATTEMPT, _KEEPS = range(7)
+_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED, _ATTEMPT, _KEEPS, _REJOINS = range(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,8 @@ class Standing:
     """Number of collectives entered: of ranks that wait for each other, the one with the lowest count blocks the rest."""
     keeps_weights: bool
     """Whether the rank can take part in another attempt with the weights that it has loaded."""
+    is_rejoining: bool
+    """Whether it has lost a peer, in its last operation, and waits for that attempt."""
 
 
 class ProgressBoard:
@@ -58,7 +58,7 @@ class ProgressBoard:
     def read(self, index: int) -> Standing:
         """Read the current contents of a rank's line."""
         words = self.line(index)
-        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED], bool(words[_KEEPS]))
+        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED], bool(words[_KEEPS]), bool(words[_REJOINS]))
 
     def reset(self) -> None:
         """Reset all lines, for the processes of the next attempt."""
@@ -126,6 +126,10 @@ class Progress:
     def note_kept_weights(self) -> None:
         """Record that this rank can take part in another attempt with the weights that it has loaded."""
         self._line[_KEEPS] = 1
+
+    def note_rejoining(self) -> None:
+        """Record that this rank has lost a peer and waits for another attempt."""
+        self._line[_REJOINS] = 1
 
     @property
     def admitted_attempt(self) -> int:

@@ -15,7 +15,7 @@ from launcher.supervision.rank_failure import RankFailure, read_failure
 from launcher.supervision.rank_starter import RankEnd, RankHandle
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
-from parallel.progress import REJOINING, WAITING, ProgressBoard
+from parallel.progress import WAITING, ProgressBoard
 
 _KERNEL_SECONDS = 5.0
 """How long the kernel may take to end the ranks whose parent has ended."""
@@ -140,7 +140,7 @@ class RankWatch:
 
     def find_rejoining(self) -> set[int]:
         """Return the living ranks that wait for the next attempt."""
-        return {rank for rank in self._living if self._board.read(rank).operation == REJOINING}
+        return {rank for rank in self._living if self._board.read(rank).is_rejoining}
 
     def end(self, ranks: Collection[int] | None = None) -> None:
         """Kill ranks of this host, by default all. They hold no state: everything worth keeping is in the parent or on disk."""

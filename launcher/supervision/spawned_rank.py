@@ -25,7 +25,7 @@ from launcher.worker.rank import Kept, StopRequested
 from launcher.worker.run import run_rank
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
-from parallel.progress import REJOINING, Progress, ProgressBoard
+from parallel.progress import Progress, ProgressBoard
 
 _POLL_SECONDS = 0.002
 _REJOIN_SECONDS = 60.0
@@ -97,7 +97,7 @@ def _run_attempts(order: RankOrder, folder: Path, progress: Progress) -> None:
 
 def _wait_for_attempt(order: RankOrder, progress: Progress, lost: PeerError) -> RankOrder:
     """Wait until the parent lets this rank into an attempt. Raises `lost` if it does not."""
-    progress.set_operation(REJOINING)
+    progress.note_rejoining()
     clock = ObservedTime()
     while (attempt := progress.admitted_attempt) <= order.attempt:
         if clock.read() > _REJOIN_SECONDS:
