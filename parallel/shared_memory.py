@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
 from parallel.store_waiting import wait_for_ranks
+from parallel.torch_internals import Store
 
 _SLOT_BYTES = 1 << 20
 _FLAG_WORDS = 8  # one 64-byte cache line per rank, to avoid false sharing

@@ -8,11 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch._C._distributed_c10d import FileStore, Store, TCPStore
-
 from launcher.host.loopback import is_loopback
 from launcher.rendezvous.errors import StoreError
 from parallel.observed_time import ObservedTime
+from parallel.torch_internals import FileStore, Store, TCPStore
 
 _CALL_SECONDS = 30.0
 """Time limit of one request to a reachable store."""

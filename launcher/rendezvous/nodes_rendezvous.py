@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launcher.rendezvous.errors import NodesError, RunOver, StoreError
 from launcher.rendezvous.key_value_store import connect_store, find_own_address, open_store
@@ -20,6 +19,7 @@ from launcher.rendezvous.run_identity import compare_runs
 from parallel.errors import PeerError, RunError
 from parallel.observed_time import ObservedTime
 from parallel.peer_lines import PeerLines
+from parallel.torch_internals import PrefixStore, Store
 
 _BEAT_SECONDS = 0.5
 _CALL_SECONDS = 2.0

@@ -18,8 +18,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-
 from launcher.environment.detection import LaunchEnvironment
 from launcher.job.codec import read_task, write
 from launcher.job.job import Job
@@ -38,6 +36,7 @@ from launcher.worker.rank import StopRequested
 from launcher.worker.run import run_rank
 from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
+from parallel.torch_internals import PrefixStore, Store
 
 _SECONDS_FOR_THE_CULPRIT = 2.0
 """A rank that lost a peer gives the peer this long to report the cause first."""

@@ -11,8 +11,6 @@ from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-
 from launcher.environment.detection import set_variables
 from launcher.job.codec import read_command, read_job, write
 from launcher.job.messages import Command, Event
@@ -26,6 +24,7 @@ from launcher.worker.run import run_rank
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.progress import Progress, ProgressBoard
+from parallel.torch_internals import PrefixStore, Store
 
 _POLL_SECONDS = 0.002
 _REJOIN_SECONDS = 60.0

@@ -3,7 +3,6 @@
 import time
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from launcher.host.cores import bind_cores, count_cores, share_cores
 from launcher.job.job import Job
@@ -14,6 +13,7 @@ from launcher.worker.service import Inbox
 from launcher.worker.tasks import run_task
 from model.backends.registry import find_backend
 from parallel.progress import Progress
+from parallel.torch_internals import Store
 from parallel.watched_collectives import WatchedCollectives
 
 
