@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme, run_as_one
+from model.spec.stored_form import StoredForm
 from model.spec.weights import FUSED, WeightSpec, linear_shape, plan_weights
 from parallel.layout import count_tiled_rows, plan_heads
 
@@ -86,9 +87,9 @@ class Workload:
 
 
 def plan_ranks(
-    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, str] | None = None
+    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, StoredForm] | None = None
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: dtypes of the checkpoint's tensors; None: that of config.json for all unquantized tensors.
+    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors.
 
     Raises LayoutError when the model has too few units.
     """
@@ -105,12 +106,12 @@ def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> flo
     return sum(shares) / world_size / max(shares)
 
 
-def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, str]) -> list[tuple[int, int]]:
+def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, StoredForm]) -> list[tuple[int, int]]:
     """Return runs of identically stored layers: (index of the first layer of that kind, length of the run).
 
     A model has few kinds of layers, so each kind is planned only once.
     """
-    types: dict[str, list[tuple[str, str]]] = {}
+    types: dict[str, list[tuple[str, StoredForm]]] = {}
     for name, kind in stored.items():
         if name.startswith("model.layers."):
             number, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -135,7 +136,7 @@ def _plan_rank(
     rank: int,
     world_size: int,
     workload: Workload,
-    stored: Mapping[str, str],
+    stored: Mapping[str, StoredForm],
 ) -> RankPlan:
     layout, itemsize, num_threads = config.layout(), DTYPES[workload.dtype], workload.num_threads
     batch_size, tokens = workload.batch_size, workload.tokens
@@ -150,9 +151,11 @@ def _plan_rank(
     def file_bytes(name: str, spec: WeightSpec) -> int:
         if name.endswith(".weight_shape"):  # given in config.json, so not read
             return 0
-        kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
+        form = stored.get(name) or StoredForm(spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         times = counts[name.split(".")[2]] if name.startswith("model.layers.") else 1
-        return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind] * times
+        start, stop = spec.rows(rank, world_size)
+        one = (stop - start) * form.row_bytes if form.row_bytes else _count_elements(spec, start, stop) * _BYTES[form.dtype]
+        return one * times
 
     # Without packing, weights are loaded one after another.
     num_packers = 0 if workload.own_kernels else num_threads

@@ -10,6 +10,7 @@ from model.checkpoint.column_packed import declares_method
 from model.checkpoint.described_folder import DescribedFolder, is_described
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
+from model.checkpoint.gguf_parts import find_whole
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
 from model.checkpoint.meta_folder import MetaFolder, is_meta
@@ -131,14 +132,14 @@ def find_format(path: Path) -> str:
 
 
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
-    """Open a checkpoint of any registered format. A folder with a single GGUF file is treated as that file.
+    """Open a checkpoint of any registered format. A folder with a single GGUF file, whole or split, is treated as that file.
 
     Raises CheckpointError for unreadable files, and the errors of the formats.
     """
     options = options or OpenOptions()
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
-        path = inside[0]
+    inside = find_whole(sorted(path.glob("*.gguf"))) if path.is_dir() else None
+    if inside is not None and options.format in (None, "gguf") and not _is_hugging_face(path):
+        path = inside
     return FORMATS[options.format or find_format(path)].open(path, options)
 
 

@@ -79,7 +79,7 @@ def _name_folder(path: Path) -> str | None:
         return f"{path} is an empty folder"
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if len(ggufs) > 1:
-        return f"{path} {_name_ggufs(ggufs)}"
+        return f"{path} holds {len(ggufs)} GGUF files: give one of them, such as {quote_name(ggufs[0])}"
     if "adapter_config.json" in names:
         return f"{path} {_name_adapter(path)}"
     for pattern, words in _FOLDER_PARTS:
@@ -102,13 +102,6 @@ def _name_folder(path: Path) -> str | None:
     if "params.json" in names:
         return f"{path} holds params.json, but no consolidated.NN.pth: copy or download them"
     return None
-
-
-def _name_ggufs(names: list[str]) -> str:
-    part = _SPLIT_GGUF.fullmatch(names[0])
-    if part:
-        return f"holds {len(names)} of the {int(part[1])} parts of a split GGUF file: join them with `llama-gguf-split --merge` first"
-    return f"holds {len(names)} GGUF files: give one of them, such as {quote_name(names[0])}"
 
 
 def _name_adapter(path: Path) -> str:

@@ -198,8 +198,8 @@ class ModelLoader:
                 continue
             info = source.tensors[name]
             # Convert rows of another dtype in small batches, so that two full copies never exist.
-            step = stop - start if convert or info.dtype == dtype else _PART_BYTES * info.shape[0] // info.num_bytes
-            for first in range(start, stop, max(1, step)):
-                found = source.read_rows(self.reader, name, first, min(first + max(1, step), stop))
+            step = max(1, stop - start) if convert or info.dtype == dtype else info.count_step_rows(_PART_BYTES)
+            for first in range(start, stop, step):
+                found = source.read_rows(self.reader, name, first, min(first + step, stop))
                 place[first - start : first - start + len(found)] = convert(found) if convert else found
         return out

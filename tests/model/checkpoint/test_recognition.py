@@ -139,7 +139,7 @@ def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
         (("config.json", "tokenizer.json"), r"holds config\.json, but no weights"),
         (("params.json",), r"holds params\.json, but no consolidated\.NN\.pth"),
         (("other.safetensors",), r"holds safetensors files, but no config\.json"),
-        (("a-00001-of-00003.gguf", "a-00002-of-00003.gguf"), "holds 2 of the 3 parts of a split GGUF file: join them"),
+        (("a-00001-of-00003.gguf", "a-00002-of-00003.gguf"), "is no whole part of a split GGUF file of 3 parts: download it again"),
         (("a.gguf", "b.gguf"), r"holds 2 GGUF files: give one of them, such as a\.gguf"),
         (("snapshots/abc/config.json", "refs/main"), "holds no checkpoint itself: give .*snapshots/abc"),
         (("one/config.json", "two/config.json"), "holds no checkpoint itself: give .*/one, one of 2 such folders"),
