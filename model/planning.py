@@ -26,7 +26,7 @@ _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
 """Extra bytes per row in PyTorch's packed int8 matrices (measured)."""
-_BYTES: Mapping[str, int] = {**DTYPES, "int8": 1, "int32": 4, "int64": 8}
+_BYTES: Mapping[str, int] = {**DTYPES, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +227,7 @@ def _list_steps(
     layout = config.layout()
 
     def local(name: str) -> int:
-        spec = next(specs[key] for key in (f"{name}.weight_scale", f"{name}.weight") if key in specs)
+        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale") if key in specs)
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
@@ -238,9 +238,10 @@ def _list_steps(
                 yield from linear((name,), columns, (unit,))
             return
         rows = [local(name) for name in names]
-        if first is None:
-            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * columns * itemsize
-            raw = sum(rows) * columns * itemsize
+        if first is None or first.float8:
+            size = itemsize * columns if first is None else columns + 4 * first.num_groups(columns)
+            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * size
+            raw = sum(rows) * size
             yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw)
             return
         raw = sum(rows) * columns

@@ -120,7 +120,7 @@ def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
         "device": job.device,
         "dtype": job.dtype,
         "quantization": model.scheme.name,
-        "kernel": backend.int8_kernel.name if model.scheme.linear is not None else f"{backend.name}-{job.dtype}",
+        "kernel": backend.int8_kernel.name if model.scheme.has_integers else f"{backend.name}-{job.dtype}",
         "collectives": me.collectives.name,
     }
 

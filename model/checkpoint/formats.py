@@ -8,6 +8,7 @@ from typing import Any
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.column_packed import declares_method
 from model.checkpoint.described_folder import DescribedFolder, is_described
+from model.checkpoint.float8_folder import Float8Folder, is_float8
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_parts import find_whole
@@ -95,6 +96,9 @@ FORMATS: Mapping[str, Format] = {
     ),
     "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
     "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "fp8": Format(
+        "FP8 folder (fp8, fbgemm_fp8, ModelOpt)", is_float8, lambda path, options: Float8Folder(path, follow_links=options.follow_links)
+    ),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
     "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
