@@ -164,6 +164,18 @@ def linear_names(config: LlamaConfig) -> Iterator[str]:
                 yield f"model.layers.{layer}.{name}"
 
 
+def stored_linear_names(config: LlamaConfig) -> Iterator[str]:
+    """Do the same with the names of a checkpoint of this family, which may store several linears as one."""
+    stored = {linear: fused for fused, linears in config.architecture.fused.items() for linear in linears}
+    seen = set()
+    for name in linear_names(config):
+        prefix, short = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
+        name = f"{prefix}.{stored[short]}" if short in stored else name
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
 @functools.cache
 def _list_linears(model_type: str, num_experts: int) -> Mapping[str, Mapping[str, tuple[str, str, str]]]:
     """Return the linears of a layer by the path of their fused module; `num_experts` is 0 for one feed-forward."""
