@@ -12,6 +12,7 @@ import torch
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.decoder.loading import ModelLoader
+from model.layers.linear import BiasedLinear
 from model.quantization.awq import dequantize
 from model.quantization.layer_rounding import LayerRounder, RoundedLayer
 from model.quantization.observing import InputObserver, Observations, choose_kept_tokens, run_samples
@@ -119,6 +120,7 @@ def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> 
                 for name in full
             ]
             module: Any = layer.get_submodule(path)
+            module = module.linear if isinstance(module, BiasedLinear) else module
             module.assign(torch.cat(weights), model.device)
 
 

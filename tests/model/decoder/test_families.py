@@ -8,10 +8,15 @@ import pytest
 import torch
 import transformers
 
+from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
+from model.decoder.loading import load_model
 from model.layers.batch import Span
+from model.planning import Workload, plan_ranks
+from model.spec.config import build_config
 from model.spec.families import list_architectures
-from model.spec.scheme import Scheme
+from model.spec.scheme import Scheme, read_scheme
+from parallel.collectives import IdentityCollectives
 from tests.model.families import MODELS, write_model
 
 RANKS = (2, 3)
@@ -95,3 +100,24 @@ def test_int8_gives_the_bits_of_one_rank(
     for world_size in RANKS:
         for found in run_ranks(tmp_path / "int8", world_size, compute_logits):
             assert torch.equal(found, expected), world_size
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_has_the_bytes_of_a_loaded_rank(
+    name: str, int8: bool, tmp_path: Path, folder: Callable[[str], Path], quantize: Callable[..., Scheme]
+) -> None:
+    path = folder(name)
+    if int8:
+        quantize(path, tmp_path / "int8", "lm_head")
+        path = tmp_path / "int8"
+    source = open_checkpoint(path)
+    config, scheme = build_config(source.config), read_scheme(source.config)
+    stored = {name: info.dtype_name for name, info in source.tensors.items()}
+    for rank, plan in enumerate(plan_ranks(config, scheme, 3, Workload(dtype="float32", tokens=64), stored)):
+        collectives = IdentityCollectives()
+        collectives.rank, collectives.world_size = rank, 3
+        model = LlamaForCausalLM(config, scheme, collectives, dtype="float32", device=torch.device("cpu"))
+        assert load_model(model, source) == plan.file_bytes
+        assert model.weight_bytes == plan.weight_bytes
+        assert model.build_store(1, 16).bytes_per_token * 64 == plan.kv_cache_bytes
