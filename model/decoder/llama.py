@@ -114,6 +114,18 @@ class LlamaForCausalLM(nn.Module):
         return self.backend.kernels is not None
 
     @property
+    def plain_features(self) -> tuple[str, ...]:
+        """What the native kernels lack, so that layers run step by step and these steps in PyTorch; empty without native kernels."""
+        config, window = self.config, self._shortest_window
+        features = {
+            "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+            "norms of heads": config.qk_norm,
+            "experts": config.experts is not None,
+            f"attention beyond a window of {window} tokens": window is not None,
+        }
+        return tuple(words for words, used in features.items() if used) if self.backend.kernels is not None else ()
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on this rank."""
         floats = sum(tensor.nbytes for tensor in self.parameters())

@@ -29,5 +29,6 @@ ARCHITECTURE = Architecture(
         architecture="qwen2",
         layer={f"attn_{short}.bias": f"self_attn.{short}_proj.bias" for short in ("q", "k", "v")},
     ),
-    mindformers=("Qwen2Config", "Qwen2ForCausalLM", "ParallelQwenForCausalLM"),
+    # MindFormers up to 1.6 runs Qwen 2 as LlamaConfig with qkv_has_bias.
+    mindformers=("LlamaConfig", "Qwen2Config", "LlamaForCausalLM", "Qwen2ForCausalLM"),
 )
