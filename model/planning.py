@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme, run_as_one
+from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
 from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
 
@@ -25,7 +26,7 @@ _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
 """Extra bytes per row in PyTorch's packed int8 matrices (measured)."""
-_BYTES: Mapping[str, int] = {**DTYPES, "int8": 1, "int32": 4, "int64": 8}
+_BYTES: Mapping[str, int] = {**DTYPES, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +87,9 @@ class Workload:
 
 
 def plan_ranks(
-    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, str] | None = None
+    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, StoredForm] | None = None
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: dtypes of the checkpoint's tensors; None: that of config.json for all unquantized tensors.
+    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors.
 
     Raises LayoutError when the model has too few units.
     """
@@ -105,12 +106,12 @@ def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> flo
     return sum(shares) / world_size / max(shares)
 
 
-def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, str]) -> list[tuple[int, int]]:
+def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, StoredForm]) -> list[tuple[int, int]]:
     """Return runs of identically stored layers: (index of the first layer of that kind, length of the run).
 
     A model has few kinds of layers, so each kind is planned only once.
     """
-    types: dict[str, list[tuple[str, str]]] = {}
+    types: dict[str, list[tuple[str, StoredForm]]] = {}
     for name, kind in stored.items():
         if name.startswith("model.layers."):
             number, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -136,7 +137,7 @@ def _plan_rank(
     rank: int,
     world_size: int,
     workload: Workload,
-    stored: Mapping[str, str],
+    stored: Mapping[str, StoredForm],
 ) -> RankPlan:
     layout, itemsize, num_threads = config.layout(), DTYPES[workload.dtype], workload.num_threads
     batch_size, tokens = workload.batch_size, workload.tokens
@@ -151,9 +152,11 @@ def _plan_rank(
     def file_bytes(name: str, spec: WeightSpec) -> int:
         if name.endswith(".weight_shape"):  # given in config.json, so not read
             return 0
-        kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
+        form = stored.get(name) or StoredForm(spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         times = counts[name.split(".")[2]] if name.startswith("model.layers.") else 1
-        return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind] * times
+        start, stop = spec.rows(rank, world_size)
+        one = (stop - start) * form.row_bytes if form.row_bytes else _count_elements(spec, start, stop) * _BYTES[form.dtype]
+        return one * times
 
     # Without packing, weights are loaded one after another.
     num_packers = 0 if workload.own_kernels else num_threads
@@ -228,7 +231,7 @@ def _list_steps(
     layout = config.layout()
 
     def local(name: str) -> int:
-        spec = next(specs[key] for key in (f"{name}.weight_scale", f"{name}.weight") if key in specs)
+        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale") if key in specs)
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
@@ -239,9 +242,10 @@ def _list_steps(
                 yield from linear((name,), columns, (unit,), share)
             return
         rows = [local(name) for name in names]
-        if first is None:
-            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * columns * itemsize
-            raw = sum(rows) * columns * itemsize
+        if first is None or first.float8:
+            size = itemsize * columns if first is None else columns + 4 * first.num_groups(columns)
+            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * size
+            raw = sum(rows) * size
             yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw, share)
             return
         raw = sum(rows) * columns

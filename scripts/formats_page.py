@@ -16,12 +16,26 @@ from model.checkpoint.meta_params import META_KEYS  # noqa: E402
 from model.spec.config_keys import CONFIG_KEYS, OTHER_MODELS  # noqa: E402
 from model.spec.families import list_architectures  # noqa: E402
 from model.spec.key_table import KeyTable  # noqa: E402
-from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, GPTQ_KEYS, GROUP_KEYS, OTHER_METHODS  # noqa: E402
+from model.spec.quantization_keys import (  # noqa: E402
+    ARGUMENT_KEYS,
+    AWQ_KEYS,
+    COMPRESSED_KEYS,
+    FBGEMM_KEYS,
+    FLOAT8_KEYS,
+    GPTQ_KEYS,
+    GROUP_KEYS,
+    MODELOPT_FILE_KEYS,
+    MODELOPT_KEYS,
+    OTHER_METHODS,
+)
 from model.spec.rope_scaling import READ_KEYS  # noqa: E402
 
 PAGE = ROOT / "docs" / "formats.md"
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
-TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS, GGUF_KEYS, META_KEYS)
+TABLES = (
+    *(CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS),
+    *(FLOAT8_KEYS, FBGEMM_KEYS, MODELOPT_KEYS, MODELOPT_FILE_KEYS, GGUF_KEYS, META_KEYS),
+)
 
 
 def render_tables() -> str:

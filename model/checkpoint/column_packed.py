@@ -56,7 +56,7 @@ class ColumnPackedFolder(ABC):
             )
         model = build_config(folder.config)
         ignore = tuple(name for name in (*stored_linear_names(model), "lm_head") if name not in shapes)
-        self.config: dict[str, Any] = declare_scheme(folder.config, _build_scheme(linears, ignore))
+        self.config: dict[str, Any] = declare_scheme(folder.config, build_scheme(linears, ignore))
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")
@@ -216,7 +216,7 @@ class ColumnPackedFolder(ABC):
         return found
 
 
-def _build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
+def build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
     """Build the scheme: the most frequent linear scheme as the default, and one group per other linear scheme."""
     names: dict[LinearScheme, list[str]] = {}
     for name, linear in linears.items():

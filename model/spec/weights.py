@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from model.spec.config import DTYPES, LlamaConfig
 from model.spec.families import list_architectures
 from model.spec.quoting import quote_name
-from model.spec.scheme import Scheme
+from model.spec.scheme import LinearScheme, Scheme
 from parallel.layout import Layout, Split
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = tuple(DTYPES)
 """Dtypes in which a checkpoint may store unquantized weights."""
+
+FLOAT8_DTYPES = ("float8_e4m3fn",)
+"""Of FP8 weights."""
 
 _ATTENTION: Mapping[str, tuple[str, str, str]] = {
     # name in the layer: (rows, columns, split), all keys of `_sizes` and fields of Layout
@@ -63,7 +66,7 @@ _UNEXPECTED_PARTS = {
     "score.": "a classification head is not supported",
     ".q_norm.": "its model_type has no norms of queries and keys",
     "vision": "vision models are not supported",
-    "weight_scale_inv": "FP8 weights are not supported",
+    "weight_scale_inv": "FP8 weights need a quantization_config of quant_method fp8",
     ".SCB": "bitsandbytes weights are not supported",
     ".quant_state.": "bitsandbytes weights are not supported",
     ".biases": "MLX quantized weights are not supported",
@@ -83,12 +86,12 @@ class WeightSpec:
     split: Split
     """How its rows are split."""
     full_rows: int | None = None
-    """Number of rows that `split` applies to, if `shape` packs several of them into a word."""
+    """Number of rows that `split` applies to, if `shape` has one for several of them."""
     rows_a_word: int = 1
-    """Rows per word."""
+    """Rows per row of `shape`, as of packed words and of the scales of blocks."""
 
     def rows(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Return rows [start, stop) of `rank`; words that several ranks need are read by each of them."""
+        """Return rows [start, stop) of `rank`; rows of `shape` that several ranks need are read by each of them."""
         start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
         return start // self.rows_a_word, -(-stop // self.rows_a_word)
 
@@ -258,13 +261,19 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, Tens
         spec = specs.get(name)
         if spec is None:
             # A tied model may store a copy of its head.
-            if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
+            if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight") and not _scales_float8_input(name, specs):
                 report.unexpected.append(name)
         elif info.shape != spec.shape:
             report.mismatched.append(f"{name} has shape {list(info.shape)}, the config needs {list(spec.shape)}")
         elif info.dtype_name not in spec.dtypes:
             report.mismatched.append(f"{name} is {info.dtype_name}, but {' or '.join(spec.dtypes)} is needed")
     return report
+
+
+def _scales_float8_input(name: str, specs: Mapping[str, WeightSpec]) -> bool:
+    owner, _, part = name.rpartition(".")
+    weight = specs.get(f"{owner}.weight")
+    return part == "input_scale" and weight is not None and weight.dtypes == FLOAT8_DTYPES
 
 
 def _sizes(config: LlamaConfig) -> dict[str, int]:
@@ -277,11 +286,21 @@ def _sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
+def _float8_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, linear: LinearScheme) -> dict[str, WeightSpec]:
+    rows, block, groups = shape[0], linear.row_block, linear.num_groups(shape[1])
+    scale = WeightSpec((1,), FLOAT_DTYPES, layout.whole)
+    if block is not None:
+        scale = WeightSpec((-(-rows // block), groups), FLOAT_DTYPES, split, rows, block)
+    return {f"{name}.weight_scale": scale, f"{name}.weight": WeightSpec(shape, FLOAT8_DTYPES, split)}
+
+
 def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme) -> dict[str, WeightSpec]:
     linear = scheme.find_linear(name)
     if linear is None:
         return {f"{name}.weight": WeightSpec(shape, FLOAT_DTYPES, split)}
     rows, columns = shape
+    if linear.float8:
+        return _float8_specs(name, shape, split, layout, linear)
     per_word, groups, whole = 32 // linear.bits, linear.num_groups(columns), layout.whole
     specs = {f"{name}.weight_scale": WeightSpec((rows, groups), FLOAT_DTYPES, split)}
     if linear.packed:

@@ -76,7 +76,7 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ("model: {model_config: {rms_norm_eps: 1e-5}}", "write a number with a point, as in 1.0e-5"),
         (
             "model: {model_config: {type: GPT2Config}}",
-            "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or 'Qwen2Config' or 'Qwen3Config' or 'Qwen3MoeConfig' or None is needed",
+            "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or 'Qwen2Config' or ",
         ),
         ("model: {model_config: {extend_method: NTK}}", "extend_method is 'NTK' (str), but 'LLAMA3' or None is needed"),
         ("model: {model_config: {extend_method: PI}}", "other ways of stretching the rotary positions are not supported"),

@@ -113,7 +113,7 @@ def test_a_plan_has_the_bytes_of_a_loaded_rank(
         path = tmp_path / "int8"
     source = open_checkpoint(path)
     config, scheme = build_config(source.config), read_scheme(source.config)
-    stored = {name: info.dtype_name for name, info in source.tensors.items()}
+    stored = {name: info.form for name, info in source.tensors.items()}
     for rank, plan in enumerate(plan_ranks(config, scheme, 3, Workload(dtype="float32", tokens=64), stored)):
         collectives = IdentityCollectives()
         collectives.rank, collectives.world_size = rank, 3

@@ -10,7 +10,7 @@ from transformers import LlamaConfig as TransformersConfig
 from model.spec.config import build_config
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.key_table import KeyTable
-from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, GPTQ_KEYS, GROUP_KEYS
+from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, FLOAT8_KEYS, GPTQ_KEYS, GROUP_KEYS, MODELOPT_KEYS
 from model.spec.scheme import LinearScheme, Scheme, describe_scheme_keys, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "vocab_size": 8,
 }
-TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS)
+TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS, FLOAT8_KEYS, MODELOPT_KEYS)
 VALUES = st.one_of(st.booleans(), st.integers(-3, 3), st.floats(0, 2), st.text(max_size=5), st.lists(st.integers(), max_size=2), st.none())
 
 
@@ -100,7 +100,7 @@ def test_another_model_is_refused_by_what_it_is(changes: dict[str, Any], words: 
         ({"transform_config": {"config_groups": {"u": 1}}}, "transform_config is .*, but only null is supported"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config of format 'sparse-24-bitmask' is not supported"),
         ({"quantization_status": "frozen"}, "quantization_status is 'frozen', but only 'compressed' is supported"),
-        ({"quant_method": "fp8"}, r"quant_method 'fp8' is not supported; supported: compressed-tensors \(int8, int4\), gptq, awq"),
+        ({"quant_method": "hqq"}, r"quant_method 'hqq' is not supported; supported: compressed-tensors \(int8, int4, fp8\), gptq, awq"),
     ],
 )
 def test_a_compressed_tensors_key_that_changes_the_arithmetic_is_refused(changes: dict[str, Any], words: str) -> None:
