@@ -12,14 +12,34 @@ if TYPE_CHECKING:
     from launcher.supervision.verdict import RanksFailedError
     from model.text.tokenizer import LlamaTokenizer
     from tandem.auto_model import AutoModel
+    from tandem.llm import LLM
+    from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
     from tandem.ranks import init
+    from tandem.sampling_params import SamplingParams
 
     __version__: str
 
-__all__ = ["AutoModel", "InputError", "LlamaTokenizer", "RanksFailedError", "RunError", "__version__", "init"]
+__all__ = [
+    "LLM",
+    "AutoModel",
+    "CompletionOutput",
+    "InputError",
+    "LlamaTokenizer",
+    "Logprob",
+    "RanksFailedError",
+    "RequestOutput",
+    "RunError",
+    "SamplingParams",
+    "StreamedToken",
+    "__version__",
+    "init",
+]
 
 _PLACES = {
     "AutoModel": "tandem.auto_model",
+    "LLM": "tandem.llm",
+    "SamplingParams": "tandem.sampling_params",
+    **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "StreamedToken"), "tandem.outputs"),
     "LlamaTokenizer": "model.text.tokenizer",
     "RanksFailedError": "launcher.supervision.verdict",
     "init": "tandem.ranks",
