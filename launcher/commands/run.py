@@ -3,7 +3,6 @@
 import hashlib
 import os
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from launcher.environment.detection import decide_world_size, read_environment
@@ -21,19 +20,13 @@ from launcher.supervision.verdict import RanksFailedError
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.spec.config import DEFAULT_BLOCK_SIZE
-from parallel.errors import ConfigError
 
 
 def run(options: ProgramOptions) -> None:
     """Run the program on every rank. Raises InputError before anything starts, RanksFailedError, StoppedError."""
-    environment = read_environment()
-    if environment.is_rank or environment.is_scheduler:
-        raise ConfigError(
-            f"tandem run starts ranks, but {environment.launcher} started this process as one of several: run the program directly"
-        )
     task = _plan_program(options)
     check_log_folder(options.log_dir)
-    job = _build_job(task, decide_world_size(options.workers, environment, None))
+    job = _build_job(task, decide_world_size(options.workers, read_environment(), None))
     console = ProgramConsole()
 
     def tell(number: int, cause: str, at_seconds: float) -> None:
@@ -71,23 +64,14 @@ class ProgramConsole(RunObserver):
 
 
 def _plan_program(options: ProgramOptions) -> Program:
-    """Check that the program exists. Raises ConfigError."""
-    folder, words = os.getcwd(), options.words
-    if options.module is not None:
-        top = options.module.partition(".")[0]
-        if not options.module or PathFinder.find_spec(top, [folder, *sys.path]) is None:
-            raise ConfigError(f"there is no module {options.module!r} in {folder} or among the installed packages")
-        return Program(script="", module=options.module, arguments=words, folder=folder, timeout_seconds=options.timeout_seconds)
-    if not words:
-        raise ConfigError("no program: give a Python file, as in tandem run script.py --workers 2, or -m MODULE")
-    path = Path(words[0])
-    try:
-        problem = None if path.is_file() else "is a folder, but a Python file is needed" if path.is_dir() else "does not exist"
-    except OSError as error:
-        problem = f"cannot be read: {describe_os_error(error)}"
-    if problem is not None:
-        raise ConfigError(f"the program {path} {problem}")
-    return Program(script=words[0], module="", arguments=words[1:], folder=folder, timeout_seconds=options.timeout_seconds)
+    script, *arguments = options.words if options.module is None else ("", *options.words)
+    return Program(
+        script=script,
+        module=options.module or "",
+        arguments=tuple(arguments),
+        folder=os.getcwd(),
+        timeout_seconds=options.timeout_seconds,
+    )
 
 
 def _build_job(task: Program, world_size: int) -> Job:

@@ -15,7 +15,7 @@ class ProgramOptions:
 
     words: Annotated[
         tuple[str, ...],
-        argument(metavar="SCRIPT [ARGUMENTS]...", help="Python file, and its own arguments; with -m, the arguments only."),
+        argument(metavar="SCRIPT", help="Python file, followed by its own arguments; with -m, the arguments only."),
     ] = ()
     module: Annotated[
         str | None, option("--module", "-m", metavar="NAME", help="Run this module as the program, as python -m does.", panel=PROGRAM)
