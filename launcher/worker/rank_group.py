@@ -70,7 +70,7 @@ class RankGroup:
     def agree(self, build: Callable[[], Result], describe: Callable[[Result], Mapping[str, Any]]) -> Result:
         """Run `build` on every rank and return its result if it succeeds on all and their descriptions are equal.
 
-        Raises this rank's own error; ConfigError naming a rank whose input was refused; DifferentRunError for ranks that differ.
+        Raises this rank's own error; ConfigError naming a rank whose input was refused, or ranks that differ.
         """
         number, self._num_agreements = self._num_agreements, self._num_agreements + 1
         result, error = None, None
@@ -99,7 +99,7 @@ class RankGroup:
             try:
                 compare_runs(f"rank {rank}", one["run"], f"rank {self.rank}", said[self.rank]["run"])
             except DifferentRunError as error:
-                raise DifferentRunError(f"{error}; every rank has to load the same models in the same order") from None
+                raise ConfigError(f"{error}; every rank has to load the same models in the same order") from None
 
     def open_rank(self, job: Job, warn: Callable[[str], None]) -> Rank:
         """Return the context of this rank for a model of its own: collectives, device and threads. Every rank has to call it in the same
