@@ -102,7 +102,7 @@ class RankGroup:
                 raise ConfigError(f"{error}; every rank has to load the same models in the same order") from None
 
     def open_rank(self, job: Job, warn: Callable[[str], None]) -> Rank:
-        """Return the context of this rank for a model of its own: collectives, device and threads. Every rank has to call it in the same
+        """Return the context of this rank for its next model: collectives, device and threads. Every rank has to call it in the same
         order."""
         started, seat = time.perf_counter(), self._seat
         threads = job.threads_per_rank or (share_cores(self.local_world_size) if seat.shares_cores else count_cores())
