@@ -281,10 +281,10 @@ class _Answer:
 
 def _require_program() -> None:
     """Raise ConfigError in a rank: each rank would start more ranks."""
-    environment, groups = read_environment(), sys.modules.get("launcher.worker.rank_group")
+    groups = sys.modules.get("launcher.worker.rank_group")  # not loaded: this process has not joined, and PyTorch need not be imported
     group = groups.find_group() if groups is not None else None
-    if environment.is_rank or environment.is_scheduler or (group is not None and group.world_size > 1):
-        launcher = environment.launcher if environment.is_rank or environment.is_scheduler else "tandem run"
+    launcher = group.launcher if group is not None else read_environment().launcher
+    if launcher != "none":
         raise ConfigError(
             f"LLM starts its own ranks, but {launcher} started this process as one of several: use AutoModel, or start the program alone"
         )

@@ -25,17 +25,19 @@ from parallel.progress import Progress, WatchedCollectives
 from parallel.store_waiting import wait_for_ranks
 
 Result = TypeVar("Result")
+TANDEM_RUN = "tandem run"
+"""The launcher of programs that tandem itself has started."""
 
 
 class RankGroup:
     """The ranks of this program."""
 
-    def __init__(self, seat: RankPlacement, store: Store | None, timeout_seconds: float, progress: Progress | None = None) -> None:
-        """`store` is shared by the ranks; None for a single one. `timeout_seconds` limits the wait for a rank that makes no progress.
-
-        `progress` is the line of a rank that tandem itself has started.
-        """
-        self._seat, self._store, self.timeout_seconds = seat, store, timeout_seconds
+    def __init__(
+        self, launcher: str, seat: RankPlacement, store: Store | None, timeout_seconds: float, progress: Progress | None = None
+    ) -> None:
+        """`launcher` has started the ranks. `store` is shared by them; None for a single one. `timeout_seconds` limits the wait for a rank
+        that makes no progress. `progress` is the line of a rank that tandem itself has started."""
+        self.launcher, self._seat, self._store, self.timeout_seconds = launcher, seat, store, timeout_seconds
         self._progress = progress or Progress()
         self._num_agreements = 0
 
@@ -115,7 +117,8 @@ class RankGroup:
             if isinstance(event, RankWarning) and self.rank == 0:
                 warn(event.message)
 
-        return Rank(job, collectives, device, threads, started, emit, _hear_nothing, self._progress, seat)
+        # A line that nobody watches: a rank of a program does not take part in another attempt, even if it keeps its weights.
+        return Rank(job, collectives, device, threads, started, emit, _hear_nothing, Progress(), seat)
 
 
 def _hear_nothing(wait_seconds: float) -> list[Command]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
 
 PROGRAM = """
-import json, os, sys
+import atexit, json, os, sys
 from pathlib import Path
 import tandem
 
@@ -39,6 +39,7 @@ report = {
 }
 Path(sys.argv[4], f"{group.rank}.json").write_text(json.dumps(report))
 if group.rank == 0:
+    atexit.register(print, "at exit")
     print("\\u00e9 from rank 0")
     os.system("echo from its child")
 else:
@@ -130,7 +131,7 @@ def test_tandem_run_passes_arguments_output_and_success(tandem: "Tandem", checkp
     folder, arguments = _build(tandem, checkpoints.float)
     own = ["--workers", "7", "-h", "", "two words"]
     result = tandem.run("run", "program.py", "--workers", "2", "--log-dir", "logs", *arguments, *own, cwd=folder)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "\u00e9 from rank 0\nfrom its child\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\u00e9 from rank 0\nfrom its child\nat exit\n", "")
     reports = _read_reports(folder / "out")
     _assert_equals_predict(tandem, checkpoints, reports, 2)
     assert all((report["arguments"], report["name"]) == (own, "__main__") for report in reports)
