@@ -2,6 +2,9 @@
 
    The weight is used as stored: row-major, one signed byte per element. A tile is a few tokens with all their slices times four rows of
    the weight, held in registers over all columns of a group. With one token the weight is read once, at memory bandwidth. */
+/* With this step, GCC 12 keeps constants in registers that the sums need. */
+#pragma GCC optimize("no-gcse")
+
 #include "kernels.h"
 #include "slices.h"
 
@@ -46,6 +49,8 @@ INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size
 #pragma GCC unroll 8
             for (size_t j = 0; j < INT_ROWS; j++) sums[i][j] = no_sums();
         const int8_t *s = p->slices + slice * p->padded;
+        /* The earlier groups' results wait in memory, so that all registers are left for the sums. */
+        __asm__("" : "+m"(product));
         for (; column + WIDTH <= stop; column += WIDTH) {
             weights weight[INT_ROWS];
 #pragma GCC unroll 8

@@ -30,9 +30,7 @@ INLINE void cut_slices(const void *x, int dtype, size_t columns, size_t padded, 
     }
     for (size_t k = 0; k < num_slices; k++)
         for (size_t group = 0; group < groups; group++) {
-            int32_t sum = 0;
-            for (int64_t i = starts[group]; i < starts[group + 1]; i++) sum += slices[k * padded + i];
-            sums[k * groups + group] = sum;
+            sums[k * groups + group] = sum_bytes(slices + k * padded + starts[group], starts[group + 1] - starts[group]);
         }
 }
 
@@ -51,10 +49,10 @@ static _Thread_local size_t kept_slice_bytes;
 static int cut_all_slices(const void *x, int dtype, size_t tokens, size_t columns, const int64_t *starts, size_t groups, size_t num_slices,
                           int threads, Slices *cut) {
     size_t padded = (columns + 63) / 64 * 64, count = num_slices ? num_slices : 1;
-    size_t slice_bytes = tokens * count * padded, sum_bytes = (tokens * count * groups * 4 + 63) / 64 * 64;
-    char *memory = keep_bytes(&kept_slices, &kept_slice_bytes, slice_bytes + sum_bytes + tokens * 4);
+    size_t slice_bytes = tokens * count * padded, sums_bytes = (tokens * count * groups * 4 + 63) / 64 * 64;
+    char *memory = keep_bytes(&kept_slices, &kept_slice_bytes, slice_bytes + sums_bytes + tokens * 4);
     if (!memory) return 1;
-    *cut = (Slices){(int8_t *)memory, (int32_t *)(memory + slice_bytes), (float *)(memory + slice_bytes + sum_bytes), padded};
+    *cut = (Slices){(int8_t *)memory, (int32_t *)(memory + slice_bytes), (float *)(memory + slice_bytes + sums_bytes), padded};
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 4)
     for (size_t token = 0; token < tokens; token++) {
         int8_t *bytes = (int8_t *)memory + token * count * padded;
@@ -66,10 +64,7 @@ static int cut_all_slices(const void *x, int dtype, size_t tokens, size_t column
         }
         memset(bytes, 0, padded);
         memcpy(bytes, (const int8_t *)x + token * columns, columns);
-        for (size_t group = 0; group < groups; group++) {
-            sums[group] = 0;
-            for (int64_t i = starts[group]; i < starts[group + 1]; i++) sums[group] += bytes[i];
-        }
+        for (size_t group = 0; group < groups; group++) sums[group] = sum_bytes(bytes + starts[group], starts[group + 1] - starts[group]);
         cut->row_scale[token] = 1.0f;
     }
     return 0;

@@ -43,13 +43,6 @@ INLINE float sum_floats(floats a) {
     return sum_four_floats(a, none, none, none)[0];
 }
 
-/* Store the first `count` of four results. */
-INLINE void store_four(void *data, int dtype, size_t index, four_floats value, size_t count) {
-    float all[16] __attribute__((aligned(64))) = {0};
-    memcpy(all, &value, 16);
-    store_floats(data, dtype, index, load(all), count);
-}
-
 /* exp, within 1.5 ulp; exactly 1 at 0, 0 below -87 (masked scores), NaN is preserved. Coefficients: Cephes. */
 INLINE floats exp_floats(floats given) {
     floats x = minimum(spread(88.72f), given);

@@ -149,6 +149,22 @@ INLINE void store_floats(void *data, int dtype, size_t index, floats value, size
     }
     memcpy(to, all, count * item_bytes(dtype));
 }
+/* Store the first `count` of four results. */
+INLINE void store_four(void *data, int dtype, size_t index, four_floats value, size_t count) {
+    char *to = (char *)data + index * item_bytes(dtype);
+    __m128i all = (__m128i)value;
+    if (dtype != FLOAT32) all = _mm256_castsi256_si128(to_halves((floats){_mm256_zextps128_ps256((__m128)value), _mm256_setzero_ps()}, dtype));
+    if (count < 4) {
+        char parts[16];
+        _mm_storeu_si128((__m128i *)parts, all);
+        memcpy(to, parts, count * item_bytes(dtype));
+    } else if (dtype == FLOAT32) {
+        _mm_storeu_si128((__m128i *)to, all);
+    } else {
+        _mm_storel_epi64((__m128i *)to, all);
+    }
+}
+
 INLINE floats round_floats(floats value, int dtype) { return dtype == FLOAT32 ? value : from_halves(to_halves(value, dtype), dtype); }
 
 /* Sums of the four groups of four lanes, of each vector. */
@@ -207,6 +223,12 @@ INLINE int_sums no_sums(void) { return _mm256_setzero_si256(); }
 INLINE four_ints sum_four_ints(int_sums a, int_sums b, int_sums c, int_sums d) {
     __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
     return (four_ints)_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+INLINE int32_t sum_bytes(const int8_t *from, size_t count) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += from[i];
+    return sum;
 }
 
 /* Products of int4_linear.c: 16 rows of 8 columns are 64 bytes, 4 bytes a row: low nibbles the first 4 columns, high nibbles the others. */

@@ -84,6 +84,11 @@ INLINE void store_floats(void *data, int dtype, size_t index, floats value, size
     }
 }
 
+/* Store the first `count` of four results. */
+INLINE void store_four(void *data, int dtype, size_t index, four_floats value, size_t count) {
+    store_floats(data, dtype, index, _mm512_zextps128_ps512((__m128)value), count);
+}
+
 INLINE floats round_floats(floats value, int dtype) {
     if (dtype == FLOAT32) return value;
     if (dtype == FLOAT16) return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -149,6 +154,15 @@ INLINE four_ints sum_four_ints(int_sums a, int_sums b, int_sums c, int_sums d) {
     __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     return (four_ints)_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+INLINE int32_t sum_bytes(const int8_t *from, size_t count) {
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < count; i += 64) {
+        __mmask64 mask = count - i >= 64 ? ~(__mmask64)0 : first_bytes(count - i);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(mask, from + i));
+    }
+    return _mm512_reduce_add_epi32(sum);
 }
 
 /* Products of int4_linear.c: 16 rows of 8 columns are 64 bytes, 4 bytes a row: low nibbles the first 4 columns, high nibbles the others. */

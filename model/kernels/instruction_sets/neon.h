@@ -160,6 +160,14 @@ INLINE void store_floats(void *data, int dtype, size_t index, floats value, size
     }
     if (count < 16) memcpy(to, all, count * item_bytes(dtype));
 }
+/* Store the first `count` of four results. */
+INLINE void store_four(void *data, int dtype, size_t index, four_floats value, size_t count) {
+    char all[16];
+    if (dtype == FLOAT32) vst1q_f32((float *)all, (float32x4_t)value);
+    else vst1_u16((uint16_t *)all, to_half((float32x4_t)value, dtype));
+    memcpy((char *)data + index * item_bytes(dtype), all, smaller(4, count) * item_bytes(dtype));
+}
+
 INLINE floats round_floats(floats value, int dtype) {
     if (dtype == FLOAT32) return value;
     FOR_PARTS value.part[k] = from_half(to_half(value.part[k], dtype), dtype);
@@ -218,6 +226,12 @@ INLINE four_ints read_pair_tiles(int_sums left, int_sums right, size_t second) {
     return (four_ints)vreinterpretq_s32_s64(second ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
 }
 #endif
+
+INLINE int32_t sum_bytes(const int8_t *from, size_t count) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += from[i];
+    return sum;
+}
 
 /* Products of int4_linear.c: 16 rows of 8 columns are 64 bytes, 4 bytes a row: low nibbles the first 4 columns, high nibbles the others. */
 #define NIBBLE_SLICES 4
