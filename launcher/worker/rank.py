@@ -1,7 +1,7 @@
 """The context of a rank for its tasks: job, placement, collectives, and reporting; also loads the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,12 +16,13 @@ from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
-from model.kernels.library import explain_absence
+from model.kernels.library import choose_kernels, explain_absence
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
 from parallel.progress import Progress
 from parallel.shared_memory import SharedMemoryCollectives
+from parallel.torch_internals import Store
 from parallel.watched_collectives import WatchedCollectives
 
 Emit = Callable[[Event], None]
@@ -58,7 +59,9 @@ class Rank:
     """Receives messages from the server."""
     progress: Progress
     seat: RankPlacement
-    kept: Kept
+    store: Store | None = None
+    """Shared by the ranks; None for a single one."""
+    kept: Kept = field(default_factory=Kept)
 
     def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
@@ -104,6 +107,7 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
+    choose_kernels(job.cpu_kernels)
     own = source is None
     source = source or open_own_checkpoint(job)
     config = replace(

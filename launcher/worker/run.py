@@ -44,7 +44,7 @@ def run_rank(
     else:
         kept.collectives.rejoin(peers)
     collectives = kept.collectives
-    run_task(Rank(job, collectives, device, kept.threads, started, emit, inbox, progress, seat, kept))
+    run_task(Rank(job, collectives, device, kept.threads, started, emit, inbox, progress, seat, store, kept))
     collectives.barrier()
     collectives.close()
     progress.set_operation("done")
