@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launcher.commands.preparation import prepare
+from launcher.commands.early_start import prepare
 from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version
 from launcher.host.streams import guard_streams

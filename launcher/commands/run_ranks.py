@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
+from launcher.commands.early_start import take_starter
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
@@ -130,7 +131,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
-    starter = None if environment.is_rank else RankStarter(preload=options.preload)
+    starter = None if environment.is_rank else take_starter(preload=options.preload)
     try:
         return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
     except BaseException:

@@ -27,6 +27,8 @@ class Serve(Struct, frozen=True, kw_only=True, tag=True):
     """Number of KV cache blocks; the same on every host, whatever its memory."""
     prefill_tokens: int
     """Maximum prompt tokens per forward pass."""
+    memory_bytes_per_second: float | None = None
+    """Read bandwidth of memory as measured by an earlier attempt; None to measure it."""
 
 
 class Evaluate(Struct, frozen=True, kw_only=True, tag=True):

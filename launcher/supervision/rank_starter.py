@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from parallel.errors import RunError
 
 _MAX_MESSAGE_BYTES = 1 << 16
 _CLOSE_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 _TAIL_LINES = 12
 
 
@@ -77,14 +78,21 @@ class RankStarter:
         self._finalize = finalize(self, _end, self._line, self._process, self._stderr, self._started)
         self._finalize.atexit = False  # the kernel ends it with this process; a fork of this process must not
 
-    def start(self, order: RankOrder, log: Path) -> RankHandle:
-        """Start a rank that writes its standard error to `log`. Raises StarterEndedError, and OSError if the log cannot be opened."""
+    def start(self, order: RankOrder, log: Path, check: Callable[[], None] = lambda: None) -> RankHandle:
+        """Start a rank that writes its standard error to `log`. `check` is called while the process still imports, and may raise.
+
+        Raises StarterEndedError, and OSError if the log cannot be opened.
+        """
         with log.open("w") as file:
             try:
                 socket.send_fds(self._line, [order.to_json().encode()], [file.fileno()])
             except OSError:
                 raise self._describe_end() from None
+        poll = select.poll()
+        poll.register(self._line, select.POLLIN)
         while True:
+            while not poll.poll(_LOOK_SECONDS * 1000):
+                check()
             message, descriptors = self._receive()
             if "started" in message:
                 self._started.append(message["started"])

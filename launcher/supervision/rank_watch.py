@@ -85,6 +85,7 @@ class RankWatch:
         self._ranks: dict[int, RankHandle] = {}
         self._living: dict[int, RankHandle] = {}
         self._last: dict[int, tuple[int, float]] = {}
+        self._ended_well: dict[int, RankEnd] = {}
         self._is_ending = False
         self.failure: FirstFailure | None = None
         """How the first rank of the current attempt failed, or None."""
@@ -97,6 +98,7 @@ class RankWatch:
         now = self._clock.read()
         self._ranks, self._living, self._is_ending, self.failure = dict(ranks), dict(ranks), False, None
         self._last = {rank: (-1, now) for rank in ranks}
+        self._ended_well = {}
 
     @property
     def living(self) -> Mapping[int, RankHandle]:
@@ -114,8 +116,13 @@ class RankWatch:
             account = read_failure(error_file(self._folder, handle.pid))
             if end.exit_code or end.signal or account is not None:
                 failed.append((rank, end, account))
+            else:
+                self._ended_well[rank] = end
         if self.failure is not None or self._is_ending:
             return self.failure
+        if not failed and self._ended_well and self.find_rejoining():
+            # It exited with 0, but the others still needed it.
+            failed = [(rank, end, None) for rank, end in self._ended_well.items() if self._board.read(rank).operation != "done"]
         if failed:
             # Of several ranks that ended since the last look, prefer one that did not merely lose its peer.
             rank, end, account = min(failed, key=lambda entry: entry[2] is not None and entry[2].is_echo)

@@ -116,10 +116,10 @@ class Supervisor:
                 break
             self._look(_SPARE_POLL_SECONDS)
             self.raise_if_over()
-        rest = set(watch.living) - waiting
+        rest = set(watch.living) - (waiting & keeping)
         watch.end(rest)
         self._wait_for_ends(rest)
-        return {rank: handle for rank, handle in watch.living.items() if rank in waiting}
+        return {rank: handle for rank, handle in watch.living.items() if rank in waiting & keeping}
 
     def _wait_for_ends(self, ranks: set[int]) -> None:
         deadline = time.monotonic() + _END_SECONDS
@@ -144,7 +144,7 @@ class Supervisor:
                 self._board.admit(local_rank, self.attempt)
             for local_rank in new:
                 order = self._order(local_rank)
-                handles[local_rank] = self._starter.start(order, self._open_log(order.rank))
+                handles[local_rank] = self._starter.start(order, self._open_log(order.rank), self.raise_if_over)
                 self._watch.follow(handles)
         except StarterEndedError as error:
             self._watch.take_starter(error.end, error.words)

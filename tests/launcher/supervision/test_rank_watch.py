@@ -103,6 +103,16 @@ def test_ranks_that_end_well_are_no_failure(start: Start) -> None:
     assert ranks.look() is None and not ranks.watch.living
 
 
+def test_a_rank_that_exits_with_0_while_another_needs_it_is_a_failure(start: Start) -> None:
+    ranks = start(SLEEP, "pass")
+    Progress(ranks.board.line(1)).enter("gather_columns")
+    assert ranks.processes[1].wait(10) == 0
+    assert ranks.look() is None, "it may have done all that it had to"
+    Progress(ranks.board.line(0)).note_rejoining()
+    failure = ranks.wait_for_failure()
+    assert (failure.local_rank, failure.exit_code, failure.describe()) == (1, 0, "ended with exit code 0")
+
+
 def test_ranks_that_were_told_to_end_are_no_failure(start: Start) -> None:
     ranks = start(SLEEP, SLEEP)
     ranks.watch.end()
