@@ -129,7 +129,9 @@ class AutoModel:
 
 def _read_tokenizer(source: CheckpointSource) -> dict[str, Any]:
     """Return the tokenizer and its path; None if the checkpoint has no readable one, since only ids are required."""
-    path = source.tokenizer_path() or source.path
+    path = source.tokenizer_path()
+    if path is None:
+        return {}
     try:
         return {"tokenizer": read_tokenizer(path), "tokenizer_path": path}
     except CheckpointError:

@@ -144,6 +144,8 @@ class Settings:
     """Quantization settings."""
     vocab_file: str | None
     """Path of the tokenizer file."""
+    tokenizer_file: str | None
+    """Path of a tokenizer.json, for fast tokenizers without a vocab_file."""
     tandem: TandemSettings
     """Settings that MindFormers does not have."""
     ignored: tuple[str, ...]
@@ -258,6 +260,7 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         ),
         quantization=build_quantization(_find(model, "quantization_config")),
         vocab_file=_find(raw, "processor", "tokenizer", "vocab_file") or None,
+        tokenizer_file=_find(raw, "processor", "tokenizer", "tokenizer_file") or None,
         tandem=TandemSettings(**_said(own, _same_names(TandemSettings))),
         ignored=tuple(ignored),
         warnings=tuple(list_warnings(raw)),

@@ -93,7 +93,13 @@ class MindSporeFile:
     @property
     def notes(self) -> list[str]:
         """Notes for the user on how the checkpoint is read. If the order was given, compares it with sampled rows."""
-        return [*self._order.list_notes(), *self._notes]
+        tokenizer = self.tokenizer_path()
+        is_outside = tokenizer is not None and tokenizer not in self._folders
+        return [
+            *self._order.list_notes(),
+            *self._notes,
+            *([f"{self.path} holds no tokenizer: that of {tokenizer} is used"] if is_outside else []),
+        ]
 
     def examine_order(self) -> OrderEvidence | None:
         """Return the evidence of the fused weights' rows on their order; None if there are none."""
@@ -112,8 +118,9 @@ class MindSporeFile:
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """Return the folder of the file if it holds tokenizer.model or tokenizer.json."""
-        return next((f for f in self._folders if any((f / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))), None)
+        """Return the folder of the file, or the folder around the checkpoint's, if it holds tokenizer.model or tokenizer.json."""
+        folders = (*self._folders, self._folders[0].absolute().parent)
+        return next((f for f in folders if any((f / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))), None)
 
     def _read_config(self) -> dict[str, Any]:
         for folder in self._folders:

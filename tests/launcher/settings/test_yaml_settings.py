@@ -276,6 +276,28 @@ def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
             open_settings(None, checkpoint)
 
 
+def test_the_yaml_of_a_rank_folder_is_in_the_folder_around_it(tmp_path: Path) -> None:
+    file = tmp_path / "model" / "rank_0" / "x.ckpt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "model" / "a.yaml").write_text("seed: 3\nmodel: {model_config: {num_layers: 2}}")
+    for checkpoint in (file, file.parent, file.parent.parent):
+        assert open_settings(None, checkpoint).seed == 3
+    file.parent.rename(tmp_path / "model" / "other")
+    assert open_settings(None, tmp_path / "model" / "other").source == "no config"
+
+
+def test_of_several_yaml_files_the_one_that_predicts_is_used(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    for name, mode in (("a.yaml", "finetune"), ("b.yaml", "predict"), ("c.yaml", "eval")):
+        (tmp_path / name).write_text(f"run_mode: {mode}\nmodel: {{model_config: {{num_layers: 2}}}}")
+    for checkpoint in (tmp_path, tmp_path / "x.safetensors"):
+        assert open_settings(None, checkpoint).source == str(tmp_path / "b.yaml")
+    (tmp_path / "b.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"holds 2 MindFormers YAML files \(a\.yaml, c\.yaml\)"):
+        open_settings(None, tmp_path)
+
+
 def test_a_yaml_next_to_a_config_json_is_for_the_folder_and_not_for_a_file_in_it(tmp_path: Path) -> None:
     for name in ("x.ckpt", "model.gguf"):
         (tmp_path / name).touch()

@@ -120,8 +120,17 @@ def write_counters(folder: Path, tensors: Tensors) -> None:
         write_rank(folder, rank, {**part, "global_step": torch.tensor([7]), f"adam_m.extra_{rank}.weight": torch.ones(2, 2)})
 
 
+def write_flat_ranks(folder: Path, tensors: Tensors) -> None:
+    """All ranks and steps in one folder, told apart by their names."""
+    for rank, part in enumerate(cut(tensors, 2)):
+        for step, content in (("1_9", {name: tensor + 1 for name, tensor in part.items()}), ("2_10", part)):
+            write_ckpt(folder / f"llama_rank_{rank}-{step}.ckpt", content)
+    (folder / "ckpt_strategy_rank_0.ckpt").write_bytes(b"of another format")
+
+
 LAYOUTS = (
     write_steps,
+    write_flat_ranks,
     write_replicas,
     write_replicas_of_slices,
     write_stages,
@@ -212,6 +221,37 @@ def test_files_of_several_names_are_refused(ranks: Path) -> None:
     refuse(ranks, r"rank_1 holds 2 files of more than one name, llama_rank_1-1_2\.ckpt and other_rank_1-1_2\.ckpt among them")
     (ranks / "rank_1" / "other_rank_1-1_2.ckpt").rename(ranks / "rank_1" / "llama_rank_1_1-1_2.ckpt")
     refuse(ranks, r"rank_1 holds 2 files of step epoch 1 step 2")
+
+
+def test_files_of_ranks_in_one_folder_are_held_to_the_same_rules(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    parts = cut(make_float(), 2)
+    write_ckpt(folder / "llama_rank_1-1_2.ckpt", parts[1])
+    refuse(folder, "llama_rank_1-1_2.ckpt is one of them, but each tensor was cut into 2 slices")
+    write_ckpt(folder / "llama_rank_2-1_2.ckpt", parts[0])
+    refuse(folder, "flat holds a file of rank_2, but none of rank_0: copy the files of all ranks")
+    (folder / "llama_rank_2-1_2.ckpt").rename(folder / "llama_rank_0-2_2.ckpt")
+    refuse(folder, r"of different steps: .*llama_rank_0-2_2\.ckpt is epoch 2 step 2, .*llama_rank_1-1_2\.ckpt is epoch 1 step 2")
+
+
+def test_two_containers_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write_ckpt(tmp_path / "a.ckpt", make_float())
+    save_file(make_float(), tmp_path / "b.safetensors", metadata={"format": "ms"})
+    refuse(tmp_path, r"holds both a\.ckpt and b\.safetensors: leave only the \.ckpt or only the \.safetensors files in it")
+
+
+def test_the_tokenizer_may_be_in_the_folder_around_the_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    write_replicas(folder, make_float())
+    assert MindSporeFile(folder, CONFIG).tokenizer_path() is None
+    (tmp_path / "tokenizer.model").touch()
+    source = MindSporeFile(folder, CONFIG)
+    assert source.tokenizer_path() == tmp_path
+    assert source.notes == [f"{folder} holds no tokenizer: that of {tmp_path} is used"]
+    (folder / "tokenizer.model").touch()
+    for path in (folder, folder / "rank_0" / "checkpoint_0.ckpt"):
+        assert MindSporeFile(path, CONFIG).tokenizer_path() == folder
 
 
 def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
