@@ -151,7 +151,9 @@ _MODEL_CONFIG: Schema = {
     "repetition_penalty": _POSITIVE,
     "temperature": _POSITIVE,
     "quantization_config": _QUANTIZATION_CONFIG,
-    "extend_method": Value(types=(str,), choices=("LLAMA3",), hint="other ways of stretching the rotary positions are not supported"),
+    "extend_method": Value(
+        types=(str,), choices=("LLAMA3", "YARN", "linear", "PI", "NTK"), hint="other ways of scaling rotary positions are not supported"
+    ),
     "scaling_factor": Value(types=(float, dict)),
     "qkv_has_bias": _NO_BIAS,
     "add_qkv_bias": _NO_BIAS,

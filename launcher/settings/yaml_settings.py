@@ -170,7 +170,9 @@ class Settings:
     def _fill_model_values(self) -> dict[str, Any]:
         values = {**_MODEL_DEFAULTS, **self.model_values}
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
-        values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
+        # MindFormers computes rotary positions up to the larger one.
+        positions = [count for count in (self.max_position_embedding, self.seq_length) if count]
+        values["max_position_embeddings"] = max(positions, default=_DEFAULT_SEQ_LENGTH)
         return values
 
     def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:

@@ -75,8 +75,25 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ("model: {model_config: {compute_dtype: int8}}", "compute_dtype is 'int8' (str), but 'float32' or 'bfloat16' or 'float16' or None"),
         ("model: {model_config: {rms_norm_eps: 1e-5}}", "write a number with a point, as in 1.0e-5"),
         ("model: {model_config: {type: GPT2Config}}", "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or None is needed"),
-        ("model: {model_config: {extend_method: NTK}}", "extend_method is 'NTK' (str), but 'LLAMA3' or None is needed"),
-        ("model: {model_config: {extend_method: PI}}", "other ways of stretching the rotary positions are not supported"),
+        (
+            "model: {model_config: {extend_method: DYNAMIC_NTK}}",
+            "extend_method is 'DYNAMIC_NTK' (str), but 'LLAMA3' or 'YARN' or 'linear' or 'PI' or 'NTK' or None is needed; other ways of",
+        ),
+        ("model: {model_config: {extend_method: PI, scaling_factor: {factor: 2.0}}}", "but extend_method PI needs a number above 0"),
+        (
+            "model: {model_config: {extend_method: NTK, scaling_factor: 0}}",
+            "scaling_factor is 0, but extend_method NTK needs a number above",
+        ),
+        ("model: {model_config: {extend_method: linear, scaling_factor: 2.0}}", "but extend_method linear needs a mapping of factor"),
+        (
+            "model: {model_config: {extend_method: linear, scaling_factor: {factor: -1}}}",
+            "factor of rope_scaling is -1, but a number above 0",
+        ),
+        ("model: {model_config: {extend_method: YARN, scaling_factor: {factor: 2.0}}}", "scaling_factor lacks original_max_position_emb"),
+        (
+            "model: {model_config: {extend_method: YARN, scaling_factor: {truncate: True}}}",
+            "scaling_factor.truncate is not a known key; extend_method YARN has factor",
+        ),
         (
             "model: {model_config: {extend_method: LLAMA3}}",
             "scaling_factor is None, but extend_method LLAMA3 needs a mapping of factor, low_",
