@@ -49,7 +49,9 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, path: str, 
 def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> None:
     assert "tandem.qqqqqq is not a known key; no known key is similar" in refuse(tmp_path, "tandem: {qqqqqq: 1}")
     assert "17 is not a known key" in refuse(tmp_path, "17: x")
-    # Nothing of another section is guessed.
+    # Keys that share a word are no typos of each other, and nothing of another section is guessed.
+    assert "hidden_act is not a known key; no known key is similar" in refuse(tmp_path, "model: {model_config: {hidden_act: silu}}")
+    assert "num_shards is not a known key; no known key is similar" in refuse(tmp_path, "model: {model_config: {num_shards: 2}}")
     assert "hidden_sizes is not a known key; no known key is similar" in refuse(tmp_path, "hidden_sizes: 2")
     assert "trust_remote is not a known key; did you mean trust_remote_code?" in refuse(tmp_path, "trust_remote: True")
 
@@ -114,6 +116,18 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ),
         ("moe_config: {expert_num: 1, shared_expert_num: 2}", "but a dense model (expert_num 1) is needed"),
         ("model: {model_config: {moe_config: {expert_num: 8}}}", "model.model_config.moe_config is {'expert_num': 8}"),
+        (
+            "model: {model_config: {type: DeepseekV3Config, kv_lora_rank: 8}}",
+            "model.model_config.type is 'DeepseekV3Config', a mixture of exp",
+        ),
+        ("model: {arch: {type: InternVLChatModel}}", "model.arch.type is 'InternVLChatModel', a model of images and text, which is not"),
+        ("model: {model_config: {type: X, vision_model: {arch: {}}}}", "model.model_config.vision_model belongs to a model of images and"),
+        ("model: {model_config: {type: WhisperConfig}}", "'WhisperConfig', a speech model, which is not supported"),
+        ("model: {model_config: {type: ChatGLM2Config}}", "'ChatGLM2Config' (str), but 'LlamaConfig' or None is needed"),
+        (
+            "model: {model_config: {type: LlamaConfig}, arch: {type: Baichuan7BV2ForCausalLM, auto_register: x}}",
+            "model.arch.type is 'Baichuan7BV2ForCausalLM' (str), but 'LlamaForCausalLM' or",
+        ),
         ("model: {model_config: {moe_config: 8}}", "model.model_config.moe_config is 8 (int), but a dense model"),
         ("model: {model_config: {add_qkv_bias: True}}", "biases of the projections are not supported"),
         ("tandem: {fused_order: 1.5}", "tandem.fused_order is 1.5 (float), but 'auto' or '1.3' or '1.4'"),
