@@ -294,7 +294,7 @@ def _walk(raw: Any, schema: Schema, prefix: str) -> Iterator[tuple[str, Value | 
 def _suggest(key: str, schema: Schema, prefix: str) -> str:
     """Suggest a likely correction only: the same key in another section, or a typo or the start of a key in this section."""
     elsewhere = [path for path in _list_paths(SCHEMA, "") if path.rpartition(".")[2] == key]
-    near_here = difflib.get_close_matches(key, schema, n=1, cutoff=0.8 if len(key) > _SHORT else 0.6)
+    near_here = difflib.get_close_matches(key, schema, n=1, cutoff=0.85 if len(key) > _SHORT else 0.6)
     near_here += [name for name in schema if name.startswith(f"{key}_")]
     if len(elsewhere) == 1:
         return f"did you mean {elsewhere[0]}?"
