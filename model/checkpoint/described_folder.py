@@ -24,7 +24,7 @@ from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.spec.config import build_config, read_config
 from model.spec.quoting import quote, quote_name
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import LinearScheme, declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_names
 from parallel.errors import CheckpointError
@@ -85,9 +85,9 @@ class DescribedFolder:
             info = self._stored[source][1].info
             sample = convert(torch.empty((0, *info.shape[1:]), dtype=info.dtype))
             self.tensors[name] = TensorInfo((*info.shape[:1], *sample.shape[1:]), sample.dtype)
-        linear = next((_FORMS[form] for form in forms.values() if _FORMS[form] is not None), None)
-        ignore = tuple(name for name, form in forms.items() if _FORMS[form] is None) if linear else ()
-        self.config: dict[str, Any] = declare_scheme(config, Scheme(linear, ignore))
+        quantized = {name: linear for name, form in forms.items() if (linear := _FORMS[form]) is not None}
+        ignore = tuple(name for name in forms if name not in quantized) if quantized else ()
+        self.config: dict[str, Any] = declare_scheme(config, group_linears(quantized, ignore))
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor."""
@@ -122,13 +122,6 @@ class DescribedFolder:
                     f"{self.path} stores {linear} as {quote(form)}, but only {', '.join(_FORMS)} can be read: quantize to one of them"
                 )
             forms[linear] = form
-        used = sorted({form for form in forms.values() if form != "FLOAT"})
-        if len(used) > 1:
-            examples = [next(name for name, form in forms.items() if form == one) for one in used]
-            raise CheckpointError(
-                f"{self.path} stores {examples[0]} as {used[0]} and {examples[1]} as {used[1]}, but one form for all quantized linears "
-                "is supported"
-            )
         return forms
 
     def _add_linears(self, forms: Mapping[str, str]) -> set[str]:

@@ -30,7 +30,7 @@ from model.checkpoint.mindspore_order import FusedRows
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header
 from model.spec.config import read_config
-from model.spec.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.scheme import KV_CACHE_KEY, LinearScheme, declare_scheme, group_linears, read_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
@@ -197,6 +197,8 @@ class MindSporeFile:
                 if "weight_zero" in roles:
                     self._check_zero(roles["weight_zero"])
                 self._add(f"{full}.weight_scale", roles["weight_scale"], rows_axis, part, make_column)
+                if "smooth_scale" in roles:
+                    self._add(f"{full}.smooth_scale", roles["smooth_scale"], 0 if row_parallel else None, None, _invert)
             elif form is not None:
                 if len(dims := self._parts[roles["dequant_scale"]][0][1].dims) != 1:
                     raise CheckpointError(f"{roles['dequant_scale']} has the shape {list(dims)}, but one scale for each row is needed")
@@ -297,17 +299,8 @@ class MindSporeFile:
         return zero_points[:1].clone()
 
     def _add_scheme(self, forms: Mapping[str, LinearScheme | None]) -> None:
-        quantized: list[LinearScheme] = []
-        for form in forms.values():
-            if form is not None and form not in quantized:
-                quantized.append(form)
-        if len(quantized) > 1:
-            names = [next(name for name, form in forms.items() if form == one) for one in quantized]
-            raise CheckpointError(
-                f"{self.path} stores {names[0]} as {quantized[0].name} and {names[1]} as {quantized[1].name}, but one form for all "
-                "quantized linears is supported"
-            )
-        if quantized and quantized[0].activation == "token":
+        quantized = {name: form for name, form in forms.items() if form is not None}
+        if any(form.activation == "token" for form in quantized.values()):
             self._notes.append(
                 f"{self.path} holds scales without zero points: Golden Stick 1.0, activations rounded to int8 for each token (A8W8 dynamic)"
             )
@@ -316,7 +309,7 @@ class MindSporeFile:
         # config.json may be that of the original checkpoint; only per-token scales are not stored.
         declared = read_scheme({KV_CACHE_KEY: self.config.get(KV_CACHE_KEY)}).kv_cache
         kv_cache = "channel" if has_cache else declared if declared == "token" else None
-        self.config = declare_scheme(self.config, Scheme(quantized[0] if quantized else None, ignore, kv_cache))
+        self.config = declare_scheme(self.config, group_linears(quantized, ignore, kv_cache))
 
     def _add_dtype(self) -> None:
         if self.config.get("dtype") or self.config.get("torch_dtype"):
@@ -325,6 +318,11 @@ class MindSporeFile:
         first = next((name for name in ("model.embed_tokens.weight", *names) if name in self.tensors), None)
         if first is not None:
             self.config["torch_dtype"] = str(self.tensors[first].dtype).removeprefix("torch.")
+
+
+def _invert(factors: torch.Tensor) -> torch.Tensor:
+    """Return the divisors for factors of the inputs."""
+    return 1.0 / factors.float()
 
 
 def list_config_folders(path: Path) -> list[Path]:

@@ -316,9 +316,11 @@ def test_scales_alone_mean_activations_rounded_for_each_token(tmp_path: Path, we
     source = MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
     assert read_scheme(source.config).name == "rtn-a16w8"
     assert source.notes == []
-    tensors["model.layers.0.attention.wq.smooth_scale"] = torch.ones(64)
-    with pytest.raises(CheckpointError, match=r"wq\.smooth_scale.*, which is no form"):
-        MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
+    # Golden Stick 1.0 writes it below `_layer.matmul`.
+    for name in ("smooth_scale", "_input_quantizer.smooth_scale"):
+        changed = {**tensors, f"model.layers.0.attention.wq.{name}": torch.ones(64)}
+        with pytest.raises(CheckpointError, match=r"wq\..*smooth_scale.*, which is no form"):
+            MindSporeFile(write_ckpt(tmp_path / "x.ckpt", changed), CONFIG)
 
 
 REAL = (
