@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
-from model.checkpoint.hf_folder import check_link, untie_head
+from model.checkpoint.hf_folder import untie_head
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.spec.config import build_config, read_config
@@ -243,6 +243,4 @@ def _find_files(path: Path) -> list[Path]:
             raise CheckpointError(
                 f"{indexes[0]} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
             )
-    for file in files:
-        check_link(file)
     return files

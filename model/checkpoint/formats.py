@@ -11,7 +11,7 @@ from model.checkpoint.described_folder import DescribedFolder, is_described
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
+from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, check_link, list_shards
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
@@ -133,13 +133,17 @@ def find_format(path: Path) -> str:
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
     """Open a checkpoint of any registered format. A folder with a single GGUF file is treated as that file.
 
-    Raises CheckpointError for unreadable files, and the errors of the formats.
+    Raises CheckpointError for unreadable files and for links that lead out of a folder, and the errors of the formats.
     """
-    options = options or OpenOptions()
+    options, folder = options or OpenOptions(), path
     inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
         path = inside[0]
-    return FORMATS[options.format or find_format(path)].open(path, options)
+    source = FORMATS[options.format or find_format(path)].open(path, options)
+    if folder.is_dir():
+        for file in source.files:
+            check_link(file, follow_links=options.follow_links, folder=folder)
+    return source
 
 
 def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:

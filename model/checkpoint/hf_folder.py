@@ -128,14 +128,14 @@ def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTe
     return True
 
 
-def check_link(file: Path, *, follow_links: bool = False) -> None:
-    """Raise CheckpointError for a link that leads out of its folder, unless `follow_links`.
+def check_link(file: Path, *, follow_links: bool = False, folder: Path | None = None) -> None:
+    """Raise CheckpointError for a link that leads out of the checkpoint's `folder` (default: the file's own), unless `follow_links`.
 
     Always allowed are links within the folder, and links from a snapshot of the Hugging Face cache to the blobs of the same model.
     """
     if follow_links:
         return
-    folder, target = file.parent.resolve(), file.resolve()
+    folder, target = (folder or file.parent).resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
         raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file here, or give --follow-links")
