@@ -46,6 +46,8 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 """Required tensors of a linear of each form."""
 _OPTIONAL = ("weight_offset", "weight_scale")
 _INDEX_SUFFIX = ".safetensors.index.json"
+_OWN_FILES = ("quant",)
+"""Start of the names that Golden Stick and ModelSlim give to files of weights."""
 _SAMPLED_ROWS = 4
 
 
@@ -221,26 +223,36 @@ def _read_description(path: Path) -> dict[str, str]:
 
 
 def _find_files(path: Path) -> list[Path]:
-    """Return the files of the index, or else all files."""
-    indexes = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
+    """Return the files of the index, or else all files; those of the quantizer, where a folder also holds the original's."""
     files = sorted(path.glob("*.safetensors"))
-    if indexes:
-        try:
-            weight_map = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(f"{indexes[0]} has no readable weight_map") from None
-        outside = next((file for file in names.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", file)), None)
-        if outside is not None:
-            raise CheckpointError(f"{indexes[0]} names {quote(outside)}, which is no safetensors file of its folder")
-        files = [path / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {quote_name(missing[0])} first: copy them")
-        headers = {file.name: read_header(file) for file in files}
-        wrong = [name for name, file in names.items() if name not in headers[file]]
-        if wrong:
-            raise CheckpointError(
-                f"{indexes[0]} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
-            )
+    own = [file for file in files if file.name.startswith(_OWN_FILES)]
+    maps = {index: _read_weight_map(index) for index in sorted(path.glob(f"*{_INDEX_SUFFIX}"))}
+    whole = {index: names for index, names in maps.items() if all((path / name).is_file() for name in names.values())}
+    if len(whole) > 1:
+        whole = {index: names for index, names in whole.items() if all(name.startswith(_OWN_FILES) for name in names.values())} or whole
+    if not maps or (own and not any(name.startswith(_OWN_FILES) for names in maps.values() for name in names.values())):
+        return own or files
+    index, names = next(iter((whole or maps).items()))
+    files = [path / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {quote_name(missing[0])} first: copy them")
+    headers = {file.name: read_header(file) for file in files}
+    wrong = [name for name, file in names.items() if name not in headers[file]]
+    if wrong:
+        raise CheckpointError(
+            f"{index} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
+        )
     return files
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{index} has no readable weight_map") from None
+    outside = next((file for file in names.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", file)), None)
+    if outside is not None:
+        raise CheckpointError(f"{index} names {quote(outside)}, which is no safetensors file of its folder")
+    return names

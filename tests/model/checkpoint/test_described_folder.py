@@ -170,6 +170,22 @@ def test_linears_of_several_forms_are_read_as_each_is_stored(tmp_path: Path) -> 
     assert compare_tensors(plan_weights(config, scheme), source.tensors, tied=False).describe() == ""
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_files_of_the_original_are_left_out(tmp_path: Path, index: bool) -> None:
+    """ModelSlim's output may be written into the folder of the original, whose index may be copied without its files."""
+    tensors = make("W8A16")
+    expected = DescribedFolder(write(tmp_path / "alone", tensors, "W8A16")).tensors
+    folder = write(tmp_path / "model", tensors, "W8A16", files=2, index=index)
+    if index:
+        (folder / "model.safetensors.index.json").rename(folder / "quant_model_weights.safetensors.index.json")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    assert DescribedFolder(folder).tensors == expected
+    save_file({"lm_head.weight": torch.zeros(40, 32)}, folder / "model-1.safetensors")
+    source = DescribedFolder(folder)
+    assert source.tensors == expected
+    assert torch.equal(read(source, "lm_head.weight"), tensors["lm_head.weight"])
+
+
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", make("W8A16"), "W8A16", files=2, index=True)
     description = folder / "quantization_description.json"

@@ -34,6 +34,7 @@ from tests.model.mindspore_files import (
     entry,
     field,
     fuse,
+    interleave,
     make_a8w8,
     make_float,
     make_plain,
@@ -301,7 +302,7 @@ def test_leftovers_are_dropped_and_unknown_names_stay(tmp_path: Path) -> None:
     source = MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
     config = build_config(source.config)
     report = compare_tensors(plan_weights(config, Scheme()), source.tensors, tied=False)
-    assert report.describe() == "2 unexpected: model.layers.0.attention.wq.bias, something.else"
+    assert report.describe() == "2 unexpected: something.else, model.layers.0.self_attn.q_proj.bias"
     assert "quantization_config" not in source.config
 
 
@@ -490,6 +491,27 @@ def test_inputs_are_multiplied_by_smooth_scales(tmp_path: Path, build_model: Cal
     found = ours.logits_local(ours([Span(ours.build_cache(len(ids)), ids)]))
     error = (found - expected_logits).norm() / expected_logits.norm()
     assert error < (0.05 if dynamic else 1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_biases_follow_the_rows_of_their_linears(tmp_path: Path, quantized: bool) -> None:
+    tensors = make_rtn() if quantized else make_float()
+    for layer in range(2):
+        for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo"):
+            tensors[f"model.layers.{layer}.{name}.{'_handler.bias' if quantized else 'bias'}"] = torch.randn(LINEARS[name][0])
+    config = CONFIG | {"attention_bias": True}
+    whole = MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), config)
+    check_complete(whole)
+    for ours, theirs in linear_pairs():
+        if "attention" in ours:
+            bias = tensors[f"{ours}.{'_handler.bias' if quantized else 'bias'}"]
+            assert torch.equal(read_all(whole, f"{theirs}.bias"), bias)
+    ranks = write_ranks(tmp_path / "ranks", cut(tensors, 2))
+    check_same(MindSporeFile(ranks, config), whole)
+    for order, fused in (("1.3", fuse(tensors)), ("1.4", interleave(fuse(tensors), 4, 2))):
+        check_same(MindSporeFile(write_ckpt(tmp_path / f"{order}.ckpt", fused), config, fused_order=order), whole)
+    folder = write_ranks(tmp_path / "fused", [interleave(fuse(part), 2, 1) for part in cut(tensors, 2)])
+    check_same(MindSporeFile(folder, config, fused_order="1.4"), whole)
 
 
 # ---- folders of ranks
