@@ -106,7 +106,8 @@ def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
         if shared:
             differing = sorted(rank.names ^ before.names)
             raise CheckpointError(
-                f"{rank.file} and {before.file} differ in {len(differing)} names, {differing[0]} first: give the files of one run"
+                f"{rank.file} and {before.file} differ in {len(differing)} names, {differing[0]} first: give the files of one run, saved "
+                "with remove_redundancy False"
             )
         stages.append([rank])
     sizes = {len(stage) for stage in stages}
@@ -120,6 +121,8 @@ def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
 
 def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, Any]) -> int:
     """Return the number of ranks of a stage that share each tensor, from the shapes of tensors that are always sliced; all if unclear."""
+    if len(stage) > 1:
+        _check_rows(stage[0], config)
     found = [_compare_shape(name, stored, config, linear) for linear in _ROW_PARALLEL for name, (_, stored) in stage[0].parts.items()]
     slices = next((one for one in found if one is not None), None)
     if slices is None:
@@ -131,6 +134,20 @@ def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, An
             f"{holder} {have}, but each tensor was cut into {slices} slices: give the folder that holds the rank_N folders of all {slices}"
         )
     return slices
+
+
+def _check_rows(rank: _Rank, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the rows of tensors that are cut by their columns are cut too: over data-parallel ranks."""
+    hidden, width = config.get("hidden_size"), config.get("intermediate_size")
+    for name, (_, stored) in rank.parts.items():
+        if not name.endswith("feed_forward.w2.weight") or len(stored.dims) != 2 or not type(hidden) is type(width) is int:
+            continue
+        rows, columns = stored.dims
+        if 0 < rows < hidden and hidden % rows == 0 and columns and width % columns == 0:
+            raise CheckpointError(
+                f"{name} has {rows} of {hidden} rows: this checkpoint was cut over data-parallel ranks too (enable_parallel_optimizer), "
+                "which is not supported; merge it with MindSpore's transform_checkpoints first"
+            )
 
 
 def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], linear: str) -> int | None:

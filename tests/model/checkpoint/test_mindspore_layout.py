@@ -265,6 +265,13 @@ def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path, r"w1\.weight differs in .*, which hold the same slice of the model: give the files of one run")
 
 
+def test_weights_cut_by_the_parallel_optimizer_are_refused(tmp_path: Path) -> None:
+    for rank in range(4):
+        whole = cut(make_float(), 2)[rank % 2]
+        write_rank(tmp_path, rank, {n: t.chunk(2)[rank // 2].contiguous() if t.dim() > 1 else t for n, t in whole.items()})
+    refuse(tmp_path, r"w2\.weight has 32 of 64 rows: this checkpoint was cut over data-parallel ranks too \(enable_parallel_optimizer\)")
+
+
 def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     first, second = split_stages(make_float())
     write_rank(tmp_path, 0, first)
