@@ -100,7 +100,7 @@ class Run:
                 f"no tokenizer: neither tokenizer.model nor tokenizer.json is {place} {source.path}; put one there, or name it as "
                 "processor.tokenizer.vocab_file in the YAML"
             )
-        return read_tokenizer_of(path or source.path, self.opened.config)
+        return read_tokenizer_of(path or source.path, self.opened.config, self.settings)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -109,9 +109,12 @@ class Run:
         return locate_tokenizer(self.settings, source.tokenizer_path()) or source.path
 
 
-def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
-    """Read the tokenizer in `path`. Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model."""
-    tokenizer = read_tokenizer(path)
+def read_tokenizer_of(path: Path, config: LlamaConfig, settings: Settings) -> Tokenizer:
+    """Read the tokenizer in `path` with the settings of the YAML.
+
+    Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model.
+    """
+    tokenizer = read_tokenizer(path, add_bos=settings.add_bos_token, add_eos=settings.add_eos_token)
     # Added tokens may exceed the vocabulary: many checkpoints add a padding token without an embedding row. Prompts are checked separately.
     if tokenizer.base_size > config.vocab_size:
         raise CheckpointError(

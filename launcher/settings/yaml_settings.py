@@ -146,6 +146,10 @@ class Settings:
     """Path of the tokenizer file."""
     tokenizer_file: str | None
     """Path of a tokenizer.json, for fast tokenizers without a vocab_file."""
+    add_bos_token: bool | None
+    """Whether texts begin with the begin token; None: as the tokenizer's files say."""
+    add_eos_token: bool | None
+    """Whether texts end with the end token."""
     tandem: TandemSettings
     """Settings that MindFormers does not have."""
     ignored: tuple[str, ...]
@@ -263,6 +267,8 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         quantization=build_quantization(_find(model, "quantization_config")),
         vocab_file=_find(raw, "processor", "tokenizer", "vocab_file") or None,
         tokenizer_file=_find(raw, "processor", "tokenizer", "tokenizer_file") or None,
+        add_bos_token=_find(raw, "processor", "tokenizer", "add_bos_token"),
+        add_eos_token=_find(raw, "processor", "tokenizer", "add_eos_token"),
         tandem=TandemSettings(**_said(own, _same_names(TandemSettings))),
         ignored=tuple(ignored),
         warnings=tuple(list_warnings(raw)),

@@ -316,6 +316,14 @@ def test_a_scaling_that_differs_from_the_checkpoint_is_named(tmp_path: Path) -> 
             read_model(tmp_path, extend_method=method, scaling_factor=factor).compare_model_config(config, "here")
 
 
+def test_begin_and_end_tokens_of_the_tokenizer_are_read(tmp_path: Path) -> None:
+    """The YAML files of Yi ask for none."""
+    settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: False, add_eos_token: True}}")
+    assert (settings.add_bos_token, settings.add_eos_token) == (False, True)
+    settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: None, type: LlamaTokenizer}}")
+    assert (settings.add_bos_token, settings.add_eos_token) == (None, None)
+
+
 def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").touch()
     (tmp_path / "recipe.yaml").write_text("seed: 2")  # of another program: it has no model
