@@ -77,7 +77,7 @@ def _is_compressed_tensors(path: Path) -> bool:
 
 
 def _open_folder(path: Path, options: OpenOptions) -> HuggingFaceFolder:
-    return HuggingFaceFolder(path, follow_links=options.follow_links)
+    return HuggingFaceFolder(path, follow_links=options.follow_links, values=options.values)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -30,10 +30,11 @@ _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 class HuggingFaceFolder:
     """A folder opened by reading its headers. Raises CheckpointError for missing or truncated files, ConfigError for config.json."""
 
-    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
-        """`follow_links`: whether weights may be outside the folder, see `check_link`."""
+    def __init__(self, path: Path, *, follow_links: bool = False, values: Mapping[str, Any] | None = None) -> None:
+        """`follow_links`: whether weights may be outside the folder, see `check_link`. `values`: those of config.json if there is none."""
         self.path = path
-        self.config = read_config(path / "config.json")
+        is_described = values is None or (path / "config.json").exists()
+        self.config = read_config(path / "config.json") if is_described else dict(values or {})
         check_method(path, self.config)
         self.files = _weight_files(path, follow_links=follow_links)
         self.checksums = read_sha256sums(path, self.files)
@@ -48,6 +49,8 @@ class HuggingFaceFolder:
         names = find_names(self._stored, path)
         self._stored = {names[name]: stored for name, stored in self._stored.items()}
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
+        if not is_described and (embedding := self.tensors.get("model.embed_tokens.weight")):
+            self.config.setdefault("torch_dtype", embedding.dtype_name)
         self.notes = untie_head(self.config, self._stored, path)
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
