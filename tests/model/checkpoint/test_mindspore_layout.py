@@ -128,8 +128,18 @@ def write_flat_ranks(folder: Path, tensors: Tensors) -> None:
     (folder / "ckpt_strategy_rank_0.ckpt").write_bytes(b"of another format")
 
 
+def write_spread_replicas(folder: Path, tensors: Tensors) -> None:
+    """remove_redundancy: each of two replicas of two slices writes a part of what they share, and one rank what all share."""
+    slices, whole = cut(tensors, 2), [name for name in tensors if "norm" in name]
+    for rank in range(4):
+        mine = {name: tensor for number, (name, tensor) in enumerate(slices[rank % 2].items()) if number % 2 == rank // 2}
+        kept = {name: tensor for name, tensor in mine.items() if name not in whole or whole.index(name) % 4 == rank}
+        write_rank(folder, rank, kept | {name: tensors[name] for place, name in enumerate(whole) if place % 4 == rank})
+
+
 LAYOUTS = (
     write_steps,
+    write_spread_replicas,
     write_flat_ranks,
     write_replicas,
     write_replicas_of_slices,
