@@ -4,6 +4,7 @@ MindFormers numbers ranks by stage, then replica, then slice. Depends on names, 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
 from model.checkpoint.mindspore_names import LEFTOVERS, split_name
 from model.checkpoint.mindspore_names import ROW_PARALLEL as _ROW_PARALLEL
 from model.checkpoint.mindspore_rows import RowRuns, build_block
+from model.checkpoint.mindspore_shards import count_shards, is_sharded, join_shards
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -72,7 +74,8 @@ def arrange_ranks(
         return _join_by_name(ranks, config, encrypted, reader)
     parts: dict[str, Sequence[Part]] = {}
     num_slices = 0
-    for stage in stages:
+    for ranks_of_stage in stages:
+        stage = _merge_shards(ranks_of_stage, config, encrypted, reader)
         slices = _find_num_slices(path, stage, config)
         if num_slices and slices != num_slices:
             raise CheckpointError(
@@ -158,10 +161,43 @@ def _is_whole(name: str, rank: _Rank, config: Mapping[str, Any]) -> bool:
     return rest in _NORMS or (rest in _VOCABULARY and rank.parts[name][1].dims[0] == config.get("vocab_size"))
 
 
+def _merge_shards(
+    stage: Sequence[_Rank], config: Mapping[str, Any], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
+) -> Sequence[_Rank]:
+    """Return the ranks of a stage with the shards of the parallel optimizer joined: one rank for each slice."""
+    shards, slices = count_shards(stage[0].parts, config)
+    if shards == 1 or len(stage) == 1:
+        return stage
+    if len(stage) != shards * slices:
+        raise CheckpointError(
+            f"{stage[0].file} holds 1/{shards} of the rows of each of {slices} slices (enable_parallel_optimizer): {shards * slices} ranks "
+            f"are needed, but there are {len(stage)}: copy the folders of all ranks"
+        )
+    merged = []
+    for number in range(slices):
+        group = stage[number::slices]
+        _check_copies(group, encrypted, reader)
+        rank = copy(group[0])
+        rank.parts = dict(group[0].parts)
+        for name in sorted(rank.names):
+            found = [one.parts[name] for one in group]
+            _check_types(name, found)
+            is_cut = is_sharded(name, found[0], shards, slices, config)
+            if is_cut is None:
+                is_cut = not all(
+                    torch.equal(_read_ends(*found[0], encrypted, reader), _read_ends(*one, encrypted, reader)) for one in found
+                )
+            if is_cut:
+                rank.parts[name] = join_shards(found)
+            else:
+                for one in found[1:]:
+                    _check_alike(name, found[:1], [one], encrypted, reader)
+        merged.append(rank)
+    return merged
+
+
 def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, Any]) -> int:
     """Return the number of ranks of a stage that share each tensor, from the shapes of tensors that are always sliced; all if unclear."""
-    if len(stage) > 1:
-        _check_rows(stage[0], config)
     found = [_compare_shape(name, stored, config, linear) for linear in _ROW_PARALLEL for name, (_, stored) in stage[0].parts.items()]
     slices = next((one for one in found if one is not None), None)
     if slices is None:
@@ -173,20 +209,6 @@ def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, An
             f"{holder} {have}, but each tensor was cut into {slices} slices: give the folder that holds the rank_N folders of all {slices}"
         )
     return slices
-
-
-def _check_rows(rank: _Rank, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if the rows of tensors that are cut by their columns are cut too: over data-parallel ranks."""
-    hidden, width = config.get("hidden_size"), config.get("intermediate_size")
-    for name, (_, stored) in rank.parts.items():
-        if not name.endswith("feed_forward.w2.weight") or len(stored.dims) != 2 or not type(hidden) is type(width) is int:
-            continue
-        rows, columns = stored.dims
-        if 0 < rows < hidden and hidden % rows == 0 and columns and width % columns == 0:
-            raise CheckpointError(
-                f"{name} has {rows} of {hidden} rows: this checkpoint was cut over data-parallel ranks too (enable_parallel_optimizer), "
-                "which is not supported; merge it with MindSpore's transform_checkpoints first"
-            )
 
 
 def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], linear: str) -> int | None:

@@ -24,6 +24,8 @@ from tests.model.mindspore_files import (
     check_complete,
     check_same,
     cut,
+    fuse,
+    interleave,
     make_float,
     make_plain,
     make_rtn,
@@ -275,11 +277,38 @@ def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path, r"w1\.weight differs in .*, which hold the same slice of the model: give the files of one run")
 
 
-def test_weights_cut_by_the_parallel_optimizer_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("replicas", "slices"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("form", ["separate", "1.3", "1.4"])
+def test_rows_cut_by_the_parallel_optimizer_are_joined(tmp_path: Path, replicas: int, slices: int, form: str) -> None:
+    tensors = make_float()
+    expected = MindSporeFile(write_ckpt(tmp_path / "whole.ckpt", tensors), CONFIG)
+    folder = tmp_path / "shards"
+    for number, part in enumerate(cut(tensors, slices)):
+        content = part if form == "separate" else fuse(part) if form == "1.3" else interleave(fuse(part), 4 // slices, 2 // slices)
+        for replica in range(replicas):
+            # Small tensors stay whole.
+            mine = {name: tensor.chunk(replicas)[replica].contiguous() if tensor.dim() > 1 else tensor for name, tensor in content.items()}
+            write_rank(folder, replica * slices + number, mine)
+    source = MindSporeFile(folder, CONFIG, fused_order=None if form == "separate" else form)
+    check_complete(source)
+    check_same(source, expected)
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
     for rank in range(4):
-        whole = cut(make_float(), 2)[rank % 2]
-        write_rank(tmp_path, rank, {n: t.chunk(2)[rank // 2].contiguous() if t.dim() > 1 else t for n, t in whole.items()})
-    refuse(tmp_path, r"w2\.weight has 32 of 64 rows: this checkpoint was cut over data-parallel ranks too \(enable_parallel_optimizer\)")
+        write_rank(tmp_path, rank, {n: t.chunk(4)[rank].contiguous() if t.dim() > 1 else t for n, t in make_float().items()})
+    assert MindSporeFile(tmp_path, CONFIG).tensors
+    shutil.rmtree(tmp_path / "rank_3")
+    refuse(tmp_path, r"holds 1/4 of the rows of each of 1 slices \(enable_parallel_optimizer\): 4 ranks are needed, but there are 3")
+    shutil.copytree(tmp_path / "rank_0", tmp_path / "rank_3")
+    refuse(tmp_path, r"rank_0/checkpoint_0\.ckpt and .*rank_3/checkpoint_0\.ckpt hold the same slice of each tensor")
+    shutil.rmtree(tmp_path / "rank_3")
+    for rank in range(4):
+        parts = {n: t.chunk(4)[rank].contiguous() if t.dim() > 1 else t for n, t in make_float().items()}
+        write_rank(tmp_path, rank, parts | {"model.layers.0.attention.wq.weight": torch.randn(13, 64)})
+    refuse(
+        tmp_path, r"wq\.weight has 13 rows, but 64 of each slice, or 1/4 of them, are needed: this checkpoint was cut over data-parallel"
+    )
 
 
 def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
