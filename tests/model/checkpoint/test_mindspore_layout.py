@@ -13,6 +13,7 @@ from launcher.settings.yaml_settings import read_settings
 from model.checkpoint.formats import OpenOptions, find_format, open_checkpoint
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.mindspore_file import MindSporeFile
+from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import LinearScheme, Scheme, read_scheme
 from model.spec.weights import plan_weights
@@ -180,9 +181,14 @@ def test_every_layout_gives_the_tensors_of_one_file(
         for rank in range(2):
             source.read_rows(reader, name, *spec.rows(rank, 2))
     total = reader.read_bytes
-    reader.close()
     once = sum(info.num_bytes for info in source.tensors.values())
     assert total <= 1.05 * once
+    # It is resharded, reading everything once.
+    assert write_rank_files(source, build_config(source.config), read_scheme(source.config), 2, tmp_path / "two") <= 1.05 * once
+    two = open_checkpoint(tmp_path / "two")
+    for name, info in source.tensors.items():
+        assert torch.equal(two.read_rows(reader, name, 0, info.shape[0]), read_all(source, name))
+    reader.close()
 
 
 @pytest.fixture
