@@ -262,7 +262,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
     opened = run.opened
-    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    stored = {name: info.form for name, info in opened.source.tensors.items()}
     if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)

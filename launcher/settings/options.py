@@ -13,7 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
-FormatName = Literal["ranks", "modelslim", "gptq", "awq", "compressed-tensors", "hf", "meta", "gguf", "mindspore"]
+FormatName = Literal["ranks", "modelslim", "gptq", "awq", "fp8", "compressed-tensors", "hf", "meta", "gguf", "mindspore"]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
@@ -44,7 +44,9 @@ class CheckpointOptions:
     format: Annotated[
         FormatName | None,
         option(
-            "--from", help="ranks, modelslim, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: detected.", panel=MODEL
+            "--from",
+            help="ranks, modelslim, gptq, awq, fp8, compressed-tensors, hf, meta, gguf or mindspore. Default: detected.",
+            panel=MODEL,
         ),
     ] = None
     key_file: Annotated[

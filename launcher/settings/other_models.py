@@ -6,6 +6,7 @@ Without this, the first key that only such a model has would be reported as unkn
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launcher.settings.yaml_family import list_names
 from parallel.errors import ConfigError
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -18,7 +19,6 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 """Parts of lower-case class names, by what the model is."""
 _IMAGE_KEYS = ("vision_model", "vision_config", "vision_encoder", "llm_model", "text_model")
 _EXPERT_KEYS = ("expert_num", "num_experts", "num_local_experts", "n_routed_experts", "routed_expert_num", "shared_expert_num")
-_SUPPORTED = ("LlamaConfig", "LlamaForCausalLM", "ParallelLlamaForCausalLM")
 
 
 def check_model(raw: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def check_model(raw: Mapping[str, Any]) -> None:
             raise ConfigError(f"model.model_config.{key} belongs to a model of images and text, which is not supported")
     for path, name in _list_classes(model):
         found = next((what for what, words in _NEEDS.items() if any(word in name.lower() for word in words)), None)
-        if found and name not in _SUPPORTED:
+        if found and name not in (*list_names("Config"), *list_names("ForCausalLM")):
             raise ConfigError(f"{path} is {name!r}, {found}, which is not supported")
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, get_args
 
 from launcher.settings.options import CollectivesName, Device
 from launcher.settings.other_models import check_model, count_experts
+from launcher.settings.yaml_family import list_names
+from launcher.settings.yaml_null import is_null
 from model.spec.config import DTYPES
 from parallel.errors import ConfigError
 
@@ -101,7 +103,7 @@ _NATURAL = Value(types=(int,), at_least=0)
 _POSITIVE = Value(types=(float,), above=0)
 _DTYPE = Value(types=(str,), choices=tuple(DTYPES))
 
-_NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the projections are not supported")
+_NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the output projection are not supported")
 _DENSE = Ignored(
     only=Value(
         types=(dict,),
@@ -128,7 +130,7 @@ _QUANTIZATION_CONFIG: Schema = {
 }
 
 _MODEL_CONFIG: Schema = {
-    "type": Value(types=(str,), choices=("LlamaConfig",)),
+    "type": Value(types=(str,), choices=list_names("Config")),
     "seq_length": _COUNT,
     "hidden_size": _COUNT,
     "num_layers": _COUNT,
@@ -160,8 +162,8 @@ _MODEL_CONFIG: Schema = {
         types=(str,), choices=("LLAMA3", "YARN", "linear", "PI", "NTK"), hint="other ways of scaling rotary positions are not supported"
     ),
     "scaling_factor": Value(types=(float, dict)),
-    "qkv_has_bias": _NO_BIAS,
-    "add_qkv_bias": _NO_BIAS,
+    "qkv_has_bias": _FLAG,
+    "add_qkv_bias": _FLAG,
     "attn_proj_has_bias": _NO_BIAS,
     "moe_config": _DENSE,
     "pet_config": Ignored(warning="adapters are not supported, so the base model runs alone"),
@@ -200,7 +202,7 @@ SCHEMA: Schema = {
     },
     "model": {
         "model_config": _MODEL_CONFIG,
-        "arch": {"type": Value(types=(str,), choices=("LlamaForCausalLM", "ParallelLlamaForCausalLM")), "auto_register": _CUSTOM_CODE},
+        "arch": {"type": Value(types=(str,), choices=list_names("ForCausalLM")), "auto_register": _CUSTOM_CODE},
     },
     "processor": {
         "tokenizer": {
@@ -245,11 +247,6 @@ SCHEMA: Schema = {
     ),
 }
 """All known keys of the file, nested as in the file."""
-
-
-def is_null(value: Any) -> bool:
-    """Return whether a value is unset: null, or the word None, which YAML parses as text."""
-    return value is None or value == "None"
 
 
 def check_keys(raw: Mapping[str, Any]) -> list[str]:

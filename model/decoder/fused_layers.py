@@ -101,7 +101,7 @@ class FusedLayers:
     def fits(layers: Iterable[Any]) -> bool:
         """Return whether these layers meet the requirements."""
         names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-        return all(_is_plain(getattr(layer, name)) for layer in layers for name in names)
+        return all(layer.is_fusible and all(_is_plain(getattr(layer, name)) for name in names) for layer in layers)
 
     def run(self, hidden: torch.Tensor, batch: Batch, part: StoreRows) -> torch.Tensor | None:
         """Run all layers on `hidden` [tokens, H] in place and return the delta left to add to it; None if the collectives do not support

@@ -13,6 +13,7 @@ from torch import nn
 
 from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
 from model.backends.interface import Backend
+from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
 from model.spec.scheme import LinearScheme, run_as_one
 
@@ -145,6 +146,8 @@ def build_linear(
     scheme = schemes[0]
     if scheme is None:
         return ColumnParallelLinear(in_features, blocks, dtype, backend)
+    if scheme.float8:
+        return Float8ColumnParallelLinear(in_features, blocks, scheme, dtype, backend)
     return QuantizedColumnParallelLinear(in_features, blocks, scheme, backend.int8_kernel)
 
 

@@ -23,6 +23,8 @@ from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.spec.weights import MINDFORMERS_NAMES, plan_weights
 from parallel.errors import InputError
 from parallel.file_slices import FileReader
+from tests.model.checkpoint.float8_files import write_float8
+from tests.model.gguf_blocks import write_blocks
 from tests.model.mindspore_files import cut, write_ckpt
 
 LLAMA: dict[str, Any] = {
@@ -122,6 +124,19 @@ def make_gguf(folder: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return folder / "m.gguf"
+
+
+def make_split_gguf(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return write_blocks(folder / "m.gguf", lambda name: gguf.GGMLQuantizationType.Q4_K, part_tensors=8)
+
+
+def make_float8(folder: Path) -> Path:
+    return write_float8(make_single(folder.with_name("float8-source")), folder, "block", "fp8")[0]
+
+
+def make_float_quantized(folder: Path) -> Path:
+    return write_float8(make_single(folder.with_name("float-source")), folder, "channel", "compressed-tensors-static")[0]
 
 
 def make_mindspore(folder: Path) -> Path:
@@ -252,7 +267,10 @@ FORMATS = {
     "compressed-tensors": Format(make_compressed),
     "gptq": Format(make_gptq),
     "awq": Format(make_awq),
+    "fp8": Format(make_float8, "fp8/*.safetensors", "fp8/*.json"),
+    "float-quantized": Format(make_float_quantized, "fp8/*.safetensors", "fp8/*.json"),
     "gguf": Format(make_gguf, "*.gguf"),
+    "gguf-split": Format(make_split_gguf, "*.gguf"),
     "mindspore": Format(make_mindspore, "*.ckpt", "*.json", quotes=False),
     "mindspore-encrypted": Format(make_encrypted, "*.ckpt", "*.json", quotes=False),
     "mindspore-fused": Format(make_fused, "*.ckpt", "*.json", quotes=False),
@@ -329,14 +347,14 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], 
     return make_checkpoint(request.param)
 
 
-@pytest.fixture(scope="session", params=[name for name in FORMATS if name != "gguf"])
+@pytest.fixture(scope="session", params=[name for name in FORMATS if not name.startswith("gguf")])
 def configured_checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], Checkpoint]) -> Checkpoint:
     """A good checkpoint of each format that has settings beside its weights."""
     return make_checkpoint(request.param)
 
 
 SAFETENSORS = (
-    *("hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "ranks", "modelslim"),
+    *("hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "fp8", "float-quantized", "ranks", "modelslim"),
     *("mindformers-safetensors", "mindformers-ranks"),
 )
 

@@ -375,6 +375,21 @@ def test_fused_tensors_are_given_separately(tmp_path: Path, kind: str) -> None:
     check_same(source, expected)
 
 
+@pytest.mark.parametrize("kind", ["float", "rtn"])
+def test_biases_of_qwen_are_read_like_the_rows_of_their_linears(tmp_path: Path, kind: str) -> None:
+    config, rest = {**CONFIG, "model_type": "qwen2"}, "bias" if kind == "float" else "_handler.bias"
+    tensors = {"float": make_float, "rtn": make_rtn}[kind]()
+    sizes = {"wq": 64, "wk": 32, "wv": 32}
+    tensors |= {f"model.layers.{layer}.attention.{name}.{rest}": torch.rand(size) for layer in range(2) for name, size in sizes.items()}
+    expected = MindSporeFile(write_ckpt(tmp_path / "separate.ckpt", tensors), config)
+    check_complete(expected)
+    for name, short in (("wq", "q"), ("wk", "k"), ("wv", "v")):
+        assert torch.equal(
+            read_all(expected, f"model.layers.1.self_attn.{short}_proj.bias"), tensors[f"model.layers.1.attention.{name}.{rest}"]
+        )
+    check_same(MindSporeFile(write_ckpt(tmp_path / "fused.ckpt", fuse(tensors)), config, fused_order="1.3"), expected)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
