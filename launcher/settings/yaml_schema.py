@@ -109,7 +109,7 @@ _DENSE = Ignored(
         types=(dict,),
         check=lambda value: isinstance(value, Mapping) and not count_experts(value),
         needed="a dense model (expert_num 1)",
-        hint="mixtures of experts are not supported",
+        hint="mixtures of experts are read from Hugging Face folders only",
     )
 )
 """MindFormers' default moe_config describes a dense model."""
