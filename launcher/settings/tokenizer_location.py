@@ -19,15 +19,14 @@ def locate_tokenizer(settings: Settings, of_checkpoint: Path | None) -> Path | N
     `of_checkpoint`: the tokenizer that the checkpoint comes with. A relative path in the YAML is relative to the current folder, or else
     to the YAML's. Raises ConfigError if the YAML names a file that does not exist or holds no tokenizer.
     """
-    beside_yaml = Path(settings.source).parent
-    named = next(
-        ((key, value) for key, value in (("vocab_file", settings.vocab_file), ("tokenizer_file", settings.tokenizer_file)) if value), None
-    )
+    yaml_folder = Path(settings.source).parent if Path(settings.source).is_file() else None
+    keys = {"vocab_file": settings.vocab_file, "tokenizer_file": settings.tokenizer_file}
+    named = next(((key, value) for key, value in keys.items() if value), None)
     if named is None:
         if of_checkpoint is None and settings.pretrained_model_dir:
             return Path(settings.pretrained_model_dir)
-        return of_checkpoint or (beside_yaml if _holds_vocabulary(beside_yaml) else None)
-    path = next((one for one in (Path(named[1]), beside_yaml / named[1]) if one.exists()), None)
+        return of_checkpoint or (yaml_folder if yaml_folder is not None and _holds_vocabulary(yaml_folder) else None)
+    path = next((one for one in (Path(named[1]), Path(yaml_folder or "") / named[1]) if one.exists()), None)
     problem = f"{settings.source}: {_SECTION}.{named[0]} is {named[1]!r}"
     if path is None:
         remedy = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.settings.tokenizer_location import locate_tokenizer
-from launcher.settings.yaml_settings import Settings, read_settings
+from launcher.settings.yaml_settings import Settings, open_settings, read_settings
 from parallel.errors import ConfigError
 
 
@@ -31,6 +31,12 @@ def test_a_checkpoint_without_tokenizer_uses_the_folder_of_the_yaml_or_of_the_mo
     assert locate_tokenizer(write(tmp_path, rest="pretrained_model_dir: hub"), None) == Path("hub")
     (tmp_path / "tokenizer.model").touch()
     assert locate_tokenizer(write(tmp_path), None) == tmp_path
+
+
+def test_without_yaml_the_current_folder_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    monkeypatch.chdir(tmp_path)
+    assert locate_tokenizer(open_settings(None), None) is None
 
 
 def test_a_relative_path_is_relative_to_the_current_folder_or_to_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
