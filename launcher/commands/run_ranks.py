@@ -115,7 +115,8 @@ def read_tokenizer_of(path: Path, config: LlamaConfig, settings: Settings) -> To
 
     Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model.
     """
-    tokenizer = read_tokenizer(path, add_bos=settings.add_bos_token, add_eos=settings.add_eos_token)
+    ends = {"add_bos": settings.add_bos_token, "add_eos": settings.add_eos_token}
+    tokenizer = read_tokenizer(path, **ends, chat_template=settings.chat_template)
     # Added tokens may exceed the vocabulary: many checkpoints add a padding token without an embedding row. Prompts are checked separately.
     if tokenizer.base_size > config.vocab_size:
         raise CheckpointError(

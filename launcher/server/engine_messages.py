@@ -57,6 +57,8 @@ class Opened(Struct, frozen=True, tag=True):
     """Whether texts begin with the begin token; None: as the tokenizer's files say."""
     add_eos: bool | None = None
     """Whether texts end with the end token."""
+    chat_template: str | None = None
+    """Of the YAML, if it has one."""
 
 
 class Ready(Struct, frozen=True, tag=True):

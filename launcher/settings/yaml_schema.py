@@ -208,11 +208,12 @@ SCHEMA: Schema = {
         "tokenizer": {
             "vocab_file": _TEXT,
             "tokenizer_file": _TEXT,
+            "chat_template": _TEXT,
             "add_bos_token": _FLAG,
             "add_eos_token": _FLAG,
             **_ignore(
                 "type unk_token bos_token eos_token pad_token model_max_length max_length"
-                " padding padding_side truncation_side chat_template legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
+                " padding padding_side truncation_side legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
                 " auto_register additional_special_tokens merges_file add_special_tokens tokenizer_class use_fast"
             ),
         },

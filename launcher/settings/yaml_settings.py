@@ -153,6 +153,8 @@ class Settings:
     """Path of the tokenizer file."""
     tokenizer_file: str | None
     """Path of a tokenizer.json, for fast tokenizers without a vocab_file."""
+    chat_template: str | None
+    """Chat template, which takes precedence over that of the tokenizer's files."""
     add_bos_token: bool | None
     """Whether texts begin with the begin token; None: as the tokenizer's files say."""
     add_eos_token: bool | None
@@ -284,6 +286,7 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         quantization=build_quantization(_find(model, "quantization_config")),
         vocab_file=_find(raw, "processor", "tokenizer", "vocab_file") or None,
         tokenizer_file=_find(raw, "processor", "tokenizer", "tokenizer_file") or None,
+        chat_template=_find(raw, "processor", "tokenizer", "chat_template") or None,
         add_bos_token=_find(raw, "processor", "tokenizer", "add_bos_token"),
         add_eos_token=_find(raw, "processor", "tokenizer", "add_eos_token"),
         tandem=TandemSettings(**_said(own, _same_names(TandemSettings))),

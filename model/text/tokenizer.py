@@ -73,11 +73,11 @@ _USUAL_TOKENS = {
 """Common names of special tokens, if no settings come with tokenizer.json."""
 
 
-def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Tokenizer:
+def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | None = None, chat_template: str | None = None) -> Tokenizer:
     """Read the tokenizer in a folder, or a single tokenizer.json, tokenizer.model or .gguf file.
 
-    `add_bos`, `add_eos`: whether texts begin and end with these tokens; None: as its files say. Raises CheckpointError when it is
-    missing or cannot be read.
+    `add_bos`, `add_eos`: whether texts begin and end with these tokens; None: as its files say. `chat_template`: takes precedence over
+    those of its files. Raises CheckpointError when it is missing or cannot be read.
     """
     if path.is_dir():
         found = [path / name for name in _FOLDER_FILES if os.path.lexists(path / name)]
@@ -90,6 +90,8 @@ def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | N
         raise CheckpointError(f"{path} does not exist: name a folder, or a tokenizer.json, tokenizer.model or .gguf file") from None
     if add_bos is not None or add_eos is not None:
         tokenizer.set_ends(add_bos, add_eos, path)
+    if chat_template is not None:
+        tokenizer.settings = replace(tokenizer.settings, chat_template=chat_template)
     return tokenizer
 
 

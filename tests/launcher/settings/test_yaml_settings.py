@@ -321,7 +321,8 @@ def test_begin_and_end_tokens_of_the_tokenizer_are_read(tmp_path: Path) -> None:
     settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: False, add_eos_token: True}}")
     assert (settings.add_bos_token, settings.add_eos_token) == (False, True)
     settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: None, type: LlamaTokenizer}}")
-    assert (settings.add_bos_token, settings.add_eos_token) == (None, None)
+    assert (settings.add_bos_token, settings.add_eos_token, settings.chat_template) == (None, None, None)
+    assert read_text(tmp_path, "processor: {tokenizer: {chat_template: '{{ x }}'}}").chat_template == "{{ x }}"
 
 
 def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
