@@ -47,7 +47,9 @@ class Ranks:
 
     def give(self, index: int, position: int, reason: str | None = None) -> None:
         """One token of rank 0."""
-        self.engine.on_event(Tokens((TokenEvent(index=index, position=position, token_id=40 + position, finish_reason=reason),)))
+        self.engine.on_event(
+            Tokens((TokenEvent(index=index, position=position, token_id=40 + position, logprob=None, finish_reason=reason),))
+        )
 
     @property
     def added(self) -> list[int]:
