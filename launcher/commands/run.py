@@ -92,7 +92,6 @@ def _build_job(task: Program, world_size: int) -> Job:
         threads_per_rank=None,
         cpu_kernels="auto",
         bind_cores=False,
-        cpu_kernels="auto",
         timeout_seconds=float(MAX_SECONDS),  # a program may compute for as long as it likes between two steps of its model
         max_batch_size=1,
         block_size=DEFAULT_BLOCK_SIZE,
