@@ -172,7 +172,7 @@ def main() -> int:
                         found = MEASUREMENTS[what](trees[tree], arguments.checkpoint.resolve(), count, Path(name))
                         for row, value in found.items():
                             figures.setdefault(row, {}).setdefault(tree, []).append(value)
-            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+                            print(f"round {number + 1} of {arguments.rounds}, {tree}: {row} {value:.2f}", file=sys.stderr, flush=True)
     result = {}
     for row, by_tree in figures.items():
         result[row] = {tree: statistics.median(values) for tree, values in by_tree.items()}
