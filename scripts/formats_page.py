@@ -17,6 +17,7 @@ from model.spec.config_keys import CONFIG_KEYS, OTHER_MODELS  # noqa: E402
 from model.spec.key_table import KeyTable  # noqa: E402
 from model.spec.quantization_keys import (  # noqa: E402
     ARGUMENT_KEYS,
+    AUTO_ROUND_KEYS,
     AWQ_KEYS,
     COMPRESSED_KEYS,
     FBGEMM_KEYS,
@@ -33,7 +34,7 @@ PAGE = ROOT / "docs" / "formats.md"
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
 TABLES = (
     *(CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS),
-    *(FLOAT8_KEYS, FBGEMM_KEYS, MODELOPT_KEYS, MODELOPT_FILE_KEYS, GGUF_KEYS, META_KEYS),
+    *(AUTO_ROUND_KEYS, FLOAT8_KEYS, FBGEMM_KEYS, MODELOPT_KEYS, MODELOPT_FILE_KEYS, GGUF_KEYS, META_KEYS),
 )
 
 

@@ -236,16 +236,16 @@ def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
     return out
 
 
-def declares_method(path: Path, method: str, settings_file: str) -> bool:
+def declares_method(path: Path, method: str, settings_file: str, *, by_default: bool = True) -> bool:
     """Return whether a folder's config.json, or else its settings file, declares this `quant_method`; False if it cannot be read.
 
-    A settings file need not name its method. If config.json names one, it takes precedence.
+    A settings file that names no method is of this one `by_default`. If config.json names one, it takes precedence.
     """
     try:
         declared = read_config(path / "config.json").get("quantization_config")
         named = declared.get("quant_method") if isinstance(declared, dict) else None
         if named is None:
-            named = read_config(path / settings_file).get("quant_method", method)
+            named = read_config(path / settings_file).get("quant_method", method if by_default else None)
         return isinstance(named, str) and named.lower() == method
     except (ConfigError, OSError):
         return False

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.auto_round_folder import is_auto_round, open_auto_round
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.bin_folder import BinFolder, is_bin
 from model.checkpoint.column_packed import declares_method
@@ -97,6 +98,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
     "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "auto-round": Format("AutoRound folder", is_auto_round, lambda path, options: open_auto_round(path, follow_links=options.follow_links)),
     "fp8": Format(
         "FP8 folder (fp8, fbgemm_fp8, ModelOpt)", is_float8, lambda path, options: Float8Folder(path, follow_links=options.follow_links)
     ),

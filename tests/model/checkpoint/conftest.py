@@ -106,6 +106,11 @@ def make_gptq(folder: Path) -> Path:
     return make_words(folder, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}, 0)
 
 
+def make_auto_round(folder: Path) -> Path:
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": GROUP, "sym": True}
+    return make_words(folder, settings | {"extra_config": {"lm_head": {"bits": 16}}}, 0)
+
+
 def make_awq(folder: Path) -> Path:
     return make_words(folder, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, 1)
 
@@ -258,6 +263,7 @@ FORMATS = {
     "compressed-tensors": Format(make_compressed),
     "gptq": Format(make_gptq),
     "awq": Format(make_awq),
+    "auto-round": Format(make_auto_round),
     "fp8": Format(make_float8, "fp8/*.safetensors", "fp8/*.json"),
     "float-quantized": Format(make_float_quantized, "fp8/*.safetensors", "fp8/*.json"),
     "gguf": Format(make_gguf, "*.gguf"),
