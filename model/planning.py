@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
+from model.spec.linear_memory import count_linear_bytes
 from model.spec.scheme import Scheme, run_as_one
 from model.spec.stored_form import StoredForm
-from model.spec.weights import FUSED, WeightSpec, linear_shape, plan_weights
-from parallel.layout import count_tiled_rows, plan_heads
+from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
+from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
 
 PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
     "float32": (254_000_000, 263_000_000),
@@ -119,8 +120,9 @@ def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str,
     first: dict[object, int] = {}
     runs: list[tuple[int, int]] = []
     for layer in range(config.num_hidden_layers):
-        linears = tuple(scheme.find_linear(f"model.layers.{layer}.{name}") for names in FUSED.values() for name in names)
-        alike = first.setdefault((linears, frozenset(types.get(str(layer), ()))), layer)
+        fused = list_fused(config, layer).values()
+        linears = tuple(scheme.find_linear(f"model.layers.{layer}.{name}") for names in fused for name in names)
+        alike = first.setdefault((linears, frozenset(types.get(str(layer), ())), config.has_experts(layer)), layer)
         if runs and runs[-1][0] == alike:
             runs[-1] = (alike, runs[-1][1] + 1)
         else:
@@ -190,7 +192,8 @@ def _plan_rank(
         vocab_rows=rows["vocab"],
         file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
         weight_bytes=weights,
-        streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
+        streamed_bytes=round(sum(step.kept_bytes * step.streamed_share * length for step, length in steps))
+        - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
@@ -210,6 +213,8 @@ class _Step:
     """Peak memory while it is loaded or packed, including itself."""
     read_bytes: int = 0
     """Size of the data read for it; 0: no larger than the weights it keeps."""
+    streamed_share: float = 1.0
+    """Share of its weights that a decoded token needs, on average."""
 
 
 def _list_steps(
@@ -231,29 +236,30 @@ def _list_steps(
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
-    def linear(names: tuple[str, ...], columns: int, units: tuple[int, ...]) -> Iterator[_Step]:
+    def linear(names: tuple[str, ...], columns: int, units: tuple[int, ...], share: float = 1.0) -> Iterator[_Step]:
         first = scheme.find_linear(names[0])
         if not run_as_one([scheme.find_linear(name) for name in names]):
             for name, unit in zip(names, units, strict=True):
-                yield from linear((name,), columns, (unit,))
+                yield from linear((name,), columns, (unit,), share)
             return
         rows = [local(name) for name in names]
         if first is None or first.float8:
             size = itemsize * columns if first is None else columns + 4 * first.num_groups(columns)
             tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * size
             raw = sum(rows) * size
-            yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw)
+            yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw, share)
             return
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
-        kept = raw + sum(rows) * 4 * groups
+        kept = count_linear_bytes(sum(rows), columns, first, own_kernels=not packs)
         if not packs:
-            yield _Step(kept, kept, kept, raw)
+            # The integers of 4-bit weights are packed after they were read, a byte each.
+            yield _Step(kept, kept, kept + (raw if first.bits == 4 else 0), raw, share)
             return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups
         # The rows, joined if fused; a copy as the quantized tensor to pack; and the packed weight.
-        yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw)
+        yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw, share)
 
     vocab = count_tiled_rows(local("model.embed_tokens"), layout.vocab.unit) * config.hidden_size * itemsize
     yield [_Step(vocab, vocab)], 1
@@ -264,16 +270,28 @@ def _list_steps(
         "gate_up_proj": (layout.intermediate.unit, layout.intermediate.unit),
         "down_proj": (layout.hidden.unit,),
     }
-    norm = _Step(config.hidden_size * itemsize, config.hidden_size * itemsize)
+    expert_units = {"gate_up_proj": (layout.experts.unit, layout.experts.unit), "down_proj": units["down_proj"]}
+
+    def small(size: int) -> _Step:
+        return _Step(size * itemsize, size * itemsize)
+
     layers: dict[int, list[_Step]] = {}
     for layer, length in runs:
         if layer not in layers:
-            layers[layer] = [norm, norm]
-            for fused, names in FUSED.items():
-                columns = linear_shape(config, names[0])[1]
-                layers[layer] += linear(tuple(f"model.layers.{layer}.{name}" for name in names), columns, units[fused])
+            layers[layer] = [small(norm_size(config, attribute)) for attribute in list_norms(config)]
+            share = 1.0
+            if config.experts is not None and config.has_experts(layer):
+                size = 4 * config.hidden_size * count_tiled_rows(config.experts.count, TILE_ROWS)
+                layers[layer].append(_Step(size, size))
+                share = config.experts.per_token / config.experts.count
+            for fused, names in list_fused(config, layer).items():
+                full, columns = tuple(f"model.layers.{layer}.{name}" for name in names), linear_shape(config, names[0])[1]
+                is_expert, module = fused.startswith("experts."), fused.rpartition(".")[2]
+                layers[layer] += linear(full, columns, (expert_units if is_expert else units)[module], share if is_expert else 1.0)
+                if has_bias(config, names[0]):
+                    layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
-    yield [norm], 1
+    yield [small(config.hidden_size)], 1
     if not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
@@ -296,6 +314,10 @@ def _count_activation_bytes(config: LlamaConfig, scheme: Scheme, rows: Mapping[s
     and their integer slices.
     """
     start, stop = rows["intermediate"]
-    wide = config.intermediate_size * itemsize + (stop - start) * (2 * itemsize + 8)
-    slices = 0 if scheme.linear is None else 4 * config.intermediate_size * (4 if itemsize == 4 else 3)
+    width, share = config.intermediate_size, stop - start
+    if config.experts is not None:  # the pairs of all experts, and a few rows of one expert at a time
+        share = share * config.experts.intermediate_size * config.experts.per_token // width
+        width = config.experts.intermediate_size * config.experts.per_token + config.hidden_size * config.experts.per_token
+    wide = width * itemsize + share * (2 * itemsize + 8)
+    slices = 0 if scheme.linear is None else 4 * width * (4 if itemsize == 4 else 3)
     return tokens * (3 * config.hidden_size * itemsize + wide + slices)

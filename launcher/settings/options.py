@@ -19,6 +19,7 @@ FormatName = Literal[
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
+CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
 
 
@@ -102,6 +103,14 @@ class RunOptions(CheckpointOptions):
         str | None,
         option("--bind-cores", metavar="True|False", help="Pin each rank to its own cores. Default: False.", panel=PARALLELISM),
         also("--bind_core"),
+    ] = None
+    cpu_kernels: Annotated[
+        CpuKernels | None,
+        option(
+            "--cpu-kernels",
+            help="Instruction set of the CPU kernels, or none for PyTorch's. Default: TANDEM_CPU, else auto (the fastest).",
+            panel=PARALLELISM,
+        ),
     ] = None
     kv_cache_dtype: Annotated[
         CacheDtype | None,

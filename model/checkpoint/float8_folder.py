@@ -26,7 +26,7 @@ from model.spec.quantization_keys import FBGEMM_KEYS, FLOAT8_KEYS, MODELOPT_FILE
 from model.spec.quoting import quote
 from model.spec.scheme import LinearScheme, declare_scheme, read_block
 from model.spec.tensor_info import TensorInfo
-from model.spec.weights import linear_names
+from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError, ConfigError
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -60,7 +60,7 @@ class Float8Folder(HuggingFaceFolder):
         table.check(settings, source)
         block = _read_block_size(settings, source)
         model = build_config(self.config)
-        names = [*linear_names(model), "lm_head"]
+        names = [*stored_linear_names(model), "lm_head"]
         linears = {name: self._canonize(name, block) for name in names if self._is_float8(f"{name}.weight")}
         if not linears:
             raise CheckpointError(f"{path} declares FP8 weights, but none of its linears is float8_e4m3fn; give the quantized checkpoint")

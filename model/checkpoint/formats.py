@@ -22,6 +22,7 @@ from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.unfused import unfuse
 from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
@@ -152,7 +153,7 @@ def open_checkpoint(path: Path, options: OpenOptions | None = None) -> Checkpoin
     inside = find_whole(sorted(path.glob("*.gguf"))) if path.is_dir() else None
     if inside is not None and options.format in (None, "gguf") and not _is_hugging_face(path):
         path = inside
-    return FORMATS[options.format or find_format(path)].open(path, options)
+    return unfuse(FORMATS[options.format or find_format(path)].open(path, options))
 
 
 def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:

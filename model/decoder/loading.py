@@ -19,7 +19,7 @@ from model.layers.quantized_linear import QuantizedColumnParallelLinear, Separat
 from model.spec.config import LlamaConfig
 from model.spec.packing import unpack_integers
 from model.spec.scheme import LinearScheme, Scheme, read_scheme
-from model.spec.weights import FUSED, compare_tensors, plan_weights
+from model.spec.weights import compare_tensors, list_fused, list_norms, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
@@ -87,12 +87,14 @@ class ModelLoader:
 
     def load_layer(self, index: int) -> None:
         """Load one decoder layer."""
-        layer, prefix = self._model.layers[index], f"model.layers.{index}"
+        layer, prefix, config = self._model.layers[index], f"model.layers.{index}", self._model.config
         assert isinstance(layer, DecoderLayer)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, norm).assign(self.read(f"{prefix}.{norm}.weight"), self._model.device)
-        for attribute, names in FUSED.items():
-            self._fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
+        for attribute, name in list_norms(config).items():
+            getattr(layer, attribute).assign(self.read(f"{prefix}.{name}.weight"), self._model.device)
+        if layer.experts is not None:
+            layer.experts.router.assign(self.read(f"{prefix}.{config.architecture.experts.router}.weight"), self._model.device)
+        for path, names in list_fused(config, index).items():
+            self._fill(layer.get_submodule(path), [f"{prefix}.{name}" for name in names])
         if f"{prefix}.self_attn.k_scale" in self._specs:
             scales = [self.read(f"{prefix}.self_attn.{name}") for name in ("k_scale", "v_scale")]
             layer.assign_cache_scales(scales[0], scales[1], self._model.device)
