@@ -24,6 +24,7 @@ from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.errors import CheckpointError, ConfigError
 from tests.model.checkpoint.float8_files import BLOCK, FLOAT8, write_float8
+from tests.model.families import write_model
 
 PROMPT = [3, 17, 41, 5, 88]
 FORMS = {
@@ -239,3 +240,25 @@ def test_the_written_scheme_is_the_read_one(folders: Folders) -> None:
         assert read_scheme(declare_scheme({}, scheme)) == scheme
     assert scheme.name == "a16w8-fp8"
     assert read_scheme(open_checkpoint(folders("fp8-block")[0]).config).name == f"a16w8-fp8-b{BLOCK[0]}"
+
+
+def gather_hidden(model: LlamaForCausalLM) -> torch.Tensor:
+    return model.forward([Span(model.build_cache(16), PROMPT[:4])])
+
+
+@pytest.mark.parametrize("form", ["tensor", "fbgemm"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen2", "qwen3_moe"])
+def test_every_kind_of_layer_equals_its_dequantized_form(
+    tmp_path: Path, one_thread: None, run_ranks: Callable[..., list[Any]], family: str, form: str
+) -> None:
+    path, plain = write_float8(write_model(tmp_path / "source", family), tmp_path / "target", *FORMS[form])
+    (expected,) = run_ranks(plain, 1, gather_hidden)
+    for world_size in (1, 2):
+        for found in run_ranks(path, world_size, gather_hidden):
+            assert torch.equal(found, expected)
+
+
+def test_blocks_that_fused_linears_share_are_refused(tmp_path: Path) -> None:
+    path, _ = write_float8(write_model(tmp_path / "source", "phi3"), tmp_path / "target", *FORMS["fp8-block"])
+    with pytest.raises(CheckpointError, match=r"weight_scale.* packs rows of self_attn\.q_proj and others together"):
+        open_checkpoint(path)
