@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.linear_memory import count_linear_bytes
-from model.spec.scheme import Scheme, run_as_one
+from model.spec.linear_scheme import run_as_one
+from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
 from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads

@@ -9,9 +9,10 @@ from model.checkpoint.awq_folder import AwqFolder
 from model.checkpoint.column_packed import ColumnPackedFolder, declares_method, read_bits, read_group_size
 from model.checkpoint.gptq_folder import GptqFolder
 from model.spec.config import read_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import AUTO_ROUND_KEYS
+from model.spec.quantization_sections import check_pattern, read_flag
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, check_pattern, read_flag
 from parallel.errors import ConfigError
 
 SETTINGS_FILE = "quantization_config.json"

@@ -20,9 +20,10 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import AWQ_KEYS
+from model.spec.quantization_sections import read_flag
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 

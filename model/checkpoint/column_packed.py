@@ -19,9 +19,10 @@ import torch
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.spec.config import build_config, read_config
+from model.spec.linear_scheme import LinearGroup, LinearScheme
 from model.spec.packing import unpack_integers
 from model.spec.quoting import quote
-from model.spec.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES, has_bias, stored_linear_names
 from parallel.errors import CheckpointError, ConfigError

@@ -21,9 +21,10 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import GPTQ_KEYS
+from model.spec.quantization_sections import check_pattern, read_flag
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, check_pattern, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 

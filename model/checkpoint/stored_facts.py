@@ -11,8 +11,9 @@ import torch
 
 from model.checkpoint.source import CheckpointSource
 from model.spec.config import LlamaConfig
+from model.spec.linear_scheme import LinearScheme
 from model.spec.rope_scaling import compute_frequencies
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.scheme import Scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_names, linear_shape
 from parallel.errors import CheckpointError

@@ -19,7 +19,8 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
 from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import LlamaConfig, build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import find_not_converted, linear_shape, plan_weights
 from parallel.errors import LayoutError

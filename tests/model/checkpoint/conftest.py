@@ -19,7 +19,8 @@ from model.decoder.loading import check_checkpoint
 from model.export.mindspore import write_mindspore
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.weights import MINDFORMERS_NAMES, plan_weights
 from parallel.errors import InputError
 from parallel.file_slices import FileReader

@@ -145,7 +145,7 @@ def test_rank_files_and_converted_folders_hold_the_same_weights(
 def test_weights_that_are_not_numbers_stay_so(build_model: Callable[..., LlamaForCausalLM]) -> None:
     from model.backends.registry import find_backend
     from model.layers.linear import RowBlock
-    from model.spec.scheme import LinearScheme
+    from model.spec.linear_scheme import LinearScheme
 
     every = torch.arange(256, dtype=torch.uint8).view(FLOAT8).repeat(16, 1)
     for weight in (every, every[:, :127].contiguous()):

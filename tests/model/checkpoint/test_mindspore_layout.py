@@ -14,7 +14,8 @@ from model.checkpoint.formats import OpenOptions, find_format, open_checkpoint
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, read_scheme
 from model.spec.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader

@@ -10,6 +10,7 @@ from transformers import LlamaConfig as TransformersConfig
 from model.spec.config import build_config
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.key_table import KeyTable
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import (
     ARGUMENT_KEYS,
     AUTO_ROUND_KEYS,
@@ -20,7 +21,7 @@ from model.spec.quantization_keys import (
     GROUP_KEYS,
     MODELOPT_KEYS,
 )
-from model.spec.scheme import LinearScheme, Scheme, describe_scheme_keys, read_scheme, write_scheme
+from model.spec.scheme import Scheme, describe_scheme_keys, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SIZES: dict[str, Any] = {

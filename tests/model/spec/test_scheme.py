@@ -11,8 +11,9 @@ from compressed_tensors.utils.match import match_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.spec.linear_scheme import LinearGroup, LinearScheme
 from model.spec.packing import pack_integers, unpack_integers
-from model.spec.scheme import LinearGroup, LinearScheme, Scheme, read_scheme, write_scheme
+from model.spec.scheme import Scheme, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SCHEMES = [
