@@ -191,4 +191,6 @@ OTHER_METHODS = {
     "vptq": "VPTQ",
 }
 """Known but unsupported values of `quant_method`, with their names."""
+TOLD_BY_TENSORS = frozenset({"gptq", "awq", "auto-round", "autoround", "intel/auto-round", "fp8", "fbgemm_fp8", "modelopt"})
+"""Supported methods whose folders have readers that declare them as compressed-tensors."""
 SUPPORTED_METHODS = "compressed-tensors (int8, int4, fp8), gptq, awq, auto-round, fp8, fbgemm_fp8, modelopt (fp8)"

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.spec.linear_scheme import LinearGroup, LinearScheme
-from model.spec.quantization_keys import ARGUMENT_KEYS, COMPRESSED_KEYS, GROUP_KEYS, SUPPORTED_METHODS
+from model.spec.quantization_keys import ARGUMENT_KEYS, COMPRESSED_KEYS, GROUP_KEYS, SUPPORTED_METHODS, TOLD_BY_TENSORS
 from model.spec.quantization_sections import ALL_LINEARS, KV_CACHE_KEY, SMOOTH, read_group, read_kv_cache, read_names, read_section
 from model.spec.quoting import quote
 from parallel.errors import ConfigError
@@ -96,6 +96,11 @@ def read_scheme(raw: Mapping[str, Any]) -> Scheme:
     if not quantization:
         return Scheme(kv_cache=own_cache)
     method = quantization.get("quant_method")
+    if isinstance(method, str) and method.lower() in TOLD_BY_TENSORS:
+        raise ConfigError(
+            f"quantization_config: only the tensors tell what quant_method {quote(method)} quantizes: give the checkpoint, not its "
+            "config.json"
+        )
     if method != "compressed-tensors":
         raise ConfigError(f"quantization_config: quant_method {quote(method)} is not supported; supported: {SUPPORTED_METHODS}")
     COMPRESSED_KEYS.check(quantization, "quantization_config")

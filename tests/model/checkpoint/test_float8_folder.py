@@ -262,3 +262,15 @@ def test_blocks_that_fused_linears_share_are_refused(tmp_path: Path) -> None:
     path, _ = write_float8(write_model(tmp_path / "source", "phi3"), tmp_path / "target", *FORMS["fp8-block"])
     with pytest.raises(CheckpointError, match=r"weight_scale.* packs rows of self_attn\.q_proj and others together"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1.0])
+def test_zero_points_of_fp8_weights_have_to_be_0(tmp_path: Path, folders: Folders, zero: float) -> None:
+    from model.checkpoint.stored_facts import find_contradictions
+
+    path = change(folders, tmp_path, "channel", lambda c, t: t.update({f"{UP}.weight_zero_point": torch.full((208, 1), zero).to(FLOAT8)}))
+    source = open_checkpoint(path)
+    config, scheme = build_config(source.config), read_scheme(source.config)
+    check_checkpoint(source, config, scheme)
+    problems = list(find_contradictions(source, config, scheme))
+    assert len(problems) == bool(zero) and all("declares symmetric values, but 208 of 208 zero points" in one for one in problems)
