@@ -24,6 +24,8 @@ PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
 """By compute dtype, memory of a rank without weights, with native kernels or floats, and with PyTorch's int8 matmul: Python, PyTorch 2.13
 (CPU build), and the first kernel calls. Measured.
 """
+_DEQUANTIZER_BYTES = 12_000_000
+"""The gguf library, and its copies of the rows that it dequantizes. Measured."""
 _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -198,7 +200,8 @@ def _plan_rank(
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
-        + max(peak, kept + kv_bytes + activations),
+        + max(peak, kept + kv_bytes + activations)
+        + (_DEQUANTIZER_BYTES if any(form.encoding for form in stored.values()) else 0),
     )
 
 
