@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from msgspec import structs
+
 from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
@@ -58,9 +60,10 @@ def serve(options: ServeOptions) -> None:
 
     tokenizer = run.read_tokenizer()
     source = run.opened.source
-    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens), tokenizer=tokenizer)
+    task = Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens, tokenizer=str(run.tokenizer_path.absolute()))
+    job = build_job(run, task, tokenizer=tokenizer)
     num_blocks, plans = plan_cache(run, job)
-    job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
+    job = replace(job, task=structs.replace(task, num_blocks=num_blocks))
     if run.nodes.node_rank or run.environment.rank:
         run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, runs the HTTP server
         return
@@ -89,7 +92,14 @@ def serve(options: ServeOptions) -> None:
         max_body_bytes=int(options.max_body_megabytes * 1e6),
         max_client_requests=options.max_client_requests,
     )
-    service = Service(front, tokenizer, chat, options.request_seconds, strict_fields=options.strict_fields)
+    service = Service(
+        front,
+        tokenizer,
+        chat,
+        options.request_seconds,
+        strict_fields=options.strict_fields,
+        tool_call_parser=options.tool_call_parser,
+    )
     server = HttpServer(build_app(service, limits, options.allowed_origins), listener, front, places)
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"

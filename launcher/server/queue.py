@@ -29,6 +29,7 @@ class Ticket:
     """Unfinished sequences."""
     asked_at: float
     """Submission time, from time.monotonic()."""
+    priority: int = 0
     events: "asyncio.Queue[tuple[int, NewToken] | ServiceError]" = field(default_factory=asyncio.Queue)
     """(sequence index in the request, its next token, preceded by any PromptTokens); an error ends the request."""
     deadline: asyncio.TimerHandle | None = None
@@ -71,19 +72,24 @@ class Dispatcher:
         """Whether new requests are rejected."""
         return self._drained is not None
 
-    def submit(self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float) -> Ticket:
-        """Queue the sequences of a request. Raises ServiceError if the server is draining or too many sequences are waiting."""
+    def submit(
+        self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float, priority: int = 0
+    ) -> Ticket:
+        """Queue the sequences of a request; among those of one client, lower priorities go first.
+
+        Raises ServiceError if the server is draining or too many sequences are waiting."""
         if self.is_draining:
             raise draining()
         self.check_count(len(wanted))
         free = self.max_running - len(self._running)
         if self.num_waiting + len(wanted) > self.max_waiting + free:
             raise queue_full(self.num_waiting, len(wanted), self.max_waiting, self._estimate_wait_seconds())
-        ticket = Ticket(caller, len(wanted), time.monotonic())
+        ticket = Ticket(caller, len(wanted), time.monotonic(), priority)
         ticket.deadline = asyncio.get_running_loop().call_later(deadline_seconds, self._fail, ticket, timed_out(deadline_seconds))
         mine = self._waiting.setdefault(caller, deque())
+        place = next((place for place, sequence in enumerate(mine) if sequence.ticket.priority > priority), len(mine))
         for number, (prompt_ids, params) in enumerate(wanted):
-            mine.append(_Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
+            mine.insert(place + number, _Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
             self._next_index += 1
         self._fill()
         return ticket

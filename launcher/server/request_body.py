@@ -100,8 +100,6 @@ class BodyReader(Generic[PlannedRequest]):
         for name, text in fields.items():
             if name in self._decoders or not NEUTRAL_FIELDS[name]:
                 continue
-            if name == "tools" and fields.get("tool_choice") == b'"none"':
-                continue  # tools that may not be called have no effect
             if len(text) > _SHOWN or msgspec.json.decode(text) not in NEUTRAL_FIELDS[name]:
                 raise _refuse(f"{name} is not supported here; leave it out", name)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from launcher.settings.option_declarations import GENERATION, MEMORY, OUTPUT, PARALLELISM, SERVER, also, option
 from launcher.settings.options import MAX_SECONDS, ClusterOptions, EngineOptions, LogLevel, SamplingOptions
 
+ToolCallParser = Literal["hermes", "llama3_json", "mistral"]
 OutputFormat = Literal["text", "mindformers", "json"]
 
 
@@ -115,6 +116,10 @@ class ServeOptions(ClusterOptions):
     strict_fields: Annotated[
         bool, option("--strict-fields", help="Reject requests with unknown fields instead of ignoring them.", panel=SERVER)
     ] = False
+    tool_call_parser: Annotated[
+        ToolCallParser | None,
+        option("--tool-call-parser", help="Form of the model's tool calls. Default: recognized by its chat template.", panel=SERVER),
+    ] = None
     max_connections: Annotated[
         int | None,
         option("--max-connections", help="Maximum open connections. Default: the open-file limit, up to 1024.", panel=SERVER, min=1),

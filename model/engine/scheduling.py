@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.engine.block_pool import ROOT, BlockPool
+from model.engine.grammar import GrammarState
 from model.engine.request import Request
 from model.engine.sampling import SamplingState
 from model.engine.speculation import MAX_DRAFT, PromptLookup
@@ -40,6 +41,8 @@ class LiveSequence:
     """Chain of its cached blocks, see BlockPool."""
     num_known: int = 0
     """Number of cached blocks."""
+    grammar: GrammarState | None = None
+    """Its parser, on rank 0, if its text is limited by a grammar."""
     num_scored: int = 0
     """Prompt tokens after which the next one has been scored, see SamplingParams.prompt_logprobs."""
 

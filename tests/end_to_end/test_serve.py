@@ -26,11 +26,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the tea?"}]
-CALLING: Any = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"id": "a1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}],
-}
 RENDERED = "<system> Be brief.\n<user> Where is the tea?\n<assistant>"
 PROMPTS = ("I love Beijing", "A llama", "Huawei is", "Two riders sit on", "The tea", "bicycle, and", "the same chain", RENDERED)
 """The last one is what the template makes of MESSAGES, without the begin token."""
@@ -273,8 +268,8 @@ def test_penalties_and_biases_change_what_is_chosen(server: Server, greedy: list
         ("completions", {"prompt": "a" * 90_000}, 400, "prompt 0 has 90000 bytes, but this model can take at most"),
         ("chat/completions", {}, 400, "messages is missing"),
         ("chat/completions", {"messages": [{"role": "function", "content": "a"}]}, 400, "messages.0: role is 'function'"),
-        ("chat/completions", {"messages": [*MESSAGES, CALLING]}, 400, "messages.2: tool_calls are not supported by the chat template"),
-        ("chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        ("chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools.0.function is missing"),
+        ("chat/completions", {"messages": MESSAGES, "response_format": {"type": "xml"}}, 400, "type is 'xml'"),
         ("chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "a lone surrogate"),
     ],
 )
