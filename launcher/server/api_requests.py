@@ -32,8 +32,8 @@ _LEAST_TEMPERATURE = 1e-6
 NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "user": (),
     "metadata": (),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
+    "store": (),
+    "service_tier": (),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),

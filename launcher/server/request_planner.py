@@ -6,6 +6,7 @@ Runs in the threads of `launcher/server/request_threads.py`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from launcher.server.api_answers import ChoiceText, Naming, TextRules, token_text
 from launcher.server.api_requests import DEFAULT_COMPLETION_TOKENS, MAX_PROMPT_LOGPROBS, ChatRequest, CompletionRequest
@@ -14,12 +15,18 @@ from launcher.server.chat_prompts import ChatPrompt, ChatPrompts
 from launcher.server.engine_client import EngineClient
 from launcher.server.errors import ServiceError
 from launcher.server.inflight_requests import NewToken
+from launcher.server.messages_requests import MessagesRequest
 from launcher.server.request_body import BodyReader
+from launcher.server.responses_requests import ResponsesRequest
+from launcher.server.token_requests import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, build_tokens
 from model.engine.grammar import Grammars
 from model.engine.request import Request, check_length, check_memory, check_request
 from model.engine.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError
+
+_LONGEST_CUT = 4
+"""Size limit of a prompt that is cut, as a multiple of the longest one that is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +73,9 @@ class RequestPlanner:
         self._unknown_fields = OnceLog()
         note = None if strict_fields else self._note_unknown
         self._completions, self._chats = BodyReader(CompletionRequest, note), BodyReader(ChatRequest, note)
+        self._responses, self._messages = BodyReader(ResponsesRequest, note), BodyReader(MessagesRequest, note)
+        self._texts, self._conversations = BodyReader(TokenizeRequest, note), BodyReader(TokenizeChatRequest, note)
+        self._tokens = BodyReader(DetokenizeRequest, note)
 
     def plan_completion(self, raw: bytes) -> PlannedRequest:
         """Plan a completion. Raises ServiceError, RequestError."""
@@ -78,10 +88,41 @@ class RequestPlanner:
 
     def plan_chat(self, raw: bytes) -> PlannedRequest:
         """Plan a chat completion. Raises ServiceError, RequestError."""
-        return self.plan_conversation(self._chats.read(raw))
+        return self._plan_conversation(self._chats.read(raw))
 
-    def plan_conversation(self, body: ChatRequest) -> PlannedRequest:
-        """Plan the answer to a conversation. Raises ServiceError, RequestError."""
+    def plan_response(self, raw: bytes) -> tuple[ResponsesRequest, PlannedRequest]:
+        """Plan a request of /v1/responses. Raises ServiceError, RequestError."""
+        body = self._responses.read(raw)
+        return body, self._plan_conversation(_translate(body))
+
+    def plan_message(self, raw: bytes) -> PlannedRequest:
+        """Plan a request of /v1/messages. Raises ServiceError, RequestError."""
+        return self._plan_conversation(_translate(self._messages.read(raw)))
+
+    def tokenize(self, raw: bytes) -> dict[str, Any]:
+        """Answer a request of /tokenize, which names a text or a conversation. Raises ServiceError, RequestError."""
+        body: TokenizeRequest | TokenizeChatRequest
+        if b'"messages"' in raw and b'"prompt"' not in raw:
+            body = self._conversations.read(raw)
+            text = self._chat.build(body).text
+        else:
+            body = self._texts.read(raw)
+            text = body.prompt
+        self.check_model(body.model)
+        self._check_size(0, text, self._room)
+        ids = tuple(self._tokenizer.encode(text, body.add_special_tokens))
+        return build_tokens(self._tokenizer, ids, self._front.served.job.context_tokens, with_texts=body.return_token_strs)
+
+    def detokenize(self, raw: bytes) -> dict[str, Any]:
+        """Answer a request of /detokenize. Raises ServiceError, RequestError."""
+        body = self._tokens.read(raw)
+        self.check_model(body.model)
+        unknown = next((token for token in body.tokens if token >= self._front.served.config.vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"tokens holds id {unknown}, but the vocabulary has {self._front.served.config.vocab_size}")
+        return {"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    def _plan_conversation(self, body: ChatRequest) -> PlannedRequest:
         self.check_model(body.model)
         limit = body.max_completion_tokens or body.max_tokens
         prompt = self._chat.build(body)
@@ -89,10 +130,6 @@ class RequestPlanner:
         new_tokens = limit or max(1, self._room - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._plan(body, [ids], new_tokens, logprobs, has_echo=False, chat=prompt)
-
-    def encode_chat(self, body: ChatRequest) -> tuple[int, ...]:
-        """Return the token ids of a conversation's prompt. Raises ServiceError, RequestError."""
-        return tuple(self._tokenizer.encode(self._chat.build(body).text, body.add_special_tokens))
 
     def _note_unknown(self, name: str, hint: str) -> None:
         words = f"unknown field {name!r} in a request is ignored{hint} (reported once; --strict-fields refuses such requests)"
@@ -194,24 +231,32 @@ class RequestPlanner:
         if kept is None:
             return [self._encode_one(number, one, add_special_tokens) for number, one in enumerate(prompts)]
         kept = max(1, self._room - new_tokens) if kept == -1 else kept
-        rows = [tuple(self._tokenizer.encode(one, add_special_tokens)) if isinstance(one, str) else tuple(one) for one in prompts]
-        return [row[-kept:] for row in rows]
+        rows: list[tuple[int, ...]] = []
+        for number, one in enumerate(prompts):
+            if isinstance(one, str):
+                self._check_size(number, one, _LONGEST_CUT * self._room)
+                one = self._tokenizer.encode(one, add_special_tokens)
+            rows.append(tuple(one[-kept:]))
+        return rows
 
     def _encode_one(self, number: int, prompt: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(prompt)
+        self._check_size(number, prompt, self._room)
+        ids = tuple(self._tokenizer.encode(prompt, add_special_tokens))
+        check_length(number, len(ids), self._front.served.job.context_tokens)  # before the next one is tokenized
+        return ids
+
+    def _check_size(self, number: int, prompt: str, room: int) -> None:
+        """Raise RequestError for a text that is not valid Unicode, or longer than `room` of the longest tokens."""
         try:
             size = len(prompt.encode())
         except UnicodeEncodeError:
             raise RequestError("the text holds a lone surrogate, which is not a character") from None
         # Reject by the longest possible token first: tokenizing an oversized text would take seconds.
-        room = self._room
         if size > room and size > (most := room * self._longest_token):
             words = f"{most}: {room} tokens of at most {self._longest_token} bytes each"
             raise RequestError(f"prompt {number} has {size} bytes, but this model can take at most {words}")
-        ids = tuple(self._tokenizer.encode(prompt, add_special_tokens))
-        check_length(number, len(ids), self._front.served.job.context_tokens)  # before the next one is tokenized
-        return ids
 
     @cached_property
     def _longest_token(self) -> int:
@@ -229,3 +274,10 @@ class RequestPlanner:
         known = self._front.served.name
         if name is not None and name != known:
             raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
+
+
+def _translate(body: ResponsesRequest | MessagesRequest) -> ChatRequest:
+    try:
+        return body.to_chat()
+    except ValueError as error:
+        raise ServiceError(400, str(error), param=str(error).partition(" ")[0]) from None
