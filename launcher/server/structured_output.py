@@ -10,8 +10,6 @@ from model.engine.grammar import grammar_of_choices, grammar_of_regex, grammar_o
 from parallel.errors import RequestError
 
 _MAX_CHOICES = 1000
-_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-"""Whitespace between the parts of a JSON text. It is bounded: a small model may otherwise write spaces until its tokens are used up."""
 
 
 class JsonSchema(Struct, frozen=True, kw_only=True):
@@ -87,10 +85,9 @@ class StructuredOutputs(Struct, frozen=True, kw_only=True):
             raise RequestError("the JSON schema has to be an object")
         if self.disable_additional_properties and "additionalProperties" not in schema:
             schema = {**schema, "additionalProperties": False}
-        spaces = (
-            {"whitespace_flexible": False} if self.disable_any_whitespace else {"whitespace_pattern": self.whitespace_pattern or _SPACE}
-        )
-        return grammar_of_schema(schema, spaces)
+        if self.disable_any_whitespace:
+            return grammar_of_schema(schema, {"whitespace_flexible": False})
+        return grammar_of_schema(schema, {"whitespace_pattern": self.whitespace_pattern} if self.whitespace_pattern else None)
 
 
 def combine(

@@ -220,6 +220,7 @@ class Engine:
                     limited.extend(range(len(rows), len(rows) + 1 + len(part.drafts)))
                 wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
                 rows.extend(range(end - len(part.drafts) - 1, end))
+        found_masks = masks.result() if masks is not None else ()  # the parsers must be idle before tokens are taken
         chosen: dict[int, Choice | None] = {}
         if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
@@ -229,8 +230,7 @@ class Engine:
             logits = logits if len(places) == len(rows) else logits[places]
             model, allowed = self._model, {}
             if limited:
-                found = masks.result() if masks is not None else ()
-                rows_allowed = share_masks(found, len(limited), model.config.vocab_size, model.collectives, logits.device)
+                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives, logits.device)
                 by_place = dict(zip(limited, rows_allowed, strict=True))
                 allowed = {number: by_place[place] for number, place in enumerate(places) if place in by_place}
             chosen = dict(zip(places, sample(logits, states, model.shares.vocab, model.collectives, allowed), strict=True))

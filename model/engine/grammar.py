@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Masks = npt.NDArray[np.bool_]
 _WORD_BYTES = 4
 _LONGEST_ERROR = 300
+_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+"""Whitespace between the parts of a JSON text. It is bounded: a small model may otherwise write spaces until its tokens are used up."""
 
 
 def grammars_available() -> bool:
@@ -157,11 +159,11 @@ def share_masks(masks: Sequence[bytes], num_rows: int, vocab_size: int, collecti
     return np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
 
 
-def grammar_of_schema(schema: dict[str, Any], spaces: dict[str, Any]) -> str:
+def grammar_of_schema(schema: dict[str, Any], spaces: dict[str, Any] | None = None) -> str:
     """Return the grammar of JSON texts that match a schema. `spaces`: llguidance's options for whitespace."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=cast(Any, spaces))
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=cast(Any, spaces or {"whitespace_pattern": _SPACE}))
 
 
 def grammar_of_regex(pattern: str) -> str:

@@ -101,10 +101,14 @@ class ReasoningReader:
     def __init__(self, *, is_open: bool) -> None:
         """`is_open`: whether the prompt ends inside the reasoning."""
         self._held, self._is_open, self._is_over, self._has_text = "", is_open, False, False
+        self._is_between = False
+        """Whether only line breaks have come after the reasoning."""
 
     def push(self, text: str, *, is_end: bool) -> tuple[str, str]:
         """Return (reasoning, rest) of the next text."""
         if self._is_over:
+            text = text.lstrip("\n") if self._is_between else text
+            self._is_between = self._is_between and not text
             return "", text
         self._held += text
         if not self._is_open:
@@ -120,8 +124,9 @@ class ReasoningReader:
             self._held = self._held.lstrip("\n")
         before, mark, after = self._held.partition("</think>")
         if mark:
-            self._is_over = True
-            return before, after.lstrip("\n")
+            self._is_over, after = True, after.lstrip("\n")
+            self._is_between = not after
+            return before, after
         keep = 0 if is_end else count_begun(before, ("</think>",))
         self._held = before[len(before) - keep :]
         self._has_text = self._has_text or len(before) > keep
