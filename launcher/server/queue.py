@@ -109,6 +109,7 @@ class Dispatcher:
         ticket.num_open = 0
         for index in [index for index, sequence in self._running.items() if sequence.ticket is ticket]:
             del self._running[index]
+            self._metrics.note_end("abort", time.monotonic() - ticket.asked_at)
             self._inflight.cancel(index)
         mine = self._waiting.get(ticket.caller)
         if mine is not None:
@@ -125,6 +126,7 @@ class Dispatcher:
         for index in found:
             del self._running[index]
             ticket.num_open -= 1
+            self._metrics.note_end("stop", time.monotonic() - ticket.asked_at)
             self._inflight.cancel(index)
         self._fill()
 
@@ -145,6 +147,7 @@ class Dispatcher:
             if token.finish_reason:
                 has_ended = True
                 del self._running[index]
+                self._metrics.note_end("length" if token.finish_reason == "length" else "stop", now - ticket.asked_at)
                 ticket.num_open -= 1
                 if not ticket.num_open:
                     self._answer_seconds += 0.1 * (now - ticket.asked_at - self._answer_seconds)
@@ -209,6 +212,7 @@ class Dispatcher:
             else:
                 del self._waiting[caller]
             self._running[sequence.request.index] = sequence
+            self._metrics.note_queue_time(time.monotonic() - sequence.ticket.asked_at)
             self._inflight.add(sequence.request)
         if self._drained is not None and not self._running and not self._waiting:
             self._drained.set()

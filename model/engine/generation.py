@@ -22,7 +22,7 @@ from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.grammar import Grammars, share_masks
 from model.engine.request import Request, check_memory, check_request
 from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample, score
-from model.engine.scheduling import LiveSequence, Part, Scheduler
+from model.engine.scheduling import LiveSequence, Part, Scheduler, SchedulerCounts
 from model.engine.speculation import PromptLookup
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
@@ -131,6 +131,11 @@ class Engine:
     def num_used_blocks(self) -> int:
         """Number of KV cache blocks in use; a shared block counts once."""
         return self._scheduler.pool.num_used
+
+    @property
+    def counts(self) -> SchedulerCounts:
+        """Counters of admissions."""
+        return self._scheduler.counts
 
     def take_scores(self) -> list[PromptScore]:
         """Return the prompt scores since the last call (rank 0 only). A request's last score comes no later than its first token."""
