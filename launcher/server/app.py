@@ -38,6 +38,9 @@ _ROUTES = (
     "/",
 )
 
+_FOREIGN_ROUTES = ("/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/score", "/pooling", "/classify")
+"""Routes of vLLM for models that do not generate text."""
+
 
 def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] = ()) -> App:
     """Build the ASGI application. `allowed_origins` lists the CORS origins allowed to send requests; by default browsers block all
@@ -88,6 +91,9 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     async def health() -> JSONResponse:
         word = front.health
         return JSONResponse({"status": word}, 200 if word == "ok" else 503)
+
+    for path in _FOREIGN_ROUTES:
+        app.add_api_route(path, _refuse_foreign, methods=["POST"])
 
     @app.api_route("/ping", methods=["GET", "POST"])
     async def ping() -> Response:
@@ -151,6 +157,10 @@ def _describe_model(front: EngineClient) -> dict[str, Any]:
         "owned_by": "tandem",
         "max_model_len": served.job.context_tokens,
     }
+
+
+async def _refuse_foreign(request: Request) -> Response:
+    raise ServiceError(404, f"{request.url.path} is not supported: this server only generates text", code="not_supported")
 
 
 def _give_file(file: PageFile) -> Any:

@@ -14,7 +14,7 @@ from launcher.server.api_answers import AnswerReader
 from launcher.server.api_requests import ChatRequest
 from launcher.server.chat_messages import NamedChoice, schema_of_calls
 from launcher.server.chat_rendering import ChatRenderer
-from launcher.server.structured_output import StructuredOutputs
+from model.engine.grammar import grammar_of_schema, require_grammars
 from model.text.tool_calls import CALL_LIST, FORMATS, HERMES, MISTRAL, TOOL_PROMPT, ReasoningReader, ToolFormat, find_format, write_call
 from parallel.errors import RequestError
 
@@ -29,8 +29,8 @@ class ChatPrompt:
     """One rendered conversation."""
 
     text: str
-    form: StructuredOutputs
-    """The limit on the form of the answer."""
+    grammar: str
+    """The grammar that the answer has to match, or nothing."""
     tools: ToolFormat | None
     """The form of tool calls in the answer."""
     named: str | None
@@ -72,13 +72,12 @@ class ChatPrompts:
         source = self._chat.read_source(with_tools=bool(tools))
         shows_tools = re.search(r"\btools\b", source) is not None
         name = self._parser or find_format(source) or (None if shows_tools else HERMES)
-        form, reads, named = body.form, None, None
+        call, reads, named = None, None, None
         if isinstance(body.forced_choice, NamedChoice):
             named = body.forced_choice.function.name
-            schema = next(tool.function.schema for tool in body.tools if tool.function.name == named)
-            form = StructuredOutputs(json=schema)
+            call = next(tool.function.schema for tool in body.tools if tool.function.name == named)
         elif body.forced_choice:
-            form, reads = StructuredOutputs(json=schema_of_calls(body.tools, parallel=body.parallel_tool_calls)), CALL_LIST
+            call, reads = schema_of_calls(body.tools, parallel=body.parallel_tool_calls), CALL_LIST
         elif tools:
             if name is None:
                 raise RequestError(
@@ -87,13 +86,14 @@ class ChatPrompts:
                 )
             reads = FORMATS[name]
         text = self._render(body, tools, shows_tools=shows_tools)
+        grammar = body.form.build() if call is None else _build_call_grammar(call)
         thinks = _END_OF_THOUGHT in source
-        if thinks and not form.is_empty:
+        if thinks and grammar:
             thinks = False  # a grammar begins with the first token, so the reasoning is left out
             text += _EMPTY_THOUGHT if text.rstrip().endswith(_THINK) else ""
         return ChatPrompt(
             text=text,
-            form=form,
+            grammar=grammar,
             tools=reads,
             named=named,
             thinks=thinks,
@@ -126,6 +126,12 @@ class ChatPrompts:
         effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
         more = {**effort, **body.chat_template_kwargs}
         return self._chat.render(messages, tools or None, body.documents, more, add_generation_prompt=body.add_generation_prompt)
+
+
+def _build_call_grammar(schema: dict[str, Any]) -> str:
+    """Return the grammar of a tool call, written as json.dumps does: its spaces say nothing."""
+    require_grammars()
+    return grammar_of_schema(schema, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "})
 
 
 def _cut_after(text: str, content: str) -> str:

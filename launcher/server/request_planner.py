@@ -148,7 +148,7 @@ class RequestPlanner:
         served, num_choices = self._front.served, body.num_choices
         echo_logprobs = logprobs if has_echo else None
         prompt_logprobs = body.prompt_logprobs if echo_logprobs is None else max(echo_logprobs, body.prompt_logprobs or 0)
-        grammar = (body.form if chat is None else chat.form).build()
+        grammar = body.form.build() if chat is None else chat.grammar
         if grammar:
             self._check_grammar(grammar)
         all_params = body.plan_sampling(

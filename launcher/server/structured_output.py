@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from model.engine.grammar import grammar_of_choices, grammar_of_regex, grammar_of_schema, grammar_of_text, grammars_available
+from model.engine.grammar import grammar_of_choices, grammar_of_regex, grammar_of_schema, grammar_of_text, require_grammars
 from parallel.errors import RequestError
 
 _MAX_CHOICES = 1000
@@ -65,8 +65,7 @@ class StructuredOutputs(Struct, frozen=True, kw_only=True):
         """Build the grammar. Raises RequestError, also if the library is missing."""
         if self.is_empty:
             return ""
-        if not grammars_available():
-            raise RequestError("structured output needs llguidance: install tandem-launcher[serve]")
+        require_grammars()
         if self.regex is not None:
             return grammar_of_regex(self.regex)
         if self.choice is not None:

@@ -29,9 +29,10 @@ _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Whitespace between the parts of a JSON text. It is bounded: a small model may otherwise write spaces until its tokens are used up."""
 
 
-def grammars_available() -> bool:
-    """Whether llguidance is installed."""
-    return find_spec("llguidance") is not None
+def require_grammars() -> None:
+    """Raise RequestError if llguidance is not installed."""
+    if find_spec("llguidance") is None:
+        raise RequestError("structured output needs llguidance: install tandem-launcher[serve]")
 
 
 class Grammars:
