@@ -100,6 +100,14 @@ class Service:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
+    async def complete(self, asked: PlannedRequest, writer: AnswerWriter, caller: str) -> bytes:
+        """Return the complete answer to a request that did not come over HTTP. Raises ServiceError."""
+        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds, asked.priority)
+        try:
+            return await self._collect(asked, ticket, writer)
+        finally:
+            self.front.dispatcher.close(ticket)
+
     def stream(self, asked: PlannedRequest, request: Request, writer: AnswerWriter) -> StreamingResponse:
         """Stream the answer. Raises ServiceError if it cannot start."""
         ticket = self._submit(asked, request)

@@ -99,7 +99,7 @@ class EngineClient(RunObserver):
                 if tokens:
                     self._on_loop(self.dispatcher.deliver, tokens)
             case Failures():
-                failures = [(one.index, one.message) for one in event.failures if self._inflight.drop(one.index)]
+                failures = [one for one in event.failures if self._inflight.drop(one.index)]
                 self._on_loop(self.dispatcher.fail_sequences, failures)
             case Refused():
                 self._on_loop(self.dispatcher.refuse, event.index, ServiceError(400, event.message))
@@ -265,11 +265,12 @@ class EngineClient(RunObserver):
             self._on_loop(self.metrics.count_engine, name, max(0, value - before))
 
     def _begin_drain(self) -> None:
-        async def drain() -> None:
-            await self.dispatcher.drain(self.served.drain_seconds)
-            self._inflight.end()
+        self._drain_task = asyncio.create_task(self.finish())
 
-        self._drain_task = asyncio.create_task(drain())
+    async def finish(self) -> None:
+        """Finish in-flight requests, then let the ranks exit."""
+        await self.dispatcher.drain(self.served.drain_seconds)
+        self._inflight.end()
 
     def _on_loop(self, function: Any, *arguments: Any) -> None:
         if self.loop is not None:

@@ -10,9 +10,20 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from launcher.server.errors import ServiceError, draining, ended, non_finite, queue_full, ranks_failed, timed_out, too_many
+from launcher.server.errors import (
+    ServiceError,
+    draining,
+    ended,
+    no_token_allowed,
+    non_finite,
+    queue_full,
+    ranks_failed,
+    timed_out,
+    too_many,
+)
 from launcher.server.inflight_requests import InflightRequests, NewToken, PromptToken
 from launcher.server.metrics import ServeMetrics
+from model.engine.events import SequenceFailure
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 
@@ -168,12 +179,12 @@ class Dispatcher:
             if sequence is not None:
                 self._fail(sequence.ticket, ranks_failed(failures))
 
-    def fail_sequences(self, failures: Iterable[tuple[int, str]]) -> None:
-        """Fail the requests of sequences (index, reason) for which the model has no next token."""
-        for index, message in failures:
-            sequence = self._running.pop(index, None)
+    def fail_sequences(self, failures: Iterable[SequenceFailure]) -> None:
+        """Fail the requests of sequences that have no next token."""
+        for failure in failures:
+            sequence = self._running.pop(failure.index, None)
             if sequence is not None:
-                self._fail(sequence.ticket, non_finite(message))
+                self._fail(sequence.ticket, (no_token_allowed if failure.by_request else non_finite)(failure.message))
 
     def refuse(self, index: int, error: ServiceError) -> None:
         """Fail the request of a sequence that the ranks cannot run."""

@@ -308,7 +308,7 @@ class Engine:
         """Record a failure of a sequence that has no token to choose from."""
         error = sequence.grammar.error if sequence.grammar is not None else ""
         message = f"no token is allowed at step {sequence.num_new + 1}: {error or 'the restrictions of the request exclude all of them'}"
-        self.failures.append(SequenceFailure(sequence.request.index, sequence.num_new, message))
+        self.failures.append(SequenceFailure(sequence.request.index, sequence.num_new, message, by_request=True))
 
     def _has_failed(self, sequence: LiveSequence) -> bool:
         return any(failure.index == sequence.request.index for failure in self.failures)
