@@ -1,8 +1,10 @@
 """The calls that clients of vLLM and OpenAI make, with what vLLM answers: one table, one server of two ranks."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -385,6 +387,20 @@ def test_a_call_that_cannot_be_answered_is_refused_in_a_sentence(
 ) -> None:
     found, _, answer = server.ask("POST", path, Call("", bool, path, body={}, fields=fields).sent)
     assert (found, words in answer["error"]["message"]) == (status, True), answer
+
+
+def test_a_limited_answer_continues_after_a_rank_has_died(server: Server) -> None:
+    """The grammar's state is rebuilt from the tokens so far. This is the last test of the server: its ranks restart."""
+    numbers = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 60, "maxItems": 60}
+    body = {"guided_json": numbers, "max_tokens": 500, "temperature": 0.9, "seed": 4}
+    whole = server.complete(PROMPT, **body)["choices"][0]
+    assert len(json.loads(whole["text"])) == 60
+    with server.stream(PROMPT, **body) as events:
+        found = [next(events) for _ in range(10)]
+        os.kill(server.running.find_ranks()[0], signal.SIGKILL)
+        found += events
+    assert "restart 1 of" in server.stderr
+    assert "".join(event["choices"][0]["text"] for event in found) == whole["text"]
 
 
 def test_the_table_is_whole() -> None:
