@@ -189,7 +189,7 @@ class CallIds:
         return self.current, uuid.uuid4().hex[:9] if self._is_short else f"call_{uuid.uuid4().hex}"
 
 
-def build_prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[NewToken], top: int) -> list[dict[str, Any] | None]:
+def build_prompt_logprobs(tokenizer: Tokenizer, prompt: "Sequence[NewToken]", top: int) -> list[dict[str, Any] | None]:
     """Build vLLM's `prompt_logprobs`: for each token but the first, log-probability and rank of it and the `top` most likely ones."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
