@@ -161,10 +161,16 @@ def share_masks(masks: Sequence[bytes], num_rows: int, vocab_size: int, collecti
 
 
 def grammar_of_schema(schema: dict[str, Any], spaces: dict[str, Any] | None = None) -> str:
-    """Return the grammar of JSON texts that match a schema. `spaces`: llguidance's options for whitespace."""
+    """Return the grammar of JSON texts that match a schema. `spaces`: llguidance's options for whitespace.
+
+    Raises RequestError for a schema that is nested too deeply. Whether it can be used is up to `Grammars.check`.
+    """
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=cast(Any, spaces or {"whitespace_pattern": _SPACE}))
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=cast(Any, spaces or {"whitespace_pattern": _SPACE}))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be used: {_shorten(str(error))}") from None
 
 
 def grammar_of_regex(pattern: str) -> str:

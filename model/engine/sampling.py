@@ -243,9 +243,10 @@ def _penalize(values: Floats, state: SamplingState, first_id: int, mask: npt.NDA
     """Return the logits of this part of the vocabulary after bias, penalties and restrictions. mask: this part of a grammar's."""
     params, forbidden = state.params, state.list_forbidden()
     restricted = mask is not None or forbidden or params.allowed_token_ids
-    if params.repetition_penalty == 1.0 and not params.logit_bias and not state.counts and not restricted:
+    is_penalized = params.repetition_penalty != 1.0 or params.logit_bias or state.counts
+    if not is_penalized and not restricted:
         return values
-    out: Floats = values.copy()
+    out: Floats = values.copy() if is_penalized else values
     if params.repetition_penalty != 1.0:
         ids, _ = _inside(sorted(state.penalized), first_id, len(values))
         seen, penalty = out[ids], np.float32(params.repetition_penalty)
@@ -257,16 +258,17 @@ def _penalize(values: Floats, state: SamplingState, first_id: int, mask: npt.NDA
         ids, keep = _inside(list(state.counts), first_id, len(values))
         counts = np.array(list(state.counts.values()), dtype=np.float32)[keep]
         out[ids] -= counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
-    if restricted:
-        keep = np.ones(len(values), dtype=np.bool_) if mask is None else mask.copy()
-        if params.allowed_token_ids:
-            named = np.zeros(len(values), dtype=np.bool_)
-            named[_inside(params.allowed_token_ids, first_id, len(values))[0]] = True
-            keep &= named
-        keep[_inside(forbidden, first_id, len(values))[0]] = False
-        keep |= ~(out < np.inf)  # a logit that is not a number has to be noticed wherever it is
-        out[~keep] = -np.inf
-    return out
+    if not restricted or not out.max() < np.inf:  # NaN or infinity has to be noticed wherever it is
+        return out
+    keep = np.ones(len(out), dtype=np.bool_) if mask is None else mask
+    if params.allowed_token_ids:
+        named = np.zeros(len(out), dtype=np.bool_)
+        named[_inside(params.allowed_token_ids, first_id, len(out))[0]] = True
+        keep = keep & named
+    if forbidden:
+        keep = keep.copy()
+        keep[_inside(forbidden, first_id, len(out))[0]] = False
+    return np.where(keep, out, out.dtype.type(-np.inf))
 
 
 def _inside(ids: Sequence[int], first_id: int, count: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
