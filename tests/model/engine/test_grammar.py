@@ -250,3 +250,13 @@ def test_a_sequence_without_an_allowed_token_fails_alone(folder: Path, run_ranks
         assert ended == [0, 1, 3, 4] and failures == [(2, 0), (7, 0)]
     assert all(message.startswith("no token is allowed at step 1: ") for message in results[0][2])
     assert "restrictions of the request" in results[0][2][0]
+
+
+def test_schemas_that_are_nested_too_deeply_and_grammars_that_are_too_large_are_refused() -> None:
+    deep: dict[str, Any] = {"type": "integer"}
+    for _ in range(5000):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(RequestError, match="the JSON schema cannot be used"):
+        grammar_of_schema(deep)
+    with pytest.raises(RequestError, match="too (big|large)|limit|exceed|many"):
+        open_grammars().check(grammar_of_text("start: " + " ".join(f'("{number}" "x")*' for number in range(60_000))))
