@@ -258,5 +258,5 @@ def test_schemas_that_are_nested_too_deeply_and_grammars_that_are_too_large_are_
         deep = {"type": "array", "items": deep}
     with pytest.raises(RequestError, match="the JSON schema cannot be used"):
         grammar_of_schema(deep)
-    with pytest.raises(RequestError, match="too (big|large)|limit|exceed|many"):
+    with pytest.raises(RequestError, match=r"too (big|large)|limit|exceed|many"):
         open_grammars().check(grammar_of_text("start: " + " ".join(f'("{number}" "x")*' for number in range(60_000))))
