@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.cli.dialects import translate
 from launcher.commands.preparation import prepare
 from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version
@@ -159,7 +160,7 @@ def main() -> None:
     """Run a command and exit with its exit code."""
     interruption.catch()
     try:
-        code = app(_spread_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
+        code = app(translate(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except BaseException as error:
         if interruption.number is None:
             _exit_after(error)
@@ -193,15 +194,3 @@ def _describe_usage_error(error: Exception) -> str:
     command = context.command_path if context is not None else "tandem"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     return f"{message} (see {command} --help)"
-
-
-def _spread_words(arguments: list[str]) -> list[str]:
-    """Expand `-b lm_head w2`, the form of Golden Stick's script, to `-b lm_head -b w2`."""
-    spread, flag = [], ""
-    for position, word in enumerate(arguments):
-        if word.startswith("-"):
-            flag = word if word in ("-b", "--opname_blacklist", "--not-converted") else ""
-        elif flag and arguments[position - 1] != flag:
-            spread.append(flag)
-        spread.append(word)
-    return spread

@@ -15,11 +15,12 @@ from launcher.host.cores import count_cores
 from launcher.host.streams import require_stdout
 from launcher.rendezvous.nodes import Nodes, plan_nodes
 from launcher.server.listening import listen, read_keys
-from launcher.settings.approaches import check_words
+from launcher.settings.approaches import check_words, resolve_approach
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
+from launcher.settings.msrun_options import check_msrun_options
 from launcher.settings.options import CheckpointOptions, RunOptions
 from launcher.settings.prompts import read_prompts
 from launcher.settings.yaml_file import find_yaml
@@ -39,7 +40,11 @@ def prepare(options: Any) -> Any:
     if environment is not None and environment.is_scheduler:
         return options  # this process only serves the rendezvous
     if isinstance(options, QuantizeOptions):
+        options = resolve_approach(options)
         check_words(options)
+    if isinstance(options, RunOptions):
+        for note in check_msrun_options(options):
+            print(f"note: {note}", file=sys.stderr)
     _check_input_files(options)
     options = locate_model(options)
     settings = open_settings(options.config)

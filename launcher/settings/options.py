@@ -17,6 +17,7 @@ FormatName = Literal["ranks", "modelslim", "gptq", "awq", "compressed-tensors", 
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
+_MSRUN = "An option of msrun; see launcher/settings/msrun_options.py."
 LogLevel = Literal["error", "warning", "info", "debug"]
 
 
@@ -127,6 +128,12 @@ class RunOptions(CheckpointOptions):
         ),
         also("--cluster_time_out"),
     ] = None
+    join: Annotated[str | None, option("--join", metavar="True|False", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
+    rank_table_file: Annotated[str | None, option("--rank_table_file", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
+    simulation_level: Annotated[int | None, option("--sim_level", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
+    simulated_rank: Annotated[int | None, option("--sim_rank_id", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
+    worker_log_name: Annotated[str | None, option("--worker_log_name", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
+    tail_worker_log: Annotated[str | None, option("--tail_worker_log", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
     num_nodes: int | None = None
     node_rank: int | None = None
     local_workers: int | None = None

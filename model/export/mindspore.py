@@ -66,7 +66,7 @@ def write_mindspore(
     `on_progress` is called with (bytes written, total bytes). Raises CheckpointError for a scheme that MindFormers has no names for, and
     for tensors that are missing or would have to be dropped.
     """
-    _check_scheme(scheme)
+    check_scheme(scheme)
     if config.attention_bias or config.mlp_bias:
         raise CheckpointError(f"{source.path} has biases, which have no form in a .ckpt file here: convert to a Hugging Face folder")
     check_checkpoint(source, config, scheme)
@@ -96,7 +96,8 @@ def write_mindspore(
         reader.close()
 
 
-def _check_scheme(scheme: Scheme) -> None:
+def check_scheme(scheme: Scheme) -> None:
+    """Raise CheckpointError for a scheme that MindFormers has no names for."""
     if scheme.others or scheme.linear not in (None, *_RTN):
         raise CheckpointError(
             f"{scheme.name} has no form in a .ckpt file; float weights and rtn-a16w8 have one: convert to a Hugging Face folder, "
