@@ -5,12 +5,14 @@ Exit codes: 0 success, 1 failed run, 2 usage or input error (nothing was started
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
 
 from launcher.cli.dialects import translate
 from launcher.commands.preparation import prepare
+from launcher.commands.refusal import refusal
 from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version
 from launcher.host.streams import guard_streams
@@ -172,7 +174,9 @@ def main() -> None:
 
 def _exit_after(error: BaseException) -> NoReturn:
     if isinstance(error, InputError):
-        print(f"tandem: {error}", file=sys.stderr)
+        print(f"tandem: {error}", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):
+            refusal.tell(str(error))
         sys.exit(2)
     if isinstance(error, TandemError):
         print(f"tandem: {error}", file=sys.stderr)

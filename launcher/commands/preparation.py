@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
 from launcher.host.cores import count_cores
 from launcher.host.streams import require_stdout
@@ -39,6 +40,8 @@ def prepare(options: Any) -> Any:
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
     if environment is not None and environment.is_scheduler:
         return options  # this process only serves the rendezvous
+    if environment is not None:
+        refusal.expect_others(environment)
     if isinstance(options, QuantizeOptions):
         options = resolve_approach(options)
         check_words(options)

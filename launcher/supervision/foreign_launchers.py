@@ -28,6 +28,7 @@ from launcher.job.observer import RunObserver
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
 from launcher.rendezvous.placement import RankPlacement, find_alone, meet
+from launcher.rendezvous.refused_input import RefusedByRankError
 from launcher.rendezvous.run_identity import DifferentRunError, describe_run
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
@@ -70,7 +71,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
         try:
             joining.run(observer)
             joining.announce_exit(0)
-        except DifferentRunError:  # every rank reports this error itself
+        except (DifferentRunError, RefusedByRankError):  # every rank reports these errors itself
             joining.announce_exit(2)
             raise
         except BaseException as error:
@@ -109,17 +110,18 @@ class _Joining:
             self.seat = find_alone()
         else:
             assert address is not None and port is not None
+            join_seconds = job.join_seconds or job.timeout_seconds
             if self.rank == 0 and environment.store_host == "rank 0":
                 self._raw, _ = open_store(address, port)
             else:
-                self._raw = connect_store(address, port, job.timeout_seconds)
+                self._raw = connect_store(address, port, join_seconds)
             # The agent's store survives a restart; a prefix hides the keys of earlier attempts.
             self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
             if environment.store_host == "scheduler":
                 threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
             if self.rank == 0:
                 self._store.set("task", write(job.task))
-            self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
+            self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), join_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(self._store.get("task")))
         said: SimpleQueue[Command] = SimpleQueue()

@@ -423,6 +423,7 @@ def test_the_next_steps_of_the_document_work_on_the_written_file(tandem: "Tandem
     )
     assert found.stdout == expected.stdout
     assert found.stats["quantization"] == "rtn-a16w8"
+    assert (found.logs / "worker_0.log").read_text().endswith(found.stdout), "where users of msrun look for the results"
 
 
 def test_a_mindspore_file_converts_to_the_tensors_that_mindspore_reads(tandem: "Tandem", golden_stick: tuple[Path, Path]) -> None:
