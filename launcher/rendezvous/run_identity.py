@@ -18,7 +18,7 @@ from launcher.job.job import Job
 from model.backends.registry import find_backend
 from parallel.errors import InputError
 
-_PACKAGES = ("launcher", "model", "parallel")
+_PACKAGES = ("tandem", "launcher", "model", "parallel")
 _REMEDIES = {
     "checkpoint fingerprint": "copy the same checkpoint to every node",
     "program": "install the same version on every node",
@@ -35,10 +35,15 @@ def describe_run(job: Job) -> dict[str, Any]:
     """Return the values that must be equal everywhere, keyed by their names in messages."""
     return {
         "checkpoint fingerprint": job.fingerprint.content,
-        "program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}",
+        **describe_program(),
         "kernels": _describe_kernels(job.device),
         **job.shared_settings,
     }
+
+
+def describe_program() -> dict[str, Any]:
+    """Return the part of `describe_run` that does not depend on a job: the versions of tandem and PyTorch."""
+    return {"program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}"}
 
 
 def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str, Any]) -> None:

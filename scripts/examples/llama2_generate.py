@@ -4,7 +4,7 @@
 
 | MindFormers                                              | here                                          |
 |----------------------------------------------------------|-----------------------------------------------|
-| from mindformers import AutoModel, LlamaTokenizer        | from model import AutoModel, LlamaTokenizer   |
+| from mindformers import AutoModel, LlamaTokenizer        | from tandem import AutoModel, LlamaTokenizer   |
 | model = AutoModel.from_pretrained(dir)                   | the same                                      |
 | tokenizer = LlamaTokenizer.from_pretrained(dir)          | the same                                      |
 | inputs_ids = tokenizer(prompt, max_length=.., ..)["input_ids"] | the same                                |
@@ -16,7 +16,7 @@ Several ranks: scripts/run_predict.sh parallel CONFIG CHECKPOINT N.
 
 import sys
 
-from model import AutoModel, LlamaTokenizer
+from tandem import AutoModel, LlamaTokenizer
 
 
 def main(path: str) -> None:
