@@ -50,7 +50,8 @@ _MODEL_DEFAULTS = {
     "pad_token_id": 0,
 }
 CACHE_DTYPES = ("auto", "int8", "float")
-_DEFAULT_SEQ_LENGTH = 2048
+DEFAULT_SEQ_LENGTH = 2048
+"""MindFormers' default."""
 _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_COMPUTE_DTYPE = "float16"
 
@@ -168,7 +169,7 @@ class Settings:
     def _fill_model_values(self) -> dict[str, Any]:
         values = {**_MODEL_DEFAULTS, **self.model_values}
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
-        values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
+        values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or DEFAULT_SEQ_LENGTH
         return values
 
     def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:
@@ -215,7 +216,7 @@ def read_settings(path: Path) -> Settings:
     """Read the settings of a YAML file. Raises ConfigError naming the file if it is invalid."""
     raw = read_mapping(path)
     try:
-        return _build_settings(raw, str(path))
+        return build_settings(raw, str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -227,10 +228,11 @@ def open_settings(path: Path | None, checkpoint: str | Path | None = None) -> Se
     """
     if path is None and checkpoint is not None:
         path = find_yaml(Path(checkpoint))
-    return read_settings(path) if path else _build_settings({}, "no config")
+    return read_settings(path) if path else build_settings({}, "no config")
 
 
-def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
+def build_settings(raw: Mapping[str, Any], source: str) -> Settings:
+    """Interpret the content of a YAML file. `source` names it in messages. Raises ConfigError for unknown keys and invalid values."""
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}
     own = dict(_find(raw, "tandem") or {})
