@@ -45,8 +45,12 @@ def list_words(folder: Path, *rest: str | Path) -> list[str | Path]:
 
 
 def as_printed(outcome: "Outcome") -> str:
-    """The results of a predict as the script prints them: it keeps special tokens, of which the end of text is left out here."""
-    return "".join(f"<s>{text}\n" for text in outcome.texts)
+    """The results of a predict as the script prints them: it keeps special tokens, of which the end of text is left out here.
+
+    What runs a command reads any line end as one.
+    """
+    printed = "".join(f"<s>{text}\n" for text in outcome.texts)
+    return printed.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def start_msrun(tandem: "Tandem", count: int, command: list[str | Path]) -> list[str]:
