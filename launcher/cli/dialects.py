@@ -5,6 +5,7 @@ approach; before, `-a` was the approach and `-n` the network. msrun takes -1 for
 """
 
 from launcher.settings.options import MAX_SECONDS
+from launcher.settings.program_options import separate_program
 
 _BLACKLIST = ("-b", "--opname_blacklist", "--not-converted")
 _DTYPES = ("int8", "none", "None")
@@ -15,6 +16,10 @@ _MSRUN_TIMEOUT = "--cluster_time_out"
 
 def translate(arguments: list[str]) -> list[str]:
     """Rewrite the words after `tandem`."""
+    if arguments[:1] == ["run"]:
+        words = ["run", *separate_program(arguments[1:])]
+        program = words.index("--") if "--" in words else len(words)
+        return [*_lift_time_limit(words[:program]), *words[program:]]
     if arguments[:1] == ["quantize"]:
         return _translate_quantize(arguments)
     return _lift_time_limit(arguments)

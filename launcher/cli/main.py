@@ -20,6 +20,7 @@ from launcher.settings.checkpoint_options import ConvertOptions, PlanOptions, Qu
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.option_declarations import DeclaredCommand, takes
+from launcher.settings.program_options import ProgramOptions
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -148,6 +149,19 @@ def verify() -> None:
 
     Files are verified against layout.json, SHA256SUMS, Meta's checklist.chk or a .ckpt's own CRC, where present. Exits with 2 if
     anything is wrong. Checksums of tensors (--json) are the same in every format that holds the same tensors.
+    """
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog="Examples: tandem run script.py --workers 2 output/model  |  tandem run --workers 2 -m package.module --its-own-option 1",
+)
+@takes(ProgramOptions, "launcher.commands.run:run", prepare)
+def run() -> None:
+    """Run a Python program as N ranks, which load one model together through tandem.AutoModel or tandem.mindformers.
+
+    Options of tandem come before SCRIPT or directly after it; everything else passes to the program unchanged. Rank 0's standard output
+    is the command's; the rest goes to worker_N.log.
     """
 
 

@@ -3,9 +3,11 @@
 This reports input errors within a fraction of a second. Checks that depend on file contents follow in each command's module.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, V
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
-from launcher.settings.msrun_options import check_msrun_options
+from launcher.settings.msrun_options import MsrunOptions, check_msrun_options
 from launcher.settings.options import CheckpointOptions, RunOptions
+from launcher.settings.program_options import ProgramOptions
 from launcher.settings.prompts import read_prompts
 from launcher.settings.yaml_file import find_yaml
 from launcher.settings.yaml_settings import Settings, open_settings
@@ -35,6 +38,11 @@ _MAX_THREADS_PER_CORE = 4
 def prepare(options: Any) -> Any:
     """Return the options with MODEL resolved to a path, the YAML in its folder, and the prompts read. Raises InputError."""
     _check_stdout(options)
+    if isinstance(options, ProgramOptions):
+        _note_msrun_options(options)
+        if options.bind_cores not in (None, "False"):
+            print("note: --bind_core is not used: the ranks of a program share the cores", file=sys.stderr)
+        _check_program(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
@@ -46,8 +54,7 @@ def prepare(options: Any) -> Any:
         options = resolve_approach(options)
         check_words(options)
     if isinstance(options, RunOptions):
-        for note in check_msrun_options(options):
-            print(f"note: {note}", file=sys.stderr)
+        _note_msrun_options(options)
     _check_input_files(options)
     options = locate_model(options)
     settings = open_settings(options.config)
@@ -113,6 +120,32 @@ def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
     )
 
 
+def _check_program(options: ProgramOptions) -> None:
+    environment = read_environment()
+    if environment.is_rank or environment.is_scheduler:
+        raise ConfigError(
+            f"tandem run starts ranks, but {environment.launcher} started this process as one of several: run the program directly"
+        )
+    world_size = decide_world_size(options.workers, environment, None)
+    if options.local_workers not in (None, world_size) or options.node_rank not in (None, -1, 0):
+        raise ConfigError(
+            f"--local_worker_num and --node_rank ask for ranks on several hosts, but tandem run starts all {world_size} on this one: "
+            "use msrun or torchrun there"
+        )
+    if options.module is not None:
+        # As with python -m, the current directory comes first.
+        if not options.module or PathFinder.find_spec(options.module.partition(".")[0], [os.getcwd(), *sys.path]) is None:
+            raise ConfigError(f"there is no module {options.module!r} in {os.getcwd()} or among the installed packages")
+        return
+    if not options.words:
+        raise ConfigError("no program: give a Python file, as in tandem run script.py --workers 2, or -m MODULE")
+    path = Path(options.words[0])
+    if path.is_dir():
+        raise ConfigError(f"the program {path} is a folder, but a Python file is needed")
+    if not path.is_file():
+        raise ConfigError(f"the program {path} does not exist")
+
+
 def _needs_checkpoint(options: CheckpointOptions) -> bool:
     return not isinstance(options, PlanOptions) and not (isinstance(options, BenchOptions) and options.random_weights)
 
@@ -123,6 +156,11 @@ def _check_stdout(options: Any) -> None:
         return
     if not isinstance(options, RunOptions) or writes_results(options):
         require_stdout(remedy)
+
+
+def _note_msrun_options(options: MsrunOptions) -> None:
+    for note in check_msrun_options(options):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _check_input_files(options: CheckpointOptions) -> None:

@@ -3,13 +3,29 @@
 msrun's other options are aliases of tandem's own, see `options.py`.
 """
 
-from launcher.settings.options import RunOptions
+from dataclasses import dataclass
+from typing import Annotated
+
+from launcher.settings.option_declarations import CLUSTER, option
 from parallel.errors import ConfigError
 
 _MAX_LEVEL = 3
+MSRUN_HELP = "An option of msrun."
 
 
-def check_msrun_options(options: RunOptions) -> list[str]:
+@dataclass(frozen=True, kw_only=True)  # no slots, which only one base of a class may have
+class MsrunOptions:
+    """The options; not shown in the help."""
+
+    join: Annotated[str | None, option("--join", metavar="True|False", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    rank_table_file: Annotated[str | None, option("--rank_table_file", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    simulation_level: Annotated[int | None, option("--sim_level", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    simulated_rank: Annotated[int | None, option("--sim_rank_id", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    worker_log_name: Annotated[str | None, option("--worker_log_name", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    tail_worker_log: Annotated[str | None, option("--tail_worker_log", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+
+
+def check_msrun_options(options: MsrunOptions) -> list[str]:
     """Return notes for the user about msrun's options on this command line. Raises ConfigError for values that msrun has not either,
     and for --sim_level."""
     notes = []

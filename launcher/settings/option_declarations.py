@@ -19,8 +19,8 @@ from typer.core import TyperCommand
 from parallel.errors import ConfigError
 
 MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
-OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
-PANELS = ("Arguments", MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
+OUTPUT, SERVER, QUANTIZATION, DATA, PROGRAM = "Output", "Server", "Quantization", "Data", "Program"
+PANELS = ("Arguments", PROGRAM, MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
 """Help panels, in display order."""
 _FLAGS_WIDTH = 34
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
@@ -146,14 +146,21 @@ def find_metadata(hint: Any, kind: type) -> Any:
     return None
 
 
+def list_flags(hint: Any) -> list[str]:
+    """Return all spellings of an option; of a switch, those that turn it on."""
+    info, aliases = find_metadata(hint, typer.models.OptionInfo), find_metadata(hint, Aliases)
+    # typer takes the first flag for a default until it has read the annotation.
+    flags = [info.default, *(info.param_decls or ())] if info is not None else []
+    return [str(flag).partition("/")[0] for flag in (*flags, *(aliases.flags if aliases is not None else ()))]
+
+
 def check_values(options: Any, names: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError for a value outside an option's choices or limits. `names` maps fields to their names in messages."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         info, value = find_metadata(hint, typer.models.OptionInfo), getattr(options, name)
         if info is None or value is None:
             continue
-        # typer takes the first flag for a default until it has read the annotation.
-        flag = (names or {}).get(name, str(info.default).partition("/")[0])
+        flag = (names or {}).get(name, list_flags(hint)[0])
         choices = _list_choices(hint.__origin__)
         if choices and value not in choices:
             words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none

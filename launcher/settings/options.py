@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -17,7 +18,6 @@ FormatName = Literal["ranks", "modelslim", "gptq", "awq", "compressed-tensors", 
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
-_MSRUN = "An option of msrun; see launcher/settings/msrun_options.py."
 LogLevel = Literal["error", "warning", "info", "debug"]
 
 
@@ -72,7 +72,7 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(CheckpointOptions):
+class RunOptions(MsrunOptions, CheckpointOptions):
     """Options of every command that starts ranks."""
 
     dtype: Annotated[Dtype | None, option("--dtype", help="Compute type. Default: the YAML's, else the checkpoint's.", panel=MODEL)] = None
@@ -128,12 +128,6 @@ class RunOptions(CheckpointOptions):
         ),
         also("--cluster_time_out"),
     ] = None
-    join: Annotated[str | None, option("--join", metavar="True|False", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
-    rank_table_file: Annotated[str | None, option("--rank_table_file", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
-    simulation_level: Annotated[int | None, option("--sim_level", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
-    simulated_rank: Annotated[int | None, option("--sim_rank_id", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
-    worker_log_name: Annotated[str | None, option("--worker_log_name", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
-    tail_worker_log: Annotated[str | None, option("--tail_worker_log", help=_MSRUN, panel=CLUSTER, hidden=True)] = None
     num_nodes: int | None = None
     node_rank: int | None = None
     local_workers: int | None = None

@@ -5,14 +5,13 @@ An option has the names of its field and of all its flags, aliases included: `wo
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from launcher.settings.option_declarations import Aliases, check_values, find_metadata
+from launcher.settings.option_declarations import check_values, find_metadata, list_flags
 from parallel.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -25,11 +24,12 @@ def read_options(kind: type[Options], given: Mapping[str, Any], call: str, *, al
     Raises ConfigError for an unknown name, two names of one option, and a value of the wrong type or out of range.
     """
     hints = get_type_hints(kind, include_extras=True)
-    names = {field.name: field.name for field in fields(kind)}  # type: ignore[arg-type]
-    for own, hint in hints.items():
-        names |= dict.fromkeys(_list_names(hint), own)
-    if allowed is not None:
-        names = {name: field for name, field in names.items() if field in allowed}
+    names = {
+        name: own
+        for own, hint in hints.items()
+        if find_metadata(hint, typer.models.ParameterInfo) is not None and (allowed is None or own in allowed)
+        for name in (own, *_list_names(hint))
+    }
     values: dict[str, Any] = {}
     said: dict[str, str] = {}
     for name, value in given.items():
@@ -47,11 +47,7 @@ def read_options(kind: type[Options], given: Mapping[str, Any], call: str, *, al
 
 
 def _list_names(hint: Any) -> list[str]:
-    info, aliases = find_metadata(hint, typer.models.OptionInfo), find_metadata(hint, Aliases)
-    flags = [info.default, *(info.param_decls or ())] if info is not None else []
-    flags += aliases.flags if aliases is not None else ()
-    long = [str(flag).partition("/")[0] for flag in flags]
-    return [flag.removeprefix("--").replace("-", "_") for flag in long if flag.startswith("--")]
+    return [flag.removeprefix("--").replace("-", "_") for flag in list_flags(hint) if flag.startswith("--")]
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

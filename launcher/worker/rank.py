@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from launcher.host.process_memory import give_back_memory
 from launcher.job.job import Job
@@ -45,6 +46,8 @@ class Rank:
     """Receives messages from the server."""
     progress: Progress
     seat: RankPlacement
+    store: Store | None = None
+    """Shared by the ranks; None for a single one."""
 
     def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""

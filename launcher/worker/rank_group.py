@@ -20,7 +20,7 @@ from launcher.rendezvous.run_identity import DifferentRunError, compare_runs
 from launcher.worker.collectives import connect
 from launcher.worker.rank import Rank
 from model.backends.registry import find_backend
-from parallel.errors import InputError
+from parallel.errors import ConfigError, InputError
 from parallel.progress import Progress, WatchedCollectives
 from parallel.store_waiting import wait_for_ranks
 
@@ -70,7 +70,7 @@ class RankGroup:
     def agree(self, build: Callable[[], Result], describe: Callable[[Result], Mapping[str, Any]]) -> Result:
         """Run `build` on every rank and return its result if it succeeds on all and their descriptions are equal.
 
-        Raises this rank's own error; InputError naming a rank whose input was refused; DifferentRunError for ranks that differ.
+        Raises this rank's own error; ConfigError naming a rank whose input was refused; DifferentRunError for ranks that differ.
         """
         number, self._num_agreements = self._num_agreements, self._num_agreements + 1
         result, error = None, None
@@ -94,7 +94,7 @@ class RankGroup:
     def _compare(self, said: list[dict[str, Any]]) -> None:
         for rank, one in enumerate(said):
             if "error" in one:
-                raise InputError(f"rank {rank} cannot load the model: {one['error']}")
+                raise ConfigError(f"rank {rank} cannot load the model: {one['error']}")
         for rank, one in enumerate(said):
             try:
                 compare_runs(f"rank {rank}", one["run"], f"rank {self.rank}", said[self.rank]["run"])

@@ -5,7 +5,7 @@ The last configuration is kept, because scripts load a tokenizer by the model's 
 
 from launcher.environment.detection import read_environment
 from launcher.settings.yaml_settings import Settings, build_settings
-from launcher.worker.rank_group import RankGroup
+from launcher.worker.rank_group import RankGroup, find_group
 from parallel.errors import ConfigError
 from tandem.mindformers.config import MindFormerConfig
 from tandem.mindformers.log import logger
@@ -21,7 +21,8 @@ def build_context(config: MindFormerConfig) -> MindFormerConfig:
     although no launcher has started it.
     """
     environment = read_environment()
-    if not environment.is_rank and not environment.is_scheduler and (environment.worker_num or 1) > 1:
+    is_alone = find_group() is None and not environment.is_rank and not environment.is_scheduler
+    if is_alone and (environment.worker_num or 1) > 1:
         raise ConfigError(
             f"MS_WORKER_NUM is {environment.worker_num}, but no launcher made this process a rank: each process would load the whole "
             "model: start the script with msrun, torchrun or tandem run, or unset MS_WORKER_NUM"

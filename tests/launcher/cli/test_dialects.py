@@ -66,12 +66,20 @@ def test_other_words_stay_as_they_are() -> None:
     assert translate(words) == ["predict", "--cluster_time_out", "9", *words[2:]]
 
 
+def test_options_of_a_program_are_not_touched() -> None:
+    words = ["run", "--worker_num=2", "--join=True", "--cluster_time_out=-1", "script.py", "-a", "int8", "--cluster_time_out=-1"]
+    limit = ["--cluster_time_out", str(MAX_SECONDS)]
+    assert translate(words) == [*words[:3], *limit, "--", *words[4:]]
+
+
 def test_every_option_of_msrun_is_accepted() -> None:
     words = (
         "--worker_num=2 --local_worker_num=2 --master_addr=127.0.0.1 --master_port=8118 --node_rank=0 --log_dir=output/msrun_log"
         " --join=True --cluster_time_out=7200 --bind_core=True --sim_level=-1 --sim_rank_id=-1 --rank_table_file= --worker_log_name=w"
         " --tail_worker_log=0,1"
     )
+    program = typer.main.get_group(app).commands["run"].make_context("run", translate(["run", *words.split()[:-1], "x.py"])[1:]).params
+    assert (program["workers"], program["join"], program["words"]) == (2, "True", ["x.py"])
     made = typer.main.get_group(app).commands["predict"].make_context("predict", translate(["predict", *words.split()])[1:]).params
     assert {name: made[name] for name in ("workers", "join", "simulation_level", "tail_worker_log", "timeout_seconds")} == {
         "workers": 2,
