@@ -215,6 +215,7 @@ def _prepare_eval(options: EvaluateOptions, environment: LaunchEnvironment) -> E
 
 _INPUT_FILES = {
     "key_file": "--key-file",
+    "vocab_file": "--vocab_file",
     "model_config": "--model-config",
     "api_key_file": "--api-key-file",
     "dataset_path": "--dataset-path",

@@ -6,7 +6,7 @@ All input errors are raised here, before any process starts. Depends on no parti
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -126,7 +126,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
-    settings = open_settings(options.config, options.checkpoint)
+    settings = _override(open_settings(options.config, options.checkpoint), options)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
@@ -137,6 +137,15 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
+
+
+def _override(settings: Settings, options: RunOptions) -> Settings:
+    """Return the YAML's settings with those that run_mindformer.py has options for."""
+    return replace(
+        settings,
+        vocab_file=str(options.vocab_file) if options.vocab_file else settings.vocab_file,
+        seq_length=first_not_none(options.seq_length, settings.seq_length),
+    )
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:

@@ -273,6 +273,12 @@ class RunConsole(RunObserver):
             file=sys.stderr,
         )
 
+    def save(self, path: Path) -> None:
+        """Write the results as MindFormers' predict does: a Python list with one dictionary for each prompt."""
+        texts = [{"text_generation_text": [record.prompt + record.text]} for _, record in sorted(self._records.items())]
+        atomic_write(path, str(texts))
+        print(f"output result is saved at: {path}", file=sys.stderr)
+
     def _take_token(self, token: TokenEvent) -> None:
         index, position = token.index, token.position
         with self._lock:

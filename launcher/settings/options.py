@@ -75,6 +75,10 @@ class CheckpointOptions:
 class RunOptions(MsrunOptions, CheckpointOptions):
     """Options of every command that starts ranks."""
 
+    vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
+    seq_length: Annotated[int | None, option("--seq_length", help="The YAML's seq_length, in tokens.", panel=MODEL, min=1, hidden=True)] = (
+        None
+    )
     dtype: Annotated[Dtype | None, option("--dtype", help="Compute type. Default: the YAML's, else the checkpoint's.", panel=MODEL)] = None
     workers: Annotated[
         int | None,
