@@ -10,6 +10,7 @@ import pytest
 import typer
 
 import model
+from launcher.cli.dialects import translate
 from launcher.cli.main import app
 from tests.end_to_end.test_common_mistakes import MISTAKES
 
@@ -44,7 +45,7 @@ INLINE_COMMANDS = sorted({(page, line) for page, text in PAGES.items() for line 
 
 def parse_tandem(arguments: list[str]) -> None:
     """Parse without running; raises the error that tandem would exit with."""
-    name, *rest = arguments
+    name, *rest = translate(arguments)
     if name.startswith("-"):
         assert name in ("--version", "--help")
         return
@@ -86,7 +87,7 @@ def check_command(line: str) -> None:
             parse_tandem(["predict", "--config", words[at + 1], "--checkpoint", words[at + 2], *words[at + 3 :]])
         case "docker" if words[1] == "run":
             parse_tandem(words[words.index("tandem") + 1 :])
-        case "docker" | "source" | "curl" | "pip" | "python3":
+        case "docker" | "source" | "curl" | "pip" | "python3" | "mkdir" | "cp":
             pass
         case script:
             check_script([script, *words[1:]])

@@ -12,8 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Outcome, Tandem
 
-SCRIPTS = Path(__file__).parent / "scripts"
-SCRIPT = SCRIPTS / "mindformers_script.py"
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+COUNT_BYTES = Path(__file__).parent / "scripts" / "count_bytes.py"
+SCRIPT = PROJECT_ROOT / "scripts" / "examples" / "run_llama2_generate.py"
 SECONDS = 170
 TRAINER = "trainer:\n  type: CausalLanguageModelingTrainer\n  model_name: 'llama2_7b'\n"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -88,7 +89,7 @@ def test_one_process_prints_the_text_of_predict(tandem: "Tandem", folders: dict[
 def test_ranks_of_torchrun_read_the_checkpoint_once(tandem: "Tandem", folders: dict[str, Path], expected: dict[str, str]) -> None:
     checkpoint, counts = folders["rtn"] / "llama2_rtn.ckpt", tandem.new_folder()
     words = list_words(folders["rtn"], "--use_parallel", "--load_checkpoint", checkpoint)
-    result = tandem.run_command([sys.executable, *TORCHRUN, "3", SCRIPTS / "count_bytes.py", counts, SCRIPT, *words])
+    result = tandem.run_command([sys.executable, *TORCHRUN, "3", COUNT_BYTES, counts, SCRIPT, *words])
     assert result.returncode == 0, result.stderr
     assert leave_out_special(result.stdout) == 3 * expected["rtn"], "each rank prints all, as the script says"
     read = [int((counts / f"rank_{rank}.txt").read_text()) for rank in range(3)]  # more than one line would be more than one load

@@ -1,6 +1,9 @@
-"""A script as users of MindFormers write it after the quantization document (mindformers_today.md, section 5).
+"""MindFormers' example script as its users write it for a quantized model: only the import lines differ from theirs.
 
-Only its import lines differ from theirs; what they import from mindspore and mindformers comes from tandem.mindformers here.
+    python scripts/examples/run_llama2_generate.py --config_path DIR/predict_llama2_13b_rtn.yaml
+    tandem run --workers 2 scripts/examples/run_llama2_generate.py --config_path DIR/predict_llama2_13b_rtn.yaml --use_parallel
+
+DIR holds the YAML, one .ckpt and tokenizer.model. torchrun and msrun start its ranks as well.
 """
 
 import argparse
@@ -37,7 +40,7 @@ def main(config_path, network_dir, use_parallel, load_checkpoint):
     build_parallel_config(config)
 
     tokenizer = LlamaTokenizer.from_pretrained(config.trainer.model_name)
-    network = AutoModel.from_pretrained(network_dir, download_checkpoint=False)
+    network = AutoModel.from_pretrained(network_dir or os.path.dirname(config_path), download_checkpoint=False)
     model = Model(network)
 
     model_config = config.model.model_config
