@@ -50,7 +50,7 @@ def desk(tandem: "Tandem", stories: Path, shared_dir: Path) -> Path:
 def test_every_command_of_the_page_runs(tandem: "Tandem", desk: Path) -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 11
     printed: dict[str, str] = {}
     path = f"{desk / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
