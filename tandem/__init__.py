@@ -1,4 +1,4 @@
-"""tandem's Python API: a model on ranks of its own (`LLM`), or this program's processes as the ranks (`init`, `AutoModel`).
+"""tandem's Python API: a model on separate ranks (`LLM`), or this program's processes as the ranks (`init`, `AutoModel`).
 
 Light to import: each name is loaded on first use, and only `init` and `AutoModel` need PyTorch in this process.
 """

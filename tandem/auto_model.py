@@ -17,7 +17,7 @@ import torch
 
 from launcher.commands.preparation import locate_model
 from launcher.commands.run_ranks import Run, build_job, open_model
-from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
+from launcher.environment.detection import LaunchEnvironment, decide_world_size
 from launcher.job.job import Job
 from launcher.job.tasks import Decode
 from launcher.rendezvous.nodes import Nodes
@@ -202,14 +202,11 @@ def plan_job(group: RankGroup, options: RunOptions, settings: Settings) -> Job:
 
 
 def _describe_environment(group: RankGroup) -> LaunchEnvironment:
-    """Return the environment of this rank as its group knows it; `tandem run` sets no variables."""
+    """Return the environment of this rank as its group knows it."""
     if group.world_size == 1:
         return LaunchEnvironment()
-    environment = read_environment()
-    if environment.is_rank:
-        return environment
     return LaunchEnvironment(
-        launcher="tandem run",
+        launcher=group.launcher,
         rank=group.rank,
         world_size=group.world_size,
         local_rank=group.local_rank,

@@ -1,4 +1,4 @@
-"""`tandem.LLM`: a model on ranks of its own, from any program: scripts, notebooks, threads.
+"""`tandem.LLM`: a model on separate ranks, started by any program: scripts, notebooks, threads.
 
 The ranks belong to an engine process that never imports the program's main module; this process needs no PyTorch. A rank that dies is
 restarted, and the answers continue with the same tokens.
@@ -38,7 +38,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model, loaded by ranks of its own until `close`. Thread-safe: concurrent calls share the batch."""
+    """A model that separate ranks hold until `close`. Thread-safe: concurrent calls share the batch."""
 
     def __init__(self, model: str | os.PathLike[str], workers: int | None = None, **options: Any) -> None:
         """Start `workers` ranks and load the model: a path of any supported format, or a Hugging Face id.
@@ -280,13 +280,13 @@ class _Answer:
 
 
 def _require_program() -> None:
-    """Raise ConfigError in a rank: each would start ranks of its own."""
-    environment, groups = read_environment(), sys.modules.get("launcher.worker.rank_group")
+    """Raise ConfigError in a rank: each rank would start more ranks."""
+    groups = sys.modules.get("launcher.worker.rank_group")  # not loaded: this process has not joined, and PyTorch need not be imported
     group = groups.find_group() if groups is not None else None
-    if environment.is_rank or environment.is_scheduler or (group is not None and group.world_size > 1):
-        launcher = environment.launcher if environment.is_rank or environment.is_scheduler else "tandem run"
+    launcher = group.launcher if group is not None else read_environment().launcher
+    if launcher != "none":
         raise ConfigError(
-            f"LLM starts ranks of its own, but {launcher} started this process as one of several: use AutoModel, or start the program alone"
+            f"LLM starts its own ranks, but {launcher} started this process as one of several: use AutoModel, or start the program alone"
         )
 
 

@@ -37,7 +37,7 @@ def _join(environment: LaunchEnvironment, timeout_seconds: float) -> RankGroup:
         sys.exit(serve_ranks(environment, join_seconds))
     world_size = environment.world_size if environment.is_rank else 1
     if world_size is None or world_size == 1:
-        return RankGroup(find_alone(), None, timeout_seconds)
+        return RankGroup(environment.launcher, find_alone(), None, timeout_seconds)
     rank, address = environment.rank, environment.master_addr
     assert rank is not None and address is not None
     launched = LaunchedStore(environment, join_seconds)
@@ -52,4 +52,4 @@ def _join(environment: LaunchEnvironment, timeout_seconds: float) -> RankGroup:
             launched.announce_exit(int(has_failed()), waits=True, is_over=is_over)
 
     atexit.register(leave)
-    return RankGroup(seat, launched.store, timeout_seconds)
+    return RankGroup(environment.launcher, seat, launched.store, timeout_seconds)

@@ -128,7 +128,7 @@ def plan() -> None:
 
 @app.command(
     cls=DeclaredCommand,
-    epilog="Examples: tandem convert model.Q4_1.gguf output/model --dtype float16  |  "
+    epilog="Examples: tandem convert model.Q4_K_M.gguf output/model --quantize rtn-a16w8  |  "
     "tandem convert output/model model.ckpt --to mindspore",
 )
 @takes(ConvertOptions, "launcher.commands.convert:convert", prepare)

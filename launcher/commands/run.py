@@ -90,6 +90,7 @@ def _build_job(task: Program, world_size: int) -> Job:
         device="cpu",
         collectives="auto",
         threads_per_rank=None,
+        cpu_kernels="auto",
         bind_cores=False,
         timeout_seconds=float(MAX_SECONDS),  # a program may compute for as long as it likes between two steps of its model
         max_batch_size=1,

@@ -91,7 +91,7 @@ class _Running(Struct, frozen=True, kw_only=True):
     quantization: str
     """Name of the checkpoint's scheme."""
     kernel: str
-    """Name of the matmul kernel."""
+    """Name of the matmul kernel, and what runs without native kernels."""
     collectives: str
     """Name of the collectives."""
 

@@ -4,7 +4,6 @@ Ranks with different weights, programs or kernels would compute parts of differe
 """
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -72,8 +71,8 @@ def _hash_sources() -> str:
 
 
 def _describe_kernels(device: str) -> str:
-    """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them; PyTorch's depend on the
-    instruction set."""
-    if find_backend(device).kernels is not None:
-        return f"native ({platform.machine()})"
+    """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them, except for products of bfloat16
+    pairs; PyTorch's depend on the instruction set."""
+    if (kernels := find_backend(device).kernels) is not None:
+        return "native" + (" (bfloat16 pairs)" if kernels.name == "avx512_bf16" else "")
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

@@ -4,6 +4,7 @@ The program joins its ranks with `tandem.init`, or by loading a model. Standard 
 to their logs.
 """
 
+import atexit
 import os
 import runpy
 import sys
@@ -15,14 +16,14 @@ from pathlib import Path
 from launcher.job.messages import Printed
 from launcher.job.tasks import Program
 from launcher.worker.rank import Emit, Rank
-from launcher.worker.rank_group import RankGroup, set_group
+from launcher.worker.rank_group import TANDEM_RUN, RankGroup, set_group
 
 _CHUNK_BYTES = 1 << 16
 
 
 def run_program(me: Rank, task: Program) -> None:
     """Run the program to its end. Raises its exception, and SystemExit unless it exits with 0."""
-    set_group(RankGroup(me.seat, me.store, task.timeout_seconds, me.progress))
+    set_group(RankGroup(TANDEM_RUN, me.seat, me.store, task.timeout_seconds, me.progress))
     os.chdir(task.folder)
     sys.argv = [task.module or task.script, *task.arguments]
     with _forwarded_output(me.emit if me.seat.rank == 0 else None):
@@ -36,6 +37,15 @@ def run_program(me: Rank, task: Program) -> None:
         except SystemExit as ended:
             if ended.code not in (None, 0):
                 raise
+        _finish()
+
+
+def _finish() -> None:
+    """Do what the interpreter does at the end of a program, since a forked rank exits without it."""
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
-from model.kernels.library import explain_absence
+from model.kernels.library import choose_kernels, explain_absence
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
@@ -89,6 +89,7 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
+    choose_kernels(job.cpu_kernels)
     own = source is None
     source = source or open_own_checkpoint(job)
     config = replace(

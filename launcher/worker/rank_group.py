@@ -25,17 +25,19 @@ from parallel.progress import Progress, WatchedCollectives
 from parallel.store_waiting import wait_for_ranks
 
 Result = TypeVar("Result")
+TANDEM_RUN = "tandem run"
+"""The launcher of programs that tandem itself has started."""
 
 
 class RankGroup:
     """The ranks of this program."""
 
-    def __init__(self, seat: RankPlacement, store: Store | None, timeout_seconds: float, progress: Progress | None = None) -> None:
-        """`store` is shared by the ranks; None for a single one. `timeout_seconds` limits the wait for a rank that makes no progress.
-
-        `progress` is the line of a rank that tandem itself has started.
-        """
-        self._seat, self._store, self.timeout_seconds = seat, store, timeout_seconds
+    def __init__(
+        self, launcher: str, seat: RankPlacement, store: Store | None, timeout_seconds: float, progress: Progress | None = None
+    ) -> None:
+        """`launcher` has started the ranks. `store` is shared by them; None for a single one. `timeout_seconds` limits the wait for a rank
+        that makes no progress. `progress` is the line of a rank that tandem itself has started."""
+        self.launcher, self._seat, self._store, self.timeout_seconds = launcher, seat, store, timeout_seconds
         self._progress = progress or Progress()
         self._num_agreements = 0
 
@@ -70,7 +72,7 @@ class RankGroup:
     def agree(self, build: Callable[[], Result], describe: Callable[[Result], Mapping[str, Any]]) -> Result:
         """Run `build` on every rank and return its result if it succeeds on all and their descriptions are equal.
 
-        Raises this rank's own error; ConfigError naming a rank whose input was refused; DifferentRunError for ranks that differ.
+        Raises this rank's own error; ConfigError naming a rank whose input was refused, or ranks that differ.
         """
         number, self._num_agreements = self._num_agreements, self._num_agreements + 1
         result, error = None, None
@@ -99,10 +101,10 @@ class RankGroup:
             try:
                 compare_runs(f"rank {rank}", one["run"], f"rank {self.rank}", said[self.rank]["run"])
             except DifferentRunError as error:
-                raise DifferentRunError(f"{error}; every rank has to load the same models in the same order") from None
+                raise ConfigError(f"{error}; every rank has to load the same models in the same order") from None
 
     def open_rank(self, job: Job, warn: Callable[[str], None]) -> Rank:
-        """Return the context of this rank for a model of its own: collectives, device and threads. Every rank has to call it in the same
+        """Return the context of this rank for its next model: collectives, device and threads. Every rank has to call it in the same
         order."""
         started, seat = time.perf_counter(), self._seat
         threads = job.threads_per_rank or (share_cores(self.local_world_size) if seat.shares_cores else count_cores())
@@ -115,7 +117,8 @@ class RankGroup:
             if isinstance(event, RankWarning) and self.rank == 0:
                 warn(event.message)
 
-        return Rank(job, collectives, device, threads, started, emit, _hear_nothing, self._progress, seat)
+        # A line that nobody watches: a rank of a program does not take part in another attempt, even if it keeps its weights.
+        return Rank(job, collectives, device, threads, started, emit, _hear_nothing, Progress(), seat)
 
 
 def _hear_nothing(wait_seconds: float) -> list[Command]:

@@ -115,13 +115,14 @@ def serve(me: Rank, task: Serve) -> None:
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
     """Return the run's properties in the form they have in stats."""
     job, backend = me.job, model.backend
+    kernel = backend.int8_kernel.name if model.scheme.has_integers else f"{backend.name}-{job.dtype}"
     return {
         "world_size": job.world_size,
         "threads_per_rank": me.threads,
         "device": job.device,
         "dtype": job.dtype,
         "quantization": model.scheme.name,
-        "kernel": backend.int8_kernel.name if model.scheme.linear is not None else f"{backend.name}-{job.dtype}",
+        "kernel": f"{kernel} (plain: {', '.join(model.plain_features)})" if model.plain_features else kernel,
         "collectives": me.collectives.name,
     }
 

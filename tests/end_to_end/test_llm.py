@@ -262,7 +262,7 @@ def test_what_cannot_start_is_refused(checkpoints: "Checkpoints", options: dict[
 def test_a_rank_starts_no_ranks(checkpoints: "Checkpoints", monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in RANK.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="LLM starts ranks of its own, but torchrun started this process as one of several: use AutoModel"):
+    with pytest.raises(InputError, match="LLM starts its own ranks, but torchrun started this process as one of several: use AutoModel"):
         LLM(checkpoints.float)
 
 

@@ -294,7 +294,7 @@ def test_rotary_frequencies_are_compared_and_reported(tmp_path: Path) -> None:
     [
         ("model.layers.0.self_attn.q_proj.bias", "biases are supported only where attention_bias or mlp_bias is true; 1 unexpected"),
         ("model.layers.1.self_attn.q_proj.weight", "num_hidden_layers is 1, but there are tensors of layer 1; 1 unexpected"),
-        ("model.layers.0.mlp.experts.0.w1.weight", "mixtures of experts are not supported; 1 unexpected"),
+        ("model.layers.0.mlp.experts.0.w1.weight", "its model_type has no such experts; 1 unexpected"),
         ("score.weight", "a classification head is not supported; 1 unexpected"),
     ],
 )
