@@ -8,6 +8,7 @@ text_generation_result.txt into the current folder.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def list_prompts(data: object) -> list[str]:
     texts = data if isinstance(data, list) else [data] if data not in (None, "", "None") else []
     if not texts:
         raise ConfigError("no prompt: give --predict_data TEXT, or a file with one prompt per line")
-    if len(texts) == 1 and Path(str(texts[0])[:4096]).is_file():
+    if len(texts) == 1 and os.path.isfile(str(texts[0])):
         return ["--prompts-file", str(texts[0])]
     return [word for text in texts for word in ("--prompt", str(text).replace("\\n", "\n"))]
 

@@ -1,8 +1,10 @@
 """`tandem.init()`: makes this process one of the ranks that its environment describes."""
 
 import atexit
+import json
 import os
 import sys
+from contextlib import suppress
 
 from launcher.environment.detection import LaunchEnvironment, read_environment
 from launcher.rendezvous.launched_store import LaunchedStore
@@ -10,7 +12,7 @@ from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.placement import find_alone, meet
 from launcher.rendezvous.run_identity import describe_program
 from launcher.supervision.rank_watch import read_state
-from launcher.worker.rank_group import RankGroup, find_group, has_failed, set_group
+from launcher.worker.rank_group import ENDED_KEY, RankGroup, describe_end, find_group, set_group
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -49,7 +51,10 @@ def _join(environment: LaunchEnvironment, timeout_seconds: float) -> RankGroup:
 
     def leave() -> None:
         if os.getpid() == own_pid:  # not in a fork
-            launched.announce_exit(int(has_failed()), waits=True, is_over=is_over)
+            reason = describe_end()
+            with suppress(RuntimeError):  # the store's host may have ended
+                launched.store.compare_set(ENDED_KEY, "", json.dumps([rank, reason]))
+            launched.announce_exit(int(bool(reason)), waits=True, is_over=is_over)
 
     atexit.register(leave)
     return RankGroup(environment.launcher, seat, launched.store, timeout_seconds)

@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COUNT_BYTES = Path(__file__).parent / "scripts" / "count_bytes.py"
 SCRIPT = PROJECT_ROOT / "scripts" / "examples" / "run_llama2_generate.py"
 SECONDS = 170
+TOPO_SECONDS = 120
 TRAINER = "trainer:\n  type: CausalLanguageModelingTrainer\n  model_name: 'llama2_7b'\n"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
@@ -57,16 +59,27 @@ def leave_out_special(stdout: str) -> str:
     return re.sub("<s>|</s>|<unk>", "", stdout)
 
 
-def start_msrun(tandem: "Tandem", count: int, command: list[str | Path]) -> list[str]:
-    """Standard output of the scheduler and the workers that msrun would start."""
+def run_msrun(tandem: "Tandem", *commands: list[str | Path]) -> list[tuple[str, str, int]]:
+    """Standard output, standard error and exit code of the scheduler and the workers that msrun would start, one with each command."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    common = {"MS_WORKER_NUM": str(count), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": port, "MS_TOPO_TIMEOUT": "120"}
-    started = [tandem.start(command, MS_ROLE="MS_SCHED", RANK_ID="0", **common)]
-    for rank in map(str, range(count)):
-        started.append(tandem.start(command, MS_ROLE="MS_WORKER", MS_NODE_ID=rank, RANK_ID=rank, DEVICE_ID=rank, **common))
-    outcomes = [(*running.process.communicate(timeout=SECONDS), running.process.returncode) for running in started]
+    common = {
+        "MS_WORKER_NUM": str(len(commands)),
+        "MS_SCHED_HOST": "127.0.0.1",
+        "MS_SCHED_PORT": port,
+        "MS_TOPO_TIMEOUT": str(TOPO_SECONDS),
+    }
+    started = [tandem.start(commands[0], MS_ROLE="MS_SCHED", RANK_ID="0", **common)]
+    for rank, command in enumerate(commands):
+        own = {"MS_NODE_ID": str(rank), "RANK_ID": str(rank), "DEVICE_ID": str(rank)}
+        started.append(tandem.start(command, MS_ROLE="MS_WORKER", **own, **common))
+    return [(*running.process.communicate(timeout=SECONDS), running.process.returncode) for running in started]
+
+
+def print_as_msrun(tandem: "Tandem", count: int, command: list[str | Path]) -> list[str]:
+    """Standard output of the scheduler and the workers of a run that ends well."""
+    outcomes = run_msrun(tandem, *[command] * count)
     assert [code for _, _, code in outcomes] == [0] * (count + 1), outcomes
     return [leave_out_special(stdout) for stdout, _, _ in outcomes]
 
@@ -98,8 +111,23 @@ def test_ranks_of_torchrun_read_the_checkpoint_once(tandem: "Tandem", folders: d
 
 def test_ranks_of_msrun_print_the_text_of_predict(tandem: "Tandem", folders: dict[str, Path], expected: dict[str, str]) -> None:
     words = list_words(folders["float"], "--use_parallel", "--load_checkpoint", folders["float"] / "llama2_float.ckpt")
-    scheduler, *workers = start_msrun(tandem, 2, [sys.executable, SCRIPT, *words])
+    scheduler, *workers = print_as_msrun(tandem, 2, [sys.executable, SCRIPT, *words])
     assert (scheduler, *workers) == ("", expected["float"], expected["float"])
+
+
+def test_a_rank_without_its_tokenizer_ends_the_others_with_its_reason(tandem: "Tandem", folders: dict[str, Path]) -> None:
+    """It ends before the ranks compare their models; without its reason the others wait for MS_TOPO_TIMEOUT."""
+    bare = tandem.new_folder()
+    for path in (*folders["float"].glob("*.yaml"), *folders["float"].glob("*.ckpt")):
+        (bare / path.name).symlink_to(path)
+    words = [[sys.executable, SCRIPT, *list_words(folder, "--use_parallel")] for folder in (bare, folders["float"], folders["float"])]
+    started = time.monotonic()
+    _, refused, *others = run_msrun(tandem, *words)
+    assert time.monotonic() - started < TOPO_SECONDS / 2
+    assert refused[2] == 1 and "CheckpointError: no tokenizer 'llama2_7b'" in refused[1]
+    for stdout, stderr, code in others:
+        assert (stdout, code) == ("", 1)
+        assert "RunError: rank 0 has ended: no tokenizer 'llama2_7b': neither a path nor" in stderr
 
 
 def test_three_ranks_load_what_two_have_written(tandem: "Tandem", shared_dir: Path) -> None:
@@ -113,5 +141,5 @@ def test_three_ranks_load_what_two_have_written(tandem: "Tandem", shared_dir: Pa
     shutil.copy(sliced / "rank_0" / "llama_rank_0-1_2.ckpt", folder / "not_loaded.ckpt")
     truth = tandem.predict("-c", folder / "predict_llama2.yaml", "--checkpoint", sliced, "--workers", "1")
     words = list_words(folder, "--use_parallel", "--load_checkpoint", sliced)
-    _, *workers = start_msrun(tandem, 3, [sys.executable, SCRIPT, *words])
+    _, *workers = print_as_msrun(tandem, 3, [sys.executable, SCRIPT, *words])
     assert workers == 3 * [as_printed(truth)]
