@@ -102,9 +102,12 @@ def test_one_process_prints_the_text_of_predict(tandem: "Tandem", folders: dict[
 def test_ranks_of_torchrun_read_the_checkpoint_once(tandem: "Tandem", folders: dict[str, Path], expected: dict[str, str]) -> None:
     checkpoint, counts = folders["rtn"] / "llama2_rtn.ckpt", tandem.new_folder()
     words = list_words(folders["rtn"], "--use_parallel", "--load_checkpoint", checkpoint)
-    result = tandem.run_command([sys.executable, *TORCHRUN, "3", COUNT_BYTES, counts, SCRIPT, *words])
+    logs = tandem.new_folder()  # torchrun starts unbuffered ranks, whose lines would mix in one stream
+    own_logs = ("--redirects", "3", "--log-dir", logs)
+    result = tandem.run_command([sys.executable, *TORCHRUN, "3", *own_logs, COUNT_BYTES, counts, SCRIPT, *words])
     assert result.returncode == 0, result.stderr
-    assert leave_out_special(result.stdout) == 3 * expected["rtn"], "each rank prints all, as the script says"
+    printed = [leave_out_special(path.read_text(encoding="utf-8")) for path in sorted(logs.rglob("stdout.log"))]
+    assert printed == 3 * [expected["rtn"]], "each rank prints all, as the script says"
     read = [int((counts / f"rank_{rank}.txt").read_text()) for rank in range(3)]  # more than one line would be more than one load
     assert 0.95 * checkpoint.stat().st_size < sum(read) < 1.02 * checkpoint.stat().st_size
 
