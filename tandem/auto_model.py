@@ -53,6 +53,7 @@ MODEL_OPTIONS = (
     "device",
     "threads_per_rank",
     "collectives",
+    "cpu_kernels",
     "kv_cache_dtype",
 )
 """Options of the command line that describe a model and its ranks."""
