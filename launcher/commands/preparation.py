@@ -12,17 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
 from launcher.host.cores import count_cores
 from launcher.host.streams import require_stdout
 from launcher.rendezvous.nodes import Nodes, plan_nodes
 from launcher.server.listening import listen, read_keys
 from launcher.settings.api_batch import read_batch
-from launcher.settings.approaches import check_words
+from launcher.settings.approaches import check_words, resolve_approach
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
 from launcher.settings.decode_options import ApiOptions, BatchOptions, ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
+from launcher.settings.msrun_options import MsrunOptions, check_msrun_options
 from launcher.settings.options import CheckpointOptions, RunOptions
 from launcher.settings.program_options import ProgramOptions
 from launcher.settings.prompts import read_prompts
@@ -38,14 +40,22 @@ def prepare(options: Any) -> Any:
     """Return the options with MODEL resolved to a path, the YAML in its folder, and the prompts read. Raises InputError."""
     _check_stdout(options)
     if isinstance(options, ProgramOptions):
+        _note_msrun_options(options)
+        if options.bind_cores not in (None, "False"):
+            print("note: --bind_core is not used: the ranks of a program share the cores", file=sys.stderr)
         _check_program(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
     if environment is not None and environment.is_scheduler:
         return options  # this process only serves the rendezvous
+    if environment is not None:
+        refusal.expect_others(environment)
     if isinstance(options, QuantizeOptions):
+        options = resolve_approach(options)
         check_words(options)
+    if isinstance(options, RunOptions):
+        _note_msrun_options(options)
     _check_input_files(options)
     options = locate_model(options)
     settings = open_settings(options.config)
@@ -117,7 +127,12 @@ def _check_program(options: ProgramOptions) -> None:
         raise ConfigError(
             f"tandem run starts ranks, but {environment.launcher} started this process as one of several: run the program directly"
         )
-    decide_world_size(options.workers, environment, None)
+    world_size = decide_world_size(options.workers, environment, None)
+    if options.local_workers not in (None, world_size) or options.node_rank not in (None, -1, 0):
+        raise ConfigError(
+            f"--local_worker_num and --node_rank ask for ranks on several hosts, but tandem run starts all {world_size} on this one: "
+            "use msrun or torchrun there"
+        )
     if options.module is not None:
         # As with python -m, the current directory comes first.
         if not options.module or PathFinder.find_spec(options.module.partition(".")[0], [os.getcwd(), *sys.path]) is None:
@@ -142,6 +157,11 @@ def _check_stdout(options: Any) -> None:
         return
     if not isinstance(options, RunOptions) or writes_results(options):
         require_stdout(remedy)
+
+
+def _note_msrun_options(options: MsrunOptions) -> None:
+    for note in check_msrun_options(options):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _check_input_files(options: CheckpointOptions) -> None:
@@ -213,6 +233,7 @@ def _prepare_eval(options: EvaluateOptions, environment: LaunchEnvironment) -> E
 
 _INPUT_FILES = {
     "key_file": "--key-file",
+    "vocab_file": "--vocab_file",
     "model_config": "--model-config",
     "api_key_file": "--api-key-file",
     "dataset_path": "--dataset-path",

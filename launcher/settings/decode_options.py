@@ -46,6 +46,9 @@ class PredictOptions(SamplingOptions, ClusterOptions):
         option("--output", metavar="FILE", help="Append one JSON object per finished prompt. Default: none.", panel=OUTPUT),
     ] = None
     resume: Annotated[bool, option("--resume", help="Skip prompts already in the --output file.", panel=OUTPUT)] = False
+    save_file: Annotated[
+        Path | None, option("--save_file", help="Write the results to this file as MindFormers does.", panel=OUTPUT, hidden=True)
+    ] = None
     stats: Annotated[
         Path | None, option("--stats", metavar="FILE", help="Write speeds, bytes and memory to this JSON file.", panel=OUTPUT)
     ] = None

@@ -41,12 +41,15 @@ def option(
     min: float | None = None,
     max: float | None = None,
     above: float | None = None,
+    hidden: bool = False,
 ) -> Any:
     """Declare an option. The help text includes the default, since most defaults are determined after parsing.
 
-    `min` and `max` are inclusive, `above` is exclusive.
+    `min` and `max` are inclusive, `above` is exclusive. `hidden`: accepted, but not shown in the help.
     """
-    declared: Any = typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+    declared: Any = typer.Option(
+        *flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False, hidden=hidden
+    )
     declared.above = above
     return declared
 

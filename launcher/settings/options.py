@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -76,9 +77,13 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(CheckpointOptions):
+class RunOptions(MsrunOptions, CheckpointOptions):
     """Options of every command that starts ranks."""
 
+    vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
+    seq_length: Annotated[int | None, option("--seq_length", help="The YAML's seq_length, in tokens.", panel=MODEL, min=1, hidden=True)] = (
+        None
+    )
     dtype: Annotated[Dtype | None, option("--dtype", help="Compute type. Default: the YAML's, else the checkpoint's.", panel=MODEL)] = None
     workers: Annotated[
         int | None,
