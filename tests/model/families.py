@@ -19,14 +19,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {**EVEN, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen2-tied": ("qwen2", {**EVEN, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**ODD, "attention_bias": True}),
+    "qwen3-plain": ("qwen3", {**ODD, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-window": ("qwen3", {**WIDE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "phi3": ("phi3", {**EVEN, "num_key_value_heads": 3, "sliding_window": 9, "pad_token_id": 79}),
     "mixtral": ("mixtral", {**ODD, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "qwen3_moe",
-        {**WIDE, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 112, "norm_topk_prob": True, "mlp_only_layers": [1]},
+        {**WIDE, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 112, "norm_topk_prob": True},
     ),
-    "qwen3_moe-plain": ("qwen3_moe", {**ODD, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
+    "qwen3_moe-plain": (
+        "qwen3_moe",
+        {**ODD, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    ),
 }
 
 
