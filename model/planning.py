@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
+from model.spec.linear_memory import count_linear_bytes
 from model.spec.scheme import Scheme, run_as_one
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
@@ -250,9 +251,10 @@ def _list_steps(
             return
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
-        kept = raw + sum(rows) * 4 * groups
+        kept = count_linear_bytes(sum(rows), columns, first, own_kernels=not packs)
         if not packs:
-            yield _Step(kept, kept, kept, raw, share)
+            # The integers of 4-bit weights are packed after they were read, a byte each.
+            yield _Step(kept, kept, kept + (raw if first.bits == 4 else 0), raw, share)
             return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups

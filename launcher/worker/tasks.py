@@ -9,10 +9,11 @@ from typing import Any
 
 from launcher.host.process_memory import give_back_memory, read_peak_rss_bytes
 from launcher.job.messages import Failed, Failures, RankWarning, Result, Serving, Stats, Tokens, Working
-from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Serve
+from launcher.job.tasks import Bench, Decode, Evaluate, Program, Quantize, Serve
 from launcher.worker.bandwidth import measure_bandwidth
 from launcher.worker.bench import RankBench, open_source
 from launcher.worker.profile import record_spans
+from launcher.worker.program import run_program
 from launcher.worker.rank import Rank, load_rank, open_own_checkpoint
 from launcher.worker.service import RankService
 from model.checkpoint.fingerprint import check_unchanged, read_state
@@ -217,4 +218,5 @@ _RUNNERS: Mapping[type, Callable[[Rank, Any], None]] = {
     Evaluate: evaluate,
     Quantize: quantize,
     Bench: bench,
+    Program: run_program,
 }

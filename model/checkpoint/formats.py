@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
+from model.checkpoint.bin_folder import BinFolder, is_bin
 from model.checkpoint.column_packed import declares_method
 from model.checkpoint.described_folder import DescribedFolder, is_described
 from model.checkpoint.float8_folder import Float8Folder, is_float8
@@ -13,7 +14,7 @@ from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_parts import find_whole
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
+from model.checkpoint.hf_folder import INDEX_FILE, SAFETENSORS, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
@@ -72,7 +73,7 @@ def _is_hugging_face(path: Path) -> bool:
         return False
     if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return True
-    return (path / "config.json").is_file() and bool(list_shards(path))
+    return SAFETENSORS.exist(path)
 
 
 def _is_compressed_tensors(path: Path) -> bool:
@@ -102,6 +103,11 @@ FORMATS: Mapping[str, Format] = {
     ),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
     "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder),
+    "bin": Format(
+        "Hugging Face folder (config.json, pytorch_model*.bin)",
+        is_bin,
+        lambda path, options: BinFolder(path, follow_links=options.follow_links),
+    ),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(

@@ -18,7 +18,7 @@ from parallel.regular_file import describe_kind
 _SPLIT_GGUF = re.compile(r".+-\d{5}-of-(\d{5})\.gguf")
 _SAVE_AGAIN = "load it with transformers and save it again with save_pretrained(folder), which writes safetensors"
 _FILES = {
-    ".bin": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
+    ".bin": "is a file of torch.save: give its folder, which has to hold a config.json and pytorch_model*.bin",
     ".pt": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
     ".pth": "is a file of torch.save: only Meta's consolidated.NN.pth next to params.json are read; give their folder",
     ".ckpt": "is a file of torch.save, as PyTorch Lightning writes, not of MindSpore: export the model with save_pretrained()",
@@ -32,7 +32,7 @@ _FILES = {
 """Descriptions by file name suffix, for inconclusive contents."""
 _ZIPPED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip")
 _FOLDER_PARTS = (
-    ("pytorch_model*.bin", f"holds pytorch_model.bin, which is not read because its pickle can run code: {_SAVE_AGAIN}"),
+    ("pytorch_model*.bin", "holds pytorch_model.bin, but no config.json: copy the whole checkpoint"),
     ("qmodel.pt", "holds HQQ weights (qmodel.pt), which are not supported: give the original checkpoint"),
     ("tf_model*.h5", f"holds a TensorFlow checkpoint, which is not supported: {_SAVE_AGAIN}"),
     ("flax_model*.msgpack", f"holds a Flax checkpoint, which is not supported: {_SAVE_AGAIN}"),

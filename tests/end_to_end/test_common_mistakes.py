@@ -139,11 +139,11 @@ MISTAKES = {
         lambda good, folder: ["predict", good.float / "config.json", "--prompt", "x"], ("a part of a checkpoint", "give its folder"), False
     ),
     "folder of .bin files": Mistake(
-        _folder(config__json="{}", pytorch_model__bin=b"\0"), (r"pytorch_model\.bin, which is not read", "safetensors")
+        _folder(pytorch_model__bin=b"\0"), (r"pytorch_model\.bin, but no config\.json", "copy the whole checkpoint")
     ),
     ".bin file": Mistake(
         lambda good, folder: ((folder / "model.bin").write_bytes(b"x") and ["predict", folder / "model.bin"]) or [],
-        (r"model\.bin is a file of torch\.save", "safetensors"),
+        (r"model\.bin is a file of torch\.save", "give its folder"),
     ),
     "empty folder": Mistake(_folder(), ("is an empty folder",)),
     "LFS pointer": Mistake(_folder(config__json="{}", model__safetensors=LFS), ("is a Git LFS pointer", "git lfs pull")),

@@ -64,6 +64,13 @@ def make_single(folder: Path) -> Path:
     return write_folder(folder, make_tensors(Scheme()), LLAMA)
 
 
+def make_bin(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    torch.save(make_tensors(Scheme()), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
 def make_indexed(folder: Path) -> Path:
     tensors = make_tensors(Scheme())
     places = {name: f"model-{1 + (number % 2)}.safetensors" for number, name in enumerate(tensors)}
@@ -261,6 +268,7 @@ FORMATS = {
     "mindformers-safetensors": Format(make_named, quotes=False),
     "modelslim": Format(make_modelslim),
     "ranks": Format(make_ranks, "ranks/*.safetensors", "ranks/*.json", quotes=False),
+    "bin": Format(make_bin, "*.bin", quotes=False),
     "meta": Format(make_meta, "*.pth", quotes=False),
 }
 

@@ -130,8 +130,7 @@ def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
     [
         (("adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter for org/base, not a model: merge it"),
         (("config.json", "adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter"),
-        (("config.json", "pytorch_model.bin"), r"holds pytorch_model\.bin, .*save_pretrained"),
-        (("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), r"holds pytorch_model\.bin"),
+        (("pytorch_model.bin",), r"holds pytorch_model\.bin, but no config\.json: copy the whole checkpoint"),
         (("config.json", "tf_model.h5"), "holds a TensorFlow checkpoint"),
         (("config.json", "flax_model.msgpack"), "holds a Flax checkpoint"),
         (("config.json", "model.onnx"), "holds an ONNX model"),
@@ -194,7 +193,7 @@ def test_files_of_torch_and_numpy_are_named_by_their_use(tmp_path: Path) -> None
     refuse(tmp_path / "epoch=3.ckpt", "is a file of torch.save, as PyTorch Lightning writes")
     (tmp_path / "epoch=3.ckpt").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
-    refuse(tmp_path / "pytorch_model.bin", "is a file of torch.save, which is not read because its pickle can run code")
+    refuse(tmp_path / "pytorch_model.bin", "is a file of torch.save: give its folder")
     np.savez(tmp_path / "weights.npz", a=np.zeros(2))
     refuse(tmp_path / "weights.npz", "is a NumPy archive")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM as TransformersLlama
 
-from model.auto_model import AutoModel
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.stored_facts import check_facts, find_contradictions
@@ -25,6 +24,7 @@ from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.spec.weights import plan_weights
 from model.text.tokenizer import read_tokenizer
 from parallel.errors import CheckpointError
+from tandem.auto_model import AutoModel
 from tests.model import mindspore_files
 from tests.model.checkpoint.conftest import LLAMA, make_awq, make_gptq, make_tensors, write_folder
 
