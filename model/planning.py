@@ -272,13 +272,14 @@ def _list_steps(
     }
     expert_units = {"gate_up_proj": (layout.experts.unit, layout.experts.unit), "down_proj": units["down_proj"]}
 
-    def small(size: int) -> _Step:
-        return _Step(size * itemsize, size * itemsize)
+    def small(size: int, element_bytes: int = itemsize) -> _Step:
+        return _Step(size * element_bytes, size * element_bytes)
 
+    norm_bytes = 4 if config.norm_offset else itemsize
     layers: dict[int, list[_Step]] = {}
     for layer, length in runs:
         if layer not in layers:
-            layers[layer] = [small(norm_size(config, attribute)) for attribute in list_norms(config)]
+            layers[layer] = [small(norm_size(config, attribute), norm_bytes) for attribute in list_norms(config)]
             share = 1.0
             if config.experts is not None and config.has_experts(layer):
                 size = 4 * config.hidden_size * count_tiled_rows(config.experts.count, TILE_ROWS)
@@ -291,7 +292,7 @@ def _list_steps(
                 if has_bias(config, names[0]):
                     layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
-    yield [small(config.hidden_size)], 1
+    yield [small(config.hidden_size, norm_bytes)], 1
     if not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 

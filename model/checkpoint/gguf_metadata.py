@@ -123,7 +123,8 @@ GGUF_KEYS = KeyTable(
     ),
     harmless_prefixes=("general.", "quantize.", "split.", "tokenizer.", "training."),
 )
-"""Keys of a file of architecture llama, and of another one with its own prefix; model/text/gguf_vocabulary.py reads those of the tokenizer. Unknown keys are reported."""
+"""Keys of a file of architecture llama, and of another one with its own prefix; model/text/gguf_vocabulary.py reads those of the
+tokenizer. Unknown keys are reported."""
 
 
 class GgufMetadata:
