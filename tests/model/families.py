@@ -22,13 +22,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-plain": ("qwen3", {**ODD, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-window": ("qwen3", {**WIDE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "phi3": ("phi3", {**EVEN, "num_key_value_heads": 3, "sliding_window": 9, "pad_token_id": 79}),
-    "gemma2": ("gemma2", {**WIDE, "num_key_value_heads": 2, "head_dim": 20, "query_pre_attn_scalar": 11, "sliding_window": 6}),
+    "gemma2": (
+        "gemma2",
+        {**WIDE, "num_key_value_heads": 2, "head_dim": 20, "query_pre_attn_scalar": 11, "sliding_window": 6, "pad_token_id": 79},
+    ),
     "gemma3_text": (
         "gemma3_text",
         {
             **ODD,
             "hidden_size": 144,
             "query_pre_attn_scalar": 20,
+            "pad_token_id": 79,
             "sliding_window": 5,
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {
