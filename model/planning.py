@@ -42,7 +42,7 @@ class RankPlan:
     hidden_rows: tuple[int, int]
     """Rows of the projections back into the residual stream."""
     intermediate_rows: tuple[int, int]
-    """Rows of the feed-forward intermediate dimension."""
+    """Rows of the feed-forward intermediate dimension; of each expert, if there are any."""
     vocab_rows: tuple[int, int]
     """Rows of the embedding and of the head."""
     file_bytes: int
@@ -145,6 +145,8 @@ def _plan_rank(
     heads, kv_heads = plan_heads(config.num_attention_heads, config.num_key_value_heads, rank, world_size)
     splits = {"hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size}
     rows = {name: getattr(layout, name).interval(size, rank, world_size) for name, size in splits.items()}
+    if config.experts is not None:
+        rows["intermediate"] = layout.experts.interval(config.experts.intermediate_size, rank, world_size)
 
     counts: Counter[str] = Counter()
     for layer, length in runs:
@@ -317,7 +319,7 @@ def _count_activation_bytes(config: LlamaConfig, scheme: Scheme, rows: Mapping[s
     start, stop = rows["intermediate"]
     width, share = config.intermediate_size, stop - start
     if config.experts is not None:  # the pairs of all experts, and a few rows of one expert at a time
-        share = share * config.experts.intermediate_size * config.experts.per_token // width
+        share *= config.experts.per_token
         width = config.experts.intermediate_size * config.experts.per_token + config.hidden_size * config.experts.per_token
     wide = width * itemsize + share * (2 * itemsize + 8)
     slices = 0 if scheme.linear is None else 4 * width * (4 if itemsize == 4 else 3)

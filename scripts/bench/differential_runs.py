@@ -125,7 +125,9 @@ def decode_with_transformers(written: Written, values: Mapping[str, Any], run: D
     given = {key: value for key, value in {**values, **changed}.items() if key != "model_type"}
     config = transformers.AutoConfig.for_model(values["model_type"], **given)
     config.num_attention_heads = heads
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
     model.load_state_dict(_stack_experts(written.weights, values), strict=True)
     rows, scores, logits = [], [], []
     with torch.inference_mode():

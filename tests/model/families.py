@@ -14,7 +14,7 @@ WIDE = {"hidden_size": 80, "intermediate_size": 144, "num_attention_heads": 8, "
 EVEN = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 80}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (model_type, values of its config)
-    "mistral": ("mistral", {**ODD, "sliding_window": 7}),
+    "mistral": ("mistral", {**WIDE, "head_dim": 22, "sliding_window": 7}),
     "mistral-full": ("mistral", {**WIDE, "sliding_window": None}),
     "qwen2": ("qwen2", {**EVEN, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen2-tied": ("qwen2", {**EVEN, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}),
