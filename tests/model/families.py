@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {**ODD, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral-window": ("mixtral", {**EVEN, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
     "qwen3_moe": (
         "qwen3_moe",
         {**WIDE, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 112, "norm_topk_prob": True},
