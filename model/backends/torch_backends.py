@@ -7,7 +7,6 @@ from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
 from model.kernels.library import Kernels
 
-
 _ALIGNED_ELEMENTS = 16
 """float32 elements of 64 bytes."""
 
