@@ -30,7 +30,7 @@ RECIPES: dict[str, tuple[Recipe, float]] = {
     "gptq": (Recipe(approach="gptq-a16w4", linear=INT4, method="gptq"), 0.6),
     "awq": (Recipe(approach="awq-a16w4", linear=replace(INT4, symmetric=False), method="awq"), 0.6),
 }
-NAMES = ("mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
+NAMES = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
 PROMPT = SAMPLES[0][:30]
 
 
