@@ -79,14 +79,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises CheckpointError when it is missing or cannot be read.
     """
     if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if os.path.lexists(path / name)]
-        if not found:
-            raise CheckpointError(f"{path} has no tokenizer: neither {' nor '.join(_FOLDER_FILES)} is there; copy one into it")
-        path = found[0]
+        path = require_vocabulary(path)
     try:
         return {".json": _read_json_tokenizer, ".gguf": read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: name a folder, or a tokenizer.json, tokenizer.model or .gguf file") from None
+
+
+def require_vocabulary(folder: Path) -> Path:
+    """Return the file of a folder that holds the vocabulary. Raises CheckpointError if there is none."""
+    found = [folder / name for name in _FOLDER_FILES if os.path.lexists(folder / name)]
+    if not found:
+        raise CheckpointError(f"{folder} has no tokenizer: neither {' nor '.join(_FOLDER_FILES)} is there; copy one into it")
+    return found[0]
 
 
 def _read_json_tokenizer(path: Path) -> Tokenizer:
