@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
+from model.spec.linear_memory import count_linear_bytes
 from model.spec.scheme import Scheme, run_as_one
-from model.spec.weights import FUSED, WeightSpec, linear_shape, plan_weights
-from parallel.layout import count_tiled_rows, plan_heads
+from model.spec.stored_form import StoredForm
+from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
+from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
 
 PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
     "float32": (254_000_000, 263_000_000),
@@ -25,7 +27,7 @@ _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
 """Extra bytes per row in PyTorch's packed int8 matrices (measured)."""
-_BYTES: Mapping[str, int] = {**DTYPES, "int8": 1, "int32": 4, "int64": 8}
+_BYTES: Mapping[str, int] = {**DTYPES, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,9 @@ class Workload:
 
 
 def plan_ranks(
-    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, str] | None = None
+    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, StoredForm] | None = None
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: dtypes of the checkpoint's tensors; None: that of config.json for all unquantized tensors.
+    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors.
 
     Raises LayoutError when the model has too few units.
     """
@@ -105,12 +107,12 @@ def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> flo
     return sum(shares) / world_size / max(shares)
 
 
-def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, str]) -> list[tuple[int, int]]:
+def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str, StoredForm]) -> list[tuple[int, int]]:
     """Return runs of identically stored layers: (index of the first layer of that kind, length of the run).
 
     A model has few kinds of layers, so each kind is planned only once.
     """
-    types: dict[str, list[tuple[str, str]]] = {}
+    types: dict[str, list[tuple[str, StoredForm]]] = {}
     for name, kind in stored.items():
         if name.startswith("model.layers."):
             number, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -118,8 +120,9 @@ def _find_equal_layers(config: LlamaConfig, scheme: Scheme, stored: Mapping[str,
     first: dict[object, int] = {}
     runs: list[tuple[int, int]] = []
     for layer in range(config.num_hidden_layers):
-        linears = tuple(scheme.find_linear(f"model.layers.{layer}.{name}") for names in FUSED.values() for name in names)
-        alike = first.setdefault((linears, frozenset(types.get(str(layer), ()))), layer)
+        fused = list_fused(config, layer).values()
+        linears = tuple(scheme.find_linear(f"model.layers.{layer}.{name}") for names in fused for name in names)
+        alike = first.setdefault((linears, frozenset(types.get(str(layer), ())), config.has_experts(layer)), layer)
         if runs and runs[-1][0] == alike:
             runs[-1] = (alike, runs[-1][1] + 1)
         else:
@@ -135,7 +138,7 @@ def _plan_rank(
     rank: int,
     world_size: int,
     workload: Workload,
-    stored: Mapping[str, str],
+    stored: Mapping[str, StoredForm],
 ) -> RankPlan:
     layout, itemsize, num_threads = config.layout(), DTYPES[workload.dtype], workload.num_threads
     batch_size, tokens = workload.batch_size, workload.tokens
@@ -150,9 +153,11 @@ def _plan_rank(
     def file_bytes(name: str, spec: WeightSpec) -> int:
         if name.endswith(".weight_shape"):  # given in config.json, so not read
             return 0
-        kind = stored.get(name) or (spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
+        form = stored.get(name) or StoredForm(spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype)
         times = counts[name.split(".")[2]] if name.startswith("model.layers.") else 1
-        return _count_elements(spec, *spec.rows(rank, world_size)) * _BYTES[kind] * times
+        start, stop = spec.rows(rank, world_size)
+        one = (stop - start) * form.row_bytes if form.row_bytes else _count_elements(spec, start, stop) * _BYTES[form.dtype]
+        return one * times
 
     # Without packing, weights are loaded one after another.
     num_packers = 0 if workload.own_kernels else num_threads
@@ -187,7 +192,8 @@ def _plan_rank(
         vocab_rows=rows["vocab"],
         file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
         weight_bytes=weights,
-        streamed_bytes=weights - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
+        streamed_bytes=round(sum(step.kept_bytes * step.streamed_share * length for step, length in steps))
+        - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
@@ -207,6 +213,8 @@ class _Step:
     """Peak memory while it is loaded or packed, including itself."""
     read_bytes: int = 0
     """Size of the data read for it; 0: no larger than the weights it keeps."""
+    streamed_share: float = 1.0
+    """Share of its weights that a decoded token needs, on average."""
 
 
 def _list_steps(
@@ -224,32 +232,34 @@ def _list_steps(
     layout = config.layout()
 
     def local(name: str) -> int:
-        spec = next(specs[key] for key in (f"{name}.weight_scale", f"{name}.weight") if key in specs)
+        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale") if key in specs)
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
-    def linear(names: tuple[str, ...], columns: int, units: tuple[int, ...]) -> Iterator[_Step]:
+    def linear(names: tuple[str, ...], columns: int, units: tuple[int, ...], share: float = 1.0) -> Iterator[_Step]:
         first = scheme.find_linear(names[0])
         if not run_as_one([scheme.find_linear(name) for name in names]):
             for name, unit in zip(names, units, strict=True):
-                yield from linear((name,), columns, (unit,))
+                yield from linear((name,), columns, (unit,), share)
             return
         rows = [local(name) for name in names]
-        if first is None:
-            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * columns * itemsize
-            raw = sum(rows) * columns * itemsize
-            yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw)
+        if first is None or first.float8:
+            size = itemsize * columns if first is None else columns + 4 * first.num_groups(columns)
+            tiled = sum(count_tiled_rows(count, unit) for count, unit in zip(rows, units, strict=True)) * size
+            raw = sum(rows) * size
+            yield _Step(tiled, tiled, raw + (tiled if tiled != raw else 0), raw, share)
             return
         raw = sum(rows) * columns
         groups = first.num_groups(columns)
-        kept = raw + sum(rows) * 4 * groups
+        kept = count_linear_bytes(sum(rows), columns, first, own_kernels=not packs)
         if not packs:
-            yield _Step(kept, kept, kept, raw)
+            # The integers of 4-bit weights are packed after they were read, a byte each.
+            yield _Step(kept, kept, kept + (raw if first.bits == 4 else 0), raw, share)
             return
         blocks = -(-sum(rows) // _PACKED_ROWS) * _PACKED_ROWS
         packed = blocks * columns + sum(rows) * (_PACKED_ROW_BYTES + 4) * groups
         # The rows, joined if fused; a copy as the quantized tensor to pack; and the packed weight.
-        yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw)
+        yield _Step(kept, packed, raw + (raw if groups == 1 else raw // groups) + packed, raw, share)
 
     vocab = count_tiled_rows(local("model.embed_tokens"), layout.vocab.unit) * config.hidden_size * itemsize
     yield [_Step(vocab, vocab)], 1
@@ -260,16 +270,28 @@ def _list_steps(
         "gate_up_proj": (layout.intermediate.unit, layout.intermediate.unit),
         "down_proj": (layout.hidden.unit,),
     }
-    norm = _Step(config.hidden_size * itemsize, config.hidden_size * itemsize)
+    expert_units = {"gate_up_proj": (layout.experts.unit, layout.experts.unit), "down_proj": units["down_proj"]}
+
+    def small(size: int) -> _Step:
+        return _Step(size * itemsize, size * itemsize)
+
     layers: dict[int, list[_Step]] = {}
     for layer, length in runs:
         if layer not in layers:
-            layers[layer] = [norm, norm]
-            for fused, names in FUSED.items():
-                columns = linear_shape(config, names[0])[1]
-                layers[layer] += linear(tuple(f"model.layers.{layer}.{name}" for name in names), columns, units[fused])
+            layers[layer] = [small(norm_size(config, attribute)) for attribute in list_norms(config)]
+            share = 1.0
+            if config.experts is not None and config.has_experts(layer):
+                size = 4 * config.hidden_size * count_tiled_rows(config.experts.count, TILE_ROWS)
+                layers[layer].append(_Step(size, size))
+                share = config.experts.per_token / config.experts.count
+            for fused, names in list_fused(config, layer).items():
+                full, columns = tuple(f"model.layers.{layer}.{name}" for name in names), linear_shape(config, names[0])[1]
+                is_expert, module = fused.startswith("experts."), fused.rpartition(".")[2]
+                layers[layer] += linear(full, columns, (expert_units if is_expert else units)[module], share if is_expert else 1.0)
+                if has_bias(config, names[0]):
+                    layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
-    yield [norm], 1
+    yield [small(config.hidden_size)], 1
     if not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
@@ -292,6 +314,10 @@ def _count_activation_bytes(config: LlamaConfig, scheme: Scheme, rows: Mapping[s
     and their integer slices.
     """
     start, stop = rows["intermediate"]
-    wide = config.intermediate_size * itemsize + (stop - start) * (2 * itemsize + 8)
-    slices = 0 if scheme.linear is None else 4 * config.intermediate_size * (4 if itemsize == 4 else 3)
+    width, share = config.intermediate_size, stop - start
+    if config.experts is not None:  # the pairs of all experts, and a few rows of one expert at a time
+        share = share * config.experts.intermediate_size * config.experts.per_token // width
+        width = config.experts.intermediate_size * config.experts.per_token + config.hidden_size * config.experts.per_token
+    wide = width * itemsize + share * (2 * itemsize + 8)
+    slices = 0 if scheme.linear is None else 4 * width * (4 if itemsize == 4 else 3)
     return tokens * (3 * config.hidden_size * itemsize + wide + slices)

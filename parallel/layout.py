@@ -130,6 +130,8 @@ class Layout:
     """Rows of the feed-forward intermediate dimension."""
     vocab: Rows
     """Rows of the embedding and the output head."""
+    experts: Rows
+    """Rows of one expert's intermediate dimension."""
     whole: Whole
     """Replicated tensors: norms."""
     max_world_size: int
@@ -155,11 +157,13 @@ def plan_layout(
     num_kv_heads: int,
     head_dim: int,
     group: int = 1,
+    experts: int | None = None,
 ) -> Layout:
     """Plan the layout of a decoder with these sizes.
 
-    `group`: rows that a packed format stores together (1: none); units are multiples of it. Units are `TILE_ROWS` rows where that leaves
-    at least one unit per query head, and smaller in tiny models. Raises LayoutError when the head counts do not divide.
+    `experts`: intermediate dimension of an expert, if there are any. `group`: rows that a packed format stores together (1: none); units
+    are multiples of it. Units are `TILE_ROWS` rows where that leaves at least one unit per query head, and smaller in tiny models. Raises
+    LayoutError when the head counts do not divide.
     """
     if num_heads % num_kv_heads:
         raise LayoutError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads: it does not divide")
@@ -169,6 +173,8 @@ def plan_layout(
         return Rows(unit=-(-unit // group) * group)
 
     splits = {"hidden": (rows(hidden), hidden), "intermediate": (rows(intermediate), intermediate), "vocab": (rows(vocab), vocab)}
+    if experts is not None:
+        splits["experts"] = (rows(experts), experts)
     limits = {f"{split.num_units(size)} units of {name} rows": split.num_units(size) for name, (split, size) in splits.items()}
     limits[f"{num_heads} query heads"] = num_heads
     reason = min(limits, key=lambda words: (limits[words], words != f"{num_heads} query heads"))
@@ -178,6 +184,7 @@ def plan_layout(
         hidden=splits["hidden"][0],
         intermediate=splits["intermediate"][0],
         vocab=splits["vocab"][0],
+        experts=splits.get("experts", splits["intermediate"])[0],
         whole=Whole(),
         max_world_size=limits[reason],
         reason=reason,

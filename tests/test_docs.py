@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
-import model
+import tandem
 from launcher.cli.main import app
+from launcher.settings.program_options import separate_program
 from tests.end_to_end.test_common_mistakes import MISTAKES
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,8 @@ def parse_tandem(arguments: list[str]) -> None:
     if name.startswith("-"):
         assert name in ("--version", "--help")
         return
-    typer.main.get_group(app).commands[name].make_context(name, rest)
+    words = separate_program(rest) if name == "run" else rest
+    typer.main.get_group(app).commands[name].make_context(name, words)
 
 
 @cache
@@ -76,6 +78,8 @@ def check_command(line: str) -> None:
     match words[0]:
         case "tandem":
             parse_tandem(words[1:])
+        case "torchrun" if "launcher" not in words:
+            check_script([word for word in words if word.endswith(".py")])
         case "torchrun":
             parse_tandem(words[words.index("launcher") + 1 :])
         case "bash" | "python":
@@ -158,14 +162,14 @@ def test_a_common_mistake_has_a_row(name: str) -> None:
 
 def test_paths_of_modules_and_scripts_on_the_pages_exist() -> None:
     for page, text in PAGES.items():
-        for place in re.findall(r"`((?:parallel|model|launcher|configs|scripts|tests|docs)/[\w/.-]*\w/?)`", text):
+        for place in re.findall(r"`((?:parallel|model|launcher|tandem|configs|scripts|tests|docs)/[\w/.-]*\w/?)`", text):
             assert (PROJECT_ROOT / place).exists(), f"{page}: {place}"
 
 
 def test_the_table_of_packages_names_every_package_and_nothing_else() -> None:
     table = PAGES["docs/architecture.md"].split("## Packages")[1].split("\n## ")[0]
-    named = re.findall(r"^\| `?((?:parallel|model|launcher)/[\w/]*?)/?`? \|", table, re.MULTILINE)
-    packages = {"parallel"}
+    named = re.findall(r"^\| `?((?:parallel|model|launcher|tandem)/[\w/]*?)/?`? \|", table, re.MULTILINE)
+    packages = {"parallel", "tandem"}
     for root in ("model", "launcher"):
         packages |= {path.parent.relative_to(PROJECT_ROOT).as_posix() for path in (PROJECT_ROOT / root).glob("*/*.py")}
     assert sorted(place.rstrip("/") for place in named) == sorted(packages)
@@ -177,5 +181,5 @@ def test_python_examples_compile_and_import_names_that_exist() -> None:
     assert len(blocks) >= 2
     for page, block in blocks:
         for node in ast.walk(ast.parse(block, page)):
-            if isinstance(node, ast.ImportFrom) and node.module == "model":
-                assert {name.name for name in node.names} <= set(model.__all__)
+            if isinstance(node, ast.ImportFrom) and node.module == "tandem":
+                assert {name.name for name in node.names} <= set(tandem.__all__)

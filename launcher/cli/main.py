@@ -17,6 +17,7 @@ from launcher.settings.checkpoint_options import ConvertOptions, PlanOptions, Qu
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.option_declarations import DeclaredCommand, takes
+from launcher.settings.program_options import ProgramOptions, separate_program
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -124,7 +125,7 @@ def plan() -> None:
 
 @app.command(
     cls=DeclaredCommand,
-    epilog="Examples: tandem convert model.Q4_1.gguf output/model --dtype float16  |  "
+    epilog="Examples: tandem convert model.Q4_K_M.gguf output/model --quantize rtn-a16w8  |  "
     "tandem convert output/model model.ckpt --to mindspore",
 )
 @takes(ConvertOptions, "launcher.commands.convert:convert", prepare)
@@ -148,6 +149,19 @@ def verify() -> None:
     """
 
 
+@app.command(
+    cls=DeclaredCommand,
+    epilog="Examples: tandem run script.py --workers 2 output/model  |  tandem run --workers 2 -m package.module --its-own-option 1",
+)
+@takes(ProgramOptions, "launcher.commands.run:run", prepare)
+def run() -> None:
+    """Run a Python program as N ranks, which load one model together through tandem.AutoModel or tandem.mindformers.
+
+    Options of tandem come before SCRIPT or directly after it; everything else passes to the program unchanged. Rank 0's standard output
+    is the command's; the rest goes to worker_N.log.
+    """
+
+
 @app.command(cls=DeclaredCommand, epilog="Example: tandem env --json")
 @takes(EnvOptions, "launcher.commands.env:show_environment", prepare)
 def env() -> None:
@@ -159,7 +173,7 @@ def main() -> None:
     """Run a command and exit with its exit code."""
     interruption.catch()
     try:
-        code = app(_spread_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
+        code = app(_arrange_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except BaseException as error:
         if interruption.number is None:
             _exit_after(error)
@@ -193,6 +207,12 @@ def _describe_usage_error(error: Exception) -> str:
     command = context.command_path if context is not None else "tandem"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     return f"{message} (see {command} --help)"
+
+
+def _arrange_words(arguments: list[str]) -> list[str]:
+    if arguments[:1] == ["run"]:
+        return ["run", *separate_program(arguments[1:])]
+    return _spread_words(arguments)
 
 
 def _spread_words(arguments: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
-"""Validation and locking of the checkpoint path that a command writes."""
+"""The checkpoint path that a command writes: validated, locked, and reported when done."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,3 +32,10 @@ def claim_target(option: str, target: Path, *, overwrite: bool, is_file: bool = 
         except OSError as error:
             raise ConfigError(f"{option} cannot be written: {describe_os_error(error, target)}") from None
         yield
+
+
+def tell_written(target: Path, started: float) -> None:
+    """Print the size of the written folder or file, and the time taken."""
+    files = target.iterdir() if target.is_dir() else [target]
+    size, seconds = sum(file.stat().st_size for file in files), time.perf_counter() - started
+    print(f"wrote {target}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", file=sys.stderr)

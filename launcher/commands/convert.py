@@ -5,21 +5,27 @@ Depends on options and settings; the conversion itself is in the model package.
 
 import sys
 import time
-from pathlib import Path
+from dataclasses import fields
 
-from launcher.commands.checkpoint_target import claim_target
+from launcher.commands.checkpoint_target import claim_target, tell_written
+from launcher.commands.quantize import quantize
 from launcher.commands.run_ranks import open_model
 from launcher.host.file_errors import as_run_failure
 from launcher.reporting.console import ByteProgress
-from launcher.settings.checkpoint_options import ConvertOptions, ReshardOptions
+from launcher.settings.checkpoint_options import ConvertOptions, QuantizeOptions, ReshardOptions
+from launcher.settings.options import CheckpointOptions
 from launcher.settings.yaml_settings import open_settings
 from model.export.conversion import convert_checkpoint
 from model.export.mindspore import SUFFIX, write_mindspore
 from model.export.rank_files import write_rank_files
+from parallel.errors import ConfigError
 
 
 def convert(options: ConvertOptions) -> None:
-    """Write a Hugging Face folder, or a MindSpore file or folder. Raises InputError before anything is written."""
+    """Write a Hugging Face folder, quantized on request, or a MindSpore file or folder. Raises InputError before anything is written."""
+    if options.quantize is not None:
+        _convert_quantized(options, options.quantize)
+        return
     target, is_file = options.target, options.to == "mindspore" and options.target.suffix == SUFFIX
     with claim_target("DST", target, overwrite=options.overwrite, is_file=is_file):
         opened = open_model(options, open_settings(options.config, options.checkpoint), quantized=False)
@@ -33,6 +39,14 @@ def convert(options: ConvertOptions) -> None:
             tell_written(target, started)
 
 
+def _convert_quantized(options: ConvertOptions, approach: str) -> None:
+    if options.to != "hf":
+        raise ConfigError("--quantize writes a Hugging Face folder: drop --to mindspore, or convert the quantized folder afterwards")
+    shared = {field.name: getattr(options, field.name) for field in fields(CheckpointOptions)}
+    asked = QuantizeOptions(**shared, approach=approach, workers=1, output=options.target, overwrite=options.overwrite)
+    quantize(asked, float_dtype=options.dtype)
+
+
 def reshard(options: ReshardOptions) -> None:
     """Write rank files. Raises InputError before anything is written."""
     target, workers = options.target, options.workers
@@ -43,10 +57,3 @@ def reshard(options: ReshardOptions) -> None:
         with as_run_failure(target):
             write_rank_files(opened.source, opened.config, opened.scheme, workers, target, ByteProgress("writing rank files"))
             tell_written(target, started)
-
-
-def tell_written(target: Path, started: float) -> None:
-    """Print the size of the written folder or file, and the time taken."""
-    files = target.iterdir() if target.is_dir() else [target]
-    size, seconds = sum(file.stat().st_size for file in files), time.perf_counter() - started
-    print(f"wrote {target}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", file=sys.stderr)

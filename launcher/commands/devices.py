@@ -6,9 +6,10 @@
 import torch
 
 from launcher.environment.detection import LaunchEnvironment
+from launcher.worker.rank_group import TANDEM_RUN
 from parallel.errors import ConfigError
 
-_SHARES_DEVICES = ("none", "torchrun")
+_SHARES_DEVICES = ("none", "torchrun", TANDEM_RUN)
 """Launchers whose ranks all see the same devices; the others can assign one device to each rank."""
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from launcher.environment.detection import read_environment
+from launcher.environment.detection import read_cpu_kernels, read_environment
 from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import count_cores
 from launcher.host.program_version import read_version
@@ -18,7 +18,7 @@ from launcher.settings.measure_options import EnvOptions
 from model.spec.quoting import quote_name
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "fastapi", "uvicorn")
-_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
+_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
 """Instruction sets that the kernels use, by their Linux names."""
 
 
@@ -63,6 +63,7 @@ def _describe_backend() -> dict[str, Any]:
         import torch
 
         from model.backends.registry import find_backend
+        from model.kernels.library import choose_kernels, list_kernels
     except (ImportError, OSError) as error:
         return {"backend": {"error": f"PyTorch cannot be imported: {error}"}, "accelerators": []}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -71,9 +72,16 @@ def _describe_backend() -> dict[str, Any]:
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     elif device is not None:
         names = [device.type] * torch.accelerator.device_count()
+    choose_kernels(read_cpu_kernels() or "auto")
     backend = find_backend("cpu")  # the device of --device auto
     return {
-        "backend": {"device": "cpu", "kernels": backend.name, "int8_kernel": backend.int8_kernel.name},
+        "backend": {
+            "device": "cpu",
+            "kernels": backend.name,
+            "int8_kernel": backend.int8_kernel.name,
+            "cpu_kernels": None if backend.kernels is None else backend.kernels.name,
+            "cpu_kernels_usable": [kernels.name for kernels in list_kernels()],
+        },
         "accelerators": names,
     }
 
@@ -135,6 +143,7 @@ def _list_machine(machine: dict[str, Any]) -> list[str]:
         "cpu": f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores usable",
         "cpu features": " ".join(cpu["features"]) or "-",
         "backend": runs,
+        "cpu kernels": " ".join(backend.get("cpu_kernels_usable", ())) or "none (PyTorch's are used)",
         "accelerators": ", ".join(machine["accelerators"]) or "none",
         "memory": f"{_gigabytes(memory['available_bytes'])} available of {_gigabytes(memory['total_bytes'])}; "
         f"/dev/shm {_gigabytes(memory['shm_bytes'])} free",

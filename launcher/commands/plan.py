@@ -5,6 +5,7 @@ Without --checkpoint it does not import PyTorch, which would take longer than ev
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ from launcher.settings.yaml_settings import Settings, open_settings
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.spec.scheme import Scheme, read_scheme
+from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
 
 EVEN = 0.95
@@ -53,7 +55,7 @@ def plan(options: PlanOptions) -> None:
     )
     check_blocks(workload.block_size, workload.num_blocks)
     plans = plan_ranks(config, scheme, world_size, workload, stored)
-    result = _describe(options, config, scheme, plans, workload)
+    result = _describe(options, config, scheme, plans, workload, stored)
     if options.svg:
         title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
         with as_run_failure():
@@ -65,15 +67,15 @@ def plan(options: PlanOptions) -> None:
         _print(result)
 
 
-def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, Scheme, dict[str, str]]:
-    """Return the model's config, its quantization scheme, and the dtypes of the checkpoint's tensors."""
-    stored: dict[str, str] = {}
+def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, Scheme, dict[str, StoredForm]]:
+    """Return the model's config, its quantization scheme, and the stored forms of the checkpoint's tensors."""
+    stored: dict[str, StoredForm] = {}
     if options.checkpoint or (settings.load_checkpoint and not options.model_config):
         from launcher.commands.run_ranks import open_model
 
         opened = open_model(options, settings, quantized=not options.quantization)
         config, scheme = opened.config, opened.scheme
-        stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+        stored = {name: info.form for name, info in opened.source.tensors.items()}
     elif options.model_config:
         raw = read_config(options.model_config)
         config, scheme = build_config(raw, str(options.model_config)), read_scheme(raw)
@@ -97,7 +99,14 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
 
 
-def _describe(options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: list[RankPlan], workload: Workload) -> dict[str, Any]:
+def _describe(
+    options: PlanOptions,
+    config: LlamaConfig,
+    scheme: Scheme,
+    plans: list[RankPlan],
+    workload: Workload,
+    stored: Mapping[str, StoredForm],
+) -> dict[str, Any]:
     layout = config.layout()
     valid = range(1, layout.max_world_size + 1)
     balance = {size: measure_balance(config, scheme, size) for size in valid}
@@ -109,6 +118,7 @@ def _describe(options: PlanOptions, config: LlamaConfig, scheme: Scheme, plans: 
     return {
         "workers": len(plans),
         "quantization": scheme.name,
+        "encodings": sorted({form.encoding for form in stored.values() if form.encoding}),
         "dtype": workload.dtype,
         "kv_cache": workload.kv_cache or workload.dtype,
         "batch_size": workload.batch_size,
@@ -135,6 +145,8 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['workers']} ranks, quantization {result['quantization']}, compute {result['dtype']}, cache {result['kv_cache']}, "
         f"{result['batch_size']} x {result['tokens']} tokens"
     )
+    if result["encodings"]:
+        print(f"stored as {', '.join(result['encodings'])}, dequantized to {result['dtype']} while loading")
     Terminal(width=130).print(table)
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])

@@ -3,9 +3,11 @@
 This reports input errors within a fraction of a second. Checks that depend on file contents follow in each command's module.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeO
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
 from launcher.settings.options import CheckpointOptions, RunOptions
+from launcher.settings.program_options import ProgramOptions
 from launcher.settings.prompts import read_prompts
 from launcher.settings.yaml_file import find_yaml
 from launcher.settings.yaml_settings import Settings, open_settings
@@ -34,6 +37,8 @@ _MAX_THREADS_PER_CORE = 4
 def prepare(options: Any) -> Any:
     """Return the options with MODEL resolved to a path, the YAML in its folder, and the prompts read. Raises InputError."""
     _check_stdout(options)
+    if isinstance(options, ProgramOptions):
+        _check_program(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
@@ -104,6 +109,27 @@ def plan_run_nodes(options: RunOptions, world_size: int) -> Nodes:
         master_addr=options.master_addr,
         master_port=options.master_port,
     )
+
+
+def _check_program(options: ProgramOptions) -> None:
+    environment = read_environment()
+    if environment.is_rank or environment.is_scheduler:
+        raise ConfigError(
+            f"tandem run starts ranks, but {environment.launcher} started this process as one of several: run the program directly"
+        )
+    decide_world_size(options.workers, environment, None)
+    if options.module is not None:
+        # As with python -m, the current directory comes first.
+        if not options.module or PathFinder.find_spec(options.module.partition(".")[0], [os.getcwd(), *sys.path]) is None:
+            raise ConfigError(f"there is no module {options.module!r} in {os.getcwd()} or among the installed packages")
+        return
+    if not options.words:
+        raise ConfigError("no program: give a Python file, as in tandem run script.py --workers 2, or -m MODULE")
+    path = Path(options.words[0])
+    if path.is_dir():
+        raise ConfigError(f"the program {path} is a folder, but a Python file is needed")
+    if not path.is_file():
+        raise ConfigError(f"the program {path} does not exist")
 
 
 def _needs_checkpoint(options: CheckpointOptions) -> bool:

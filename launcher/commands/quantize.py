@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.checkpoint_target import claim_target
-from launcher.commands.convert import tell_written
+from launcher.commands.checkpoint_target import claim_target, tell_written
 from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
 from launcher.host.file_errors import as_run_failure
 from launcher.job.tasks import Quantize
@@ -28,8 +27,11 @@ from parallel.errors import CheckpointError, ConfigError
 DEFAULT_SAMPLE_TOKENS = 2048
 
 
-def quantize(options: QuantizeOptions) -> None:
-    """Write a quantized checkpoint. Raises InputError before anything is written, RanksFailedError if ranks fail."""
+def quantize(options: QuantizeOptions, *, float_dtype: str | None = None) -> None:
+    """Write a quantized checkpoint. `float_dtype`: a key of DTYPES for the weights that stay float; None keeps each dtype.
+
+    Raises InputError before anything is written, RanksFailedError if ranks fail.
+    """
     recipe_words = check_words(options)
     run = open_run(options, quantized=False)
     source, config = run.opened.source, run.opened.config
@@ -47,10 +49,10 @@ def quantize(options: QuantizeOptions) -> None:
     with ExitStack() as stack:
         if not run.environment.rank:
             stack.enter_context(claim_target("--output", target, overwrite=options.overwrite))
-        _quantize(options, run, recipe, target)
+        _quantize(options, run, recipe, target, float_dtype)
 
 
-def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path) -> None:
+def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path, float_dtype: str | None) -> None:
     source, config = run.opened.source, run.opened.config
     scheme = recipe.build_scheme(config)
     samples = _read_samples(options, run) if recipe.needs_samples else []
@@ -71,7 +73,7 @@ def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path) 
     progress = ByteProgress("writing")
     with as_run_failure(target):
         try:
-            write_quantized(source, config, scheme, work, target, report, progress)
+            write_quantized(source, config, scheme, work, target, report, progress, float_dtype)
         finally:
             progress.close()
         work.remove()
@@ -126,7 +128,8 @@ def _read_samples(options: QuantizeOptions, run: Run) -> list[tuple[int, ...]]:
 def _describe(run: Run, recipe: Recipe, samples: list[tuple[int, ...]], dtype: str) -> dict[str, Any]:
     """Describe the job of a work folder: the same options on the same files resume it."""
     path = run.opened.source.path
-    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    beside = path.rglob("*") if path.is_dir() else run.opened.source.files
+    files = sorted(file for file in beside if file.is_file())
     return {
         "checkpoint": str(path.absolute()),
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
-from launcher.environment.detection import LaunchEnvironment, decide_world_size
+from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.job.job import Job
@@ -23,7 +23,7 @@ from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import ByteProgress, WorkConsole
-from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, Device, RunOptions
+from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, CpuKernels, Device, RunOptions
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.spawn import spawn_ranks
@@ -37,6 +37,7 @@ from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import check_facts
 from model.checkpoint.verification import require_intact
 from model.decoder.loading import check_checkpoint
+from model.kernels.library import choose_kernels
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.spec.scheme import Scheme, read_scheme
 from model.text.end_of_text import decide_end_of_text
@@ -211,6 +212,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         ),
         collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), get_args(CollectivesName)),
         threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
+        cpu_kernels=_one_of(
+            "cpu-kernels (TANDEM_CPU)", first_not_none(options.cpu_kernels, read_cpu_kernels(), "auto"), get_args(CpuKernels)
+        ),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
         timeout_seconds=first_not_none(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
         max_batch_size=first_not_none(options.max_batch_size, own.max_batch_size),
@@ -227,6 +231,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     if not job.timeout_seconds <= MAX_SECONDS:  # also rejects nan
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
+    choose_kernels(job.cpu_kernels)
     check_collectives(job.collectives, job.device)
     if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
@@ -254,7 +259,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
     opened = run.opened
-    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    stored = {name: info.form for name, info in opened.source.tensors.items()}
     if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)

@@ -139,7 +139,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         block_size=job.block_size,
         num_blocks=job.num_blocks,
     )
-    stored = {name: info.dtype_name for name, info in opened.source.tensors.items()}
+    stored = {name: info.form for name, info in opened.source.tensors.items()}
     plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
     available = read_available_bytes() if backend.in_host_memory else None

@@ -14,6 +14,9 @@ from parallel.errors import ConfigError
 WORKER_NUM = "MS_WORKER_NUM"
 """Number of ranks to start, for a process that is not itself a rank."""
 
+CPU_KERNELS = "TANDEM_CPU"
+"""The instruction set of the CPU kernels, if --cpu-kernels names none."""
+
 _NONE = "none"
 _AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
@@ -69,6 +72,11 @@ class LaunchEnvironment:
 
 _BELOW = (("rank", "world_size"), ("local_rank", "world_size"), ("local_rank", "local_world_size"))
 """Pairs of fields; the first must be less than the second."""
+
+
+def read_cpu_kernels() -> str | None:
+    """Return the value of TANDEM_CPU; None if it is not set."""
+    return os.environ.get(CPU_KERNELS, "").strip() or None
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:

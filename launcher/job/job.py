@@ -12,7 +12,7 @@ from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 
-_LOCAL_FIELDS = ("checkpoint", "opening", "fingerprint", "timeout_seconds", "threads_per_rank", "bind_cores", "task")
+_LOCAL_FIELDS = ("checkpoint", "opening", "fingerprint", "timeout_seconds", "threads_per_rank", "bind_cores", "cpu_kernels", "task")
 """Fields that may differ between the ranks of a run; of the fingerprint, only the content is compared."""
 
 
@@ -44,6 +44,8 @@ class Job:
     """"auto", "shm", "gloo" or "nccl"."""
     threads_per_rank: int | None
     """None shares the available cores evenly."""
+    cpu_kernels: str
+    """"auto", "none", or the instruction set of the kernels; see model/kernels/library.py."""
     bind_cores: bool
     """Whether each rank is pinned to its own cores."""
     timeout_seconds: float

@@ -11,9 +11,10 @@ from model.backends.registry import find_backend
 from model.planning import Workload, plan_ranks
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
+from model.spec.stored_form import StoredForm
 
 
-def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, str], local_workers: int) -> str | None:
+def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, StoredForm], local_workers: int) -> str | None:
     """Return a warning if decoding on this host's ranks is expected to exceed the available memory, otherwise None."""
     available = read_available_bytes()
     sequences, backend = _plan_sequences(job), find_backend(job.device)

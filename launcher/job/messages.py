@@ -91,7 +91,7 @@ class _Running(Struct, frozen=True, kw_only=True):
     quantization: str
     """Name of the checkpoint's scheme."""
     kernel: str
-    """Name of the matmul kernel."""
+    """Name of the matmul kernel, and what runs without native kernels."""
     collectives: str
     """Name of the collectives."""
 
@@ -165,7 +165,16 @@ class Result(Struct, frozen=True, tag=True):
     """By name; the command that started the task knows them."""
 
 
-Event = Loading | Working | RankWarning | Tokens | Scores | Failures | Refused | Failed | Stopped | Stats | Serving | Report | Result
+class Printed(Struct, frozen=True, tag=True):
+    """Standard output of a user's program on rank 0."""
+
+    text: str
+    """Any bytes, decoded with surrogateescape."""
+
+
+Event = (
+    Loading | Working | RankWarning | Tokens | Scores | Failures | Refused | Failed | Stopped | Stats | Serving | Report | Result | Printed
+)
 """From rank 0 to its parent."""
 
 

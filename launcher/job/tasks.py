@@ -1,4 +1,4 @@
-"""The tasks of a run: decode prompts, serve, evaluate, benchmark, quantize. Plain values; all text is already tokenized.
+"""The tasks of a run: decode prompts, serve, evaluate, benchmark, quantize, run a program. Plain values; all text is tokenized.
 
 The implementations are in `launcher/worker/tasks.py`; `launcher/job/codec.py` serializes them.
 """
@@ -76,4 +76,19 @@ class Bench(Struct, frozen=True, kw_only=True, tag=True):
     """Start time of the command, on rank 0's time.monotonic()."""
 
 
-Task = Decode | Serve | Evaluate | Quantize | Bench
+class Program(Struct, frozen=True, kw_only=True, tag=True):
+    """Run a user's Python program."""
+
+    script: str
+    """Path of a Python file, relative to `folder`; empty: run `module`."""
+    module: str
+    """Name of a module."""
+    arguments: tuple[str, ...]
+    """The program's own arguments."""
+    folder: str
+    """Working directory, absolute."""
+    timeout_seconds: float
+    """Maximum wait for another rank in a step of a model."""
+
+
+Task = Decode | Serve | Evaluate | Quantize | Bench | Program

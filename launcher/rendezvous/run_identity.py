@@ -4,7 +4,6 @@ Ranks with different weights, programs or kernels would compute parts of differe
 """
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -18,7 +17,7 @@ from launcher.job.job import Job
 from model.backends.registry import find_backend
 from parallel.errors import InputError
 
-_PACKAGES = ("launcher", "model", "parallel")
+_PACKAGES = ("tandem", "launcher", "model", "parallel")
 _REMEDIES = {
     "checkpoint fingerprint": "copy the same checkpoint to every node",
     "program": "install the same version on every node",
@@ -35,10 +34,15 @@ def describe_run(job: Job) -> dict[str, Any]:
     """Return the values that must be equal everywhere, keyed by their names in messages."""
     return {
         "checkpoint fingerprint": job.fingerprint.content,
-        "program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}",
+        **describe_program(),
         "kernels": _describe_kernels(job.device),
         **job.shared_settings,
     }
+
+
+def describe_program() -> dict[str, Any]:
+    """Return the part of `describe_run` that does not depend on a job: the versions of tandem and PyTorch."""
+    return {"program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}"}
 
 
 def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str, Any]) -> None:
@@ -67,8 +71,8 @@ def _hash_sources() -> str:
 
 
 def _describe_kernels(device: str) -> str:
-    """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them; PyTorch's depend on the
-    instruction set."""
-    if find_backend(device).kernels is not None:
-        return f"native ({platform.machine()})"
+    """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them, except for products of bfloat16
+    pairs; PyTorch's depend on the instruction set."""
+    if (kernels := find_backend(device).kernels) is not None:
+        return "native" + (" (bfloat16 pairs)" if kernels.name == "avx512_bf16" else "")
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

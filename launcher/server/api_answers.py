@@ -5,11 +5,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.server.inflight_requests import NewToken
 from launcher.server.stop_search import StopSearch
 from model.text.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:  # the text of an answer does not need PyTorch
+    from launcher.server.inflight_requests import NewToken
 
 _REASONS = {"eos": "stop", "length": "length"}
 """Maps the generator's finish reasons to OpenAI's."""
@@ -20,7 +22,7 @@ class Piece:
     """The contribution of one token to an answer."""
 
     text: str
-    tokens: tuple[NewToken, ...]
+    tokens: "tuple[NewToken, ...]"
     """The tokens whose log-probabilities this piece carries."""
     finish_reason: str | None
     """"stop" or "length" on the last piece, otherwise None."""
@@ -35,7 +37,7 @@ class ChoiceText:
         self.num_tokens = 0
         self.finish_reason: str | None = None
 
-    def push(self, token: NewToken) -> Piece:
+    def push(self, token: "NewToken") -> Piece:
         """Add the next token and return the resulting piece."""
         self.num_tokens += 1
         if self._decoder is None:  # created lazily: a request with many sequences may be queued for long, or rejected
@@ -83,7 +85,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return tokenizer.token_bytes(token_id).decode(errors="replace")
 
 
-def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dict[str, Any]:
+def build_chat_logprobs(tokenizer: Tokenizer, tokens: "Sequence[NewToken]") -> dict[str, Any]:
     """Build `logprobs` for a chat choice."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def build_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[NewToken]) -> dic
     }
 
 
-def build_text_logprobs(tokenizer: Tokenizer, prompt: Sequence[NewToken], tokens: Sequence[NewToken], offset: int) -> dict[str, Any]:
+def build_text_logprobs(tokenizer: Tokenizer, prompt: "Sequence[NewToken]", tokens: "Sequence[NewToken]", offset: int) -> dict[str, Any]:
     """Build `logprobs` for a completion choice: echoed prompt first, then new tokens, whose text starts at character `offset`."""
     # Special tokens contribute no characters to an echo.
     widths = [0 if t.token_id in tokenizer.special_ids else len(token_text(tokenizer, t.token_id)) for t in prompt]

@@ -32,6 +32,10 @@ class ConvertOptions(RewriteOptions):
         option("--to", help="Target format: Hugging Face folder, or MindSpore .ckpt. Default: hf.", panel=OUTPUT),
     ] = "hf"
     dtype: Annotated[Dtype | None, option("--dtype", help="Type of all float weights. Default: unchanged.", panel=OUTPUT)] = None
+    quantize: Annotated[
+        Literal["rtn-a16w8", "rtn-a16w4", "a8w8"] | None,
+        option("--quantize", help="Also quantize, by an approach of tandem quantize that needs no data. Default: none.", panel=OUTPUT),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

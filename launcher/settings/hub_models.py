@@ -5,22 +5,20 @@ HF_HUB_OFFLINE.
 """
 
 import glob
-import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.settings.hub_files import choose_files, choose_gguf, find_missing, is_whole
 from parallel.errors import CheckpointError
 
-_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<variant>[\w./-]+))?")
 _URL = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|commit)/(?P<revision>[^/?#]+)[^?#]*)?/?(?:[?#].*)?"
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|commit)/(?P<revision>[^/?#]+)(?:/(?P<variant>[^?#]*\.gguf))?[^?#]*)?/?(?:[?#].*)?"
 )
 _FILE_ENDS = (".safetensors", ".gguf", ".ckpt", ".bin", ".pth", ".pt", ".yaml", ".yml", ".json", ".jsonl", ".txt")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _TIMEOUT_SECONDS = 10.0
 
 
@@ -32,19 +30,22 @@ class HubName:
     """org/name."""
     revision: str | None = None
     """Branch, tag or commit; None means main."""
+    variant: str | None = None
+    """Which of several GGUF files: a part of its name, such as Q4_K_M, or its path."""
 
     def __str__(self) -> str:
-        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+        revision, variant = self.revision and f"@{self.revision}", self.variant and f":{self.variant}"
+        return f"{self.id}{revision or ''}{variant or ''}"
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Parse `org/name`, `org/name@revision` or the URL of its page; None for anything else."""
+    """Parse `org/name`, `org/name@revision`, either with `:variant`, or the URL of its page or file; None for anything else."""
     match = _URL.fullmatch(text) or (None if text.lower().endswith(_FILE_ENDS) else _ID.fullmatch(text))
-    return HubName(match["id"], match["revision"]) if match else None
+    return HubName(match["id"], match["revision"], match["variant"]) if match else None
 
 
 def fetch_model(name: HubName, *, offline: bool) -> Path:
-    """Return the folder of a model, from the local cache if complete there, otherwise downloaded.
+    """Return the folder of a model, or its GGUF file, from the local cache if complete there, otherwise downloaded.
 
     Raises CheckpointError if the Hub has no such model, if its files cannot be read by tandem, or if the Hub is unreachable.
     """
@@ -53,8 +54,8 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
 
     cached = _find_snapshot(name)
     offline = offline or constants.HF_HUB_OFFLINE
-    if cached is not None and find_missing(cached, needs_tokenizer=not offline) is None:
-        return cached
+    if cached is not None and (found := _find_cached(name, cached, needs_tokenizer=not offline)) is not None:
+        return found
     if offline:
         missing = "is incomplete in" if cached is not None else "is not a file or folder here, and not in"
         raise CheckpointError(
@@ -65,9 +66,23 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
         disable_progress_bars()
     print(f"downloading {name}: {len(files)} files, {num_bytes / 1e6:.0f} MB, to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
     try:
-        return Path(snapshot_download(name.id, revision=name.revision, allow_patterns=[glob.escape(file) for file in files]))
+        snapshot = Path(snapshot_download(name.id, revision=name.revision, allow_patterns=[glob.escape(file) for file in files]))
     except Exception as error:  # errors of the HTTP library, which differ between versions of huggingface_hub
         raise CheckpointError(f"{name} cannot be downloaded from {constants.ENDPOINT}: {_first_line(error)}; repeat to resume") from None
+    gguf = choose_gguf(name.id, files)
+    return snapshot / gguf[0] if gguf else snapshot
+
+
+def _find_cached(name: HubName, snapshot: Path, *, needs_tokenizer: bool) -> Path | None:
+    """Return the cached folder or GGUF file of a model; None if it is incomplete."""
+    if name.variant is None:
+        return snapshot if find_missing(snapshot, needs_tokenizer=needs_tokenizer) is None else None
+    held = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf") if file.exists()]
+    try:
+        parts = choose_gguf(name.id, held, name.variant)
+    except CheckpointError:  # the repository may hold it
+        return None
+    return snapshot / parts[0] if is_whole(parts) else None
 
 
 def _find_snapshot(name: HubName) -> Path | None:
@@ -83,58 +98,6 @@ def _find_snapshot(name: HubName) -> Path | None:
         commit = revision
     snapshot = repository / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
-
-
-def choose_files(name: str, files: Sequence[str]) -> list[str]:
-    """Select the files to download from a repository. Raises CheckpointError if none of its weights can be read."""
-    top = [file for file in files if "/" not in file]
-    safetensors = [file for file in top if file.endswith(".safetensors") and not file.startswith(("consolidated", "adapter_"))]
-    ggufs, meta = [file for file in top if file.endswith(".gguf")], [file for file in top if re.fullmatch(r"consolidated.*\.pth", file)]
-    ckpts = [file for file in top if file.endswith(".ckpt")]
-    if "model.safetensors" in safetensors:
-        weights = ["model.safetensors"]
-    elif safetensors:
-        weights = safetensors
-    elif len(ggufs) > 1:
-        page = f"https://huggingface.co/{name}"
-        raise CheckpointError(f"{name} holds {len(ggufs)} GGUF files ({ggufs[0]}, ...): download one from {page} and give its path")
-    else:
-        weights = ggufs or (meta if "params.json" in top else []) or ckpts
-    if not weights:
-        if any(file.endswith((".bin", ".pt", ".pth")) for file in top):
-            raise CheckpointError(f"{name} holds PyTorch .bin weights only, which are not read: give a repository with safetensors")
-        raise CheckpointError(f"{name} holds no weights that can be read (safetensors, GGUF, consolidated.*.pth or .ckpt)")
-    beside = [
-        file
-        for file in top
-        if file.endswith((".json", ".jinja", ".model", ".yaml", ".yml", ".chk"))
-        or file in ("merges.txt", "vocab.txt", "SHA256SUMS", "sha256sums")
-    ]
-    return sorted({*weights, *(file for file in beside if "pytorch_model" not in file and not file.startswith("adapter_"))})
-
-
-def find_missing(folder: Path, *, needs_tokenizer: bool = True) -> str | None:
-    """Return the first file missing from a downloaded folder, as far as can be determined; None if it is complete."""
-    names = {path.name for path in folder.iterdir() if path.exists()}
-    if any(name.endswith((".gguf", ".ckpt")) for name in names) or {"params.json", "tokenizer.model"} <= names:
-        return None
-    if "config.json" not in names:
-        return "config.json"
-    if needs_tokenizer and not names & {"tokenizer.json", "tokenizer.model"}:
-        return "the tokenizer"
-    if "model.safetensors" in names:
-        return None
-    needed: set[str] = set()
-    if "model.safetensors.index.json" in names:
-        try:
-            needed = set(json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return "model.safetensors.index.json"
-    for match in filter(None, map(_SHARD.fullmatch, names)):
-        needed |= {f"{match[1]}-{number:05}-of-{match[3]}.safetensors" for number in range(1, int(match[3]) + 1)}
-    if not needed and not any(name.endswith(".safetensors") for name in names):
-        return "the weights"
-    return next(iter(sorted(needed - names)), None)
 
 
 def _list_files(name: HubName) -> tuple[list[str], int]:
@@ -160,7 +123,7 @@ def _list_files(name: HubName) -> tuple[list[str], int]:
             f"{name} is not a file or folder here, and {constants.ENDPOINT} cannot be reached: {_first_line(error)}; give a local path"
         ) from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = choose_files(name.id, list(sizes))
+    files = choose_files(name.id, list(sizes), name.variant)
     return files, sum(sizes[file] for file in files)
 
 

@@ -61,13 +61,15 @@ def _name_unreadable(path: Path) -> str | None:
         return f"the checkpoint {path} is {describe_kind(path.stat().st_mode)}, but a file or a folder is needed"
     entries = list(path.iterdir())
     for entry in entries:
-        words = describe_file(entry) if entry.name.endswith(_READABLE_ENDS) and entry.is_file() else None
+        words = describe_file(entry) if entry.name.endswith((*_READABLE_ENDS, ".bin")) and entry.is_file() else None
         if words and _LFS in words:
             return f"{entry} {words}"
     return None if any(map(_may_hold_weights, entries)) else name_path(path)
 
 
 def _may_hold_weights(entry: Path) -> bool:
+    if entry.name.endswith(".bin"):
+        return entry.name.startswith("pytorch_model") and (entry.parent / "config.json").is_file()
     return entry.is_dir() or (entry.name.endswith(_WEIGHT_ENDS) and not entry.name.startswith("adapter_"))
 
 

@@ -7,7 +7,7 @@ import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -19,8 +19,8 @@ from typer.core import TyperCommand
 from parallel.errors import ConfigError
 
 MODEL, GENERATION, PARALLELISM, MEMORY, CLUSTER = "Model", "Generation", "Parallelism", "Memory", "Cluster"
-OUTPUT, SERVER, QUANTIZATION, DATA = "Output", "Server", "Quantization", "Data"
-PANELS = ("Arguments", MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
+OUTPUT, SERVER, QUANTIZATION, DATA, PROGRAM = "Output", "Server", "Quantization", "Data", "Program"
+PANELS = ("Arguments", PROGRAM, MODEL, QUANTIZATION, DATA, GENERATION, SERVER, PARALLELISM, MEMORY, CLUSTER, OUTPUT, "Other")
 """Help panels, in display order."""
 _FLAGS_WIDTH = 34
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
@@ -107,7 +107,7 @@ def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[C
     """Give a command the options of a dataclass; `prepare` validates them, then `module:function` receives them as one value."""
     assert is_dataclass(options)
     hints = get_type_hints(options, include_extras=True)
-    declared = [field for field in fields(options) if _find(hints[field.name], typer.models.ParameterInfo)]
+    declared = [field for field in fields(options) if find_metadata(hints[field.name], typer.models.ParameterInfo)]
     parameters = []
     for field in declared:
         default = inspect.Parameter.empty if field.default is MISSING else None if field.default == () else field.default
@@ -129,13 +129,13 @@ def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[C
         call.__name__, call.__doc__ = command.__name__, command.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        call.aliases = {field.name: found for field in declared if (found := _find(hints[field.name], Aliases))}  # type: ignore[attr-defined]
+        call.aliases = {field.name: found for field in declared if (found := find_metadata(hints[field.name], Aliases))}  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
-def _find(hint: Any, kind: type) -> Any:
+def find_metadata(hint: Any, kind: type) -> Any:
     """Return the metadata of type `kind` in an annotation."""
     for part in getattr(hint, "__metadata__", ()):
         if isinstance(part, kind):
@@ -143,14 +143,22 @@ def _find(hint: Any, kind: type) -> Any:
     return None
 
 
-def check_values(options: Any) -> None:
-    """Raise ConfigError for a value outside an option's choices or limits."""
+def list_flags(hint: Any) -> list[str]:
+    """Return all spellings of an option; of a switch, those that turn it on."""
+    info, aliases = find_metadata(hint, typer.models.OptionInfo), find_metadata(hint, Aliases)
+    # typer takes the first flag for a default until it has read the annotation.
+    flags = [info.default, *(info.param_decls or ())] if info is not None else []
+    return [str(flag).partition("/")[0] for flag in (*flags, *(aliases.flags if aliases is not None else ()))]
+
+
+def check_values(options: Any, names: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError for a value outside an option's choices or limits. `names` maps fields to their names in messages."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
-        info, value = _find(hint, typer.models.OptionInfo), getattr(options, name)
+        info, value = find_metadata(hint, typer.models.OptionInfo), getattr(options, name)
         if info is None or value is None:
             continue
-        # typer takes the first flag for a default until it has read the annotation.
-        flag, choices = str(info.default).partition("/")[0], _list_choices(hint.__origin__)
+        flag = (names or {}).get(name, list_flags(hint)[0])
+        choices = _list_choices(hint.__origin__)
         if choices and value not in choices:
             words = [word for word in choices if word != "None"]  # Golden Stick's spelling of none
             needed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
@@ -189,7 +197,7 @@ def _as_typer_reads_it(hint: Any) -> Any:
 
     Choices and limits are left to `check_values`, whose messages name both values.
     """
-    kind, info = hint.__origin__, copy.copy(_find(hint, typer.models.ParameterInfo))
+    kind, info = hint.__origin__, copy.copy(find_metadata(hint, typer.models.ParameterInfo))
     parts = [part for part in get_args(kind) if part is not NoneType]
     choices = _list_choices(kind)
     is_list = get_origin(kind) is tuple

@@ -13,10 +13,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
-FormatName = Literal["ranks", "modelslim", "gptq", "awq", "compressed-tensors", "hf", "meta", "gguf", "mindspore"]
+FormatName = Literal["ranks", "modelslim", "gptq", "awq", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
+CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
 
 
@@ -44,7 +45,9 @@ class CheckpointOptions:
     format: Annotated[
         FormatName | None,
         option(
-            "--from", help="ranks, modelslim, gptq, awq, compressed-tensors, hf, meta, gguf or mindspore. Default: detected.", panel=MODEL
+            "--from",
+            help="ranks, modelslim, gptq, awq, fp8, compressed-tensors, hf, bin, meta, gguf or mindspore. Default: detected.",
+            panel=MODEL,
         ),
     ] = None
     key_file: Annotated[
@@ -98,6 +101,14 @@ class RunOptions(CheckpointOptions):
         str | None,
         option("--bind-cores", metavar="True|False", help="Pin each rank to its own cores. Default: False.", panel=PARALLELISM),
         also("--bind_core"),
+    ] = None
+    cpu_kernels: Annotated[
+        CpuKernels | None,
+        option(
+            "--cpu-kernels",
+            help="Instruction set of the CPU kernels, or none for PyTorch's. Default: TANDEM_CPU, else auto (the fastest).",
+            panel=PARALLELISM,
+        ),
     ] = None
     kv_cache_dtype: Annotated[
         CacheDtype | None,

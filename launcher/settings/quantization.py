@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.settings.yaml_schema import is_null
+from launcher.settings.yaml_null import is_null
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
 from model.spec.weights import find_not_converted, linear_names

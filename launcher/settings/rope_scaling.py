@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from launcher.settings.yaml_schema import is_null
+from launcher.settings.yaml_null import is_null
 from model.spec.rope_scaling import RopeScaling, Scaling, build_scaling
 from parallel.errors import ConfigError
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
 from launcher.settings.options import CollectivesName, Device
+from launcher.settings.yaml_family import list_names
+from launcher.settings.yaml_null import is_null
 from model.spec.config import DTYPES
 from parallel.errors import ConfigError
 
@@ -98,7 +100,7 @@ _NATURAL = Value(types=(int,), at_least=0)
 _POSITIVE = Value(types=(float,), above=0)
 _DTYPE = Value(types=(str,), choices=tuple(DTYPES))
 
-_NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the projections are not supported")
+_NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the output projection are not supported")
 _DENSE = Ignored(
     only=Value(
         types=(dict,),
@@ -123,7 +125,7 @@ _QUANTIZATION_CONFIG: Schema = {
 }
 
 _MODEL_CONFIG: Schema = {
-    "type": Value(types=(str,), choices=("LlamaConfig",)),
+    "type": Value(types=(str,), choices=list_names("Config")),
     "seq_length": _COUNT,
     "hidden_size": _COUNT,
     "num_layers": _COUNT,
@@ -153,8 +155,8 @@ _MODEL_CONFIG: Schema = {
     "quantization_config": _QUANTIZATION_CONFIG,
     "extend_method": Value(types=(str,), choices=("LLAMA3",), hint="other ways of stretching the rotary positions are not supported"),
     "scaling_factor": Value(types=(float, dict)),
-    "qkv_has_bias": _NO_BIAS,
-    "add_qkv_bias": _NO_BIAS,
+    "qkv_has_bias": _FLAG,
+    "add_qkv_bias": _FLAG,
     "attn_proj_has_bias": _NO_BIAS,
     "moe_config": _DENSE,
     "pet_config": Ignored(warning="adapters are not supported, so the base model runs alone"),
@@ -191,7 +193,7 @@ SCHEMA: Schema = {
     },
     "model": {
         "model_config": _MODEL_CONFIG,
-        "arch": {"type": Value(types=(str,), choices=("LlamaForCausalLM", "ParallelLlamaForCausalLM"))},
+        "arch": {"type": Value(types=(str,), choices=list_names("ForCausalLM"))},
     },
     "processor": {
         "tokenizer": {
@@ -233,11 +235,6 @@ SCHEMA: Schema = {
     ),
 }
 """All known keys of the file, nested as in the file."""
-
-
-def is_null(value: Any) -> bool:
-    """Return whether a value is unset: null, or the word None, which YAML parses as text."""
-    return value is None or value == "None"
 
 
 def check_keys(raw: Mapping[str, Any]) -> list[str]:

@@ -11,9 +11,12 @@ from typing import Any
 
 from launcher.settings.quantization import QuantizationSettings, build_quantization
 from launcher.settings.rope_scaling import ROPE_SCALING, describe_scaling, read_rope_scaling
+from launcher.settings.yaml_family import DEFAULT_TYPE, find_family, read_biased
 from launcher.settings.yaml_file import find_yaml, read_mapping
-from launcher.settings.yaml_schema import check_keys, is_null, list_warnings
+from launcher.settings.yaml_null import is_null
+from launcher.settings.yaml_schema import check_keys, list_warnings
 from model.spec.config import LlamaConfig, build_config
+from model.spec.families import list_architectures
 from model.spec.rope_scaling import build_scaling
 from model.spec.scheme import Scheme
 from parallel.errors import ConfigError
@@ -114,6 +117,10 @@ class Settings:
 
     source: str
     """Path of the file."""
+    model_type: str | None
+    """The model family, if the file names it."""
+    biased: bool | None
+    """Whether queries, keys and values have biases."""
     model_values: Mapping[str, Any]
     """Model sizes and constants set in the file, by their Hugging Face names."""
     multiple_of: int | None
@@ -163,10 +170,15 @@ class Settings:
 
     def build_model_values(self) -> dict[str, Any] | None:
         """Return the substitute for config.json for a checkpoint without one; None if the file does not describe the model."""
-        return {"model_type": "llama", **self._fill_model_values()} if self.model_values else None
+        return self._fill_model_values() if self.model_values else None
 
     def _fill_model_values(self) -> dict[str, Any]:
-        values = {**_MODEL_DEFAULTS, **self.model_values}
+        kind = self.model_type or "llama"
+        # Other types have other defaults, which are those of the family.
+        is_default = DEFAULT_TYPE in list_architectures()[kind].mindformers
+        values = {"model_type": kind, **(_MODEL_DEFAULTS if is_default else {}), **self.model_values}
+        if "hidden_size" not in values:
+            raise ConfigError(f"{self.source}: model.model_config lacks hidden_size")
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
         values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
         return values
@@ -196,6 +208,8 @@ class Settings:
             disagreements.append(
                 f"extend_method (rope_scaling) is {describe_scaling(wanted)} against {describe_scaling(config.rope_scaling)}"
             )
+        if self.biased not in (None, config.attention_bias):
+            disagreements.append(f"qkv_has_bias is {self.biased} against {config.attention_bias}")
         if disagreements:
             raise ConfigError(
                 f"{self.source} and {checkpoint} disagree: {', '.join(disagreements)};"
@@ -233,11 +247,14 @@ def open_settings(path: Path | None, checkpoint: str | Path | None = None) -> Se
 def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}
+    family = find_family(model, _find(raw, "model", "arch", "type"))
     own = dict(_find(raw, "tandem") or {})
     if not is_null(own.get("fused_order")):
         own["fused_order"] = str(own["fused_order"])
     return Settings(
         source=source,
+        model_type=None if family is None else family.model_type,
+        biased=read_biased(model),
         model_values={**_said(model, {name: key for key, name in _HUGGING_FACE_NAMES.items()}), **read_rope_scaling(model)},
         multiple_of=_find(model, "multiple_of"),
         ffn_dim_multiplier=_find(model, "ffn_dim_multiplier"),

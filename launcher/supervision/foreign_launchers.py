@@ -7,7 +7,6 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from contextlib import suppress
@@ -18,15 +17,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from launcher.environment.detection import LaunchEnvironment
 from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.messages import Command, Event
 from launcher.job.observer import RunObserver
-from launcher.rendezvous.key_value_store import connect_store, open_store
-from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
+from launcher.rendezvous.launched_store import LaunchedStore
 from launcher.rendezvous.placement import RankPlacement, find_alone, meet
 from launcher.rendezvous.run_identity import DifferentRunError, describe_run
 from launcher.supervision.rank_failure import RankFailure
@@ -42,9 +40,6 @@ _SECONDS_FOR_THE_CULPRIT = 2.0
 """A rank that lost a peer gives the peer this long to report the cause first."""
 _STOPPING_FILE = ".stopping"
 """Written by rank 0 when it is asked to stop, so that the other ranks of its host do not take its exit for a failure."""
-_FAREWELL_SECONDS = 10.0
-_FAILED_FAREWELL_SECONDS = 1.0
-"""How long the store's host waits for other ranks to finish using the store."""
 _STACK_SECONDS = 1.0
 
 
@@ -97,26 +92,20 @@ class _Joining:
     def __init__(self, environment: LaunchEnvironment, job: Job, rank: int, progress: Progress) -> None:
         self.environment, self.job, self.rank, self.progress = environment, job, rank, progress
         self.seat: RankPlacement | None = None
-        self._raw: Store | None = None
+        self._launched: LaunchedStore | None = None
         self._store: Store | None = None
 
     def run(self, observer: RunObserver) -> None:
         """Rendezvous with the other ranks and run."""
         environment, job = self.environment, self.job
-        address, port, world_size = environment.master_addr, environment.master_port, environment.world_size
+        address, world_size = environment.master_addr, environment.world_size
         assert world_size is not None
         if world_size == 1:
             self.seat = find_alone()
         else:
-            assert address is not None and port is not None
-            if self.rank == 0 and environment.store_host == "rank 0":
-                self._raw, _ = open_store(address, port)
-            else:
-                self._raw = connect_store(address, port, job.timeout_seconds)
-            # The agent's store survives a restart; a prefix hides the keys of earlier attempts.
-            self._store = PrefixStore(f"tandem/attempt_{environment.restart_count}", self._raw)
-            if environment.store_host == "scheduler":
-                threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
+            assert address is not None
+            self._launched = LaunchedStore(environment, job.timeout_seconds)
+            self._store = self._launched.store
             if self.rank == 0:
                 self._store.set("task", write(job.task))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
@@ -135,25 +124,8 @@ class _Joining:
 
     def announce_exit(self, code: int) -> None:
         """Tell the store's host that this rank no longer needs the store; the host itself waits for the others."""
-        store, seat = self._store, self.seat
-        if store is None:
-            return
-        with suppress(RuntimeError):
-            store.set(bye_key(self.rank), str(code))
-            if self.rank == 0 and self.environment.store_host == "rank 0":
-                keys = [bye_key(rank) for rank in range(self.environment.world_size or 0 if seat or code == 2 else 0)]
-                deadline = time.monotonic() + (_FAREWELL_SECONDS if code in (0, 2) else _FAILED_FAREWELL_SECONDS)
-                while time.monotonic() < deadline and not all(store.check([key]) for key in keys):
-                    time.sleep(0.02)
-
-    def _show_life(self, address: str, port: int) -> None:
-        beats = 0
-        with suppress(RuntimeError, RunError):
-            store = PrefixStore(f"tandem/attempt_{self.environment.restart_count}", connect_store(address, port, self.job.timeout_seconds))
-            while True:
-                beats += 1
-                store.set(alive_key(self.rank), str(beats))
-                time.sleep(BEAT_SECONDS)
+        if self._launched is not None:
+            self._launched.announce_exit(code, waits=self.seat is not None or code == 2)
 
 
 def _silent(event: Event) -> None:

@@ -4,11 +4,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.host.atomic_write import atomic_write
 from launcher.host.control_groups import MemoryGroup
-from launcher.supervision.rank_watch import FirstFailure
 from parallel.errors import TandemError
+
+if TYPE_CHECKING:  # a program that catches RanksFailedError need not load PyTorch
+    from launcher.supervision.rank_watch import FirstFailure
 
 VERDICT_FILE = "verdict.json"
 _TAIL_LINES = 12
@@ -97,7 +100,7 @@ def shorten_stack(stack: str | None) -> str | None:
 
 
 def judge_failure(
-    failure: FirstFailure, *, first_rank: int, host: str, log_dir: Path, restarts: int, before: MemoryGroup, now: MemoryGroup
+    failure: "FirstFailure", *, first_rank: int, host: str, log_dir: Path, restarts: int, before: MemoryGroup, now: MemoryGroup
 ) -> Verdict:
     """Build the verdict on the first failure of a host whose ranks start at `first_rank`.
 

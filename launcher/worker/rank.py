@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from launcher.host.process_memory import give_back_memory
 from launcher.job.job import Job
@@ -16,7 +17,7 @@ from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
-from model.kernels.library import explain_absence
+from model.kernels.library import choose_kernels, explain_absence
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
@@ -45,6 +46,8 @@ class Rank:
     """Receives messages from the server."""
     progress: Progress
     seat: RankPlacement
+    store: Store | None = None
+    """Shared by the ranks; None for a single one."""
 
     def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
@@ -86,6 +89,7 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
+    choose_kernels(job.cpu_kernels)
     own = source is None
     source = source or open_own_checkpoint(job)
     config = replace(

@@ -33,7 +33,7 @@ def run_rank(
     torch.set_num_threads(threads)
     device = find_backend(job.device).open_device(seat.local_rank)
     collectives = WatchedCollectives(connect(job, seat, store, wait_seconds), progress)
-    me = Rank(job, collectives, device, threads, started, emit, inbox, progress, seat)
+    me = Rank(job, collectives, device, threads, started, emit, inbox, progress, seat, store)
     run_task(me)
     collectives.barrier()
     collectives.close()

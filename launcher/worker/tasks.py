@@ -9,10 +9,11 @@ from typing import Any
 
 from launcher.host.process_memory import give_back_memory, read_peak_rss_bytes
 from launcher.job.messages import Failed, Failures, RankWarning, Result, Serving, Stats, Tokens, Working
-from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Serve
+from launcher.job.tasks import Bench, Decode, Evaluate, Program, Quantize, Serve
 from launcher.worker.bandwidth import measure_bandwidth
 from launcher.worker.bench import RankBench, open_source
 from launcher.worker.profile import record_spans
+from launcher.worker.program import run_program
 from launcher.worker.rank import Rank, load_rank, open_own_checkpoint
 from launcher.worker.service import RankService
 from model.checkpoint.fingerprint import check_unchanged, read_state
@@ -114,13 +115,14 @@ def serve(me: Rank, task: Serve) -> None:
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
     """Return the run's properties in the form they have in stats."""
     job, backend = me.job, model.backend
+    kernel = backend.int8_kernel.name if model.scheme.has_integers else f"{backend.name}-{job.dtype}"
     return {
         "world_size": job.world_size,
         "threads_per_rank": me.threads,
         "device": job.device,
         "dtype": job.dtype,
         "quantization": model.scheme.name,
-        "kernel": backend.int8_kernel.name if model.scheme.linear is not None else f"{backend.name}-{job.dtype}",
+        "kernel": f"{kernel} (plain: {', '.join(model.plain_features)})" if model.plain_features else kernel,
         "collectives": me.collectives.name,
     }
 
@@ -216,4 +218,5 @@ _RUNNERS: Mapping[type, Callable[[Rank, Any], None]] = {
     Evaluate: evaluate,
     Quantize: quantize,
     Bench: bench,
+    Program: run_program,
 }

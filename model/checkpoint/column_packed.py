@@ -23,7 +23,7 @@ from model.spec.packing import unpack_integers
 from model.spec.quoting import quote
 from model.spec.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
-from model.spec.weights import FLOAT_DTYPES, has_bias, linear_names
+from model.spec.weights import FLOAT_DTYPES, has_bias, stored_linear_names
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -55,8 +55,8 @@ class ColumnPackedFolder(ABC):
                 f"{self.path} declares quantized weights, but 0 of its tensors are a qweight; give the quantized checkpoint"
             )
         model = build_config(folder.config)
-        ignore = tuple(name for name in (*linear_names(model), "lm_head") if name not in shapes)
-        self.config: dict[str, Any] = declare_scheme(folder.config, _build_scheme(linears, ignore))
+        ignore = tuple(name for name in (*stored_linear_names(model), "lm_head") if name not in shapes)
+        self.config: dict[str, Any] = declare_scheme(folder.config, build_scheme(linears, ignore))
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")
@@ -216,7 +216,7 @@ class ColumnPackedFolder(ABC):
         return found
 
 
-def _build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
+def build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
     """Build the scheme: the most frequent linear scheme as the default, and one group per other linear scheme."""
     names: dict[LinearScheme, list[str]] = {}
     for name, linear in linears.items():

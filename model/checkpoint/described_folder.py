@@ -26,7 +26,7 @@ from model.spec.config import build_config, read_config
 from model.spec.quoting import quote, quote_name
 from model.spec.scheme import LinearScheme, Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
-from model.spec.weights import linear_names
+from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -75,7 +75,7 @@ class DescribedFolder:
         self.notes = untie_head(config, self._stored, path)
         self._convert: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._constants: dict[str, torch.Tensor] = {}
-        forms = self._find_forms([*linear_names(build_config(config)), "lm_head"], description)
+        forms = self._find_forms([*stored_linear_names(build_config(config)), "lm_head"], description)
         taken = self._add_linears(forms)
         for name in self._stored:
             if name not in taken:

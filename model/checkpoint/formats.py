@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.awq_folder import AwqFolder, is_awq
+from model.checkpoint.bin_folder import BinFolder, is_bin
 from model.checkpoint.column_packed import declares_method
 from model.checkpoint.described_folder import DescribedFolder, is_described
+from model.checkpoint.float8_folder import Float8Folder, is_float8
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
+from model.checkpoint.gguf_parts import find_whole
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
-from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder, list_shards
+from model.checkpoint.hf_folder import INDEX_FILE, SAFETENSORS, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.unfused import unfuse
 from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
@@ -69,7 +73,7 @@ def _is_hugging_face(path: Path) -> bool:
         return False
     if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return True
-    return (path / "config.json").is_file() and bool(list_shards(path))
+    return SAFETENSORS.exist(path)
 
 
 def _is_compressed_tensors(path: Path) -> bool:
@@ -94,8 +98,16 @@ FORMATS: Mapping[str, Format] = {
     ),
     "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
     "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "fp8": Format(
+        "FP8 folder (fp8, fbgemm_fp8, ModelOpt)", is_float8, lambda path, options: Float8Folder(path, follow_links=options.follow_links)
+    ),
     "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
     "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder),
+    "bin": Format(
+        "Hugging Face folder (config.json, pytorch_model*.bin)",
+        is_bin,
+        lambda path, options: BinFolder(path, follow_links=options.follow_links),
+    ),
     "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
     "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
     "mindspore": Format(
@@ -131,15 +143,15 @@ def find_format(path: Path) -> str:
 
 
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
-    """Open a checkpoint of any registered format. A folder with a single GGUF file is treated as that file.
+    """Open a checkpoint of any registered format. A folder with a single GGUF file, whole or split, is treated as that file.
 
     Raises CheckpointError for unreadable files, and the errors of the formats.
     """
     options = options or OpenOptions()
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(inside) == 1 and options.format in (None, "gguf") and not _is_hugging_face(path):
-        path = inside[0]
-    return FORMATS[options.format or find_format(path)].open(path, options)
+    inside = find_whole(sorted(path.glob("*.gguf"))) if path.is_dir() else None
+    if inside is not None and options.format in (None, "gguf") and not _is_hugging_face(path):
+        path = inside
+    return unfuse(FORMATS[options.format or find_format(path)].open(path, options))
 
 
 def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:

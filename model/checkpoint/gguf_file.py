@@ -1,54 +1,26 @@
 """A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
 
-Supports float types and the block types Q8_0, Q4_0 and Q4_1, which `read_rows` can represent exactly. `gguf_header.py` parses the
-header, and `model/text/tokenizer.py` reads the tokenizer.
+`gguf_header.py` parses headers, `gguf_parts.py` finds the files, `gguf_types.py` dequantizes, and `model/text/tokenizer.py` reads the
+tokenizer.
 """
 
-import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_end_tokens import find_end_ids
-from model.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
+from model.checkpoint.gguf_header import StoredTensor
 from model.checkpoint.gguf_metadata import GgufMetadata
+from model.checkpoint.gguf_parts import GgufParts, read_parts
+from model.checkpoint.gguf_types import describe_tensor, read_stored_rows
 from model.spec.quoting import quote
 from model.spec.rope_scaling import RopeScaling, scale_frequency
-from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """Storage of one GGUF type: blocks of `block_elements` in `block_bytes`."""
-
-    name: str
-    block_elements: int
-    block_bytes: int
-    dtype: torch.dtype
-    """Element type after reading."""
-    quantized: bool = False
-
-    def count_bytes(self, stored: StoredTensor) -> int:
-        """Return the stored size of a tensor."""
-        return math.prod(stored.shape) // self.block_elements * self.block_bytes
-
-
-_ENCODINGS = {
-    0: _Encoding("F32", 1, 4, torch.float32),
-    1: _Encoding("F16", 1, 2, torch.float16),
-    30: _Encoding("BF16", 1, 2, torch.bfloat16),
-    8: _Encoding("Q8_0", 32, 34, torch.float32, quantized=True),
-    2: _Encoding("Q4_0", 32, 18, torch.float32, quantized=True),
-    3: _Encoding("Q4_1", 32, 20, torch.float32, quantized=True),
-}
-"""By ggml_type number."""
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -81,38 +53,42 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for another architecture, an unsupported tensor type, or a truncated or corrupt file."""
-        self.path, self.files = path, [path]
+        parts = read_parts(path)
+        self.files = parts.files
+        self.path = path = parts.files[0]
         self.checksums = read_sha256sums(path.parent, self.files)
-        header = read_gguf_header(path)
-        metadata = GgufMetadata(header.metadata, path)
+        metadata = GgufMetadata(parts.metadata, path)
         self._has_vocabulary = "tokenizer.ggml.tokens" in metadata
         self._check_architecture(metadata)
         self.notes = metadata.check_keys()
-        self._check_tensors(header)
-        self._stored = self._name_tensors(header)
+        parts.check_tensors()
+        self._stored = self._name_tensors(parts)
         rope = self._stored.pop(_ROPE_FREQUENCIES, None)
-        self.tensors = {name: TensorInfo(t.shape, _ENCODINGS[t.type_number].dtype) for name, t in self._stored.items()}
+        self.tensors = {name: describe_tensor(stored) for name, (_, stored) in self._stored.items()}
         self.config = self._build_config(metadata)
         if rope is not None:
-            self._add_rope_scaling(rope)
+            self._add_rope_scaling(*rope)
         self._heads = {
             "self_attn.q_proj.weight": self.config["num_attention_heads"],
             "self_attn.k_proj.weight": self.config["num_key_value_heads"],
         }
         self._check_heads()
+        for name, (_, stored) in self._stored.items():
+            if heads := self._heads.get(name.split(".", 3)[-1]):
+                self.tensors[name] = describe_tensor(stored, stored.shape[0] // heads)
         metadata.clear()
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor, dequantized; q and k rows in Hugging Face's order."""
-        stored = self._stored[name]
+        file, stored = self._stored[name]
         heads = self._heads.get(name.split(".", 3)[-1])
         if heads is None:
-            return _read_stored_rows(reader, self.path, stored, start, stop)
+            return read_stored_rows(reader, file, stored, start, stop)
         # llama.cpp interleaves the two halves of each head's rotary pairs, so rows are located by whole heads.
         head_rows = stored.shape[0] // heads
         first = start // head_rows * head_rows
         last = max(first, -(-stop // head_rows) * head_rows)
-        rows = _read_stored_rows(reader, self.path, stored, first, last)
+        rows = read_stored_rows(reader, file, stored, first, last)
         ordered = rows.view(-1, head_rows // 2, 2, stored.shape[1]).transpose(1, 2).reshape(last - first, stored.shape[1])
         return ordered[start - first : stop - first].contiguous()
 
@@ -125,9 +101,6 @@ class GgufFile:
         return self.path if self._has_vocabulary else None
 
     def _check_architecture(self, metadata: GgufMetadata) -> None:
-        parts = metadata.read("split.count", 1)
-        if parts > 1:
-            raise CheckpointError(f"{self.path} is one of {parts} parts: join them with `llama-gguf-split --merge` first")
         architecture = metadata.read("general.architecture")
         if architecture != "llama":
             raise CheckpointError(f"{self.path} holds architecture {quote(architecture)}, but only 'llama' is supported")
@@ -135,48 +108,20 @@ class GgufFile:
         if experts:
             raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
 
-    def _check_tensors(self, header: GgufHeader) -> None:
-        """Check that all types are supported and that tensors are contiguous except for alignment padding."""
-        for name, tensor in header.tensors.items():
-            encoding = _ENCODINGS.get(tensor.type_number)
-            if encoding is None:
-                known = ", ".join(e.name for e in _ENCODINGS.values())
-                kind = _name_type(tensor.type_number)
-                raise CheckpointError(
-                    f"{self.path}: {name} has type {kind}, but only {known} are supported: take such a file, or convert this one with "
-                    "`llama-quantize --allow-requantize FILE OUT Q8_0`"
-                )
-            if encoding.quantized and len(tensor.shape) < 2:
-                raise CheckpointError(f"{self.path}: {name} is a vector of type {encoding.name}, but vectors are floats: convert it again")
-            if tensor.shape[-1] % encoding.block_elements:
-                raise CheckpointError(
-                    f"{name}: rows of {tensor.shape[-1]} elements do not divide into {encoding.name} blocks of {encoding.block_elements}"
-                )
-        size, last, end = self.path.stat().st_size, 0, header.start_bytes
-        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset_bytes):
-            last = tensor.offset_bytes + _ENCODINGS[tensor.type_number].count_bytes(tensor)
-            if last > size:
-                raise CheckpointError(f"{self.path} has {size} bytes, but {name} reaches byte {last}: copy it again")
-            if tensor.offset_bytes != end:
-                raise CheckpointError(f"{self.path}: {name} begins at byte {tensor.offset_bytes} instead of {end}: copy it again")
-            end = -(-last // header.alignment) * header.alignment
-        if size > end:
-            raise CheckpointError(f"{self.path} has {size} bytes, but its tensors end at byte {last}: copy it again")
-
-    def _name_tensors(self, header: GgufHeader) -> dict[str, StoredTensor]:
-        out: dict[str, StoredTensor] = {}
-        for name, tensor in header.tensors.items():
+    def _name_tensors(self, parts: GgufParts) -> dict[str, tuple[Path, StoredTensor]]:
+        out: dict[str, tuple[Path, StoredTensor]] = {}
+        for name, tensor in parts.tensors.items():
             target = _build_name(name)
             if target in out:
                 raise CheckpointError(f"{self.path} holds {target} twice, once as {name}: convert it again")
             out[target] = tensor
-        bias = next((name for name in header.tensors if name.endswith(".bias")), None)
+        bias = next((name for name in parts.tensors if name.endswith(".bias")), None)
         if bias is not None:
             raise CheckpointError(f"{self.path} holds {bias}, but biases are not supported: only Llama models without biases are")
         return out
 
     def _check_heads(self) -> None:
-        for name, tensor in self._stored.items():
+        for name, (_, tensor) in self._stored.items():
             heads = self._heads.get(name.split(".", 3)[-1])
             if heads is not None and (len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads)):
                 raise CheckpointError(f"{name} of shape {list(tensor.shape)} does not divide into {heads} heads of an even width")
@@ -236,7 +181,7 @@ class GgufFile:
         original = metadata.read("llama.rope.scaling.original_context_length", None)
         return scaling if original is None or kind == "linear" else scaling | {"original_max_position_embeddings": original}
 
-    def _add_rope_scaling(self, stored: StoredTensor) -> None:
+    def _add_rope_scaling(self, file: Path, stored: StoredTensor) -> None:
         """Recover the llama3 scaling, of which llama.cpp stores only the frequency divisors, by finding constants that reproduce them."""
         width, theta = self.config["head_dim"], self.config["rope_theta"]
         if stored.shape != (width // 2,):
@@ -245,7 +190,7 @@ class GgufFile:
                 "copy it again or convert it again"
             )
         reader = FileReader()
-        divisors = _read_stored_rows(reader, self.path, stored, 0, stored.shape[0]).double()
+        divisors = read_stored_rows(reader, file, stored, 0, stored.shape[0]).double()
         reader.close()
         if torch.all(divisors == 1):
             return
@@ -269,35 +214,12 @@ def _unwrap(ids: list[int]) -> list[int] | int | None:
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
-def _read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    encoding = _ENCODINGS[stored.type_number]
-    row_bytes = math.prod(stored.shape[1:]) // encoding.block_elements * encoding.block_bytes
-    data = reader.read_span(path, stored.offset_bytes + start * row_bytes, (stop - start) * row_bytes)
-    shape = (stop - start, *stored.shape[1:])
-    if not encoding.quantized or start == stop:
-        return data.view(encoding.dtype).view(shape)
-    # Importing gguf takes 0.2 s, which ranks that read other formats should not pay.
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    blocks = data.numpy().reshape(stop - start, row_bytes)
-    # A NaN scale yields NaN elements, as in any other format.
-    with np.errstate(all="ignore"):
-        return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(stored.type_number))).view(shape)
-
-
 def _build_name(name: str) -> str:
     """Return the Hugging Face name of a llama.cpp tensor; unknown names are kept."""
     if name.startswith("blk."):
         layer, _, rest = name.removeprefix("blk.").partition(".")
         return f"model.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else name
     return _TOP_NAMES.get(name, name)
-
-
-def _name_type(number: int) -> str:
-    from gguf.constants import GGMLQuantizationType
-
-    return GGMLQuantizationType(number).name if number in set(GGMLQuantizationType) else f"number {number}"
 
 
 def _shorten_float32(value: float) -> float:

@@ -37,7 +37,6 @@ _LIST = _Kind("an array", lambda value: isinstance(value, list))
 
 _KINDS: Mapping[str, _Kind] = {
     "general.architecture": _TEXT,
-    "split.count": _COUNT,
     "llama.expert_count": _COUNT,
     "llama.embedding_length": _SIZE,
     "llama.feed_forward_length": _SIZE,
@@ -70,7 +69,7 @@ _KINDS: Mapping[str, _Kind] = {
 
 GGUF_KEYS = KeyTable(
     name="GGUF",
-    read=frozenset(_KINDS),
+    read=frozenset({*_KINDS, "split.count", "split.no", "split.tensors.count"}),
     fixed={
         "general.type": ("model",),
         "llama.attention.causal": (True,),

@@ -4,8 +4,9 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,28 +24,56 @@ from parallel.regular_file import MAX_INDEX_BYTES, read_text
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PART = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<of>-of-)(?P<count>\d{5})\.safetensors")
-_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+_PART = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<of>-of-)(?P<count>\d{5})(?P<end>\.\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Names of the files that hold weights, in order of preference."""
+
+    single: str
+    index: str
+    pattern: str
+    """Of all files, where there is neither."""
+
+    @property
+    def suffix(self) -> str:
+        """Their common ending."""
+        return Path(self.single).suffix
+
+    def exist(self, path: Path) -> bool:
+        """Return whether a folder holds such files and a config.json."""
+        found = (path / self.single).is_file() or (path / self.index).is_file() or bool(self.list_shards(path))
+        return found and (path / "config.json").is_file()
+
+    def list_shards(self, path: Path) -> list[Path]:
+        """Return the files of a folder that match the pattern, except those of adapters."""
+        return sorted(file for file in path.glob(self.pattern) if file.is_file() and not file.name.startswith("adapter_"))
+
+
+SAFETENSORS = WeightFiles(SINGLE_FILE, INDEX_FILE, "*.safetensors")
 
 
 class HuggingFaceFolder:
     """A folder opened by reading its headers. Raises CheckpointError for missing or truncated files, ConfigError for config.json."""
+
+    weight_files: ClassVar[WeightFiles] = SAFETENSORS
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
         """`follow_links`: whether weights may be outside the folder, see `check_link`."""
         self.path = path
         self.config = read_config(path / "config.json")
         check_method(path, self.config)
-        self.files = _weight_files(path, follow_links=follow_links)
+        self.files = _find_files(path, self.weight_files, follow_links=follow_links)
         self.checksums = read_sha256sums(path, self.files)
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
         for file in self.files:
-            for name, stored in read_header(file).items():
+            for name, stored in self._read_header(file).items():
                 if name in self._stored:
                     raise CheckpointError(f"{name} is in both {self._stored[name][0]} and {file}: remove the file that is not needed")
                 self._stored[name] = (file, stored)
-        if (path / INDEX_FILE).is_file() and not (path / SINGLE_FILE).is_file():
-            _check_index(path, {name: file.name for name, (file, _) in self._stored.items()})
+        if (path / self.weight_files.index).is_file() and not (path / self.weight_files.single).is_file():
+            _check_index(path / self.weight_files.index, self.weight_files, {name: file.name for name, (file, _) in self._stored.items()})
         names = find_names(self._stored, path)
         self._stored = {names[name]: stored for name, stored in self._stored.items()}
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
@@ -53,6 +82,9 @@ class HuggingFaceFolder:
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor."""
         return reader.read_rows(self.locate_rows(name, start, stop), start, stop)
+
+    def _read_header(self, file: Path) -> dict[str, StoredTensor]:
+        return read_header(file)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
         """Return where the rows are stored."""
@@ -78,28 +110,23 @@ def untie_head(config: dict[str, Any], stored: Mapping[str, tuple[Path, StoredTe
     )
 
 
-def _weight_files(path: Path, *, follow_links: bool) -> list[Path]:
-    if (path / SINGLE_FILE).is_file():
-        files = [path / SINGLE_FILE]
-    elif (path / INDEX_FILE).is_file():
-        files = [path / name for name in sorted(set(_read_weight_map(path).values()))]
+def _find_files(path: Path, names: WeightFiles, *, follow_links: bool) -> list[Path]:
+    if (path / names.single).is_file():
+        files = [path / names.single]
+    elif (path / names.index).is_file():
+        files = [path / name for name in sorted(set(_read_weight_map(path / names.index, names).values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             more = f", and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files: {', '.join(missing[:10])}{more}; copy them")
     else:
-        files = list_shards(path)
+        files = names.list_shards(path)
         if not files:
-            raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor other *.safetensors files")
+            raise CheckpointError(f"{path} holds no weights: neither {names.single} nor other {names.pattern} files")
         _check_parts(path, files)
     for file in files:
         check_link(file, follow_links=follow_links)
     return files
-
-
-def list_shards(path: Path) -> list[Path]:
-    """Return the safetensors files of a folder, except those of adapters."""
-    return sorted(file for file in path.glob("*.safetensors") if file.is_file() and not file.name.startswith("adapter_"))
 
 
 def _check_parts(path: Path, files: list[Path]) -> None:
@@ -108,9 +135,9 @@ def _check_parts(path: Path, files: list[Path]) -> None:
     for file in files:
         part = _PART.fullmatch(file.name)
         for number in range(1, int(part["count"]) + 1) if part else ():
-            name = f"{part['stem']}{number:0{len(part['number'])}d}{part['of']}{part['count']}.safetensors"  # type: ignore[index]
+            name = f"{part['stem']}{number:0{len(part['number'])}d}{part['of']}{part['count']}{part['end']}"  # type: ignore[index]
             if name not in names:
-                raise CheckpointError(f"{path} holds {len(files)} safetensors files without an index, but {name} is missing: copy it")
+                raise CheckpointError(f"{path} holds {len(files)} {file.suffix} files without an index, but {name} is missing: copy it")
 
 
 def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTensor]) -> bool:
@@ -141,28 +168,28 @@ def check_link(file: Path, *, follow_links: bool = False) -> None:
         raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file here, or give --follow-links")
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(index: Path, names: WeightFiles) -> dict[str, str]:
     try:
-        weight_map = json.loads(read_text(path / INDEX_FILE, MAX_INDEX_BYTES))["weight_map"]
+        weight_map = json.loads(read_text(index, MAX_INDEX_BYTES))["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     except OSError as error:
-        raise CheckpointError(f"{path / INDEX_FILE} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         with suppress(OSError):
-            if words := describe_file(path / INDEX_FILE):
-                raise CheckpointError(f"{path / INDEX_FILE} {words}") from None
-        raise CheckpointError(f"{path / INDEX_FILE} has no readable weight_map") from None
-    outside = next((file for file in files.values() if not _FILE_NAME.fullmatch(file)), None)
+            if words := describe_file(index):
+                raise CheckpointError(f"{index} {words}") from None
+        raise CheckpointError(f"{index} has no readable weight_map") from None
+    outside = next((file for file in files.values() if not file.endswith(names.suffix) or re.search(r"[/\\\0]|^\.\w+$", file)), None)
     if outside is not None:
-        raise CheckpointError(f"{path / INDEX_FILE} names {quote(outside)}, which is no safetensors file of its folder")
+        raise CheckpointError(f"{index} names {quote(outside)}, which is no {names.suffix[1:]} file of its folder")
     return files
 
 
-def _check_index(path: Path, found: dict[str, str]) -> None:
-    listed = _read_weight_map(path)
+def _check_index(index: Path, names: WeightFiles, found: dict[str, str]) -> None:
+    listed = _read_weight_map(index, names)
     wrong = [name for name, file in listed.items() if found.get(name) != file]
     if wrong:
         raise CheckpointError(
-            f"{path / INDEX_FILE} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, "
+            f"{index} lists {len(wrong)} of {len(listed)} tensors that are not in the files it names, "
             f"{quote_name(wrong[0])} in {listed[wrong[0]]} first: copy the checkpoint again"
         )

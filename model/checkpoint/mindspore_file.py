@@ -175,8 +175,6 @@ class MindSporeFile:
                 f"{self.path} holds {', '.join(sorted(roles.values()))}, which is no form of Golden Stick's that can be read"
             )
         form = FORMS[kinds]
-        if "bias" in roles and (form is None or form.activation is None):
-            self._add(roles["bias"], roles["bias"], None)
         weight = roles["float" if form is None else "weight"]
         if form is not None and self._parts[weight][0][1].tensor_type != "Int8":
             raise CheckpointError(f"{weight} is {self._parts[weight][0][1].tensor_type}, but only Int8 can be read: quantize to int8")
@@ -186,6 +184,8 @@ class MindSporeFile:
         for short, part in self._fused_parts(linear, weight):
             full = prefix + short
             self._add(f"{full}.weight", weight, 1 if row_parallel else rows_axis, part)
+            if "bias" in roles and (form is None or form.activation is None):
+                self._add(f"{full}.bias", roles["bias"], rows_axis, part)
             if "weight_scale" in roles:
                 if "weight_zero" in roles:
                     self._check_zero(roles["weight_zero"])

@@ -35,6 +35,7 @@ RTN_NAMES: Mapping[str, str] = {
 """By role, the suffix after the name of a linear that was rounded to nearest, in the order of real files."""
 ROLES: Mapping[str, str] = {rest: role for role, rest in RTN_NAMES.items()} | {
     "weight": "float",
+    "bias": "bias",
     "_input_quantizer.t_scale": "input_scale",
     "_input_quantizer.t_zp": "input_zero",
     "_output_quantizer.scale": "dequant_scale",

@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import describe_rotary
 from model.spec.config import LlamaConfig
-from model.spec.config_keys import CONFIG_KEYS
 from model.spec.scheme import Scheme, describe_scheme_keys
 from model.spec.weights import plan_weights
 
@@ -37,6 +36,6 @@ def list_notes(source: CheckpointSource, config: LlamaConfig) -> list[str]:
     notes = list(source.notes) if isinstance(source, HasNotes) else []
     file = name_settings(source)
     if file.name == _SETTINGS:
-        notes += CONFIG_KEYS.describe(source.config, str(file))
+        notes += config.architecture.keys.describe(source.config, str(file))
         notes += [f"{file}: {line}" for line in describe_scheme_keys(source.config)]
     return notes + describe_rotary(source, config)

@@ -58,7 +58,8 @@ class RandomSource:
         shape = (stop - start, *info.shape[1:])
         constant = next((value for end, value in _CONSTANTS.items() if name.endswith(end)), None)
         if name.endswith("weight_scale") and linear is not None:
-            constant = _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)  # uniform integers with the standard deviation of float weights
+            # Uniform integers get the standard deviation of float weights, which FP8 weights have themselves.
+            constant = 1.0 if linear.float8 else _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)
         if constant is not None:
             return torch.full(shape, constant, dtype=info.dtype)
         if name.endswith("weight_g_idx") and linear is not None:

@@ -18,7 +18,7 @@ from parallel.regular_file import describe_kind
 _SPLIT_GGUF = re.compile(r".+-\d{5}-of-(\d{5})\.gguf")
 _SAVE_AGAIN = "load it with transformers and save it again with save_pretrained(folder), which writes safetensors"
 _FILES = {
-    ".bin": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
+    ".bin": "is a file of torch.save: give its folder, which has to hold a config.json and pytorch_model*.bin",
     ".pt": f"is a file of torch.save, which is not read because its pickle can run code: {_SAVE_AGAIN}",
     ".pth": "is a file of torch.save: only Meta's consolidated.NN.pth next to params.json are read; give their folder",
     ".ckpt": "is a file of torch.save, as PyTorch Lightning writes, not of MindSpore: export the model with save_pretrained()",
@@ -32,7 +32,7 @@ _FILES = {
 """Descriptions by file name suffix, for inconclusive contents."""
 _ZIPPED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip")
 _FOLDER_PARTS = (
-    ("pytorch_model*.bin", f"holds pytorch_model.bin, which is not read because its pickle can run code: {_SAVE_AGAIN}"),
+    ("pytorch_model*.bin", "holds pytorch_model.bin, but no config.json: copy the whole checkpoint"),
     ("qmodel.pt", "holds HQQ weights (qmodel.pt), which are not supported: give the original checkpoint"),
     ("tf_model*.h5", f"holds a TensorFlow checkpoint, which is not supported: {_SAVE_AGAIN}"),
     ("flax_model*.msgpack", f"holds a Flax checkpoint, which is not supported: {_SAVE_AGAIN}"),
@@ -40,8 +40,9 @@ _FOLDER_PARTS = (
     ("weights*.npz", "holds MLX weights (weights.npz), which are not supported: give the original Hugging Face folder"),
     ("*.pt", f"holds files of torch.save (.pt), which are not read because their pickles can run code: {_SAVE_AGAIN}"),
 )
+_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+_FLOAT_NAMES = ("mxfp4", "mxfp6", "mxfp8", "nvfp4")
 _DRAFT_WORDS = {"eagle": "an EAGLE", "medusa": "a Medusa", "speculator": "a speculator"}
-_ALGORITHM_KEYS = ("quant_algo", "quantization_algo")
 
 
 def name_path(path: Path) -> str | None:
@@ -79,7 +80,7 @@ def _name_folder(path: Path) -> str | None:
         return f"{path} is an empty folder"
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if len(ggufs) > 1:
-        return f"{path} {_name_ggufs(ggufs)}"
+        return f"{path} holds {len(ggufs)} GGUF files: give one of them, such as {quote_name(ggufs[0])}"
     if "adapter_config.json" in names:
         return f"{path} {_name_adapter(path)}"
     for pattern, words in _FOLDER_PARTS:
@@ -102,13 +103,6 @@ def _name_folder(path: Path) -> str | None:
     if "params.json" in names:
         return f"{path} holds params.json, but no consolidated.NN.pth: copy or download them"
     return None
-
-
-def _name_ggufs(names: list[str]) -> str:
-    part = _SPLIT_GGUF.fullmatch(names[0])
-    if part:
-        return f"holds {len(names)} of the {int(part[1])} parts of a split GGUF file: join them with `llama-gguf-split --merge` first"
-    return f"holds {len(names)} GGUF files: give one of them, such as {quote_name(names[0])}"
 
 
 def _name_adapter(path: Path) -> str:
@@ -154,10 +148,6 @@ def _name_method(path: Path, config: Mapping[str, Any]) -> str | None:
         return f"holds bitsandbytes weights, {tail}"
     if method == "compressed-tensors":
         return _name_float_type(settings, tail)
-    if method is None and (path / "hf_quant_config.json").is_file():
-        found = _read_json(path / "hf_quant_config.json").get("quantization")
-        algorithm = next((found[key] for key in _ALGORITHM_KEYS if found.get(key)), None) if isinstance(found, dict) else None
-        return f"holds ModelOpt {quote_name(str(algorithm)) if algorithm else ''} weights (hf_quant_config.json), {tail}".replace("  ", " ")
     return None
 
 
@@ -166,8 +156,9 @@ def _name_float_type(settings: Mapping[str, Any], tail: str) -> str | None:
     for group in groups.values() if isinstance(groups, Mapping) else ():
         format = group.get("format") or settings.get("format") if isinstance(group, Mapping) else None
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and weights.get("type") == "float":
+        if isinstance(weights, Mapping) and weights.get("type") == "float" and format not in _FLOAT_FORMATS:
             kind = f"FP{weights.get('num_bits')}" if type(weights.get("num_bits")) is int else "float"
+            kind = next((name.upper() for name in _FLOAT_NAMES if isinstance(format, str) and format.startswith(name)), kind)
             return f"holds {kind} weights (compressed-tensors format {quote(format)}), {tail}"
     return None
 

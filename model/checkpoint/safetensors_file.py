@@ -36,10 +36,10 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHER_DTYPES = {
-    "F8_E4M3": "FP8",
     "F8_E5M2": "FP8",
     "F8_E8M0": "a scale of MXFP4 or MXFP8",
     "F8_E4M3FNUZ": "FP8",

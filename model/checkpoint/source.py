@@ -75,10 +75,8 @@ class CheckpointSource(Protocol):
 
 
 def read_pieces(source: CheckpointSource, reader: FileReader, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Yield rows [start, stop) of a tensor in runs of at most PIECE_BYTES (at least one row); one empty run if there are no rows."""
-    info = source.tensors[name]
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, PIECE_BYTES * rows // max(1, info.num_bytes))
+    """Yield rows [start, stop) of a tensor in runs of at most PIECE_BYTES (at least one unit of rows); one empty run if there are none."""
+    step = source.tensors[name].count_step_rows(PIECE_BYTES)
     yield source.read_rows(reader, name, start, min(start + step, stop))
     for first in range(start + step, stop, step):
         yield source.read_rows(reader, name, first, min(first + step, stop))

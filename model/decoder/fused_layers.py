@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from model.backends.int8 import count_slices
 from model.decoder.shares import Shares
-from model.kernels.library import DTYPES, Kernels
+from model.kernels.library import DTYPES, Kernels, PackedInt4
 from model.layers.batch import Batch, StoreRows
 from model.layers.linear import ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear
@@ -27,7 +26,7 @@ _CHECK = ctypes.CFUNCTYPE(_INT)
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("weight", "scale", "starts")] + [
+    _fields_ = [(name, _POINTER) for name in ("weight", "scale", "starts", "zeros")] + [
         (name, _SIZE) for name in ("groups", "columns", "rows", "num_slices")
     ]
 
@@ -101,7 +100,7 @@ class FusedLayers:
     def fits(layers: Iterable[Any]) -> bool:
         """Return whether these layers meet the requirements."""
         names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-        return all(_is_plain(getattr(layer, name)) for layer in layers for name in names)
+        return all(layer.is_fusible and all(_is_plain(getattr(layer, name)) for name in names) for layer in layers)
 
     def run(self, hidden: torch.Tensor, batch: Batch, part: StoreRows) -> torch.Tensor | None:
         """Run all layers on `hidden` [tokens, H] in place and return the delta left to add to it; None if the collectives do not support
@@ -141,11 +140,15 @@ class FusedLayers:
     def _describe_linear(self, linear: ColumnParallelLinear | QuantizedColumnParallelLinear) -> _Linear:
         if isinstance(linear, ColumnParallelLinear):
             self._kept.append(linear.weight)
-            return _Linear(linear.weight.data_ptr(), None, None, 0, linear.in_features, linear.weight.shape[0], 0)
-        weight, scale, starts = linear.find_whole()
-        self._kept += [weight, scale, starts]
-        pointers = (weight.data_ptr(), scale.data_ptr(), starts.data_ptr())
-        return _Linear(*pointers, starts.shape[0] - 1, linear.in_features, weight.shape[0], count_slices(self._dtype))
+            return _Linear(linear.weight.data_ptr(), None, None, None, 0, linear.in_features, linear.weight.shape[0], 0)
+        whole, num_slices = linear.find_whole(), linear.count_slices(self._dtype)
+        if isinstance(whole, PackedInt4):
+            kept, rows, groups = [whole.packed, whole.scale, whole.starts, whole.zeros], whole.rows, whole.starts.shape[0] - 1
+        else:
+            kept, rows, groups = list(whole), whole[0].shape[0], whole[2].shape[0] - 1
+        self._kept += kept
+        pointers = [tensor.data_ptr() for tensor in kept] + [None] * (4 - len(kept))
+        return _Linear(*pointers, groups, linear.in_features, rows, num_slices)
 
     def _describe_ranks(self, slots: SharedSlots | None) -> _Ranks:
         shares = self._shares

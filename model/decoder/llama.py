@@ -1,4 +1,4 @@
-"""The forward pass of a Llama-family decoder on one rank, from top to bottom.
+"""The forward pass of a decoder on one rank, from top to bottom.
 
 Shapes: T tokens of all sequences, concatenated; H the full hidden size; *_local the part that this rank owns. Each layer gathers four
 times: attention heads, output projection, feed-forward, down projection. Every matmul covers the whole inner dimension, so the result
@@ -17,37 +17,59 @@ from model.decoder.shares import Shares
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
 from model.layers.cache import KeyValueCache, KeyValueStore
+from model.layers.experts import Expert, ExpertLayer
 from model.layers.linear import BiasedLinear, RowBlock, VocabParallelEmbedding
 from model.layers.norm import RMSNorm
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.layers.rotary import Rotary
 from model.spec.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme
-from model.spec.weights import FUSED, has_bias
+from model.spec.weights import has_bias, list_fused
 from parallel.collectives import Collectives
 
 
 class DecoderLayer(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, prefix: str, scheme: Scheme, shares: Shares, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, config: LlamaConfig, index: int, scheme: Scheme, shares: Shares, dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
+        fused_names = list_fused(config, index)
 
         def linear(in_features: int, fused: str, blocks: Sequence[RowBlock]) -> nn.Module:
-            names = FUSED[fused]
-            product = build_linear(in_features, blocks, [scheme.find_linear(f"{prefix}.{name}") for name in names], dtype, backend)
+            names = fused_names[fused]
+            schemes = [scheme.find_linear(f"model.layers.{index}.{name}") for name in names]
+            product = build_linear(in_features, blocks, schemes, dtype, backend)
             return BiasedLinear(product, sum(block.num_rows for block in blocks), dtype) if has_bias(config, names[0]) else product
 
-        self.shares, self.head_dim = shares, config.head_dim
+        def expert(number: int, size: int) -> Expert:
+            inner = shares.block("experts")
+            gate_up = linear(config.hidden_size, f"experts.{number}.gate_up_proj", (inner, inner))
+            return Expert(gate_up, linear(size, f"experts.{number}.down_proj", (shares.block("hidden"),)))
+
+        self.shares, self.head_dim, self.window = shares, config.head_dim, config.find_window(index)
         key_value = shares.block("key_value", "head")
         query_size = config.num_attention_heads * config.head_dim
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
         self.qkv_proj = linear(config.hidden_size, "qkv_proj", (shares.block("query", "head"), key_value, key_value))
         self.o_proj = linear(query_size, "o_proj", (shares.block("hidden"),))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
-        self.gate_up_proj = linear(config.hidden_size, "gate_up_proj", (shares.block("intermediate"), shares.block("intermediate")))
-        self.down_proj = linear(config.intermediate_size, "down_proj", (shares.block("hidden"),))
+        self.experts: ExpertLayer | None = None
+        if config.experts is not None and config.has_experts(index):
+            members = [expert(number, config.experts.intermediate_size) for number in range(config.experts.count)]
+            self.experts = ExpertLayer(config.experts, config.hidden_size, members, backend)
+        else:
+            inner = shares.block("intermediate")
+            self.gate_up_proj = linear(config.hidden_size, "gate_up_proj", (inner, inner))
+            self.down_proj = linear(config.intermediate_size, "down_proj", (shares.block("hidden"),))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, dtype, backend) for _ in range(2))
         self.cache_scales: torch.Tensor | None = None
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether the native call for whole layers implements this layer, whatever its weights."""
+        return self.experts is None and self.q_norm is None
 
     def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
         """Set the scales of an int8 KV cache: [1], or one per local row of the key and value projections."""
@@ -77,6 +99,8 @@ class LlamaForCausalLM(nn.Module):
         self.fuses_layers = True
         """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
+        windows = [window for index in range(config.num_hidden_layers) if (window := config.find_window(index)) is not None]
+        self._shortest_window = min(windows, default=None)
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend)
@@ -90,6 +114,18 @@ class LlamaForCausalLM(nn.Module):
         return self.backend.kernels is not None
 
     @property
+    def plain_features(self) -> tuple[str, ...]:
+        """What the native kernels lack, so that layers run step by step and these steps in PyTorch; empty without native kernels."""
+        config, window = self.config, self._shortest_window
+        features = {
+            "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+            "norms of heads": config.qk_norm,
+            "experts": config.experts is not None,
+            f"attention beyond a window of {window} tokens": window is not None,
+        }
+        return tuple(words for words, used in features.items() if used) if self.backend.kernels is not None else ()
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on this rank."""
         floats = sum(tensor.nbytes for tensor in self.parameters())
@@ -97,7 +133,7 @@ class LlamaForCausalLM(nn.Module):
 
     def build_layer(self, index: int) -> DecoderLayer:
         """Build a decoder layer without weights."""
-        return DecoderLayer(self.config, f"model.layers.{index}", self.scheme, self.shares, self.dtype, self.backend)
+        return DecoderLayer(self.config, index, self.scheme, self.shares, self.dtype, self.backend)
 
     def build_store(self, num_blocks: int, block_size: int) -> KeyValueStore:
         """Allocate a KV cache store of `num_blocks` blocks."""
@@ -139,6 +175,8 @@ class LlamaForCausalLM(nn.Module):
         kernels = self.backend.kernels
         if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
             return None
+        if self._shortest_window is not None and batch.longest > self._shortest_window:
+            return None
         if self._fused is None:
             self.fuses_layers = FusedLayers.fits(self.layers)
             if not self.fuses_layers:
@@ -167,13 +205,29 @@ class LlamaForCausalLM(nn.Module):
         return parts[torch.arange(len(ids), device=self.device), owner]
 
     def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        shares = self.shares
-        local = self.attention(layer.qkv_proj(x), shares.num_heads, shares.num_kv_heads, index, batch, layer.cache_scales)
+        shares, qkv = self.shares, layer.qkv_proj(x)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qkv = self._normalize_heads(qkv, layer.q_norm, layer.k_norm)
+        local = self.attention(qkv, shares.num_heads, shares.num_kv_heads, index, batch, layer.cache_scales, layer.window)
         attended = self.collectives.gather_columns(local, shares.query)
         return self.collectives.gather_columns(layer.o_proj(attended), shares.hidden)
 
+    def _normalize_heads(self, qkv: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
+        """Normalize each head of queries and keys of [T, heads of queries, keys and values]."""
+        heads, kv_heads, width = self.shares.num_heads, self.shares.num_kv_heads, self.config.head_dim
+        parts = torch.split(qkv, [heads * width, kv_heads * width, kv_heads * width], dim=1)
+        query, keys = (
+            norm(part.contiguous().view(-1, width)).view(part.shape) for norm, part in zip((q_norm, k_norm), parts, strict=False)
+        )
+        return torch.cat((query, keys, parts[2]), dim=1)
+
     def _feed_forward(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         shares = self.shares
+        if layer.experts is not None:
+            routing = layer.experts.route(x)
+            inner = layer.experts.expand(x, routing, self.backend.silu_multiply)
+            full = self.collectives.gather_columns(inner, shares.experts)
+            return self.collectives.gather_columns(layer.experts.contract(full, routing), shares.hidden)
         inner = self.backend.silu_multiply(layer.gate_up_proj(x))
         full = self.collectives.gather_columns(inner, shares.intermediate)
         return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)

@@ -13,12 +13,13 @@ from torch import nn
 
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
+from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
 from model.spec.config import LlamaConfig
 from model.spec.packing import unpack_integers
-from model.spec.scheme import Scheme, read_scheme
-from model.spec.weights import FUSED, compare_tensors, plan_weights
+from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.weights import compare_tensors, list_fused, list_norms, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
@@ -86,12 +87,14 @@ class ModelLoader:
 
     def load_layer(self, index: int) -> None:
         """Load one decoder layer."""
-        layer, prefix = self._model.layers[index], f"model.layers.{index}"
+        layer, prefix, config = self._model.layers[index], f"model.layers.{index}", self._model.config
         assert isinstance(layer, DecoderLayer)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, norm).assign(self.read(f"{prefix}.{norm}.weight"), self._model.device)
-        for attribute, names in FUSED.items():
-            self._fill(getattr(layer, attribute), [f"{prefix}.{name}" for name in names])
+        for attribute, name in list_norms(config).items():
+            getattr(layer, attribute).assign(self.read(f"{prefix}.{name}.weight"), self._model.device)
+        if layer.experts is not None:
+            layer.experts.router.assign(self.read(f"{prefix}.{config.architecture.experts.router}.weight"), self._model.device)
+        for path, names in list_fused(config, index).items():
+            self._fill(layer.get_submodule(path), [f"{prefix}.{name}" for name in names])
         if f"{prefix}.self_attn.k_scale" in self._specs:
             scales = [self.read(f"{prefix}.self_attn.{name}") for name in ("k_scale", "v_scale")]
             layer.assign_cache_scales(scales[0], scales[1], self._model.device)
@@ -125,6 +128,9 @@ class ModelLoader:
                 self._fill(linear, [name])
         elif isinstance(module, QuantizedColumnParallelLinear):
             self._assign(module, self._read_quantized(names, module), device)
+        elif isinstance(module, Float8ColumnParallelLinear):
+            weight = self._read_joined([f"{name}.weight" for name in names], module.in_features, torch.float8_e4m3fn)
+            module.assign(weight, torch.cat([self._read_float8_scale(name, module.scheme) for name in names]), device)
         else:
             assert isinstance(module, ColumnParallelLinear)
             weights = [f"{name}.weight" for name in names]
@@ -168,6 +174,15 @@ class ModelLoader:
             smooth_scale=self.read(f"{first}.smooth_scale") if scheme.smooth else None,
         )
 
+    def _read_float8_scale(self, name: str, scheme: LinearScheme) -> torch.Tensor:
+        """Read the scales of this rank's rows: float32 [rows, groups]."""
+        start, stop = self._rows(f"{name}.weight")
+        scale = self.read(f"{name}.weight_scale").float()
+        if scheme.row_block is None:
+            return scale.view(1, 1).expand(stop - start, 1)
+        first = start // scheme.row_block * scheme.row_block
+        return scale.repeat_interleave(scheme.row_block, dim=0)[start - first : stop - first]
+
     def _take_off_zero_points(self, name: str, bits: int, weight: torch.Tensor, group: int, index: torch.Tensor | None) -> None:
         """Subtract the zero points from 4-bit weights in place; the results fit into int8."""
         spec, per_word = self._specs[f"{name}.weight_zero_point"], 32 // bits
@@ -198,8 +213,8 @@ class ModelLoader:
                 continue
             info = source.tensors[name]
             # Convert rows of another dtype in small batches, so that two full copies never exist.
-            step = stop - start if convert or info.dtype == dtype else _PART_BYTES * info.shape[0] // info.num_bytes
-            for first in range(start, stop, max(1, step)):
-                found = source.read_rows(self.reader, name, first, min(first + max(1, step), stop))
+            step = max(1, stop - start) if convert or info.dtype == dtype else info.count_step_rows(_PART_BYTES)
+            for first in range(start, stop, step):
+                found = source.read_rows(self.reader, name, first, min(first + step, stop))
                 place[first - start : first - start + len(found)] = convert(found) if convert else found
         return out

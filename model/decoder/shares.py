@@ -23,12 +23,13 @@ class Shares:
         self.query = widths("query", heads * config.head_dim)
         self.hidden = widths("hidden", config.hidden_size)
         self.intermediate = widths("intermediate", config.intermediate_size)
+        self.experts = widths("experts", 0 if config.experts is None else config.experts.intermediate_size)
         self.vocab = widths("vocab", config.vocab_size)
         self.first_id = sum(self.vocab[:rank])
         self.ends = [sum(self.vocab[: r + 1]) for r in ranks]
         self.key_value = self.num_kv_heads * config.head_dim
         self.units = {"hidden": layout.hidden.unit, "intermediate": layout.intermediate.unit, "vocab": layout.vocab.unit}
-        self.units["head"] = config.head_dim
+        self.units |= {"head": config.head_dim, "experts": layout.experts.unit}
 
     def block(self, kind: str, unit: str | None = None) -> RowBlock:
         """Return the rows of a split that this rank owns."""

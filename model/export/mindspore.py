@@ -67,8 +67,15 @@ def write_mindspore(
     for tensors that are missing or would have to be dropped.
     """
     _check_scheme(scheme)
-    if config.attention_bias or config.mlp_bias:
-        raise CheckpointError(f"{source.path} has biases, which have no form in a .ckpt file here: convert to a Hugging Face folder")
+    features = {
+        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+        "norms of queries and keys": config.qk_norm,
+        "attention over a window": config.sliding_window is not None,
+        "experts": config.experts is not None,
+    }
+    found = next((words for words, present in features.items() if present), None)
+    if found is not None:
+        raise CheckpointError(f"{source.path} has {found}, which have no form in a .ckpt file here: convert to a Hugging Face folder")
     check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:

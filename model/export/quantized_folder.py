@@ -28,8 +28,9 @@ def write_quantized(
     target: Path,
     report: dict[str, Any],
     on_progress: Callable[[int, int], None],
+    float_dtype: str | None = None,
 ) -> None:
-    """Write the checkpoint atomically. Memory: one layer as integers.
+    """Write the checkpoint atomically. Memory: one layer as integers. `float_dtype`: of the weights that stay float; None: as stored.
 
     Also writes `report`, with the bytes of the tensors under "written_bytes".
     """
@@ -41,8 +42,11 @@ def write_quantized(
     reader = FileReader()
     loaded: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
+    def plain_dtype(name: str) -> torch.dtype:
+        return getattr(torch, float_dtype) if float_dtype else source.tensors[name].dtype
+
     def info(name: str, spec: WeightSpec) -> TensorInfo:
-        dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else source.tensors[name].dtype)
+        dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else plain_dtype(name))
         return TensorInfo(spec.shape, torch.int32 if name.endswith("weight_zero_point") else dtype)
 
     by_layer: dict[int, list[str]] = {}
@@ -75,10 +79,13 @@ def write_quantized(
         elif name in found:
             yield name, found[name]
         else:
-            yield name, read_whole(source, reader, name)
+            yield name, read_whole(source, reader, name).to(plain_dtype(name))
 
     report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
     raw = declare_scheme(source.config, scheme)
+    if float_dtype is not None:
+        raw.pop("dtype", None)  # see convert_checkpoint
+        raw["torch_dtype"] = float_dtype
     write_checkpoint(source, target, raw, tensors, read, groups, on_progress, lambda folder: write_json(folder / REPORT_FILE, report))
     reader.close()
 

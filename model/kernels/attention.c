@@ -44,52 +44,52 @@ INLINE int is_int8(const Call *c) { return c->token_scales || c->fixed_scales; }
 static void rotate_row(const Call *c, size_t token, size_t at) {
     size_t half = c->head_dim / 2;
     const float *cosine = c->cosine + token * c->head_dim, *sine = c->sine + token * c->head_dim;
+    const floats none = spread(0.0f);
     for (size_t i = 0; i < half; i += 16) {
-        __mmask16 mask = lanes(i, half);
-        __m512 low = load_floats(c->rows, c->dtype, at + i, mask), high = load_floats(c->rows, c->dtype, at + half + i, mask);
-        __m512 low_cosine = _mm512_maskz_loadu_ps(mask, cosine + i), high_cosine = _mm512_maskz_loadu_ps(mask, cosine + half + i);
-        __m512 low_sine = _mm512_maskz_loadu_ps(mask, sine + i), high_sine = _mm512_maskz_loadu_ps(mask, sine + half + i);
-        __m512 turned = _mm512_add_ps(_mm512_mul_ps(low, low_cosine), _mm512_mul_ps(high, low_sine));
-        store_floats(c->rows, c->dtype, at + i, turned, mask);
-        turned = _mm512_add_ps(_mm512_mul_ps(high, high_cosine), _mm512_mul_ps(low, high_sine));
-        store_floats(c->rows, c->dtype, at + half + i, turned, mask);
+        size_t count = lanes(i, half);
+        floats low = load_floats(c->rows, c->dtype, at + i, count), high = load_floats(c->rows, c->dtype, at + half + i, count);
+        floats low_cosine = load_part(cosine + i, count, none), high_cosine = load_part(cosine + half + i, count, none);
+        floats low_sine = load_part(sine + i, count, none), high_sine = load_part(sine + half + i, count, none);
+        floats turned = add(multiply(low, low_cosine), multiply(high, low_sine));
+        store_floats(c->rows, c->dtype, at + i, turned, count);
+        turned = add(multiply(high, high_cosine), multiply(low, high_sine));
+        store_floats(c->rows, c->dtype, at + half + i, turned, count);
     }
 }
 
 /* Write one token's key or value of one head to the cache; in int8 it is rounded to multiples of a scale. */
 static void keep_row(const Call *c, const Span *s, size_t position, size_t side, size_t head, size_t at) {
     size_t place = find_place(c, s, position, side, head), to = place * c->head_dim;
-    __m512 scale = _mm512_setzero_ps();
+    floats scale = spread(0.0f);
     if (c->token_scales) {
-        __m512i most = _mm512_setzero_si512(); /* compares the bits of absolute values, so that NaN is the largest */
+        floats most = spread(0.0f); /* compares the bits of absolute values, so that NaN is the largest */
         for (size_t i = 0; i < c->head_dim; i += 16) {
-            __m512 size = _mm512_abs_ps(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)));
-            most = _mm512_max_epi32(most, _mm512_castps_si512(size));
+            most = maximum_bits(most, absolute(load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim))));
         }
-        float largest = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most)))) / 127.0f;
-        c->token_scales[place] = largest < 1e-30f ? 1e-30f : largest;
-        scale = _mm512_set1_ps(c->token_scales[place]);
+        float step = largest_bits(most) / 127.0f;
+        c->token_scales[place] = step < 1e-30f ? 1e-30f : step;
+        scale = spread(c->token_scales[place]);
     }
     for (size_t i = 0; i < c->head_dim; i += 16) {
-        __mmask16 mask = lanes(i, c->head_dim);
-        __m512 value = load_floats(c->rows, c->dtype, at + i, mask);
+        size_t count = lanes(i, c->head_dim);
+        floats value = load_floats(c->rows, c->dtype, at + i, count);
         if (!is_int8(c)) {
-            store_floats(c->cache, c->dtype, to + i, value, mask);
+            store_floats(c->cache, c->dtype, to + i, value, count);
             continue;
         }
-        if (c->fixed_scales) scale = _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i);
+        if (c->fixed_scales) scale = load_part(c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i, count, spread(1.0f));
         /* Clamp before converting: values outside the 32-bit range would all become INT_MIN. */
-        __m512 steps = _mm512_maskz_div_ps(mask, value, scale);
-        steps = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), steps));
-        _mm_mask_storeu_epi8(c->cache + to + i, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(steps)));
+        floats steps = divide(value, scale);
+        steps = minimum(spread(127.0f), maximum(spread(-128.0f), steps));
+        store_bytes((int8_t *)c->cache + to + i, to_ints(steps), count);
     }
 }
 
-INLINE __m512 read_cache(const Call *c, size_t place, size_t side, size_t head, size_t i, __mmask16 mask) {
-    if (!is_int8(c)) return load_floats(c->cache, c->dtype, place * c->head_dim + i, mask);
-    __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, c->cache + place * c->head_dim + i)));
-    if (c->token_scales) return _mm512_mul_ps(value, _mm512_set1_ps(c->token_scales[place]));
-    return _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i));
+INLINE floats read_cache(const Call *c, size_t place, size_t side, size_t head, size_t i, size_t count) {
+    if (!is_int8(c)) return load_floats(c->cache, c->dtype, place * c->head_dim + i, count);
+    floats value = load_bytes((const int8_t *)c->cache + place * c->head_dim + i, count);
+    if (c->token_scales) return multiply(value, spread(c->token_scales[place]));
+    return multiply(value, load_part(c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i, count, spread(0.0f)));
 }
 
 /* Load keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zero-padded. */
@@ -98,60 +98,64 @@ static void read_chunk(const Call *c, const Span *s, size_t head, size_t chunk, 
         size_t valid = key < count ? smaller(16, count - key) : 0;
         size_t places[2] = {valid ? find_place(c, s, chunk + key, 0, head) : 0, valid ? find_place(c, s, chunk + key, 1, head) : 0};
         for (size_t i = 0; i < padded; i += 16) {
-            __mmask16 mask = lanes(i, c->head_dim);
-            __m512 row[16];
+            size_t there = lanes(i, c->head_dim);
+            floats row[16];
             for (size_t k = 0; k < 16; k++) {
-                row[k] = k < valid ? read_cache(c, places[0] + k, 0, head, i, mask) : _mm512_setzero_ps();
-                __m512 value = k < valid ? read_cache(c, places[1] + k, 1, head, i, mask) : _mm512_setzero_ps();
-                _mm512_store_ps(values + (key + k) * padded + i, value);
+                row[k] = k < valid ? read_cache(c, places[0] + k, 0, head, i, there) : spread(0.0f);
+                floats value = k < valid ? read_cache(c, places[1] + k, 1, head, i, there) : spread(0.0f);
+                store(values + (key + k) * padded + i, value);
             }
             transpose(row);
-            for (size_t k = 0; k < 16; k++) _mm512_store_ps(keys + (i + k) * CHUNK + key, row[k]);
+            for (size_t k = 0; k < 16; k++) store(keys + (i + k) * CHUNK + key, row[k]);
         }
     }
 }
 
 static void score_rows(const float *query, const float *keys, size_t head_dim, size_t padded, float *scores) {
-    __m512 acc[TOGETHER][4];
+    for (int first = 0; first < 4; first += KEYS_AT_ONCE) {
+        floats acc[TOGETHER][KEYS_AT_ONCE];
 #pragma GCC unroll 4
-    for (int r = 0; r < TOGETHER; r++)
+        for (int r = 0; r < TOGETHER; r++)
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) acc[r][k] = _mm512_setzero_ps();
-    for (size_t i = 0; i < head_dim; i++) {
-        __m512 key[4];
+            for (int k = 0; k < KEYS_AT_ONCE; k++) acc[r][k] = spread(0.0f);
+        for (size_t i = 0; i < head_dim; i++) {
+            floats key[KEYS_AT_ONCE];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) key[k] = _mm512_load_ps(keys + i * CHUNK + 16 * k);
+            for (int k = 0; k < KEYS_AT_ONCE; k++) key[k] = load(keys + i * CHUNK + 16 * (first + k));
 #pragma GCC unroll 4
-        for (int r = 0; r < TOGETHER; r++) {
-            __m512 one = _mm512_set1_ps(query[r * padded + i]);
+            for (int r = 0; r < TOGETHER; r++) {
+                floats one = spread(query[r * padded + i]);
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) acc[r][k] = _mm512_fmadd_ps(one, key[k], acc[r][k]);
+                for (int k = 0; k < KEYS_AT_ONCE; k++) acc[r][k] = fused(one, key[k], acc[r][k]);
+            }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 4
+            for (int k = 0; k < KEYS_AT_ONCE; k++) store(scores + r * CHUNK + 16 * (first + k), acc[r][k]);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < TOGETHER; r++)
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) _mm512_store_ps(scores + r * CHUNK + 16 * k, acc[r][k]);
 }
 
 /* Convert scores to weights relative to the largest score so far; return the factor for the previous sums. */
-static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) {
-    __m512 score[4], largest = _mm512_set1_ps(-INFINITY);
+static float weigh_row(float *scores, size_t visible, float *most, floats *sum) {
+    floats score[4], most_here = spread(-INFINITY);
     for (int k = 0; k < 4; k++) {
-        __mmask16 seen = visible >= 16u * k + 16 ? (__mmask16)0xffff : visible <= 16u * k ? 0 : (__mmask16)((1u << (visible - 16 * k)) - 1);
-        score[k] = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), seen, scores + 16 * k);
-        largest = _mm512_max_ps(largest, score[k]);
+        size_t seen = visible <= 16u * k ? 0 : visible - 16u * k;
+        score[k] = load_part(scores + 16 * k, seen, spread(-INFINITY));
+        most_here = maximum(most_here, score[k]);
     }
-    float before = *most, now = _mm512_reduce_max_ps(largest);
+    float before = *most, now = largest(most_here);
     if (before > now) now = before;
     *most = now;
     for (int k = 0; k < 4; k++) {
-        score[k] = exp_floats(_mm512_sub_ps(score[k], _mm512_set1_ps(now)));
-        _mm512_store_ps(scores + 16 * k, score[k]);
+        score[k] = exp_floats(subtract(score[k], spread(now)));
+        store(scores + 16 * k, score[k]);
     }
-    float factor = _mm512_cvtss_f32(exp_floats(_mm512_set1_ps(before - now)));
-    __m512 here = _mm512_add_ps(_mm512_add_ps(score[0], score[1]), _mm512_add_ps(score[2], score[3]));
-    *sum = _mm512_add_ps(_mm512_mul_ps(*sum, _mm512_set1_ps(factor)), here);
+    float factors[16] __attribute__((aligned(64)));
+    store(factors, exp_floats(spread(before - now)));
+    float factor = factors[0];
+    floats here = add(add(score[0], score[1]), add(score[2], score[3]));
+    *sum = add(multiply(*sum, spread(factor)), here);
     return factor;
 }
 
@@ -159,21 +163,21 @@ static float weigh_row(float *scores, size_t visible, float *most, __m512 *sum) 
    there would become NaN. */
 INLINE void add_values(const float *weights, const float *values, const size_t *visible, size_t padded, size_t first, const int width,
                        const float *factors, float *out) {
-    __m512 acc[TOGETHER][4];
+    floats acc[TOGETHER][KEYS_AT_ONCE];
 #pragma GCC unroll 4
     for (int r = 0; r < TOGETHER; r++)
 #pragma GCC unroll 4
         for (int k = 0; k < width; k++)
-            acc[r][k] = _mm512_mul_ps(_mm512_load_ps(out + r * padded + first + 16 * k), _mm512_set1_ps(factors[r]));
+            acc[r][k] = multiply(load(out + r * padded + first + 16 * k), spread(factors[r]));
     for (size_t key = 0; key < visible[0]; key++) {
-        __m512 value[4];
+        floats value[KEYS_AT_ONCE];
 #pragma GCC unroll 4
-        for (int k = 0; k < width; k++) value[k] = _mm512_load_ps(values + key * padded + first + 16 * k);
+        for (int k = 0; k < width; k++) value[k] = load(values + key * padded + first + 16 * k);
 #pragma GCC unroll 4
         for (int r = 0; r < TOGETHER; r++) {
-            __m512 weight = _mm512_set1_ps(weights[r * CHUNK + key]);
+            floats weight = spread(weights[r * CHUNK + key]);
 #pragma GCC unroll 4
-            for (int k = 0; k < width; k++) acc[r][k] = _mm512_fmadd_ps(weight, value[k], acc[r][k]);
+            for (int k = 0; k < width; k++) acc[r][k] = fused(weight, value[k], acc[r][k]);
         }
     }
 #pragma GCC unroll 4
@@ -181,13 +185,13 @@ INLINE void add_values(const float *weights, const float *values, const size_t *
         for (size_t key = visible[0]; key < visible[r]; key++)
 #pragma GCC unroll 4
             for (int k = 0; k < width; k++) {
-                __m512 value = _mm512_load_ps(values + key * padded + first + 16 * k);
-                acc[r][k] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * CHUNK + key]), value, acc[r][k]);
+                floats value = load(values + key * padded + first + 16 * k);
+                acc[r][k] = fused(spread(weights[r * CHUNK + key]), value, acc[r][k]);
             }
 #pragma GCC unroll 4
     for (int r = 0; r < TOGETHER; r++)
 #pragma GCC unroll 4
-        for (int k = 0; k < width; k++) _mm512_store_ps(out + r * padded + first + 16 * k, acc[r][k]);
+        for (int k = 0; k < width; k++) store(out + r * padded + first + 16 * k, acc[r][k]);
 }
 
 static _Thread_local void *kept;
@@ -200,17 +204,17 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
     if (!memory) return 1;
     float *query = memory, *out = query + TILE * padded, *keys = out + TILE * padded, *values = keys + CHUNK * padded;
     float *scores = values + CHUNK * padded, *most = scores + TILE * CHUNK;
-    __m512 *sums = (__m512 *)(most + TILE);
-    __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)c->head_dim));
+    floats *sums = (floats *)(most + TILE);
+    floats scale = spread(1.0f / sqrtf((float)c->head_dim));
     for (size_t r = 0; r < rows; r++) {
         size_t pair = first + r, at = ((s->first + pair / group) * (c->heads + 2 * c->kv_heads) + kv_head * group + pair % group) * c->head_dim;
         for (size_t i = 0; i < padded; i += 16) {
-            __m512 value = r < count ? load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)) : _mm512_setzero_ps();
-            _mm512_store_ps(query + r * padded + i, _mm512_mul_ps(value, scale));
-            _mm512_store_ps(out + r * padded + i, _mm512_setzero_ps());
+            floats value = r < count ? load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)) : spread(0.0f);
+            store(query + r * padded + i, multiply(value, scale));
+            store(out + r * padded + i, spread(0.0f));
         }
         most[r] = -INFINITY;
-        sums[r] = _mm512_setzero_ps();
+        sums[r] = spread(0.0f);
     }
     size_t last = s->before + (first + count - 1) / group;
     for (size_t chunk = 0; chunk <= last; chunk += CHUNK) {
@@ -227,23 +231,25 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
                 visible[r - row] = position < chunk ? 0 : smaller(position + 1 - chunk, CHUNK);
                 factors[r - row] = weigh_row(scores + r * CHUNK, visible[r - row], most + r, sums + r);
             }
-            for (size_t i = 0; i < padded; i += 64) {
+            for (size_t i = 0; i < padded; i += 16 * KEYS_AT_ONCE) {
                 const float *weights = scores + row * CHUNK;
                 float *to = out + row * padded;
-                switch (smaller(4, (padded - i) / 16)) {
+                switch (smaller(KEYS_AT_ONCE, (padded - i) / 16)) {
                     case 1: add_values(weights, values, visible, padded, i, 1, factors, to); break;
+#if KEYS_AT_ONCE > 1
                     case 2: add_values(weights, values, visible, padded, i, 2, factors, to); break;
                     case 3: add_values(weights, values, visible, padded, i, 3, factors, to); break;
-                    default: add_values(weights, values, visible, padded, i, 4, factors, to); break;
+                    case 4: add_values(weights, values, visible, padded, i, 4, factors, to); break;
+#endif
                 }
             }
         }
     }
     for (size_t r = 0; r < count; r++) {
         size_t pair = first + r, at = ((s->first + pair / group) * c->heads + kv_head * group + pair % group) * c->head_dim;
-        __m512 sum = _mm512_set1_ps(sum_floats(sums[r]));
+        floats sum = spread(sum_floats(sums[r]));
         for (size_t i = 0; i < c->head_dim; i += 16)
-            store_floats(c->out, c->dtype, at + i, _mm512_div_ps(_mm512_load_ps(out + r * padded + i), sum), lanes(i, c->head_dim));
+            store_floats(c->out, c->dtype, at + i, divide(load(out + r * padded + i), sum), lanes(i, c->head_dim));
     }
     return 0;
 }

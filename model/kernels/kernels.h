@@ -5,9 +5,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *weight, size_t rows,
+int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const int8_t *weight, size_t rows,
                        const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
                        size_t out_stride, int threads);
+int tandem_int4_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *packed, size_t rows, const float *scale,
+                       const int8_t *zeros, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       size_t out_stride, int threads);
+int tandem_pack_int4(const int8_t *weight, size_t rows, size_t columns, const int64_t *starts, size_t groups, uint8_t *packed,
+                     int8_t *zeros, int threads);
 void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,
                          size_t out_stride, int threads);
 void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *out, int dtype, size_t tokens, size_t size, float epsilon,

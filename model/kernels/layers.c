@@ -17,6 +17,7 @@ typedef struct {
     const void *weight;
     const float *scale;    /* NULL: the weight has the type of the activations */
     const int64_t *starts;
+    const int8_t *zeros;   /* NULL: the weight is not packed in 4 bits */
     size_t groups, columns, rows, num_slices;
 } Linear;
 
@@ -61,7 +62,7 @@ static int wait_for_peers(Ranks *r) {
         int64_t *flag = r->flags + peer * r->flag_words;
         for (size_t spins = 0; __atomic_load_n(flag, __ATOMIC_ACQUIRE) < r->sequence; spins++) {
             if (spins < SPINS_BEFORE_YIELD) {
-                _mm_pause();
+                relax();
                 continue;
             }
             sched_yield();
@@ -110,7 +111,10 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
     return 0;
 }
 
-static int multiply(const Pass *p, const Linear *l, const char *x, char *out) {
+static int apply(const Pass *p, const Linear *l, const char *x, char *out) {
+    if (l->zeros)
+        return tandem_int4_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->zeros, l->starts, l->groups,
+                                  l->num_slices, out, p->dtype, l->rows, p->threads);
     if (l->scale)
         return tandem_int8_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->starts, l->groups, l->num_slices,
                                   out, p->dtype, l->rows, p->threads);
@@ -131,19 +135,19 @@ int tandem_layers(const Layer *layers, size_t first, size_t count, Pass *p, Rank
         const Layer *l = layers + index;
         char *delta = p->has_delta ? p->delta : NULL, *from;
         tandem_rms_norm(p->hidden, delta, l->input_norm, p->x, p->dtype, p->tokens, p->hidden_size, p->epsilon, p->threads);
-        if (multiply(p, &l->qkv, p->x, p->qkv)) return 1;
+        if (apply(p, &l->qkv, p->x, p->qkv)) return 1;
         if (tandem_attend(p->qkv, p->dtype, p->tokens, p->heads, p->kv_heads, p->head_dim, p->cosine, p->sine, p->cache + index * p->cache_stride,
                           p->token_scales ? p->token_scales + index * p->scales_stride : NULL, l->fixed_scales, p->block_size, p->spans,
                           p->num_spans, p->blocks, p->local, p->threads))
             return 1;
         if (!(from = join(p, r, p->local, p->query_widths, p->whole))) return 2;
-        if (multiply(p, &l->o, from, r->world_size == 1 ? p->delta : p->local)) return 1;
+        if (apply(p, &l->o, from, r->world_size == 1 ? p->delta : p->local)) return 1;
         if (!join(p, r, r->world_size == 1 ? p->delta : p->local, p->hidden_widths, p->delta)) return 2;
         tandem_rms_norm(p->hidden, p->delta, l->post_norm, p->x, p->dtype, p->tokens, p->hidden_size, p->epsilon, p->threads);
-        if (multiply(p, &l->gate_up, p->x, p->gate_up)) return 1;
+        if (apply(p, &l->gate_up, p->x, p->gate_up)) return 1;
         tandem_silu_multiply(p->gate_up, p->local, p->dtype, p->tokens, p->inner_widths[r->rank], p->threads);
         if (!(from = join(p, r, p->local, p->inner_widths, p->whole))) return 2;
-        if (multiply(p, &l->down, from, r->world_size == 1 ? p->delta : p->local)) return 1;
+        if (apply(p, &l->down, from, r->world_size == 1 ? p->delta : p->local)) return 1;
         if (!join(p, r, r->world_size == 1 ? p->delta : p->local, p->hidden_widths, p->delta)) return 2;
         p->has_delta = 1;
     }

@@ -1,4 +1,4 @@
-"""The native kernels (`model/kernels/`), if the package was built with them and the CPU supports them.
+"""The native kernels (`model/kernels/`): one library per instruction set, of those that the package was built with and the CPU supports.
 
 Each output row depends only on its own inputs, accumulated in a fixed order: not on the batch, the threads or the ranks. Without the
 kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses.
@@ -6,23 +6,28 @@ kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses
 
 import ctypes
 import functools
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_INTERFACE = 3
+from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet
+from parallel.errors import ConfigError
+
+_INTERFACE = 4
 """Interface version, as in model/kernels/supported.c."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Type codes, as in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """More columns could overflow the 32-bit accumulators."""
-_NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-"""CPU flags that `tandem_supported` requires, by their Linux names."""
+_ROWS_A_TILE, _COLUMNS_A_STEP, _BYTES_A_STEP = 16, 8, 64
+"""Packed 4-bit weights, as in model/kernels/int4_linear.c."""
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
@@ -31,6 +36,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _INT,
         [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
     ),
+    "tandem_int4_linear": (
+        _INT,
+        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 3, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
+    ),
+    "tandem_pack_int4": (_INT, [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT]),
     "tandem_float_linear": (None, [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT]),
     "tandem_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _FLOAT, _INT]),
     "tandem_silu_multiply": (None, [_POINTER, _POINTER, _INT, _SIZE, _SIZE, _INT]),
@@ -42,11 +52,27 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """A 4-bit weight [rows, columns], packed in tiles of 16 rows (model/kernels/int4_linear.c)."""
+
+    packed: torch.Tensor
+    """uint8 [tiles, steps, 64]."""
+    scale: torch.Tensor
+    """float32 [tiles, groups, 16]."""
+    zeros: torch.Tensor
+    """int8 [tiles, groups, 16]."""
+    starts: torch.Tensor
+    """int64 [groups + 1]: first column of each group."""
+    rows: int
+    """Number of rows."""
+
+
 class Kernels:
     """The C functions, on contiguous CPU tensors. Each call uses PyTorch's number of threads."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self._library, self.name = library, name
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -79,6 +105,35 @@ class Kernels:
             starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1], torch.get_num_threads(),
         )  # fmt: skip
         return _check(failed, out)
+
+    def int4_linear(self, x: torch.Tensor, weight: PackedInt4, num_slices: int, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply x [tokens, columns] by a packed weight: [tokens, rows] as `dtype`. `num_slices`: as for int8_linear."""
+        x = x.contiguous()
+        tokens, columns = x.shape
+        out = torch.empty((tokens, weight.rows), dtype=dtype)
+        kind = DTYPES[x.dtype] if num_slices else 0
+        failed = self._library.tandem_int4_linear(
+            x.data_ptr(), kind, tokens, columns, weight.packed.data_ptr(), weight.rows, weight.scale.data_ptr(), weight.zeros.data_ptr(),
+            weight.starts.data_ptr(), weight.starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return _check(failed, out)
+
+    def pack_int4(self, weight: torch.Tensor, scale: torch.Tensor, starts: torch.Tensor) -> PackedInt4 | None:
+        """Pack weight int8 [rows, columns] with scale float32 [rows, groups]; None if the integers of a row and group span over 4 bits."""
+        weight = weight.contiguous()
+        (rows, columns), groups = weight.shape, starts.shape[0] - 1
+        tiles, steps = -(-rows // _ROWS_A_TILE), sum(-(-size // _COLUMNS_A_STEP) for size in starts.diff().tolist())
+        packed = torch.empty((tiles, steps, _BYTES_A_STEP), dtype=torch.uint8)
+        zeros = torch.empty((tiles, groups, _ROWS_A_TILE), dtype=torch.int8)
+        if self._library.tandem_pack_int4(
+            weight.data_ptr(), rows, columns, starts.data_ptr(), groups, packed.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
+        ):
+            return None
+        scales = torch.zeros((tiles * _ROWS_A_TILE, groups))
+        scales[:rows] = scale
+        scales = scales.view(tiles, _ROWS_A_TILE, groups).transpose(1, 2).contiguous()
+        return PackedInt4(packed, scales, zeros, starts, rows)
 
     def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Multiply x [tokens, columns] by weight [rows, columns] of the same dtype."""
@@ -142,26 +197,54 @@ class Kernels:
 
 
 def explain_absence() -> str | None:
-    """Explain what to do if this CPU supports the kernels but they are missing; None if they are present or cannot be used anyway."""
-    if find_kernels() is not None or not _NEEDED_FLAGS <= _read_processor_flags():
+    """Explain what to do if this CPU supports kernels but none are present; None if they are present or cannot be used anyway."""
+    if find_kernels() is not None or _choice == "none" or not _list_supported():
         return None
     return "the package was installed without its own kernels, which this processor could run: with a C compiler, install it again"
 
 
-def _read_processor_flags() -> set[str]:
+def _list_supported() -> list[InstructionSet]:
+    """Return the instruction sets of this CPU, fastest first."""
+    flags = _read_processor_flags()
+    return [one for one in INSTRUCTION_SETS if one.machine == platform.machine() and one.flags <= flags]
+
+
+@functools.cache
+def _read_processor_flags() -> frozenset[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 _disabled = False
+_choice = "auto"
+
+
+def choose_kernels(choice: str) -> None:
+    """Set which kernels this process uses: "auto" (the fastest), "none" (PyTorch's), or the name of an instruction set.
+
+    Raises ConfigError if they are not built, or not supported by this CPU.
+    """
+    global _choice
+    if choice not in ("auto", "none") and _load(choice) is None:
+        usable = [one.name for one in INSTRUCTION_SETS if _load(one.name) is not None]
+        raise ConfigError(f"--cpu-kernels {choice}: this machine runs only {', '.join([*usable, 'none'])}")
+    _choice = choice
 
 
 def find_kernels() -> Kernels | None:
     """Return the kernels for CPU tensors; None if they are not built, built from other sources, or not supported by this CPU."""
-    return None if _disabled else _load()
+    if _disabled or _choice == "none":
+        return None
+    names = [one.name for one in INSTRUCTION_SETS] if _choice == "auto" else [_choice]
+    return next((kernels for name in names if (kernels := _load(name)) is not None), None)
+
+
+def list_kernels() -> list[Kernels]:
+    """Return all kernels that this machine runs, fastest first."""
+    return [kernels for one in INSTRUCTION_SETS if (kernels := _load(one.name)) is not None]
 
 
 @contextmanager
@@ -175,13 +258,25 @@ def kernels_disabled() -> Iterator[None]:
         _disabled = before
 
 
+@contextmanager
+def kernels_chosen(choice: str) -> Iterator[None]:
+    """Use these kernels for models built in this context; see choose_kernels."""
+    global _choice
+    before = _choice
+    choose_kernels(choice)
+    try:
+        yield
+    finally:
+        _choice = before
+
+
 @functools.cache
-def _load() -> Kernels | None:
+def _load(name: str) -> Kernels | None:
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernels{suffix}")
+        path = Path(__file__).with_name(f"_kernels_{name}{suffix}")
         if path.exists():
             try:
-                kernels = Kernels(ctypes.CDLL(str(path)))
+                kernels = Kernels(ctypes.CDLL(str(path)), name)
             except (OSError, AttributeError) as error:
                 warnings.warn(f"{path.name} cannot be used and PyTorch's slower products are: {error}; install again", stacklevel=2)
                 return None

@@ -1,15 +1,35 @@
-/* Checks whether this CPU supports the kernels in this folder, and reports their interface version. */
+/* Whether this CPU runs the instructions that this library was compiled for, and the version of its interface. */
 
 /* Incremented whenever a signature changes: a library built from other sources is not used. */
-int tandem_interface(void) { return 3; }
+int tandem_interface(void) { return 4; }
+
+#if defined(__x86_64__)
+/* The CPU has `name`, or this library was compiled without it. */
+#define HAS(name) __builtin_cpu_supports(name)
 
 int tandem_supported(void) {
-#if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("fma");
-#else
-    return 0;
+    int supported = HAS("avx2") && HAS("fma") && HAS("f16c");
+#ifdef __AVXVNNI__
+    supported = supported && HAS("avxvnni");
 #endif
+#ifdef __AVX512VNNI__
+    supported = supported && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq") && HAS("avx512vnni");
+#endif
+#ifdef __AVX512BF16__
+    supported = supported && HAS("avx512bf16");
+#endif
+    return supported;
 }
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+int tandem_supported(void) {
+    int supported = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    supported = supported && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+#endif
+    return supported;
+}
+#endif

@@ -25,13 +25,27 @@ class Attention:
         self._num_threads, self._backend = num_threads, backend
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) if num_threads > 1 else None
 
-    def __call__(self, qkv: torch.Tensor, heads: int, kv_heads: int, layer: int, batch: Batch, scales: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        layer: int,
+        batch: Batch,
+        scales: torch.Tensor | None,
+        window: int | None = None,
+    ) -> torch.Tensor:
         """Append the keys and values of qkv [tokens, (heads + 2 kv_heads) * head_dim] and attend: [tokens, heads * head_dim].
 
-        `layer`: index of the layer's KV cache. `scales`: stored scales of an int8 cache, float32 [2, kv_heads, 1, head_dim].
+        `layer`: index of the layer's KV cache. `scales`: stored scales of an int8 cache, float32 [2, kv_heads, 1, head_dim]. `window`:
+        tokens that each token attends to, itself included; None: all earlier ones.
         """
         if self._backend.kernels is not None and batch.lies_in_stores:
-            return _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, scales)
+            qkv = qkv.contiguous()
+            out = _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, scales)
+            if window is not None and batch.longest > window:
+                self._attend_over_window(qkv, heads, kv_heads, layer, batch, scales, window, out)
+            return out
         split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
         turned = rotate(split[:, : heads + kv_heads], batch.cos, batch.sin)
         query, keys, values = turned[:, :heads], turned[:, heads:], split[:, heads + kv_heads :]
@@ -39,11 +53,39 @@ class Attention:
         for span in batch.spans:
             rows = slice(first, first + len(span.ids))
             span.cache.append(layer, keys[rows], values[rows], scales)
-            parts.append(self.attend(query[rows], *span.cache.read(layer, scales, span.cache.length + len(span.ids))))
+            parts.append(self.attend(query[rows], *span.cache.read(layer, scales, span.cache.length + len(span.ids)), window))
             first = rows.stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _attend_over_window(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        layer: int,
+        batch: Batch,
+        scales: torch.Tensor | None,
+        window: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Replace the results of the tokens that do not see their whole sequence, which the native kernel lets them see.
+
+        `qkv` holds rotated queries. Each token is computed alone, so that its result does not depend on the batch.
+        """
+        query, first = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)[:, :heads], 0
+        for span in batch.spans:
+            before, stop = span.cache.length, span.cache.length + len(span.ids)
+            skipped = max(before, window)
+            if skipped < stop:
+                start = skipped + 1 - window
+                keys, values = span.cache.read(layer, scales, stop, start)
+                for position in range(skipped, stop):
+                    seen = slice(position + 1 - window - start, position + 1 - start)
+                    row = first + position - before
+                    out[row : row + 1] = self.attend(query[row : row + 1], keys[:, seen].contiguous(), values[:, seen].contiguous())
+            first += len(span.ids)
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> torch.Tensor:
         """Attend with query [tokens, heads, head_dim] over keys and values [kv heads, all tokens, head_dim]: [tokens, heads * head_dim].
 
         The query tokens are the last tokens of the keys.
@@ -53,8 +95,10 @@ class Attention:
         group = heads // kv_heads
         grouped = query.transpose(0, 1).reshape(kv_heads, group, tokens, head_dim)
         mask = None
-        if 1 < tokens < all_tokens:
+        if 1 < tokens < all_tokens or (window is not None and all_tokens > window):
             mask = torch.ones((tokens, all_tokens), dtype=torch.bool, device=query.device).tril(all_tokens - tokens)
+            if window is not None:
+                mask = mask.triu(all_tokens - tokens + 1 - window)
         if self._pool is None or kv_heads == 1 or heads * tokens * all_tokens * head_dim < _PARALLEL_WORK:
             out = self._attend_alone(grouped, keys, values, mask)
         else:
@@ -80,7 +124,6 @@ class Attention:
 def _attend_natively(
     kernels: Kernels, qkv: torch.Tensor, heads: int, kv_heads: int, layer: int, batch: Batch, scales: torch.Tensor | None
 ) -> torch.Tensor:
-    qkv = qkv.contiguous()
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads))
     for part in batch.join_stores():
         rows, store = part.rows, part.store

@@ -42,6 +42,8 @@ class Batch:
     def __init__(self, spans: Sequence[Span], rotary: Rotary, device: torch.device) -> None:
         self.spans = spans
         self.num_tokens = sum(len(span.ids) for span in spans)
+        self.longest = max(span.cache.length + len(span.ids) for span in spans)
+        """Tokens of the longest sequence, new ones included."""
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         self.cos, self.sin = rotary.angles(positions, device)
         self._stores: list[StoreRows] | None = None

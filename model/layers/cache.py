@@ -21,8 +21,8 @@ class Cache(Protocol):
         """Append keys and values [tokens, heads, head_dim] of new tokens."""
         ...
 
-    def read(self, layer: int, scale: torch.Tensor | None, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the first `end` tokens, including those just appended, each [heads, end, head_dim]."""
+    def read(self, layer: int, scale: torch.Tensor | None, end: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of tokens [start, end), including those just appended, each [heads, end - start, head_dim]."""
         ...
 
 
@@ -83,13 +83,13 @@ class KeyValueCache:
             new = (new / scale).round_().clamp_(-128, 127)
         self._write(store.data[layer], new, first, end)
 
-    def read(self, layer: int, scale: torch.Tensor | None, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return contiguous keys and values of the first `end` tokens, each [heads, end, head_dim]; float32 if stored as int8."""
+    def read(self, layer: int, scale: torch.Tensor | None, end: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of tokens [start, end), each [heads, end - start, head_dim]; float32 if stored as int8."""
         store = self.store
-        whole = self._join(store.data[layer], end)
+        whole = self._join(store.data[layer], start, end)
         if store.quantized:
             if store.scales is not None:
-                scale = self._join(store.scales[layer], end).unsqueeze(3)
+                scale = self._join(store.scales[layer], start, end).unsqueeze(3)
             assert scale is not None
             whole = whole.float().mul_(scale)
         return whole[0], whole[1]
@@ -103,11 +103,12 @@ class KeyValueCache:
             memory[self.blocks[done // size], :, :, offset : offset + count] = new[:, :, done - first : done - first + count]
             done += count
 
-    def _join(self, memory: torch.Tensor, end: int) -> torch.Tensor:
-        """Gather the first `end` positions of [blocks, 2, heads, block_size, …] into one [2, heads, end, …]."""
+    def _join(self, memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Gather positions [start, end) of [blocks, 2, heads, block_size, …] into one [2, heads, end - start, …]."""
         size = self.store.block_size
-        full, rest = divmod(end, size)
-        parts = [memory[block] for block in self.blocks[:full]]
-        if rest:
-            parts.append(memory[self.blocks[full], :, :, :rest])
+        first, stop = start // size, -(-end // size)
+        parts = [memory[block] for block in self.blocks[first:stop]]
+        if end % size:
+            parts[-1] = parts[-1][:, :, : end % size]
+        parts[0] = parts[0][:, :, start % size :]
         return torch.cat(parts, dim=2)

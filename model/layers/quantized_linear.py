@@ -13,7 +13,10 @@ from torch import nn
 
 from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
 from model.backends.interface import Backend
+from model.kernels.library import PackedInt4
+from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
+from model.spec.linear_memory import count_linear_bytes
 from model.spec.scheme import LinearScheme, run_as_one
 
 
@@ -42,9 +45,10 @@ class QuantizedColumnParallelLinear(nn.Module):
         super().__init__()
         self.in_features, self.blocks, self.scheme, self.kernel = in_features, tuple(blocks), scheme, kernel
         rows = sum(block.num_rows for block in blocks)
-        self.weight_bytes = rows * (in_features + 4 * scheme.num_groups(in_features))
-        """int8 weights and float32 scales in memory; 4-bit weights take a byte each."""
+        self.weight_bytes = count_linear_bytes(rows, in_features, scheme, own_kernels=kernel.whole is not None)
+        """Integers, scales and zero points in memory."""
         self._parts: list[Part] = []
+        self._packed: PackedInt4 | None = None
         self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._order: torch.Tensor | None = None
         self._divisor: torch.Tensor | None = None
@@ -54,12 +58,18 @@ class QuantizedColumnParallelLinear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is a single matmul of the whole weight with unmodified inputs."""
-        return self._whole is not None and self.scheme.activation is None and self._divisor is None and self._order is None
+        whole = self._whole is not None or self._packed is not None
+        return whole and self.scheme.activation in (None, "token") and self._divisor is None and self._order is None
 
-    def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the weight, scales and first column of each group, if they are kept whole."""
-        assert self._whole is not None
-        return self._whole
+    def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | PackedInt4:
+        """Return the weight, scales and first column of each group, or the packed 4-bit weight, if it is kept whole."""
+        whole = self._whole or self._packed
+        assert whole is not None
+        return whole
+
+    def count_slices(self, dtype: torch.dtype) -> int:
+        """Number of 8-bit slices of inputs of this dtype; one: 8-bit activations."""
+        return 1 if self.scheme.activation == "token" else count_slices(dtype)
 
     def assign(self, stored: StoredLinear, device: torch.device) -> None:
         """Set the rows of all blocks, concatenated, and pack them if the kernel needs it."""
@@ -70,7 +80,9 @@ class QuantizedColumnParallelLinear(nn.Module):
             order = torch.argsort(stored.group_index, stable=True)
             weight, self._order = weight[:, order], order.to(device)
         if self.kernel.whole is not None:
-            self._whole = weight.contiguous(), scale.contiguous(), torch.tensor([0, *itertools.accumulate(sizes)])
+            starts = torch.tensor([0, *itertools.accumulate(sizes)])
+            self._packed = self.kernel.whole.pack_int4(weight, scale, starts) if self.scheme.bits == 4 else None
+            self._whole = (weight.contiguous(), scale.contiguous(), starts) if self._packed is None else None
         else:
             self._parts = self._pack_parts(weight, scale, sizes, device)
         if stored.smooth_scale is not None:
@@ -89,17 +101,22 @@ class QuantizedColumnParallelLinear(nn.Module):
             column += size
         return parts
 
-    def _multiply_slices(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self._whole is None:
-            return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
+    def _multiply_whole(self, x: torch.Tensor, num_slices: int, dtype: torch.dtype) -> torch.Tensor:
         assert self.kernel.whole is not None
-        return self.kernel.whole.int8_linear(x if self._order is None else x[:, self._order], *self._whole, count_slices(x.dtype), dtype)
+        if self._packed is not None:
+            return self.kernel.whole.int4_linear(x, self._packed, num_slices, dtype)
+        assert self._whole is not None
+        return self.kernel.whole.int8_linear(x, *self._whole, num_slices, dtype)
+
+    def _multiply_slices(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.kernel.whole is None:
+            return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
+        return self._multiply_whole(x if self._order is None else x[:, self._order], count_slices(x.dtype), dtype)
 
     def _multiply_integers(self, integers: torch.Tensor) -> torch.Tensor:
-        if self._whole is None:
+        if self.kernel.whole is None:
             return one_slice_linear(integers, self._parts[0], self.kernel)
-        assert self.kernel.whole is not None
-        return self.kernel.whole.int8_linear(integers.to(torch.int8), *self._whole, 0, torch.float32)
+        return self._multiply_whole(integers.to(torch.int8), 0, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [rows, in_features] to [rows, local rows of all blocks], in the dtype of x."""
@@ -116,6 +133,8 @@ class QuantizedColumnParallelLinear(nn.Module):
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":
+            if self.kernel.whole is not None:
+                return self._multiply_whole(x, 1, dtype)
             # The scale of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
             row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
             integers = (x.float() / row_scale).round_().clamp_(-128, 127)
@@ -145,6 +164,8 @@ def build_linear(
     scheme = schemes[0]
     if scheme is None:
         return ColumnParallelLinear(in_features, blocks, dtype, backend)
+    if scheme.float8:
+        return Float8ColumnParallelLinear(in_features, blocks, scheme, dtype, backend)
     return QuantizedColumnParallelLinear(in_features, blocks, scheme, backend.int8_kernel)
 
 

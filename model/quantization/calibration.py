@@ -5,12 +5,14 @@ quantized one, so that later layers compensate for its error.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.decoder.loading import ModelLoader
+from model.layers.linear import BiasedLinear
 from model.quantization.awq import dequantize
 from model.quantization.layer_rounding import LayerRounder, RoundedLayer
 from model.quantization.observing import InputObserver, Observations, choose_kept_tokens, run_samples
@@ -18,7 +20,7 @@ from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
-from model.spec.weights import FUSED, plan_weights
+from model.spec.weights import list_fused, plan_weights
 from parallel.collectives import Collectives
 from parallel.file_slices import FileReader
 
@@ -81,7 +83,7 @@ def _quantize_layer(
     if hidden is None:
         return rounder.round_layer(index, None)
     again = recipe.method == "gptq"
-    seen = Observations(model, len(hidden), hessian=again)
+    seen = Observations(model, index, len(hidden), hessian=again)
     loader.load_layer(index)
     run_samples(model, index, hidden, lengths, seen, keep_hidden=again)
     model.layers[index] = model.build_layer(index)  # its weights are no longer needed
@@ -110,14 +112,16 @@ def _put_rounded(model: LlamaForCausalLM, index: int, rounded: RoundedLayer) -> 
     """Replace the float weights by the rounded ones, for fused weights whose linears are all quantized."""
     layer, prefix, tensors = model.layers[index], f"model.layers.{index}", rounded.tensors
     assert isinstance(layer, DecoderLayer)
-    for attribute, names in FUSED.items():
+    for path, names in list_fused(model.config, index).items():
         full = [f"{prefix}.{name}" for name in names]
         if all(f"{name}.weight_scale" in tensors for name in full):
             weights = [
                 dequantize(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))
                 for name in full
             ]
-            getattr(layer, attribute).assign(torch.cat(weights), model.device)
+            module: Any = layer.get_submodule(path)
+            module = module.linear if isinstance(module, BiasedLinear) else module
+            module.assign(torch.cat(weights), model.device)
 
 
 def read_embeddings(source: CheckpointSource, samples: Sequence[Sequence[int]]) -> torch.Tensor:

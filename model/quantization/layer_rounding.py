@@ -4,7 +4,8 @@ Each rank rounds its own rows; values over all rows (largest weights of an input
 `X.weight` int8, `X.weight_scale`, `X.weight_zero_point` int8, and the rest as named in model/spec/scheme.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,12 @@ from model.quantization.rounding import asymmetric_scale, quantize_groups, quant
 from model.quantization.smoothing import smooth_scale
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
-from model.spec.weights import FUSED
+from model.spec.weights import has_bias, list_fused
 from parallel.collectives import Collectives
 
-_PRODUCERS = {"o_proj": "self_attn.v_proj", "down_proj": "mlp.up_proj"}
-"""The linear whose output is the input of another."""
 _MEASURED_ROWS = 1024
 """Rows whose errors are measured at a time; a multiple of a tile."""
+_VALUES = "self_attn.v_proj"
 _NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}
 """The norm whose output is the input of other linears."""
 
@@ -55,22 +55,33 @@ class LayerRounder:
         """`read`: returns this rank's rows of a stored tensor; `first_row`: their offset in the full tensor."""
         self._config, self._scheme, self._recipe = config, scheme, recipe
         self._collectives, self._read, self._first_row = collectives, read, first_row
+        self._consumers: Mapping[str, str] = {}
 
     def round_layer(self, index: int, seen: Observations | None) -> RoundedLayer:
         """Quantize decoder layer `index`. `seen` is None where the recipe needs no samples."""
-        prefix, out = f"model.layers.{index}", RoundedLayer()
-        scales = self._choose_scales(prefix, seen)
-        for group, names in FUSED.items():
+        prefix, out, fused = f"model.layers.{index}", RoundedLayer(), list_fused(self._config, index)
+        self._consumers = _find_consumers(fused)
+        scales = self._choose_scales(prefix, fused, seen)
+        left = Counter(seen.inputs.values()) if seen else Counter()
+        inverted: dict[InputObserver, torch.Tensor] = {}
+        for group, names in fused.items():
             observer = seen.inputs[group] if seen else None
-            upper = None
             for short in names:
                 name = f"{prefix}.{short}"
                 if self._scheme.is_quantized(name):
-                    if self._recipe.method == "gptq" and upper is None:
-                        assert observer is not None and observer.hessian is not None
-                        upper = invert_hessian(observer.hessian)
-                        observer.hessian = None  # already overwritten
-                    self._round_linear(name, self._read_scaled(name, short, prefix, scales), scales.get(short), observer, upper, out)
+                    if self._recipe.method == "gptq":
+                        assert observer is not None
+                        if observer not in inverted:
+                            assert observer.hessian is not None
+                            inverted[observer] = invert_hessian(observer.hessian)
+                            observer.hessian = None  # already overwritten
+                    upper = None if observer is None else inverted.get(observer)
+                    self._round_linear(name, self._read_scaled(name, short, scales), scales.get(short), observer, upper, out)
+                self._fold_bias(name, short, scales, out)
+            if observer is not None:
+                left[observer] -= 1
+                if not left[observer]:  # no other expert has the same input
+                    inverted.pop(observer, None)
             if group in _NORMS and self._recipe_folds and names[0] in scales:
                 norm = f"{prefix}.{_NORMS[group]}.weight"
                 weight = self._read(norm)
@@ -78,7 +89,7 @@ class LayerRounder:
         if self._recipe.kv_cache == "channel":
             assert seen is not None
             keys, values = seen.cache.absmax
-            divisor = self._row_divisor(f"{prefix}.self_attn.v_proj", "self_attn.v_proj", len(values), scales)
+            divisor = self._row_divisor(f"{prefix}.self_attn.v_proj", _VALUES, len(values), scales)
             for kind, absmax in (("k_scale", keys), ("v_scale", values if divisor is None else values / divisor)):
                 scale = symmetric_scale(absmax).half()
                 out.tensors[f"{prefix}.self_attn.{kind}"] = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -102,25 +113,35 @@ class LayerRounder:
     def _recipe_folds(self) -> bool:
         return self._recipe.fold or self._recipe.method == "awq"
 
-    def _choose_scales(self, prefix: str, seen: Observations | None) -> dict[str, torch.Tensor]:
+    def _choose_scales(self, prefix: str, fused: Mapping[str, tuple[str, ...]], seen: Observations | None) -> dict[str, torch.Tensor]:
         """Return the multiplier of each linear's weight and divisor of its input: float32 [columns], by its name in the layer."""
         recipe, scales = self._recipe, {}
         if seen is None or not (recipe.smooth or recipe.method == "awq"):
             return {}
-        for group, names in FUSED.items():
+        for group, names in fused.items():
             quantized = [name for name in names if self._scheme.is_quantized(f"{prefix}.{name}")]
             if not self._recipe_folds:
                 for name in quantized:
                     weight = self._read(f"{prefix}.{name}.weight")
                     scales[name] = smooth_scale(seen.inputs[group].absmax, self._column_absmax([weight]), recipe.alpha)
-            elif quantized == list(names) and self._can_fold(prefix, group):
+            elif quantized == list(names) and self._can_fold(prefix, group, names[0]):
                 # Linears with the same input share one scale, since the preceding layer can be divided by only one vector.
                 scale = self._choose_shared_scale([f"{prefix}.{name}" for name in names], group, seen.inputs[group])
                 scales.update(dict.fromkeys(names, scale))
         return scales
 
-    def _can_fold(self, prefix: str, group: str) -> bool:
-        return group in _NORMS or self._scheme.is_quantized(f"{prefix}.{_PRODUCERS[group]}")
+    def _can_fold(self, prefix: str, group: str, name: str) -> bool:
+        """Return whether the input can be divided where it is computed; that of experts cannot, since the router reads it too."""
+        producer = next((short for short, consumer in self._consumers.items() if consumer == name), None)
+        return group in _NORMS or (producer is not None and self._scheme.is_quantized(f"{prefix}.{producer}"))
+
+    def _fold_bias(self, name: str, short: str, scales: dict[str, torch.Tensor], out: RoundedLayer) -> None:
+        """Divide the bias of a linear whose output is another linear's input, like its rows."""
+        if has_bias(self._config, short) and self._recipe_folds and self._consumers.get(short) in scales:
+            bias = self._read(f"{name}.bias")
+            divisor = self._row_divisor(name, short, len(bias), scales)
+            assert divisor is not None
+            out.tensors[f"{name}.bias"] = (bias.float() / divisor).to(bias.dtype)
 
     def _choose_shared_scale(self, names: list[str], group: str, observer: InputObserver) -> torch.Tensor:
         weights = [self._read(f"{name}.weight") for name in names]
@@ -148,7 +169,7 @@ class LayerRounder:
         grouped = channels.view(kv_heads, -1, head_dim)
         return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
 
-    def _read_scaled(self, name: str, short: str, prefix: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _read_scaled(self, name: str, short: str, scales: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return local rows of a weight, divided if their output is another linear's input, and multiplied by their own scale."""
         weight = self._read(f"{name}.weight")
         divisor = self._row_divisor(name, short, weight.shape[0], scales)
@@ -158,11 +179,11 @@ class LayerRounder:
 
     def _row_divisor(self, name: str, short: str, num_rows: int, scales: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Return the divisor of a linear's local rows, if their output is another linear's input: [rows]."""
-        consumers = [FUSED[group][0] for group, producer in _PRODUCERS.items() if producer == short]
-        if not self._recipe_folds or not consumers or consumers[0] not in scales:
+        consumer = self._consumers.get(short)
+        if not self._recipe_folds or consumer not in scales:
             return None
-        divisor = scales[consumers[0]]
-        if short == "self_attn.v_proj":
+        divisor = scales[consumer]
+        if short == _VALUES:
             divisor = divisor.view(self._config.num_key_value_heads, -1, self._config.head_dim)[:, 0].reshape(-1)
         first = self._first_row(f"{name}.weight")
         return divisor[first : first + num_rows]
@@ -269,6 +290,15 @@ class LayerRounder:
                 place += count
             sums.append(float(torch.cat(parts).sum()))
         return sums
+
+
+def _find_consumers(fused: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the linears of a layer whose output is another linear's input, with that linear: values, and the second factor."""
+    return {
+        names[-1]: fused[consumer][0]
+        for path, names in fused.items()
+        if (consumer := path.replace("qkv_proj", "o_proj").replace("gate_up_proj", "down_proj")) != path
+    }
 
 
 def _scale_columns(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

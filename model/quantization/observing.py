@@ -9,7 +9,7 @@ import torch
 
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.layers.batch import Span
-from model.spec.weights import FUSED
+from model.spec.weights import linear_shape, list_fused
 
 PASS_TOKENS = 512
 """Tokens of several samples per pass, unless a single sample is longer; bounds the activation memory."""
@@ -72,20 +72,27 @@ class CacheObserver:
             torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float(), out=self.absmax[kind])
         self._last = keys.transpose(0, 1), values.transpose(0, 1)
 
-    def read(self, layer: int, scale: torch.Tensor | None, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, scale: torch.Tensor | None, end: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values just appended, [heads, tokens, head_dim]: each sample is a new sequence."""
         return self._last
 
 
 class Observations:
-    """All observations of one layer."""
+    """All observations of one layer.
 
-    def __init__(self, model: LlamaForCausalLM, num_tokens: int, *, hessian: bool) -> None:
+    All tokens run through all experts, so that each expert sees as many as a single feed-forward would.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, index: int, num_tokens: int, *, hessian: bool) -> None:
         config, kept = model.config, choose_kept_tokens(num_tokens)
-        columns = dict.fromkeys(FUSED, config.hidden_size)
-        columns.update(o_proj=config.num_attention_heads * config.head_dim, down_proj=config.intermediate_size)
-        self.inputs = {name: InputObserver(columns[name], kept, hessian=hessian) for name in FUSED}
-        """By attribute of DecoderLayer."""
+        self.inputs: dict[str, InputObserver] = {}
+        """By path of the module in DecoderLayer. Experts have the same input, and so the same observer."""
+        for path, names in list_fused(config, index).items():
+            first = "experts.0.gate_up_proj"
+            if path.startswith("experts.") and path.endswith("gate_up_proj") and path != first:
+                self.inputs[path] = self.inputs[first]
+            else:
+                self.inputs[path] = InputObserver(linear_shape(config, names[0])[1], kept, hessian=hessian)
         self.cache = CacheObserver(model.shares.key_value)
 
 
@@ -105,10 +112,12 @@ def run_samples(
     assert isinstance(layer, DecoderLayer)
     hooks = []
     if seen is not None:
-        for attribute, observer in seen.inputs.items():
+        for observer, path in {observer: path for path, observer in reversed(seen.inputs.items())}.items():
             take = observer.__call__
-            hooks.append(getattr(layer, attribute).register_forward_pre_hook(lambda module, args, take=take: take(args[0])))
+            hooks.append(layer.get_submodule(path).register_forward_pre_hook(lambda module, args, take=take: take(args[0])))
     cache = CacheObserver(model.shares.key_value) if seen is None else seen.cache
+    if layer.experts is not None:
+        layer.experts.runs_all = seen is not None
     first = 0
     try:
         for part in _group_samples(lengths):

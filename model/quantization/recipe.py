@@ -55,14 +55,16 @@ class Recipe:
         if self.linear is None:
             return Scheme(None, (), self.kv_cache)
         scheme = Scheme(replace(self.linear, smooth=self.smooth and not self.fold), ignore, self.kv_cache)
-        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
         if not any(scheme.is_quantized(name) for name in (*linear_names(config), "lm_head")):
             raise ConfigError(f"modules_to_not_convert {list(self.not_converted)} leaves nothing to quantize")
         group = self.linear.group_size
-        for name in names:
-            columns = linear_shape(config, name)[1]
+        widths: dict[int, str] = {}
+        for full in linear_names(config) if group is not None else ():
+            name = full.split(".", 3)[-1]
+            widths.setdefault(linear_shape(config, name)[1], name)
+        for columns, name in widths.items():
             if group is not None and columns % group:
-                fits = [size for size in (128, 64, 32) if not any(linear_shape(config, other)[1] % size for other in names)]
+                fits = [size for size in (128, 64, 32) if not any(other % size for other in widths)]
                 advice = f"use --group-size {fits[0]}" if fits else "no usual group size does"
                 raise ConfigError(f"{name} has {columns} input channels, which do not divide into groups of {group}; {advice}")
         return scheme

@@ -1,4 +1,4 @@
-"""The shape of a Llama-family model: one dataclass, read from a Hugging Face config.json."""
+"""The shape of a decoder of any family: one dataclass, read from a Hugging Face config.json."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.spec.config_keys import CAUSAL_ARCHITECTURES, CONFIG_KEYS, OTHER_MODELS
+from model.spec.architecture import Architecture, Experts
+from model.spec.config_keys import OTHER_MODELS
+from model.spec.families import list_architectures
 from model.spec.file_kind import describe_file
 from model.spec.quoting import quote
 from model.spec.rope_scaling import Scaling, build_scaling, read_rope_section
@@ -38,9 +40,21 @@ _MAX_SIZES = {
 _MAX_CONFIG_BYTES = 1 << 24
 
 
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""By the values of `hidden_act`: x * sigmoid(x), and the tanh approximation of GELU."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
-    """Sizes and constants of a Llama-family decoder, with Hugging Face's names."""
+    """Sizes and constants of a decoder, with Hugging Face's names; the features of all families, which `build_config` sets."""
+
+    model_type: str = "llama"
+    """The family: a key of `list_architectures`."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -67,9 +81,21 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     """Whether the output head is the embedding."""
     attention_bias: bool = False
-    """Whether the four attention linears have a bias."""
+    """Whether the projections of queries, keys and values have a bias."""
+    output_bias: bool = False
+    """Whether the output projection of the attention has a bias."""
     mlp_bias: bool = False
     """Whether the three feed-forward linears have a bias."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys is normalized before its rotation."""
+    sliding_window: int | None = None
+    """A token attends to itself and to the tokens before it, this many in all; None: to all."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers without the window."""
+    hidden_act: str = "silu"
+    """Activation of the feed-forward: a value of ACTIVATIONS."""
+    experts: Experts | None = None
+    """Experts of the feed-forward layers; None: there is one feed-forward a layer."""
     bos_token_id: int | None = 1
     """Id prepended to a prompt."""
     eos_token_ids: tuple[int, ...] = (2,)
@@ -90,7 +116,7 @@ class LlamaConfig:
             )
         _require_number("rms_norm_eps", self.rms_norm_eps, 1)
         _require_number("rope_theta", self.rope_theta, 1e15)
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for name in ("tie_word_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {quote(getattr(self, name))}, but true or false is needed")
         ids = [
@@ -101,8 +127,26 @@ class LlamaConfig:
         for name, value in ids:
             if value is not None:
                 _require_whole(name, value, 0, _MAX_WHOLE)
+        if self.sliding_window is not None:
+            _require_whole("sliding_window", self.sliding_window, 1, _MAX_WHOLE)
+        if self.hidden_act not in ACTIVATIONS.values():
+            raise ConfigError(f"hidden_act {quote(self.hidden_act)} is not supported; there are {', '.join(ACTIVATIONS)}")
         if self.dtype not in tuple(DTYPES):
             raise ConfigError(f"dtype {quote(self.dtype)} is unknown; there are {', '.join(DTYPES)}")
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family."""
+        return list_architectures()[self.model_type]
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether the feed-forward of a layer consists of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    def find_window(self, layer: int) -> int | None:
+        """Return the window of a layer's attention in tokens; None if it sees the whole context."""
+        window = None if layer in self.full_attention_layers else self.sliding_window
+        return None if window is None or window >= self.max_position_embeddings else window
 
     def layout(self) -> Layout:
         """Return the layout of this model over ranks."""
@@ -113,9 +157,12 @@ class LlamaConfig:
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
+            experts=None if self.experts is None else self.experts.intermediate_size,
         )
 
 
+_MEANS_NONE = ("bos_token_id", "eos_token_id", "num_key_value_heads", "pad_token_id", "sliding_window")
+"""Keys whose null is a value."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -135,39 +182,48 @@ def count_blocks(tokens: int, block_size: int) -> int:
 def build_config(raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
     """Build a LlamaConfig from the values of a Hugging Face config.json; null equals a missing key.
 
-    Raises ConfigError for another architecture, a missing key, an invalid value, or a feature that the forward pass does not support.
+    Raises ConfigError for an unknown family, a missing key, an invalid value, or a feature that the forward pass does not support.
     """
-    _check_architecture(raw, source)
-    CONFIG_KEYS.check(raw, source)
+    family = find_architecture(raw, source)
+    family.keys.check(raw, source)
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise ConfigError(f"{source} lacks {', '.join(missing)}")
     try:
-        config = _build_config(raw)
-        _check_windows(raw, config)
-        return config
+        return _build_config(raw, family)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
-    kind, architectures = raw.get("model_type", "llama"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama":
+def find_architecture(raw: Mapping[str, Any], source: str) -> Architecture:
+    """Return the family of a config.json. Raises ConfigError for an unknown one, listing the known ones."""
+    families = list_architectures()
+    kind = raw.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in families:
         what = f" ({OTHER_MODELS[kind]})" if isinstance(kind, str) and kind in OTHER_MODELS else ""
-        raise ConfigError(f"{source}: model_type is {quote(kind)}{what}, but only 'llama' is supported")
-    names = architectures if isinstance(architectures, list) else [architectures]
-    other = next((name for name in names if name not in CAUSAL_ARCHITECTURES), None)
+        raise ConfigError(f"{source}: model_type is {quote(kind)}{what}, but only {', '.join(map(repr, families))} are supported")
+    family = families[kind]
+    found = raw.get("architectures") or [family.class_names[0]]
+    names = found if isinstance(found, list) else [found]
+    other = next((name for name in names if name not in family.class_names), None)
     if other is not None:
-        raise ConfigError(f"{source}: architectures names {quote(other)}, but only 'LlamaForCausalLM' is supported")
+        raise ConfigError(
+            f"{source}: architectures names {quote(other)}, but only {family.class_names[0]!r} is supported with model_type {kind!r}"
+        )
+    return family
 
 
-def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
+def _build_config(raw: Mapping[str, Any], family: Architecture) -> LlamaConfig:
+    theta = family.defaults.get("rope_theta", 10000.0)
+    defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta"}
+    raw = {**defaults, **{key: value for key, value in raw.items() if value is not None or key in _MEANS_NONE}}
     rope, max_positions = read_rope_section(raw), _first(raw, "max_position_embeddings", default=2048)
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")
     eos, pad, head_dim = raw.get("eos_token_id", 2), raw.get("pad_token_id"), raw.get("head_dim")
     if type(pad) is int and (pad == -1 or (type(raw["vocab_size"]) is int and pad >= raw["vocab_size"])):
         pad = None  # not in the vocabulary; early Llama converters wrote -1 for none
     return LlamaConfig(
+        model_type=family.model_type,
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_hidden_layers=raw["num_hidden_layers"],
@@ -177,29 +233,15 @@ def _build_config(raw: Mapping[str, Any]) -> LlamaConfig:
         vocab_size=raw["vocab_size"],
         max_position_embeddings=max_positions,
         rms_norm_eps=_first(raw, "rms_norm_eps", default=1e-6),
-        rope_theta=_first(rope, "rope_theta", default=10000.0),
+        rope_theta=_first(rope, "rope_theta", default=theta),
         rope_scaling=build_scaling(rope, max_positions),
         tie_word_embeddings=_first(raw, "tie_word_embeddings", default=False),
-        attention_bias=_first(raw, "attention_bias", default=False),
-        mlp_bias=_first(raw, "mlp_bias", default=False),
         bos_token_id=raw.get("bos_token_id", 1),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
         pad_token_id=pad,
         dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
+        **{**family.features, **family.read(raw)},
     )
-
-
-def _check_windows(raw: Mapping[str, Any], config: LlamaConfig) -> None:
-    """Raise ConfigError where attention sees a part of the context. transformers cuts its cache there, and vLLM masks it."""
-    if raw.get("layer_types"):
-        return  # every layer is "full_attention", whatever the window
-    for key in ("sliding_window", "attention_chunk_size"):
-        value, context = raw.get(key), config.max_position_embeddings
-        if value is not None and (type(value) is not int or value < context):
-            raise ConfigError(
-                f"{key} is {quote(value)}, but max_position_embeddings is {context}: attention over a window is not supported; "
-                f"set {key} to null if the model attends to its whole context"
-            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

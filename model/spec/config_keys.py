@@ -166,12 +166,8 @@ CONFIG_KEYS = KeyTable(
 """Sizes, constants and ids are read; keys that transformers' Llama ignores are ignored and reported. Keys that transformers reads for
 models of any kind, such as those of masks and caches, must have their default."""
 
-CAUSAL_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
-"""Values of `architectures` for this decoder; LlamaModel is the same without an output head."""
 OTHER_MODELS = {
-    "mixtral": "a mixture of experts",
     "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
     "deepseek_v2": "a mixture of experts",
     "deepseek_v3": "a mixture of experts",
     "gpt_oss": "a mixture of experts",

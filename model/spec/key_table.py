@@ -3,7 +3,7 @@
 Each format has one table; docs/formats.md is tested against the tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,31 @@ class KeyTable:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys that change the arithmetic, with the supported values, in addition to null and missing. All others are rejected."""
     ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that the reference implementation ignores for Llama, with the values that have no effect; other values are reported."""
+    """Keys that the reference implementation ignores, with the values that have no effect; other values are reported."""
     harmless: frozenset[str] = frozenset()
     """Keys that never affect the result."""
     harmless_prefixes: tuple[str, ...] = ()
     """Prefixes of such keys."""
+
+    def adapt(
+        self,
+        name: str,
+        *,
+        read: Iterable[str] = (),
+        fixed: Mapping[str, tuple[Any, ...]] | None = None,
+        ignored: Mapping[str, tuple[Any, ...]] | None = None,
+        harmless: Iterable[str] = (),
+    ) -> "KeyTable":
+        """Return the table of a similar section, in which these keys are handled in another way."""
+        moved = {*read, *(fixed or {}), *(ignored or {}), *harmless}
+        return KeyTable(
+            name=name,
+            read=(self.read - moved) | set(read),
+            fixed={key: value for key, value in self.fixed.items() if key not in moved} | dict(fixed or {}),
+            ignored={key: value for key, value in self.ignored.items() if key not in moved} | dict(ignored or {}),
+            harmless=(self.harmless - moved) | set(harmless),
+            harmless_prefixes=self.harmless_prefixes,
+        )
 
     def check(self, values: Mapping[str, Any], source: str) -> None:
         """Raise ConfigError for an unsupported value of a `fixed` key."""
@@ -47,7 +67,7 @@ class KeyTable:
         unread = [quote_name(key) for key in values if not self.knows(key)]
         lines = []
         if ignored:
-            lines.append(f"{source}: {_shorten(ignored)}: ignored, as transformers ignores it for Llama")
+            lines.append(f"{source}: {_shorten(ignored)}: ignored, as in transformers")
         if unread:
             lines.append(f"{source}: unknown keys, not read: {_shorten(unread)}")
         return lines

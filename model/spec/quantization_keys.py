@@ -19,8 +19,7 @@ GROUP_KEYS = KeyTable(
 )
 ARGUMENT_KEYS = KeyTable(
     name="weights, input_activations or kv_cache_scheme",
-    read=frozenset({"num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder"}),
-    fixed={"block_structure": ()},
+    read=frozenset({"num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder", "block_structure"}),
     harmless=frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}),
 )
 GPTQ_KEYS = KeyTable(
@@ -98,6 +97,37 @@ AWQ_KEYS = KeyTable(
         }
     ),
 )
+FLOAT8_KEYS = KeyTable(
+    name="quantization_config of fp8",
+    read=frozenset({"quant_method", "weight_block_size"}),
+    fixed={
+        "activation_scheme": ("dynamic", "static"),
+        "fmt": ("e4m3", "float8_e4m3fn", "float8_e4m3"),
+        "scale_fmt": ("float", "ue8m0"),
+        "expert_dtype": ("fp8",),
+    },
+    harmless=frozenset({"dequantize", "ignored_layers", "kv_cache_scheme", "modules_to_convert", "modules_to_not_convert"}),
+)
+"""The tensors tell which linears are quantized. `ue8m0` scales are powers of two; those that are stored as F8_E8M0 are refused."""
+FBGEMM_KEYS = KeyTable(
+    name="quantization_config of fbgemm_fp8",
+    read=frozenset({"quant_method"}),
+    harmless=frozenset({"activation_scale_ub", "modules_to_not_convert"}),
+)
+MODELOPT_KEYS = KeyTable(
+    name="quantization_config of modelopt",
+    read=frozenset({"quant_method", "quant_algo"}),
+    fixed={"pre_quant_scale": (False,), "has_zero_point": (False,), "quantized_layers": ()},
+    harmless=frozenset(
+        {"config_groups", "exclude_modules", "group_size", "ignore", "kv_cache_quant_algo", "kv_cache_scheme", "producer", "quant_type"}
+    ),
+)
+MODELOPT_FILE_KEYS = KeyTable(
+    name="hf_quant_config.json",
+    read=frozenset({"quant_algo"}),
+    fixed={"pre_quant_scale": (False,), "has_zero_point": (False,), "quantized_layers": ()},
+    harmless=frozenset({"exclude_modules", "group_size", "kv_cache_quant_algo"}),
+)
 OTHER_METHODS = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
@@ -107,15 +137,13 @@ OTHER_METHODS = {
     "eetq": "EETQ",
     "exl2": "ExLlamaV2 (exl2)",
     "exl3": "ExLlamaV3 (exl3)",
-    "fbgemm_fp8": "FBGEMM FP8",
-    "fp8": "FP8",
     "fp_quant": "FP-Quant",
     "gguf": "GGUF inside a Hugging Face folder",
     "higgs": "HIGGS",
     "hqq": "HQQ",
     "intel/auto-round": "AutoRound",
     "marlin": "Marlin",
-    "modelopt": "ModelOpt",
+    "modelopt_fp4": "ModelOpt FP4",
     "mxfp4": "MXFP4",
     "nvfp4": "NVFP4",
     "quanto": "Quanto",
@@ -127,4 +155,4 @@ OTHER_METHODS = {
     "vptq": "VPTQ",
 }
 """Known but unsupported values of `quant_method`, with their names."""
-SUPPORTED_METHODS = "compressed-tensors (int8, int4), gptq, awq"
+SUPPORTED_METHODS = "compressed-tensors (int8, int4, fp8), gptq, awq, fp8, fbgemm_fp8, modelopt (fp8)"

@@ -5,9 +5,10 @@ it cannot express: formats `smooth-…` (a divisor per input channel of each lin
 per channel or token. All readers expose these names, whatever the names in their format. X is a linear:
 
     X.weight             int8 [rows, columns]                      format int-quantized
+    X.weight             float8_e4m3fn [rows, columns]             format float-quantized
     X.weight_packed      int32 [rows, ceil(columns * bits / 32)]   format pack-quantized, see model/spec/packing.py
     X.weight_shape       int64 [2]                                 pack-quantized only
-    X.weight_scale       float [rows, groups]; one group if there is no group_size
+    X.weight_scale       float [rows, groups]; one group if there is no group_size; FP8: [1] for all rows, or a row per block of rows
     X.weight_zero_point  int32 [ceil(rows * bits / 32), groups]    pack-quantized, asymmetric; packed along the rows
     X.weight_g_idx       int32 [columns]                           group of each column, act-order only
     X.input_scale        float [1]                                 static activations
@@ -15,7 +16,7 @@ per channel or token. All readers expose these names, whatever the names in thei
     X.smooth_scale       float [columns]                           formats smooth-…: divisor of the inputs
     A.k_scale, A.v_scale float [1] or [KV rows]                    static int8 cache; A is the layer's self_attn
 
-    weight = (integer - zero point) * scale;   input = round(x / (smooth * input_scale) + zero point)
+    weight = (integer - zero point) * scale;   input = round(x / (smooth * input_scale) + zero point);   FP8: weight = float8 * scale
 """
 
 import re
@@ -31,7 +32,7 @@ SMOOTH = "smooth-"
 """Prefix of the formats with smooth scales. Other programs do not support it, and so cannot load them by mistake."""
 KV_CACHE_KEY = "kv_cache_quantization"
 """Key of config.json for int8 caches that compressed-tensors cannot express."""
-_FORMATS = {"pack-quantized": True, "int-quantized": False}
+_FORMATS = {"pack-quantized": True, "int-quantized": False, "float-quantized": False, "naive-quantized": False}
 """Whether the format packs integers into words."""
 _ACT_ORDER = {"group": True, "dynamic": True, "weight": False, "static": False}
 """compressed-tensors' values, and whether the columns of a group may then be anywhere."""
@@ -61,6 +62,10 @@ class LinearScheme:
     """Whether zero points of static activations are 0 and not stored."""
     smooth: bool = False
     """Whether inputs are divided by a stored vector first."""
+    float8: bool = False
+    """Whether weights are float8_e4m3fn instead of integers."""
+    row_block: int | None = 1
+    """FP8: output rows that share a scale; None: all."""
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
@@ -73,7 +78,11 @@ class LinearScheme:
             raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
         if self.activation == "token" and not self.activation_symmetric:
             raise ConfigError("quantization_config: dynamic int8 activations with zero points are not supported; symmetric ones are")
-        if not self.packed and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+        if self.float8 and (self.bits != 8 or self.packed or not self.symmetric or self.act_order or self.activation or self.smooth):
+            raise ConfigError("quantization_config: FP8 weights have to be 8 bits, symmetric and in the order of the inputs")
+        if self.row_block != 1 and not self.float8:
+            raise ConfigError("quantization_config: integers with one scale for several rows are not supported; one an output row is")
+        if not self.packed and not self.float8 and (self.bits != 8 or self.group_size is not None or not self.symmetric):
             raise ConfigError("quantization_config: format int-quantized needs symmetric 8-bit weights with one scale an output row")
         if self.bits == 8 and not self.symmetric:
             raise ConfigError("quantization_config: 8-bit weights with zero points are not supported; symmetric ones are")
@@ -85,6 +94,8 @@ class LinearScheme:
     @property
     def name(self) -> str:
         """Name in stats: A for activations, W for weights, each with its bits."""
+        if self.float8:
+            return "a16w8-fp8" + (f"-b{self.row_block}" if self.row_block and self.row_block > 1 else "")
         if self.activation is None:
             words = "rtn-a16w8" if self.bits == 8 and self.group_size is None else f"a16w{self.bits}"
         else:
@@ -156,6 +167,11 @@ class Scheme:
         """Return all groups of linears, `linear` first; empty if all are float."""
         return () if self.linear is None else (LinearGroup(self.targets, self.linear), *self.others)
 
+    @property
+    def has_integers(self) -> bool:
+        """Whether some linears are stored as integers."""
+        return any(not group.linear.float8 for group in self.groups)
+
     def is_quantized(self, name: str) -> bool:
         """Return whether the linear with this full name is quantized."""
         return self.find_linear(name) is not None
@@ -192,10 +208,14 @@ def describe_scheme_keys(raw: Mapping[str, Any]) -> list[str]:
     quantization = raw.get("quantization_config") or {}
     lines = COMPRESSED_KEYS.describe(quantization, "quantization_config")
     for group in (quantization.get("config_groups") or {}).values():
+        if (group.get("weights") or {}).get("type") == "float" and group.get("input_activations"):
+            lines.append("quantization_config: the inputs of FP8 linears are not quantized: they stay in the compute type")
         lines += GROUP_KEYS.describe(group, "quantization_config: config_groups")
         for key in ("weights", "input_activations"):
             lines += ARGUMENT_KEYS.describe(group.get(key) or {}, f"quantization_config: {key}")
-    return lines + ARGUMENT_KEYS.describe(quantization.get("kv_cache_scheme") or {}, "quantization_config: kv_cache_scheme")
+    return list(dict.fromkeys(lines)) + ARGUMENT_KEYS.describe(
+        quantization.get("kv_cache_scheme") or {}, "quantization_config: kv_cache_scheme"
+    )
 
 
 def declare_scheme(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
@@ -226,8 +246,7 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
         "kv_cache_scheme": None,
     }
     for number, (targets, linear) in enumerate((group.targets, group.linear) for group in scheme.groups):
-        weights = _write_args(linear.bits, linear.symmetric, "channel" if linear.group_size is None else "group", dynamic=False)
-        weights.update(group_size=linear.group_size, observer="minmax")
+        weights = _write_weights(linear)
         if linear.act_order:
             weights["actorder"] = "group"
         activations = None
@@ -246,7 +265,7 @@ def write_scheme(scheme: Scheme) -> dict[str, Any]:
 
 
 def _name_format(linear: LinearScheme) -> str:
-    return f"{SMOOTH if linear.smooth else ''}{'pack' if linear.packed else 'int'}-quantized"
+    return f"{SMOOTH if linear.smooth else ''}{'float' if linear.float8 else 'pack' if linear.packed else 'int'}-quantized"
 
 
 def _names(entry: str, name: str) -> bool:
@@ -310,6 +329,8 @@ def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
     GROUP_KEYS.check(group, "quantization_config: a group of config_groups")
     weights = _read_section(group.get("weights"), "weights")
     activations = _read_section(group.get("input_activations"), "input_activations")
+    if format == "float-quantized" or (format == "naive-quantized" and weights.get("type") == "float"):
+        return _read_float8(weights, activations)
     _check_int(weights, "weights", ("channel", "group"), dynamic=(False,))
     if activations:
         _check_int(activations, "input_activations", ("token", "tensor"), dynamic=(True, False))
@@ -332,6 +353,37 @@ def _read_linear(group: Mapping[str, Any], default_format: Any) -> LinearScheme:
     )
 
 
+def _read_float8(weights: Mapping[str, Any], activations: Mapping[str, Any]) -> LinearScheme:
+    """Read FP8 weights. Their activations stay in the compute dtype, of which `describe_scheme_keys` tells."""
+    _check_args(weights, "weights", {"type": ("float",), "num_bits": (8,), "strategy": ("tensor", "channel", "group", "block")}, (False,))
+    if activations:
+        allowed = {"type": ("float",), "num_bits": (8,), "strategy": ("tensor", "token", "group", "channel")}
+        _check_args(activations, "input_activations", allowed, (True, False))
+    strategy, rows, columns = weights["strategy"], 1, None
+    if strategy == "block":
+        rows, columns = read_block(weights.get("block_structure"), "block_structure")
+    elif strategy == "group":
+        columns = weights.get("group_size")
+        if columns is None:
+            raise ConfigError("quantization_config: weights lack group_size, which strategy 'group' needs")
+    return LinearScheme(
+        packed=False,
+        float8=True,
+        symmetric=read_flag(weights, "symmetric", True),
+        act_order=weights.get("actorder") not in (None, False),
+        group_size=columns,
+        row_block=None if strategy == "tensor" else rows,
+    )
+
+
+def read_block(value: Any, key: str) -> tuple[int, int]:
+    """Return the rows and columns of an FP8 block. Raises ConfigError unless it is a list of two whole numbers."""
+    sizes = value if isinstance(value, list) else []
+    if len(sizes) != 2 or any(type(size) is not int or not 1 < size <= _MAX_GROUP for size in sizes):
+        raise ConfigError(f"quantization_config: {key} is {quote(value)}, but two whole numbers from 2 are needed, such as [128, 128]")
+    return sizes[0], sizes[1]
+
+
 def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
     if not raw:
         return None
@@ -342,13 +394,29 @@ def _read_kv_cache(raw: Mapping[str, Any]) -> str | None:
 
 
 def _check_int(raw: Mapping[str, Any], section: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]) -> None:
+    _check_args(raw, section, {"type": ("int",), "strategy": strategies}, dynamic)
+    if raw.get("block_structure") is not None:
+        raise ConfigError(f"quantization_config: block_structure of {section} is {quote(raw['block_structure'])}, but only FP8 has blocks")
+
+
+def _check_args(raw: Mapping[str, Any], section: str, allowed: Mapping[str, tuple[Any, ...]], dynamic: tuple[bool, ...]) -> None:
     ARGUMENT_KEYS.check(raw, f"quantization_config: {section}")
-    allowed = {"type": ("int",), "strategy": strategies, "dynamic": dynamic}
-    for key, values in allowed.items():
+    for key, values in {**allowed, "dynamic": dynamic}.items():
         found = raw.get(key) or False if key == "dynamic" else raw.get(key)
-        if type(found) not in (str, bool) or found not in values:
+        if type(found) not in (str, bool, int) or not any(found == value and type(found) is type(value) for value in values):
             known = " or ".join(map(repr, values))
-            raise ConfigError(f"quantization_config: {key} of {section} is {quote(found)}, but only {known} is supported (int8, int4)")
+            raise ConfigError(f"quantization_config: {key} of {section} is {quote(found)}, but only {known} is supported")
+
+
+def _write_weights(linear: LinearScheme) -> dict[str, Any]:
+    strategy = "tensor" if linear.row_block is None else "channel" if linear.group_size is None else "group"
+    out = _write_args(linear.bits, linear.symmetric, strategy, dynamic=False)
+    out.update(group_size=linear.group_size, observer="minmax")
+    if linear.float8:
+        out["type"] = "float"
+        if linear.row_block and linear.row_block > 1:
+            out.update(strategy="block", block_structure=[linear.row_block, linear.group_size], group_size=None)
+    return out
 
 
 def _write_args(bits: int, symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""The table of a Llama model's tensors (Hugging Face names, shapes, splits), used for loading, resharding and planning."""
+"""The table of a decoder's tensors (Hugging Face names, shapes, splits), used for loading, resharding and planning."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from model.spec.config import DTYPES, LlamaConfig
+from model.spec.families import list_architectures
 from model.spec.quoting import quote_name
-from model.spec.scheme import Scheme
+from model.spec.scheme import LinearScheme, Scheme
 from parallel.layout import Layout, Split
 
 if TYPE_CHECKING:
@@ -16,23 +18,29 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = tuple(DTYPES)
 """Dtypes in which a checkpoint may store unquantized weights."""
 
-_LINEARS: Mapping[str, tuple[str, str, str]] = {
+FLOAT8_DTYPES = ("float8_e4m3fn",)
+"""Of FP8 weights."""
+
+_ATTENTION: Mapping[str, tuple[str, str, str]] = {
     # name in the layer: (rows, columns, split), all keys of `_sizes` and fields of Layout
     "self_attn.q_proj": ("query", "hidden", "query"),
     "self_attn.k_proj": ("key_value", "hidden", "key_value"),
     "self_attn.v_proj": ("key_value", "hidden", "key_value"),
     "self_attn.o_proj": ("hidden", "query", "hidden"),
+}
+_FEED_FORWARD: Mapping[str, tuple[str, str, str]] = {
     "mlp.gate_proj": ("intermediate", "hidden", "intermediate"),
     "mlp.up_proj": ("intermediate", "hidden", "intermediate"),
     "mlp.down_proj": ("hidden", "intermediate", "hidden"),
 }
-FUSED: Mapping[str, tuple[str, ...]] = {
+_FUSED_ATTENTION: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o_proj": ("self_attn.o_proj",),
+}
+_FUSED_FEED_FORWARD: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "down_proj": ("mlp.down_proj",),
 }
-"""The linears in each fused matmul of a decoder layer, by their names in the layer, in loading order."""
 MINDFORMERS_NAMES: Mapping[str, str] = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
@@ -44,22 +52,21 @@ MINDFORMERS_NAMES: Mapping[str, str] = {
 }
 """MindFormers' names of the linears in a layer."""
 _MINDFORMERS_FUSED: Mapping[str, str] = {
-    **dict.fromkeys(FUSED["qkv_proj"], "attention.w_qkv"),
-    **dict.fromkeys(FUSED["gate_up_proj"], "feed_forward.w_gate_hidden"),
+    **dict.fromkeys(_FUSED_ATTENTION["qkv_proj"], "attention.w_qkv"),
+    **dict.fromkeys(_FUSED_FEED_FORWARD["gate_up_proj"], "feed_forward.w_gate_hidden"),
 }
 """Those that it fuses with qkv_concat True."""
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "weight_zero_point", "input_zero_point", "k_zero_point", "v_zero_point")
 """Old exports include rotary frequencies, and zeros for the zero points of symmetric schemes."""
 
 
 _UNEXPECTED_PARTS = {
     ".bias": "biases are supported only where attention_bias or mlp_bias is true",
-    ".experts.": "mixtures of experts are not supported",
+    ".experts.": "its model_type has no such experts",
     "score.": "a classification head is not supported",
-    ".q_norm.": "norms of queries and keys are not supported",
+    ".q_norm.": "its model_type has no norms of queries and keys",
     "vision": "vision models are not supported",
-    "weight_scale_inv": "FP8 weights are not supported",
+    "weight_scale_inv": "FP8 weights need a quantization_config of quant_method fp8",
     ".SCB": "bitsandbytes weights are not supported",
     ".quant_state.": "bitsandbytes weights are not supported",
     ".biases": "MLX quantized weights are not supported",
@@ -79,12 +86,12 @@ class WeightSpec:
     split: Split
     """How its rows are split."""
     full_rows: int | None = None
-    """Number of rows that `split` applies to, if `shape` packs several of them into a word."""
+    """Number of rows that `split` applies to, if `shape` has one for several of them."""
     rows_a_word: int = 1
-    """Rows per word."""
+    """Rows per row of `shape`, as of packed words and of the scales of blocks."""
 
     def rows(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Return rows [start, stop) of `rank`; words that several ranks need are read by each of them."""
+        """Return rows [start, stop) of `rank`; rows of `shape` that several ranks need are read by each of them."""
         start, stop = self.split.interval(self.full_rows or self.shape[0], rank, world_size)
         return start // self.rows_a_word, -(-stop // self.rows_a_word)
 
@@ -122,23 +129,87 @@ class TensorReport:
         return parts
 
 
+def list_fused(config: LlamaConfig, layer: int) -> Mapping[str, tuple[str, ...]]:
+    """Return the linears in each fused matmul of a decoder layer, by the path of its module: names in the layer, in loading order."""
+    return _list_fused(config.model_type, _count_experts(config, layer))
+
+
+def list_norms(config: LlamaConfig) -> Mapping[str, str]:
+    """Return the norms of a decoder layer, by the attribute of its module: names in the layer."""
+    heads = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"} if config.qk_norm else {}
+    return {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm", **heads}
+
+
+def norm_size(config: LlamaConfig, attribute: str) -> int:
+    """Return the number of elements of a layer's norm, by the attribute of its module."""
+    return config.head_dim if attribute in ("q_norm", "k_norm") else config.hidden_size
+
+
 def linear_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     """Return the full [rows, columns] of a decoder layer's linear, by its name in the layer."""
-    rows, columns, _ = _LINEARS[name]
+    rows, columns, _ = _find_linear(config, name)
     sizes = _sizes(config)
     return sizes[rows], sizes[columns]
 
 
 def has_bias(config: LlamaConfig, name: str) -> bool:
     """Return whether a decoder layer's linear, by its name in the layer or its full name, has a bias."""
-    return ("self_attn." in name and config.attention_bias) or ("mlp." in name and config.mlp_bias)
+    if "self_attn." in name:
+        return config.output_bias if name.endswith("o_proj") else config.attention_bias
+    return config.mlp_bias and ".experts." not in name and "mlp." in name
 
 
 def linear_names(config: LlamaConfig) -> Iterator[str]:
     """Return the full names, without `.weight`, of all linears of the decoder layers."""
     for layer in range(config.num_hidden_layers):
-        for name in _LINEARS:
-            yield f"model.layers.{layer}.{name}"
+        for names in list_fused(config, layer).values():
+            for name in names:
+                yield f"model.layers.{layer}.{name}"
+
+
+def stored_linear_names(config: LlamaConfig) -> Iterator[str]:
+    """Do the same with the names of a checkpoint of this family, which may store several linears as one."""
+    stored = {linear: fused for fused, linears in config.architecture.fused.items() for linear in linears}
+    seen = set()
+    for name in linear_names(config):
+        prefix, short = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
+        name = f"{prefix}.{stored[short]}" if short in stored else name
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+@functools.cache
+def _list_linears(model_type: str, num_experts: int) -> Mapping[str, Mapping[str, tuple[str, str, str]]]:
+    """Return the linears of a layer by the path of their fused module; `num_experts` is 0 for one feed-forward."""
+    linears = {fused: {name: _ATTENTION[name] for name in names} for fused, names in _FUSED_ATTENTION.items()}
+    if not num_experts:
+        return linears | {fused: {name: _FEED_FORWARD[name] for name in names} for fused, names in _FUSED_FEED_FORWARD.items()}
+    stored = list_architectures()[model_type].experts
+    for expert in range(num_experts):
+        gate, up, down = (name.format(expert) for name in (stored.gate, stored.up, stored.down))
+        linears[f"experts.{expert}.gate_up_proj"] = dict.fromkeys((gate, up), ("experts", "hidden", "experts"))
+        linears[f"experts.{expert}.down_proj"] = {down: ("hidden", "experts", "hidden")}
+    return linears
+
+
+@functools.cache
+def _list_fused(model_type: str, num_experts: int) -> Mapping[str, tuple[str, ...]]:
+    return {fused: tuple(linears) for fused, linears in _list_linears(model_type, num_experts).items()}
+
+
+@functools.cache
+def _index_linears(model_type: str, num_experts: int) -> Mapping[str, tuple[str, str, str]]:
+    return {name: found for linears in _list_linears(model_type, num_experts).values() for name, found in linears.items()}
+
+
+def _count_experts(config: LlamaConfig, layer: int) -> int:
+    return config.experts.count if config.experts is not None and config.has_experts(layer) else 0
+
+
+def _find_linear(config: LlamaConfig, name: str) -> tuple[str, str, str]:
+    dense = _index_linears(config.model_type, 0)
+    return dense[name] if name in dense else _index_linears(config.model_type, config.experts.count if config.experts else 0)[name]
 
 
 def find_not_converted(config: LlamaConfig, words: Sequence[str]) -> tuple[str, ...]:
@@ -163,14 +234,19 @@ def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | No
     specs = {"model.embed_tokens.weight": embedding}
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         prefix = f"model.layers.{layer}"
-        specs.update({f"{prefix}.{name}.weight": norm for name in _NORMS})
-        for name, (_, _, split) in _LINEARS.items():
+        for attribute, name in list_norms(config).items():
+            specs[f"{prefix}.{name}.weight"] = WeightSpec((norm_size(config, attribute),), FLOAT_DTYPES, layout.whole)
+        if config.experts is not None and config.has_experts(layer):
+            shape = (config.experts.count, config.hidden_size)
+            specs[f"{prefix}.{config.architecture.experts.router}.weight"] = WeightSpec(shape, FLOAT_DTYPES, layout.whole)
+        for name in (name for names in list_fused(config, layer).values() for name in names):
+            split = _find_linear(config, name)[2]
             specs.update(_linear_specs(f"{prefix}.{name}", linear_shape(config, name), getattr(layout, split), layout, scheme))
             if has_bias(config, name):
                 specs[f"{prefix}.{name}.bias"] = WeightSpec(linear_shape(config, name)[:1], FLOAT_DTYPES, getattr(layout, split))
         if scheme.kv_cache in ("channel", "tensor"):
-            shape, kind = ((_sizes(config)["key_value"],), "key_value") if scheme.kv_cache == "channel" else ((1,), "whole")
-            cache = WeightSpec(shape, FLOAT_DTYPES, getattr(layout, kind))
+            size, kind = (_sizes(config)["key_value"], "key_value") if scheme.kv_cache == "channel" else (1, "whole")
+            cache = WeightSpec((size,), FLOAT_DTYPES, getattr(layout, kind))
             specs.update({f"{prefix}.self_attn.{name}": cache for name in ("k_scale", "v_scale")})
     specs["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
@@ -185,7 +261,7 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, Tens
         spec = specs.get(name)
         if spec is None:
             # A tied model may store a copy of its head.
-            if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight"):
+            if not name.endswith(_IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight") and not _scales_float8_input(name, specs):
                 report.unexpected.append(name)
         elif info.shape != spec.shape:
             report.mismatched.append(f"{name} has shape {list(info.shape)}, the config needs {list(spec.shape)}")
@@ -194,13 +270,28 @@ def compare_tensors(specs: Mapping[str, WeightSpec], tensors: "Mapping[str, Tens
     return report
 
 
+def _scales_float8_input(name: str, specs: Mapping[str, WeightSpec]) -> bool:
+    owner, _, part = name.rpartition(".")
+    weight = specs.get(f"{owner}.weight")
+    return part == "input_scale" and weight is not None and weight.dtypes == FLOAT8_DTYPES
+
+
 def _sizes(config: LlamaConfig) -> dict[str, int]:
     return {
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
+        "experts": 0 if config.experts is None else config.experts.intermediate_size,
         "query": config.num_attention_heads * config.head_dim,
         "key_value": config.num_key_value_heads * config.head_dim,
     }
+
+
+def _float8_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, linear: LinearScheme) -> dict[str, WeightSpec]:
+    rows, block, groups = shape[0], linear.row_block, linear.num_groups(shape[1])
+    scale = WeightSpec((1,), FLOAT_DTYPES, layout.whole)
+    if block is not None:
+        scale = WeightSpec((-(-rows // block), groups), FLOAT_DTYPES, split, rows, block)
+    return {f"{name}.weight_scale": scale, f"{name}.weight": WeightSpec(shape, FLOAT8_DTYPES, split)}
 
 
 def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layout, scheme: Scheme) -> dict[str, WeightSpec]:
@@ -208,6 +299,8 @@ def _linear_specs(name: str, shape: tuple[int, ...], split: Split, layout: Layou
     if linear is None:
         return {f"{name}.weight": WeightSpec(shape, FLOAT_DTYPES, split)}
     rows, columns = shape
+    if linear.float8:
+        return _float8_specs(name, shape, split, layout, linear)
     per_word, groups, whole = 32 // linear.bits, linear.num_groups(columns), layout.whole
     specs = {f"{name}.weight_scale": WeightSpec((rows, groups), FLOAT_DTYPES, split)}
     if linear.packed:

@@ -72,11 +72,15 @@ def _make_handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 self._send(404, b'{"error":"no such revision"}', {"X-Error-Code": "RevisionNotFound"}, send_body)
             elif api and "/tree/" in path:
                 rows = [
-                    {"type": "file", "path": one.name, "size": one.stat().st_size, "oid": _hash(one)} for one in sorted(folder.iterdir())
+                    {"type": "file", "path": one.relative_to(folder).as_posix(), "size": one.stat().st_size, "oid": _hash(one)}
+                    for one in _list(folder)
                 ]
                 self._send(200, json.dumps(rows).encode(), {}, send_body)
             elif api:
-                siblings = [{"rfilename": one.name, "size": one.stat().st_size, "blobId": _hash(one)} for one in sorted(folder.iterdir())]
+                siblings = [
+                    {"rfilename": one.relative_to(folder).as_posix(), "size": one.stat().st_size, "blobId": _hash(one)}
+                    for one in _list(folder)
+                ]
                 info = {"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
                 self._send(200, json.dumps(info).encode(), {}, send_body)
             elif file and (folder / file[3]).is_file():
@@ -94,6 +98,10 @@ def _make_handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
     return Handler
+
+
+def _list(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _hash(path: Path) -> str:

@@ -18,10 +18,11 @@ PROMPT = "Once upon a time"
 TOKENS = {
     "09-head-dim-odd-vocab": [77, 274, 452, 77, 182, 130, 194, 502, 236, 70, 342, 328, 511, 511, 151, 24, 28, 499, 342, 435],
     "10b-gptq-dynamic-negative": [255, 316, 49, 146, 220, 386, 30, 33, 196, 454, 23, 267, 382, 357, 295],
+    "13-modelopt-fp8": [255, 146, 381, 33, 501, 233, 3, 310, 146, 381, 80, 357, 462, 471, 322, 159, 30, 67, 208, 186],
     "15d-ct-asym-int4": [180, 33, 33, 158, 503, 157, 33, 33, 151, 471, 106, 461],
     "18b-gguf-rope-scaling-linear": [432, 383, 286, 261, 376, 298, 315, 421, 414, 294],
 }
-"""New tokens, from each CASE.md."""
+"""New tokens, from each CASE.md; those of 13 from transformers with dequantized weights."""
 PROMPT_IDS = {
     "05-added-token-not-in-json": (
         "<|im_start|>user\nOnce upon a time<|im_end|>",
@@ -32,7 +33,6 @@ PROMPT_IDS = {
 """A prompt and its ids."""
 REFUSALS = {
     "12d-gptq-v1-name-v2-zeros": r"are not 8, but 9, .* set checkpoint_format to 'gptq_v2'",
-    "13-modelopt-fp8": r"holds ModelOpt FP8 weights \(hf_quant_config\.json\), which are not supported",
     "15e-ct-zero-points-but-symmetric": r"declares symmetric values, but .* set symmetric to false in config\.json",
     "19-gguf-qkv-bias": r"holds blk\.0\.attn_q\.bias, but biases are not supported",
 }

@@ -90,7 +90,7 @@ def _two_yamls(good: "Checkpoints", folder: Path) -> Sequence[str | Path]:
     return ["predict", folder / "model", "--prompt", "x"]
 
 
-def _gguf(*, parts: int = 0, is_k_quant: bool = False) -> Make:
+def _gguf(*, parts: int = 0, is_ternary: bool = False) -> Make:
     def make(good: "Checkpoints", folder: Path) -> Sequence[str | Path]:
         path = folder / "model.gguf"
         writer = gguf.GGUFWriter(path, "llama")
@@ -106,8 +106,8 @@ def _gguf(*, parts: int = 0, is_k_quant: bool = False) -> Make:
         writer.add_layer_norm_rms_eps(1e-5)
         if parts:
             writer.add_uint16("split.count", parts)
-        if is_k_quant:
-            writer.add_tensor("token_embd.weight", np.zeros((32, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        if is_ternary:
+            writer.add_tensor("token_embd.weight", np.zeros((32, 54), np.uint8), raw_dtype=gguf.GGMLQuantizationType.TQ1_0)
         else:
             writer.add_tensor("token_embd.weight", np.zeros((32, 256), np.float32))
         writer.write_header_to_file()
@@ -139,19 +139,19 @@ MISTAKES = {
         lambda good, folder: ["predict", good.float / "config.json", "--prompt", "x"], ("a part of a checkpoint", "give its folder"), False
     ),
     "folder of .bin files": Mistake(
-        _folder(config__json="{}", pytorch_model__bin=b"\0"), (r"pytorch_model\.bin, which is not read", "safetensors")
+        _folder(pytorch_model__bin=b"\0"), (r"pytorch_model\.bin, but no config\.json", "copy the whole checkpoint")
     ),
     ".bin file": Mistake(
         lambda good, folder: ((folder / "model.bin").write_bytes(b"x") and ["predict", folder / "model.bin"]) or [],
-        (r"model\.bin is a file of torch\.save", "safetensors"),
+        (r"model\.bin is a file of torch\.save", "give its folder"),
     ),
     "empty folder": Mistake(_folder(), ("is an empty folder",)),
     "LFS pointer": Mistake(_folder(config__json="{}", model__safetensors=LFS), ("is a Git LFS pointer", "git lfs pull")),
     "LoRA adapter": Mistake(_folder(adapter_config__json="{}", adapter_model__safetensors=b"x"), ("LoRA adapter", "merge it")),
     "link out of the folder": Mistake(_linked, ("is a link out of its folder", "--follow-links"), False),
     "broken link": Mistake(_broken_link, ("is a broken link",)),
-    "K-quant": Mistake(_gguf(is_k_quant=True), ("Q4_K",), False),
-    "part of a split GGUF": Mistake(_gguf(parts=3), ("is one of 3 parts", "llama-gguf-split --merge"), False),
+    "ternary GGUF": Mistake(_gguf(is_ternary=True), ("TQ1_0",), False),
+    "part of a split GGUF": Mistake(_gguf(parts=3), ("is one of 3 parts", "-00001-of-00003.gguf, next to the others"), False),
     "no tokenizer": Mistake(_without_tokenizer, ("has no tokenizer", "copy one into it")),
     "typo in the YAML": Mistake(_typo_in_yaml, ("num_layer is not a known key", r"did you mean .*num_layers\?")),
     "two YAML files": Mistake(_two_yamls, ("holds 2 MindFormers YAML files", "--config")),

@@ -66,7 +66,7 @@ def test_verify_deep_tells_notes_dropped_tensors_and_contradictions(tandem: "Tan
     assert result.returncode == 2
     assert len(found["problems"]) == len(found["dropped"]) == 14 and all("set symmetric to false" in line for line in found["problems"])
     assert [note.split(": ", 1)[1] for note in found["notes"]] == [
-        "logit_scale is 0.5: ignored, as transformers ignores it for Llama",
+        "logit_scale is 0.5: ignored, as in transformers",
         "unknown keys, not read: acme",
     ]
     lines = tandem.run("verify", folder, "--deep").stdout.splitlines()

@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": "--to --dtype --overwrite --no-verify SRC DST",
     "reshard": "--workers --overwrite --no-verify SRC DST",
     "verify": "--deep --json --checkpoint",
+    "run": "--module -m --workers -n --max-restarts --timeout --log-dir SCRIPT",
     "env": "--json",
 }
 # Other launchers' and libraries' spellings: accepted, but not shown. Each with a value, and the option whose value it gives.

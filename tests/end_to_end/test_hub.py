@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 
 from tests.end_to_end.fake_hub import COMMIT, FakeHub
+from tests.model.gguf_blocks import write_blocks
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
@@ -27,10 +31,13 @@ def hub(checkpoints: "Checkpoints", tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(checkpoints.float, tiny)
     for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "onnx.onnx", "pytorch_model.bin.index.json"):
         (tiny / name).write_bytes(b"not needed")
-    for name, files in {"bin": ["config.json", "pytorch_model.bin"], "ggufs": ["a.Q4.gguf", "a.Q8.gguf"], "empty": ["README.md"]}.items():
-        (root / name).mkdir()
-        for file in files:
-            (root / name / file).write_text("{}")
+    shutil.copytree(checkpoints.float, root / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(checkpoints.float / "model.safetensors"), root / "bin" / "pytorch_model.bin")
+    (root / "empty").mkdir()
+    (root / "empty" / "README.md").write_text("{}")
+    (root / "ggufs" / "Q8_0").mkdir(parents=True)
+    write_blocks(root / "ggufs" / "a-Q4_K_M.gguf", lambda name: Kind.Q4_K)
+    write_blocks(root / "ggufs" / "Q8_0" / "a-Q8_0.gguf", lambda name: Kind.Q8_0, part_tensors=12)
     with FakeHub({f"org/{name}": root / name for name in ("tiny", "bin", "ggufs", "empty")}).running() as hub:
         hub.repositories["org/gated"], hub.gated = tiny, {"org/gated"}
         yield hub
@@ -77,13 +84,32 @@ def test_a_download_that_was_cut_short_is_completed(tandem: "Tandem", hub: FakeH
     assert tandem.run("verify", "org/tiny", **variables).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "downloads"),
+    [
+        ("org/ggufs:Q4_K_M", "gguf", ["a-Q4_K_M.gguf"]),
+        ("org/ggufs:q8_0", "gguf", ["a-Q8_0-00001-of-00002.gguf", "a-Q8_0-00002-of-00002.gguf"]),
+        ("org/bin", "bin", [file for file in NEEDED if file != "model.safetensors"] + ["pytorch_model.bin"]),
+    ],
+)
+def test_one_gguf_file_of_several_and_pickles_are_downloaded_once(
+    tandem: "Tandem", hub: FakeHub, home: Path, name: str, format: str, downloads: list[str]
+) -> None:
+    variables, before = _variables(hub.address, home), hub.list_downloads()
+    for _ in range(2):
+        result = tandem.run("verify", name, "--json", **variables)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["format"] == format
+    assert sorted(hub.list_downloads()) == sorted(before + downloads)
+
+
 # name: (words of the command, variables, what the message has to hold)
 REFUSALS = {
     "unknown": (["org/nothing"], {}, r"org/nothing is not a file or folder here, and not a model on http://127.*: check the name"),
     "revision": (["org/tiny@v9"], {}, r"org/tiny has no revision v9"),
     "gated": (["org/gated"], {}, r"org/gated is gated: accept its terms at .*, then log in"),
-    "bin": (["org/bin"], {}, r"org/bin holds PyTorch \.bin weights only.*safetensors"),
-    "ggufs": (["org/ggufs"], {}, r"org/ggufs holds 2 GGUF files \(a\.Q4\.gguf.*download one"),
+    "ggufs": (["org/ggufs"], {}, r"org/ggufs holds 2 GGUF files: a-Q4_K_M, a-Q8_0; name one, as in org/ggufs:Q4_K_M"),
+    "no such gguf": (["org/ggufs:Q5_K_M"], {}, r"org/ggufs holds 0 GGUF files named Q5_K_M: a-Q4_K_M, a-Q8_0; name one"),
     "no weights": (["org/empty"], {}, r"org/empty holds no weights"),
     "offline": (["org/other", "--offline"], {}, r"org/other is not a file or folder here, and not in the local cache .*--offline"),
     "offline by variable": (["org/other"], {"HF_HUB_OFFLINE": "1"}, r"org/other .*HF_HUB_OFFLINE"),

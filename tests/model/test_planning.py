@@ -20,6 +20,7 @@ from model.decoder.loading import load_model
 from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import LlamaConfig, build_config
 from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.stored_form import StoredForm
 from model.spec.weights import find_not_converted, linear_shape, plan_weights
 from parallel.errors import LayoutError
 
@@ -132,7 +133,7 @@ def load(folder: Path, rank: int, world_size: int, dtype: str) -> tuple[LlamaFor
 def plan(folder: Path, world_size: int, workload: Workload) -> list[RankPlan]:
     """From config.json and, as `tandem plan --checkpoint` does it, the types in the headers."""
     source = open_checkpoint(folder)
-    stored = {name: info.dtype_name for name, info in source.tensors.items()}
+    stored = {name: info.form for name, info in source.tensors.items()}
     return plan_ranks(build_config(source.config), read_scheme(source.config), world_size, workload, stored)
 
 
@@ -271,7 +272,7 @@ def test_equal_layers_are_planned_as_if_each_were_planned_alone(
     config = build_config({**UNTIED, "num_hidden_layers": 60})
     workload = Workload(dtype="bfloat16", tokens=20, num_threads=num_threads, own_kernels=own_kernels)
     # Runs of 1, 17 and 41 layers, and one layer in between whose stored type differs.
-    stored = {f"model.layers.{layer}.mlp.up_proj.weight_scale": "float32" for layer in (0, 18)}
+    stored = {f"model.layers.{layer}.mlp.up_proj.weight_scale": StoredForm("float32") for layer in (0, 18)}
     together = plan_ranks(config, build_scheme(config, scheme), 3, workload, stored)
     monkeypatch.setattr("model.planning._find_equal_layers", lambda config, *_: [(layer, 1) for layer in range(config.num_hidden_layers)])
     assert plan_ranks(config, build_scheme(config, scheme), 3, workload, stored) == together

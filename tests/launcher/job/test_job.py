@@ -60,6 +60,7 @@ JOB = Job(
     device="cpu",
     collectives="auto",
     threads_per_rank=None,
+    cpu_kernels="auto",
     bind_cores=False,
     timeout_seconds=0.1,
     max_batch_size=16,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.settings.yaml_settings import read_settings
+from model.spec.config import build_config
 from model.spec.rope_scaling import RopeScaling
 from parallel.errors import ConfigError
 
@@ -29,18 +30,20 @@ LOADS: dict[str, tuple[tuple[int, int, int, int], float | None]] = {
     "v1.7.0/predict_llama3_1_8b": ((4096, 32, 8, 14336), 8.0),
 }
 """Hidden size, layers, KV heads, feed-forward; factor of Llama 3's rope scaling."""
-FOLDERS = ("v1.7.0/predict_qwen3", "v1.7.0/predict_qwen3_moe", "v2.1.0/predict_qwen3", "v2.1.0/predict_qwen3_moe")
-"""Whose model is described by the folder that pretrained_model_dir names."""
-REFUSED = dict.fromkeys(
-    (
-        "v1.5.0/predict_qwen2_5_7b_instruct",
-        "v1.5.0/predict_qwen2_7b_instruct",
-        "v1.6.0/predict_qwen2_5_32b_instruct",
-        "v1.7.0/predict_qwen2",
-        "v2.1.0/predict_qwen2",
-    ),
-    r"model\.model_config\.(qkv_has_bias|add_qkv_bias) is True \(bool\), but False or None is needed; biases of the projections",
+QWEN_2 = {
+    "v1.5.0/predict_qwen2_5_7b_instruct": (3584, 28, 4, 18944),
+    "v1.5.0/predict_qwen2_7b_instruct": (3584, 28, 4, 18944),
+    "v1.6.0/predict_qwen2_5_32b_instruct": (5120, 64, 8, 27648),
+}
+FOLDERS = (
+    "v1.7.0/predict_qwen2",
+    "v2.1.0/predict_qwen2",
+    "v1.7.0/predict_qwen3",
+    "v1.7.0/predict_qwen3_moe",
+    "v2.1.0/predict_qwen3",
+    "v2.1.0/predict_qwen3_moe",
 )
+"""Whose model is described by the folder that pretrained_model_dir names."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def folder(shared_dir: Path) -> Path:
 
 def test_every_file_has_an_expectation(folder: Path) -> None:
     found = {str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")}
-    known = {*LOADS, *FOLDERS, *REFUSED}
+    known = {*LOADS, *FOLDERS, *QWEN_2}
     assert found == known
 
 
@@ -77,7 +80,43 @@ def test_a_file_that_names_a_folder_leaves_the_model_to_it(folder: Path, name: s
     assert settings.compute_dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_another_model_is_refused_by_what_it_needs(folder: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=REFUSED[name]):
-        read_settings(folder / f"{name}.yaml")
+@pytest.mark.parametrize("name", QWEN_2)
+def test_a_llama_config_with_biases_is_qwen_2(folder: Path, name: str) -> None:
+    config = read_settings(folder / f"{name}.yaml").build_model_config()
+    found = (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
+    assert found == QWEN_2[name]
+    assert (config.model_type, config.attention_bias, config.output_bias) == ("qwen2", True, False)
+
+
+@pytest.mark.parametrize("name", ["v1.7.0/predict_qwen2", "v1.7.0/predict_qwen3"])
+def test_biases_of_another_checkpoint_are_refused(folder: Path, name: str) -> None:
+    settings = read_settings(folder / f"{name}.yaml")
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
+    qwen, llama = (build_config({**sizes, "model_type": kind}) for kind in ("qwen2", "llama"))
+    settings.compare_model_config(qwen, "here")
+    if settings.biased:
+        with pytest.raises(ConfigError, match="qkv_has_bias is True against False"):
+            settings.compare_model_config(llama, "here")
+    else:
+        settings.compare_model_config(llama, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{type: LlamaConfig, qkv_has_bias: True, add_qkv_bias: False}", "qkv_has_bias is True but add_qkv_bias is False"),
+        ("{type: Qwen3Config, add_qkv_bias: True}", "qkv_has_bias is True, but models of type Qwen3Config have other biases"),
+        ("{type: GPTConfig}", "model.model_config.type is 'GPTConfig'"),
+    ],
+)
+def test_contradicting_families_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"model: {{model_config: {text}}}")
+    with pytest.raises(ConfigError, match=words):
+        read_settings(tmp_path / "a.yaml")

@@ -74,7 +74,10 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ("model: {model_config: {eos_token_id: [2, -1]}}", "eos_token_id is [2, -1] (list), but"),
         ("model: {model_config: {compute_dtype: int8}}", "compute_dtype is 'int8' (str), but 'float32' or 'bfloat16' or 'float16' or None"),
         ("model: {model_config: {rms_norm_eps: 1e-5}}", "write a number with a point, as in 1.0e-5"),
-        ("model: {model_config: {type: GPT2Config}}", "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or None is needed"),
+        (
+            "model: {model_config: {type: GPT2Config}}",
+            "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or 'Qwen2Config' or ",
+        ),
         ("model: {model_config: {extend_method: NTK}}", "extend_method is 'NTK' (str), but 'LLAMA3' or None is needed"),
         ("model: {model_config: {extend_method: PI}}", "other ways of stretching the rotary positions are not supported"),
         (
@@ -98,7 +101,6 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ("moe_config: {expert_num: 1, shared_expert_num: 2}", "but a dense model (expert_num 1) is needed"),
         ("model: {model_config: {moe_config: {expert_num: 8}}}", "model.model_config.moe_config is {'expert_num': 8}"),
         ("model: {model_config: {moe_config: 8}}", "model.model_config.moe_config is 8 (int), but a dense model"),
-        ("model: {model_config: {add_qkv_bias: True}}", "biases of the projections are not supported"),
         ("tandem: {fused_order: 1.5}", "tandem.fused_order is 1.5 (float), but 'auto' or '1.3' or '1.4'"),
         *(
             (f"model: {{model_config: {{quantization_config: {{quant_method: ptq, algorithm_args: {args}}}}}}}", words)
@@ -115,7 +117,7 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
                 ),
             ]
         ),
-        ("model: {model_config: {qkv_has_bias: True}}", "biases of the projections are not supported"),
+        ("model: {model_config: {attn_proj_has_bias: True}}", "biases of the output projection are not supported"),
         ("base_config: other.yaml", "write its keys into this one"),
         ("tandem: {collectives: mpi}", "collectives is 'mpi' (str), but 'auto' or 'shm' or 'gloo' or 'nccl' or None is needed"),
         ("tandem: {timeout_seconds: 0}", "tandem.timeout_seconds is 0 (int), but a number above 0 is needed"),

@@ -23,6 +23,8 @@ from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.spec.weights import MINDFORMERS_NAMES, plan_weights
 from parallel.errors import InputError
 from parallel.file_slices import FileReader
+from tests.model.checkpoint.float8_files import write_float8
+from tests.model.gguf_blocks import write_blocks
 from tests.model.mindspore_files import write_ckpt
 
 LLAMA: dict[str, Any] = {
@@ -60,6 +62,13 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], config: dict[st
 
 def make_single(folder: Path) -> Path:
     return write_folder(folder, make_tensors(Scheme()), LLAMA)
+
+
+def make_bin(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    torch.save(make_tensors(Scheme()), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
 
 
 def make_indexed(folder: Path) -> Path:
@@ -122,6 +131,19 @@ def make_gguf(folder: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return folder / "m.gguf"
+
+
+def make_split_gguf(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return write_blocks(folder / "m.gguf", lambda name: gguf.GGMLQuantizationType.Q4_K, part_tensors=8)
+
+
+def make_float8(folder: Path) -> Path:
+    return write_float8(make_single(folder.with_name("float8-source")), folder, "block", "fp8")[0]
+
+
+def make_float_quantized(folder: Path) -> Path:
+    return write_float8(make_single(folder.with_name("float-source")), folder, "channel", "compressed-tensors-static")[0]
 
 
 def make_mindspore(folder: Path) -> Path:
@@ -236,13 +258,17 @@ FORMATS = {
     "compressed-tensors": Format(make_compressed),
     "gptq": Format(make_gptq),
     "awq": Format(make_awq),
+    "fp8": Format(make_float8, "fp8/*.safetensors", "fp8/*.json"),
+    "float-quantized": Format(make_float_quantized, "fp8/*.safetensors", "fp8/*.json"),
     "gguf": Format(make_gguf, "*.gguf"),
+    "gguf-split": Format(make_split_gguf, "*.gguf"),
     "mindspore": Format(make_mindspore, "*.ckpt", "*.json", quotes=False),
     "mindspore-encrypted": Format(make_encrypted, "*.ckpt", "*.json", quotes=False),
     "mindspore-fused": Format(make_fused, "*.ckpt", "*.json", quotes=False),
     "mindformers-safetensors": Format(make_named, quotes=False),
     "modelslim": Format(make_modelslim),
     "ranks": Format(make_ranks, "ranks/*.safetensors", "ranks/*.json", quotes=False),
+    "bin": Format(make_bin, "*.bin", quotes=False),
     "meta": Format(make_meta, "*.pth", quotes=False),
 }
 
@@ -312,13 +338,13 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], 
     return make_checkpoint(request.param)
 
 
-@pytest.fixture(scope="session", params=[name for name in FORMATS if name != "gguf"])
+@pytest.fixture(scope="session", params=[name for name in FORMATS if not name.startswith("gguf")])
 def configured_checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], Checkpoint]) -> Checkpoint:
     """A good checkpoint of each format that has settings beside its weights."""
     return make_checkpoint(request.param)
 
 
-@pytest.fixture(scope="session", params=["hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "ranks"])
+@pytest.fixture(scope="session", params=["hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "fp8", "float-quantized", "ranks"])
 def safetensors_checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], Checkpoint]) -> Checkpoint:
     """A good checkpoint of each format that stores its weights as safetensors."""
     return make_checkpoint(request.param)

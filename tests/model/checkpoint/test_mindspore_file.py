@@ -296,7 +296,7 @@ def test_leftovers_are_dropped_and_unknown_names_stay(tmp_path: Path) -> None:
     source = MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
     config = build_config(source.config)
     report = compare_tensors(plan_weights(config, Scheme()), source.tensors, tied=False)
-    assert report.describe() == "2 unexpected: model.layers.0.attention.wq.bias, something.else"
+    assert report.describe() == "2 unexpected: something.else, model.layers.0.self_attn.q_proj.bias"
     assert "quantization_config" not in source.config
 
 
@@ -367,6 +367,21 @@ def test_fused_tensors_are_given_separately(tmp_path: Path, kind: str) -> None:
     source = MindSporeFile(write_ckpt(tmp_path / "fused.ckpt", fused), CONFIG, fused_order="1.3")
     check_complete(source)
     check_same(source, expected)
+
+
+@pytest.mark.parametrize("kind", ["float", "rtn"])
+def test_biases_of_qwen_are_read_like_the_rows_of_their_linears(tmp_path: Path, kind: str) -> None:
+    config, rest = {**CONFIG, "model_type": "qwen2"}, "bias" if kind == "float" else "_handler.bias"
+    tensors = {"float": make_float, "rtn": make_rtn}[kind]()
+    sizes = {"wq": 64, "wk": 32, "wv": 32}
+    tensors |= {f"model.layers.{layer}.attention.{name}.{rest}": torch.rand(size) for layer in range(2) for name, size in sizes.items()}
+    expected = MindSporeFile(write_ckpt(tmp_path / "separate.ckpt", tensors), config)
+    check_complete(expected)
+    for name, short in (("wq", "q"), ("wk", "k"), ("wv", "v")):
+        assert torch.equal(
+            read_all(expected, f"model.layers.1.self_attn.{short}_proj.bias"), tensors[f"model.layers.1.attention.{name}.{rest}"]
+        )
+    check_same(MindSporeFile(write_ckpt(tmp_path / "fused.ckpt", fuse(tensors)), config, fused_order="1.3"), expected)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,8 @@ METHODS = {
     "exl2": "exl2",
     "exl3": "exl3",
     "mxfp4": "MXFP4",
-    "fp8": "FP8",
-    "fbgemm_fp8": "FBGEMM FP8",
     "quanto": "Quanto",
-    "modelopt": "ModelOpt",
+    "modelopt_fp4": "ModelOpt FP4",
 }
 
 
@@ -77,11 +75,11 @@ def test_a_quantization_that_is_not_supported_is_named(tmp_path: Path, method: s
             {
                 "quantization_config": {
                     "quant_method": "compressed-tensors",
-                    "format": "float-quantized",
-                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8}}},
+                    "format": "mxfp4-pack-quantized",
+                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 4}}},
                 }
             },
-            r"holds FP8 weights \(compressed-tensors format 'float-quantized'\)",
+            r"holds MXFP4 weights \(compressed-tensors format 'mxfp4-pack-quantized'\)",
         ),
         (
             {
@@ -90,7 +88,7 @@ def test_a_quantization_that_is_not_supported_is_named(tmp_path: Path, method: s
                     "config_groups": {"g": {"format": "nvfp4-pack-quantized", "weights": {"type": "float", "num_bits": 4}}},
                 }
             },
-            r"holds FP4 weights \(compressed-tensors format 'nvfp4-pack-quantized'\)",
+            r"holds NVFP4 weights \(compressed-tensors format 'nvfp4-pack-quantized'\)",
         ),
         ({"architectures": ["LlamaForCausalLMEagle3"]}, r"is an EAGLE draft head \('LlamaForCausalLMEagle3'\), not a model"),
         ({"model_type": "eagle"}, "is an EAGLE draft head"),
@@ -121,7 +119,10 @@ def test_a_pointer_in_place_of_any_part_is_named(tmp_path: Path, name: str) -> N
 
 def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
     quantization = json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}).encode()
-    refuse(write_folder(tmp_path / "m", {}, hf_quant_config__json=quantization), r"holds ModelOpt NVFP4 weights \(hf_quant_config\.json\)")
+    refuse(
+        write_folder(tmp_path / "m", {}, hf_quant_config__json=quantization),
+        r"hf_quant_config\.json: ModelOpt 'NVFP4' weights are not supported; there are FP8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,7 @@ def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
     [
         (("adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter for org/base, not a model: merge it"),
         (("config.json", "adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter"),
-        (("config.json", "pytorch_model.bin"), r"holds pytorch_model\.bin, .*save_pretrained"),
-        (("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), r"holds pytorch_model\.bin"),
+        (("pytorch_model.bin",), r"holds pytorch_model\.bin, but no config\.json: copy the whole checkpoint"),
         (("config.json", "tf_model.h5"), "holds a TensorFlow checkpoint"),
         (("config.json", "flax_model.msgpack"), "holds a Flax checkpoint"),
         (("config.json", "model.onnx"), "holds an ONNX model"),
@@ -139,7 +139,7 @@ def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
         (("config.json", "tokenizer.json"), r"holds config\.json, but no weights"),
         (("params.json",), r"holds params\.json, but no consolidated\.NN\.pth"),
         (("other.safetensors",), r"holds safetensors files, but no config\.json"),
-        (("a-00001-of-00003.gguf", "a-00002-of-00003.gguf"), "holds 2 of the 3 parts of a split GGUF file: join them"),
+        (("a-00001-of-00003.gguf", "a-00002-of-00003.gguf"), "is no whole part of a split GGUF file of 3 parts: download it again"),
         (("a.gguf", "b.gguf"), r"holds 2 GGUF files: give one of them, such as a\.gguf"),
         (("snapshots/abc/config.json", "refs/main"), "holds no checkpoint itself: give .*snapshots/abc"),
         (("one/config.json", "two/config.json"), "holds no checkpoint itself: give .*/one, one of 2 such folders"),
@@ -193,7 +193,7 @@ def test_files_of_torch_and_numpy_are_named_by_their_use(tmp_path: Path) -> None
     refuse(tmp_path / "epoch=3.ckpt", "is a file of torch.save, as PyTorch Lightning writes")
     (tmp_path / "epoch=3.ckpt").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
-    refuse(tmp_path / "pytorch_model.bin", "is a file of torch.save, which is not read because its pickle can run code")
+    refuse(tmp_path / "pytorch_model.bin", "is a file of torch.save: give its folder")
     np.savez(tmp_path / "weights.npz", a=np.zeros(2))
     refuse(tmp_path / "weights.npz", "is a NumPy archive")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")

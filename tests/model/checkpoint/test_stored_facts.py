@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM as TransformersLlama
 
-from model.auto_model import AutoModel
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.stored_facts import check_facts, find_contradictions
@@ -25,6 +24,7 @@ from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
 from model.spec.weights import plan_weights
 from model.text.tokenizer import read_tokenizer
 from parallel.errors import CheckpointError
+from tandem.auto_model import AutoModel
 from tests.model import mindspore_files
 from tests.model.checkpoint.conftest import LLAMA, make_awq, make_gptq, make_tensors, write_folder
 
@@ -294,7 +294,7 @@ def test_rotary_frequencies_are_compared_and_reported(tmp_path: Path) -> None:
     [
         ("model.layers.0.self_attn.q_proj.bias", "biases are supported only where attention_bias or mlp_bias is true; 1 unexpected"),
         ("model.layers.1.self_attn.q_proj.weight", "num_hidden_layers is 1, but there are tensors of layer 1; 1 unexpected"),
-        ("model.layers.0.mlp.experts.0.w1.weight", "mixtures of experts are not supported; 1 unexpected"),
+        ("model.layers.0.mlp.experts.0.w1.weight", "its model_type has no such experts; 1 unexpected"),
         ("score.weight", "a classification head is not supported; 1 unexpected"),
     ],
 )

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import AutoModel
 from model.backends.registry import find_backend
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import SequenceFailure, TokenEvent
@@ -22,6 +21,7 @@ from model.layers.quantized_linear import StoredLinear, build_linear
 from model.spec.scheme import LinearScheme
 from parallel.collectives import Collectives
 from parallel.errors import NonFiniteError
+from tandem import AutoModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model import AutoModel
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import Engine, EngineTimes, generate
@@ -19,6 +18,7 @@ from model.engine.sampling import SamplingParams
 from model.layers.batch import Span
 from model.spec.config import PREFILL_TOKENS
 from parallel.errors import RequestError
+from tandem import AutoModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

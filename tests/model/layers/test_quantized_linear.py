@@ -13,6 +13,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from model.backends.int8 import FBGEMM, PLAIN, Int8Kernel, choose_cpu_kernel
 from model.backends.registry import find_backend
+from model.kernels.library import PackedInt4, find_kernels, kernels_disabled
 from model.layers.linear import ColumnParallelLinear, RowBlock
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear, build_linear
 from model.spec.scheme import LinearScheme
@@ -245,9 +246,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
         assert torch.equal(linear(x[start:stop].clone()), whole[start:stop])
 
 
-def test_weight_bytes_count_integers_and_float32_scales() -> None:
+def test_weight_bytes_count_what_is_in_memory() -> None:
     assert build("a16w8", make_stored("a16w8", 48)).weight_bytes == 48 * (COLUMNS + 4)
-    assert build("a16w4-g32", make_stored("a16w4-g32", 48)).weight_bytes == 48 * (COLUMNS + 4 * 5)
+    with kernels_disabled():
+        assert build("a16w4-g32", make_stored("a16w4-g32", 48)).weight_bytes == 48 * (COLUMNS + 4 * 5)
+    linear = build("a16w4-g32", make_stored("a16w4-g32", 48))
+    if find_kernels() is not None:
+        whole = linear.find_whole()
+        assert isinstance(whole, PackedInt4)
+        assert linear.weight_bytes == whole.packed.nbytes + whole.scale.nbytes + whole.zeros.nbytes < 48 * (COLUMNS / 2 + 6 * 5)
 
 
 def build_three(*schemes: LinearScheme | None) -> Any:

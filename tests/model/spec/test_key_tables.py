@@ -10,7 +10,7 @@ from transformers import LlamaConfig as TransformersConfig
 from model.spec.config import build_config
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.key_table import KeyTable
-from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, GPTQ_KEYS, GROUP_KEYS
+from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, FLOAT8_KEYS, GPTQ_KEYS, GROUP_KEYS, MODELOPT_KEYS
 from model.spec.scheme import LinearScheme, Scheme, describe_scheme_keys, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "vocab_size": 8,
 }
-TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS)
+TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS, FLOAT8_KEYS, MODELOPT_KEYS)
 VALUES = st.one_of(st.booleans(), st.integers(-3, 3), st.floats(0, 2), st.text(max_size=5), st.lists(st.integers(), max_size=2), st.none())
 
 
@@ -44,7 +44,7 @@ def test_unknown_keys_change_nothing_and_are_all_told_in_one_line(extra: dict[st
 def test_an_ignored_key_changes_nothing_and_is_told_unless_it_is_neutral(key: str, value: Any) -> None:
     assert build_config(SIZES | {key: value}) == build_config(SIZES)
     lines = CONFIG_KEYS.describe(SIZES | {key: value}, "config.json")
-    assert len(lines) <= 1 and all(f"{key} is " in line and "ignored, as transformers" in line for line in lines)
+    assert len(lines) <= 1 and all(f"{key} is " in line and "ignored, as in transformers" in line for line in lines)
     if value is None:
         assert not lines
 
@@ -77,9 +77,12 @@ def test_no_key_of_transformers_own_config_is_unknown() -> None:
     ("changes", "words"),
     [
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures names 'LlamaForSequenceClassification', but only"),
-        ({"model_type": "mixtral"}, r"model_type is 'mixtral' \(a mixture of experts\), but only 'llama' is supported"),
+        (
+            {"model_type": "deepseek_v3"},
+            r"model_type is 'deepseek_v3' \(a mixture of experts\), but only .*'llama', .*'qwen2', .* are supported",
+        ),
         ({"model_type": "llava"}, r"\(a vision-language model\)"),
-        ({"model_type": "unheard-of"}, "model_type is 'unheard-of', but only 'llama'"),
+        ({"model_type": "unheard-of"}, "model_type is 'unheard-of', but only .*'llama', "),
         ({"attention_bias": "yes"}, "attention_bias is 'yes', but true or false is needed"),
         ({"mlp_bias": 1}, "mlp_bias is 1, but true or false is needed"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is True, but only False is supported"),
@@ -97,7 +100,7 @@ def test_another_model_is_refused_by_what_it_is(changes: dict[str, Any], words: 
         ({"transform_config": {"config_groups": {"u": 1}}}, "transform_config is .*, but only null is supported"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config of format 'sparse-24-bitmask' is not supported"),
         ({"quantization_status": "frozen"}, "quantization_status is 'frozen', but only 'compressed' is supported"),
-        ({"quant_method": "fp8"}, r"quant_method 'fp8' is not supported; supported: compressed-tensors \(int8, int4\), gptq, awq"),
+        ({"quant_method": "hqq"}, r"quant_method 'hqq' is not supported; supported: compressed-tensors \(int8, int4, fp8\), gptq, awq"),
     ],
 )
 def test_a_compressed_tensors_key_that_changes_the_arithmetic_is_refused(changes: dict[str, Any], words: str) -> None:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from model import AutoModel
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.text.end_of_text import EndOfText, decide_end_of_text
 from model.text.tokenizer import read_tokenizer
 from parallel.errors import ConfigError
+from tandem import AutoModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,20 @@
+"""Bytes of a quantized linear in memory, without tensors."""
+
+from model.spec.scheme import LinearScheme
+
+_TILE_ROWS, _STEP_COLUMNS, _STEP_BYTES = 16, 8, 64
+"""Packed 4-bit weights, as in model/kernels/int4_linear.c."""
+
+
+def count_linear_bytes(rows: int, columns: int, scheme: LinearScheme, *, own_kernels: bool) -> int:
+    """Return the bytes of integers, scales and zero points of `rows` rows.
+
+    Native kernels keep 4-bit weights packed: half a byte an element, a float32 scale and a byte for the zero point of each row and group,
+    in tiles of 16 rows. Else an element takes a byte, and a row and group a float32 scale.
+    """
+    groups = scheme.num_groups(columns)
+    if scheme.bits != 4 or not own_kernels:
+        return rows * (columns + 4 * groups)
+    size = columns if scheme.group_size is None else scheme.group_size
+    steps = sum(-(-min(size, columns - first) // _STEP_COLUMNS) for first in range(0, columns, size))
+    return -(-rows // _TILE_ROWS) * (steps * _STEP_BYTES + groups * _TILE_ROWS * 5)

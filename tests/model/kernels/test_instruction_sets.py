@@ -1,0 +1,120 @@
+"""Kernels of every instruction set: the same bits on all of them, those of other machines under an emulator."""
+
+import platform
+import shutil
+import subprocess
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.backends.int8 import PLAIN, Part, sliced_linear
+from model.kernels.instruction_set import INSTRUCTION_SETS
+from model.kernels.library import Kernels, choose_kernels, find_kernels, kernels_chosen, list_kernels
+from parallel.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parents[3] / "model" / "kernels"
+PROGRAM = Path(__file__).with_name("print_results.c")
+ARM_FLAGS = {"neon_dotprod": "-march=armv8.2-a+dotprod", "neon_i8mm": "-march=armv8.2-a+dotprod+i8mm"}
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+PARTS = pytest.mark.parametrize("kernels", list_kernels(), ids=lambda kernels: kernels.name)
+
+
+@cache
+def print_results(name: str, folder: Path) -> str:
+    """Hashes of the results of all kernels of an instruction set that this machine runs."""
+    library = next(path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_kernels_{name}{suffix}").exists())
+    program = folder / name
+    command = ["gcc", "-std=gnu11", "-O1", f"-I{FOLDER}", str(PROGRAM), str(library), "-fopenmp", "-lm", "-o", str(program)]
+    subprocess.run([*command, f"-Wl,-rpath,{FOLDER}"], check=True, capture_output=True, timeout=120)
+    return subprocess.run([program], check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    if find_kernels() is None or shutil.which("gcc") is None:
+        pytest.skip("no kernels of this machine, or no gcc to build a program that prints their results")
+    folder = tmp_path_factory.mktemp("results")
+    return {kernels.name: print_results(kernels.name, folder) for kernels in list_kernels()}
+
+
+def test_every_instruction_set_gives_the_same_bits(results: dict[str, str]) -> None:
+    first = next(iter(results.values()))
+    assert len(first.splitlines()) > 200 and "differs" not in first
+    for name, text in results.items():
+        assert text == first, name
+
+
+@pytest.mark.parametrize("name", ARM_FLAGS)
+def test_arm_gives_the_same_bits(results: dict[str, str], name: str, tmp_path: Path) -> None:
+    if platform.machine() == "aarch64":
+        pytest.skip("this is an ARM machine: its libraries are compared above")
+    for tool in (ARM_COMPILER, ARM_EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} (Debian: gcc-aarch64-linux-gnu, qemu-user)")
+    program = tmp_path / name
+    sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
+    flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", ARM_FLAGS[name], f"-I{FOLDER}", "-static"]
+    subprocess.run([ARM_COMPILER, *flags, *sources, str(PROGRAM), "-lm", "-o", str(program)], check=True, capture_output=True, timeout=300)
+    answer = subprocess.run([ARM_EMULATOR, "-cpu", "max", program], check=True, capture_output=True, text=True, timeout=300)
+    assert answer.stdout == next(iter(results.values()))
+
+
+@PARTS
+@pytest.mark.parametrize("group", [32, 48, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_4_bits_equal_the_plain_product(kernels: Kernels, group: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(group)
+    columns, rows = 200, 37
+    starts = torch.tensor([*range(0, columns, group), columns])
+    zeros = torch.randint(0, 16, (rows, len(starts) - 1), generator=generator)
+    integers = torch.randint(0, 16, (rows, columns), generator=generator)
+    weight = (integers - zeros.repeat_interleave(starts.diff(), dim=1)).to(torch.int8)
+    scale = torch.rand((rows, len(starts) - 1), generator=generator)
+    packed = kernels.pack_int4(weight, scale, starts)
+    assert packed is not None
+    for tokens in (1, 2, 3, 5, 19):
+        x = (torch.randn((tokens, columns), generator=generator) * 3).to(dtype)
+        parts = [
+            Part(a, b, PLAIN.pack(weight[:, a:b].contiguous(), scale[:, index].contiguous()))
+            for index, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+        ]
+        slices = 3 if dtype == torch.float32 else 2
+        assert torch.equal(kernels.int4_linear(x, packed, slices, dtype), sliced_linear(x, parts, PLAIN).to(dtype))
+        assert torch.equal(kernels.int8_linear(x, weight, scale, starts, slices, dtype), sliced_linear(x, parts, PLAIN).to(dtype))
+
+
+@PARTS
+def test_integers_of_more_than_4_bits_are_not_packed(kernels: Kernels) -> None:
+    weight = torch.zeros((16, 32), dtype=torch.int8)
+    weight[3, 5], weight[3, 6] = -8, 8
+    assert kernels.pack_int4(weight, torch.ones(16, 1), torch.tensor([0, 32])) is None
+
+
+@PARTS
+def test_one_slice_is_the_activation_quantization_of_compressed_tensors(kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn((7, 300), generator=generator) * 5).to(torch.bfloat16)
+    x[2] = 0
+    weight, scale = torch.randint(-128, 128, (33, 300), generator=generator, dtype=torch.int8), torch.rand((33, 1), generator=generator)
+    row_scale = x.abs().amax(dim=1, keepdim=True).float().div(127.5).clamp_min(1e-30)
+    integers = (x.float() / row_scale).round().clamp(-128, 127)
+    right = (integers.double() @ weight.double().T).float().mul(scale.T).mul(row_scale).to(x.dtype)
+    assert torch.equal(kernels.int8_linear(x, weight, scale, torch.tensor([0, 300]), 1, x.dtype), right)
+
+
+def test_a_choice_holds_for_models_built_in_it() -> None:
+    for kernels in list_kernels():
+        with kernels_chosen(kernels.name):
+            chosen = find_kernels()
+            assert chosen is not None and chosen.name == kernels.name
+    with kernels_chosen("none"):
+        assert find_kernels() is None
+
+
+def test_a_set_of_another_machine_is_refused() -> None:
+    other = next(one.name for one in INSTRUCTION_SETS if one.machine != platform.machine())
+    with pytest.raises(ConfigError, match=f"--cpu-kernels {other}: this machine runs only .*none"):
+        choose_kernels(other)
