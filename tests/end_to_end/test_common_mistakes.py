@@ -166,7 +166,7 @@ MISTAKES = {
     "a word for a number": Mistake(_model("--workers", "two"), ("--workers", "integer")),
     "no ranks": Mistake(_model("--workers", "0"), ("--workers is 0", "at least 1")),
     "too many ranks": Mistake(_model("--workers", "12"), ("12 ranks are too many", "1 to 9 all work")),
-    "no such device": Mistake(_model("--device", "npu"), ("--device is npu, but this PyTorch supports cpu only", "drop --device")),
+    "no such device": Mistake(_model("--device", "cuda"), ("--device is cuda, but this PyTorch supports cpu only", "drop --device")),
     "too many threads": Mistake(_model("--threads-per-rank", "999"), ("--threads-per-rank is 999", r"may use \d+ cores")),
     "time limit of nothing": Mistake(_model("--timeout", "0"), ("--timeout is 0", "above 0")),
     "port": Mistake(lambda good, folder: ["serve", good.float, "--port", "80000"], ("--port is 80000", "from 0 to 65535")),
