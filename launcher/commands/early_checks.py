@@ -53,5 +53,5 @@ def _check_device(word: str) -> None:
         is_cpu_build = version("torch").endswith("+cpu")
     except PackageNotFoundError:
         return
-    if (word == "cuda" and is_cpu_build) or (word == "npu" and find_spec("torch_npu") is None):
+    if is_cpu_build and (word == "cuda" or (word == "npu" and find_spec("torch_npu") is None)):
         raise ConfigError(f"--device is {word}, but this PyTorch supports cpu only: install a {word} build, or drop --device")

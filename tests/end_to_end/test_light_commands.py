@@ -59,12 +59,14 @@ def test_a_plan_from_a_config_imports_no_library_of_models(tandem: "Tandem", che
     "command",
     [
         ("predict", "--workers", "10", "--prompt", "a"),
-        ("serve", "--device", "npu", "--port", "0"),
+        ("serve", "--workers", "10", "--port", "0"),
         ("bench", "--workers", "10"),
     ],
     ids=lambda command: command[0],
 )
-def test_a_refusal_for_ranks_or_devices_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints", command: tuple[str, ...]) -> None:
+def test_a_refusal_of_the_number_of_ranks_imports_no_pytorch(
+    tandem: "Tandem", checkpoints: "Checkpoints", command: tuple[str, ...]
+) -> None:
     code, written, heavy = list_imports(tandem, command[0], checkpoints.float, *command[1:])
     assert (code, written, heavy & {"torch", "transformers"}) == (2, "", set())
 
