@@ -1,7 +1,8 @@
 """A process that has imported the launcher, and that forks for each command: tests pay once for what the parent of a command imports.
 
-A fork has what a new process would have: arguments, environment (in /proc too), current folder, standard streams, signal handlers. Ranks
-and other processes that a command starts are started as ever. Commands that show how the program itself starts are not run here.
+A fork has what a new process would have: arguments, environment (in /proc too), current folder, standard streams, signal handlers. The
+process that starts its ranks is forked from the command for the same reason. Commands that show how the program itself starts are not run
+here.
 
 As a module this is the tests' side; as a program, with the descriptor of a socket, it is the host.
 """
@@ -18,9 +19,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 ENTRY = (sys.executable, "-m", "launcher")
@@ -225,9 +228,71 @@ class _Host:
         return command
 
 
+class _ForkedStarter:
+    """The process that starts the ranks, forked from the command; used like the `subprocess.Popen` that it stands for."""
+
+    def __init__(self, command: Sequence[str], *, stderr: int, pass_fds: Sequence[int], **others: object) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(command, stderr, pass_fds[0])
+
+    def poll(self) -> int | None:
+        """The exit code, or the negated signal; None while it runs."""
+        if self.returncode is None and (status := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(status[1])
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises subprocess.TimeoutExpired."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("starter", timeout or 0)
+            time.sleep(0.002)
+        return code
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _run(self, command: Sequence[str], stderr: int, line: int) -> NoReturn:
+        """Make this fork what a new interpreter would be, and start ranks."""
+        code = 1
+        try:
+            gc.freeze()  # what the command has open is closed here, and not once more when an object goes
+            os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for target, descriptor in enumerate((nothing, nothing, stderr)):
+                os.dup2(descriptor, target)
+            os.closerange(3, line)
+            os.closerange(line + 1, 1 + max(int(name) for name in os.listdir("/proc/self/fd")))
+            for number in signal.valid_signals():
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+            sys.argv = ["-c", *command[3:]]
+            from launcher.supervision.starter_process import main
+
+            main()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def _start_starter(command: Sequence[str], **options: Any) -> "_ForkedStarter | subprocess.Popen[bytes]":
+    return _ForkedStarter(command, **options) if command[-1] == "preload" else subprocess.Popen(command, **options)
+
+
 def _import_commands() -> None:
     """Import what commands import; nothing may have started a thread."""
-    import importlib
+    import importlib.util
     import pkgutil
 
     import launcher.cli.main
@@ -235,6 +300,10 @@ def _import_commands() -> None:
 
     for module in pkgutil.iter_modules(launcher.commands.__path__):
         importlib.import_module(f"launcher.commands.{module.name}")
+    importlib.import_module("launcher.supervision.spawned_rank")
+    if importlib.util.find_spec("launcher.supervision.rank_starter"):  # otherwise each rank is started by itself
+        starter = importlib.import_module("launcher.supervision.rank_starter")
+        starter.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _start_starter})  # type: ignore[attr-defined]
     assert len(os.listdir("/proc/self/task")) == 1, "a thread runs, which no fork would have"
     # What is collected is not copied into each fork.
     gc.collect()
