@@ -253,12 +253,12 @@ class Tandem:
         given = [] if {"--prompt", "--prompts-file"} & set(arguments) else [word for text in PROMPTS for word in ("--prompt", text)]
         return [sys.executable, *module, "predict", "--format", "mindformers", *arguments, *given, *files]
 
-    def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), **variables: str) -> Outcome:
-        """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session."""
-        key = (arguments, tuple(module), tuple(sorted(variables.items())))
+    def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), fresh: bool = False, **variables: str) -> Outcome:
+        """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session. See `start` for `fresh`."""
+        key = (arguments, tuple(module), fresh, tuple(sorted(variables.items())))
         if key not in self._cached:
             folder = self.new_folder()
-            result = self.run_command(self.predict_command(folder, *arguments, module=module), **variables)
+            result = self.run_command(self.predict_command(folder, *arguments, module=module), fresh=fresh, **variables)
             assert result.returncode == 0, result.stderr
             self._cached[key] = Outcome(result.returncode, result.stdout, result.stderr, folder)
         return self._cached[key]
