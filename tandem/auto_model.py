@@ -52,6 +52,7 @@ _OPTIONS = (
     "device",
     "threads_per_rank",
     "collectives",
+    "cpu_kernels",
     "kv_cache_dtype",
 )
 """Options of the command line that describe a model and its ranks."""

@@ -61,7 +61,9 @@ class LLM:
         self.context_tokens = opened.context_tokens
         """Maximum tokens of a prompt and its answer."""
         self._name, self._tokenizer_path = opened.name, Path(opened.tokenizer_path)
-        self._tokenizer = read_tokenizer(self._tokenizer_path)
+        self._tokenizer = read_tokenizer(
+            self._tokenizer_path, add_bos=opened.add_bos, add_eos=opened.add_eos, chat_template=opened.chat_template
+        )
         self._renderer: ChatRenderer | None = None
 
     @overload

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions
 from launcher.settings.options import RunOptions
+from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings
 from model.spec.config import LlamaConfig, build_config, read_config
 from parallel.errors import ConfigError, InputError
@@ -22,7 +23,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 def check_model(options: RunOptions, settings: Settings, world_size: int) -> None:
     """Check what the small files of the model tell. Raises LayoutError for too many ranks, CheckpointError without a tokenizer, ConfigError
-    for a device that this PyTorch was built without.
+    for a tokenizer that the YAML names in vain and for a device that this PyTorch was built without.
     """
     _check_device(options.device or settings.tandem.device or "auto")
     path = None if options.checkpoint is None else Path(options.checkpoint)
@@ -33,11 +34,13 @@ def check_model(options: RunOptions, settings: Settings, world_size: int) -> Non
     config = _read_config(place)
     if config is not None:
         config.layout().check(world_size)
-    if path is not None and is_folder and isinstance(options, PredictOptions | ChatOptions | ServeOptions) and not settings.vocab_file:
-        # Only now: the tokenizer libraries take a tenth of a second, which earlier refusals need not wait for.
-        from model.text.tokenizer import require_vocabulary
+    if is_folder and isinstance(options, PredictOptions | ChatOptions | ServeOptions):
+        tokenizer = locate_tokenizer(settings, path)
+        if tokenizer is not None and tokenizer.is_dir():
+            # Only now: the tokenizer libraries take a tenth of a second, which earlier refusals need not wait for.
+            from model.text.tokenizer import require_vocabulary
 
-        require_vocabulary(path)
+            require_vocabulary(tokenizer)
 
 
 def _read_config(place: Path | None) -> LlamaConfig | None:

@@ -117,7 +117,9 @@ def _run(link: _Link) -> None:
     num_blocks, _ = plan_cache(run, job)
     job = replace(job, task=structs.replace(task, num_blocks=num_blocks))
     room = min(run.context_tokens, num_blocks * job.block_size + 1)
-    link.tell(Opened(run.opened.source.path.name, run.world_size, room, str(run.tokenizer_path.absolute())))
+    settings, tokenizer_path = run.settings, str(run.tokenizer_path.absolute())
+    words = settings.add_bos_token, settings.add_eos_token, settings.chat_template
+    link.tell(Opened(run.opened.source.path.name, run.world_size, room, tokenizer_path, *words))
     progress = loading_progress(run.world_size)
     is_shown = sys.stderr.isatty()
     engine = _Engine(job.max_batch_size, link.tell, lambda done, total: progress(done, total) if is_shown else None)

@@ -24,6 +24,7 @@ from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import ByteProgress, WorkConsole
 from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.spawn import spawn_ranks
@@ -89,26 +90,33 @@ class Run:
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.
 
-        Raises ConfigError if there is none next to a `.ckpt`, CheckpointError if its ids do not match the model.
+        Raises ConfigError if there is none, or if the YAML names one that does not exist; CheckpointError if its ids do not match the
+        model.
         """
-        path = self.tokenizer_path
-        if path == self.opened.source.path and path.suffix == ".ckpt":
+        source = self.opened.source
+        path = locate_tokenizer(self.settings, source.tokenizer_path())
+        if path is None and source.path.suffix != ".gguf":
+            place = "in" if source.path.is_dir() else "next to"
             raise ConfigError(
-                f"no tokenizer: neither tokenizer.model nor tokenizer.json is next to {path}; put one there, or name it as "
+                f"no tokenizer: neither tokenizer.model nor tokenizer.json is {place} {source.path}; put one there, or name it as "
                 "processor.tokenizer.vocab_file in the YAML"
             )
-        return read_tokenizer_of(path, self.opened.config)
+        return read_tokenizer_of(path or source.path, self.opened.config, self.settings)
 
     @property
     def tokenizer_path(self) -> Path:
-        """Folder or file of the tokenizer."""
-        source, settings = self.opened.source, self.settings
-        return Path(settings.vocab_file or source.tokenizer_path() or settings.pretrained_model_dir or source.path)
+        """Folder or file of the tokenizer; the checkpoint itself if there is none. Raises the errors of `locate_tokenizer`."""
+        source = self.opened.source
+        return locate_tokenizer(self.settings, source.tokenizer_path()) or source.path
 
 
-def read_tokenizer_of(path: Path, config: LlamaConfig) -> Tokenizer:
-    """Read the tokenizer in `path`. Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model."""
-    tokenizer = read_tokenizer(path)
+def read_tokenizer_of(path: Path, config: LlamaConfig, settings: Settings) -> Tokenizer:
+    """Read the tokenizer in `path` with the settings of the YAML.
+
+    Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model.
+    """
+    ends = {"add_bos": settings.add_bos_token, "add_eos": settings.add_eos_token}
+    tokenizer = read_tokenizer(path, **ends, chat_template=settings.chat_template)
     # Added tokens may exceed the vocabulary: many checkpoints add a padding token without an embedding row. Prompts are checked separately.
     if tokenizer.base_size > config.vocab_size:
         raise CheckpointError(
@@ -191,8 +199,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     """
     options, settings, config = run.options, run.settings, run.opened.config
     own, yaml_ids = settings.tandem, settings.model_values
+    tokenizer_path = run.tokenizer_path if tokenizer is not None else None
     end = decide_end_of_text(
-        run.opened.source, config.vocab_size, named=yaml_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=run.tokenizer_path
+        run.opened.source, config.vocab_size, named=yaml_ids.get("eos_token_id"), tokenizer=tokenizer, tokenizer_path=tokenizer_path
     )
     if tokenizer is not None and not run.environment.rank:
         for warning in end.warnings:

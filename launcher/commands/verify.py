@@ -13,7 +13,8 @@ from launcher.commands.run_ranks import find_checkpoint, plan_opening, read_toke
 from launcher.host.cores import count_cores
 from launcher.reporting.console import ByteProgress
 from launcher.settings.checkpoint_options import VerifyOptions
-from launcher.settings.yaml_settings import open_settings
+from launcher.settings.tokenizer_location import locate_tokenizer
+from launcher.settings.yaml_settings import Settings, open_settings
 from model.checkpoint.formats import FORMATS, OpenOptions, find_format, lacks_config, open_checkpoint, settle_options
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.notes import list_dropped, list_notes
@@ -48,7 +49,9 @@ def verify(options: VerifyOptions) -> None:
             config = build_config(source.config, str(path))
             settings.compare_model_config(config, str(path))
             result |= _check(source, deep=options.deep)
-            result["warnings"] += _check_tokenizer(settings.vocab_file or source.tokenizer_path(), config, result["problems"])
+            result["warnings"] += _check_tokenizer(
+                locate_tokenizer(settings, source.tokenizer_path()), config, settings, result["problems"]
+            )
     except InputError as error:
         result["problems"].append(str(error))
     problems = result["problems"]
@@ -108,14 +111,13 @@ def _check_content(source: CheckpointSource, problems: list[str], *, deep: bool)
     }
 
 
-def _check_tokenizer(place: str | Path | None, config: LlamaConfig, problems: list[str]) -> list[str]:
+def _check_tokenizer(path: Path | None, config: LlamaConfig, settings: Settings, problems: list[str]) -> list[str]:
     """Return warnings; appends to `problems` if the tokenizer is unusable, or has settings but no vocabulary."""
-    path = None if place is None else Path(place)
     signs = (name for name in TOKENIZER_FILES if name != "generation_config.json")
     if path is None or (path.is_dir() and not any(os.path.lexists(path / name) for name in signs)):
         return ["no tokenizer found: text needs one, so copy tokenizer.json or tokenizer.model into the folder"]
     try:
-        read_tokenizer_of(path, config)
+        read_tokenizer_of(path, config, settings)
         read_chat_templates(path)
     except InputError as error:
         problems.append(str(error))

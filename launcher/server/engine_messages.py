@@ -53,6 +53,12 @@ class Opened(Struct, frozen=True, tag=True):
     context_tokens: int
     """Maximum length of a sequence, prompt included."""
     tokenizer_path: str
+    add_bos: bool | None = None
+    """Whether texts begin with the begin token; None: as the tokenizer's files say."""
+    add_eos: bool | None = None
+    """Whether texts end with the end token."""
+    chat_template: str | None = None
+    """Of the YAML, if it has one."""
 
 
 class Ready(Struct, frozen=True, tag=True):

@@ -39,7 +39,8 @@ class LocalEngine(RunObserver):
         """Cancel requests; no effect on finished ones."""
         gone = set(indices)
         with self._lock:
-            self._waiting = deque(request for request in self._waiting if request.index not in gone)
+            if gone - self._running:
+                self._waiting = deque(request for request in self._waiting if request.index not in gone)
             for index in gone & self._running:
                 self._running.discard(index)
                 self._inflight.cancel(index)

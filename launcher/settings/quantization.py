@@ -25,6 +25,9 @@ _RULES: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
 _APPROACHES = {"rtn": "rtn-a16w8", "ptq": "ptq", "smooth_quant": "smooth_quant"}
 """Maps each method to its name in `tandem quantize`."""
 
+_FALLBACK = "A16W8"
+"""Combination of single linears that Golden Stick's ptq quantizes otherwise."""
+
 _SECTION = "model.model_config.quantization_config"
 
 
@@ -69,18 +72,19 @@ class QuantizationSettings:
     def check_scheme(self, scheme: Scheme, config: LlamaConfig, checkpoint: str, source: str) -> None:
         """Raise ConfigError naming both if a checkpoint's integer types, or the linears they apply to, differ from these settings."""
         wanted = None if self.weight_dtype is None else self.combination.removesuffix("C8")
-        linear = scheme.linear
-        found = None if linear is None else "mixed integers" if scheme.others else f"A{8 if linear.activation else 16}W{linear.bits}"
-        if wanted == found:
+        found = {f"A{8 if group.linear.activation else 16}W{group.linear.bits}" for group in scheme.groups}
+        extra = {_FALLBACK} if self.quant_method == "ptq" else set()
+        if (wanted in found and found <= {wanted, *extra}) or (wanted is None and not found):
             self._check_not_converted(scheme, config, checkpoint)
             return
-        if found is None:
+        if not found:
             raise ConfigError(
                 f"quantization_config requests {self.quant_method} ({self.combination}), but {checkpoint} holds float weights; "
                 f"create an int8 checkpoint with: tandem quantize -c {source} --checkpoint {checkpoint} -a {self.approach}"
             )
+        holds = f"{' and '.join(sorted(found))} ({scheme.name})"
         raise ConfigError(
-            f"quantization_config requests {self.quant_method} ({self.combination}), but {checkpoint} holds {found} ({scheme.name}); "
+            f"quantization_config requests {self.quant_method} ({self.combination}), but {checkpoint} holds {holds}; "
             "use the YAML of this checkpoint, or remove quantization_config from it"
         )
 

@@ -1,5 +1,6 @@
 """Locating and parsing a MindFormers YAML file. Does not interpret its keys."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,45 @@ from parallel.errors import ConfigError
 from parallel.regular_file import MAX_YAML_BYTES, read_text
 
 YAML_ENDS = (".yaml", ".yml")
+_FILE_ENDS = (".ckpt", ".safetensors")
+"""Extensions of checkpoint files that come with a YAML."""
 
 
 def find_yaml(checkpoint: Path) -> Path | None:
-    """Return the MindFormers YAML in a checkpoint's folder, recognized by its `model.model_config`; None if there is none.
+    """Return the MindFormers YAML of a checkpoint, recognized by its `model.model_config`; None if there is none.
 
-    Raises ConfigError if there are several.
+    It is in the folder of the checkpoint, or in the one that holds its rank_N folder. Of several, the only one with run_mode predict is
+    chosen. Raises ConfigError if that leaves several.
     """
-    folder = checkpoint.parent if checkpoint.suffix == ".ckpt" else checkpoint
+    folder = checkpoint.parent if checkpoint.suffix in _FILE_ENDS else checkpoint
     if not folder.is_dir():
         return None
     if folder != checkpoint and (folder / "config.json").exists():
-        return None  # belongs to the .ckpt; the YAML may belong to another one
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in YAML_ENDS and path.is_file() and _is_mindformers(path)]
-    if len(found) > 1:
-        raise ConfigError(f"{folder} holds {len(found)} MindFormers YAML files ({found[0].name}, {found[1].name}): choose with --config")
-    return found[0] if found else None
+        return None  # belongs to the file; the YAML may belong to another one
+    found = _list_yaml(folder)
+    if not found and re.fullmatch(r"rank_\d+", folder.name):
+        found = _list_yaml(folder.resolve().parent)
+    predicting = [path for path, raw in found.items() if raw.get("run_mode") == "predict"]
+    chosen = predicting if len(predicting) == 1 else list(found)
+    if len(chosen) > 1:
+        raise ConfigError(f"{folder} holds {len(chosen)} MindFormers YAML files ({chosen[0].name}, {chosen[1].name}): choose with --config")
+    return chosen[0] if chosen else None
 
 
-def _is_mindformers(path: Path) -> bool:
-    try:
-        model = read_mapping(path).get("model")
-    except ConfigError:
-        return False
-    return isinstance(model, Mapping) and isinstance(model.get("model_config"), Mapping)
+def _list_yaml(folder: Path) -> dict[Path, Mapping[str, Any]]:
+    """Return the contents of a folder's MindFormers YAML files."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in YAML_ENDS or not path.is_file():
+            continue
+        try:
+            raw = read_mapping(path)
+        except ConfigError:
+            continue
+        model = raw.get("model")
+        if isinstance(model, Mapping) and isinstance(model.get("model_config"), Mapping):
+            found[path] = raw
+    return found
 
 
 class _Loader(yaml.SafeLoader):

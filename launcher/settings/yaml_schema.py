@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
 from launcher.settings.options import CollectivesName, Device
+from launcher.settings.other_models import check_model, count_experts
 from launcher.settings.yaml_family import list_names
 from launcher.settings.yaml_null import is_null
 from model.spec.config import DTYPES
@@ -86,6 +87,8 @@ class Ignored:
 
 Schema: TypeAlias = "Mapping[str, Value | Ignored | Schema]"
 
+_SHORT = 5
+"""Length of keys in which one wrong letter is a large part."""
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
@@ -104,12 +107,14 @@ _NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the output pro
 _DENSE = Ignored(
     only=Value(
         types=(dict,),
-        check=lambda value: isinstance(value, Mapping) and not _count_experts(value),
+        check=lambda value: isinstance(value, Mapping) and not count_experts(value),
         needed="a dense model (expert_num 1)",
-        hint="mixtures of experts are not supported",
+        hint="mixtures of experts are read from Hugging Face folders only",
     )
 )
 """MindFormers' default moe_config describes a dense model."""
+
+_CUSTOM_CODE = Ignored(warning="code that comes with a model is not run, so this is the model that arch.type names")
 
 _QUANTIZATION_CONFIG: Schema = {
     "quant_method": _TEXT,
@@ -153,7 +158,9 @@ _MODEL_CONFIG: Schema = {
     "repetition_penalty": _POSITIVE,
     "temperature": _POSITIVE,
     "quantization_config": _QUANTIZATION_CONFIG,
-    "extend_method": Value(types=(str,), choices=("LLAMA3",), hint="other ways of stretching the rotary positions are not supported"),
+    "extend_method": Value(
+        types=(str,), choices=("LLAMA3", "YARN", "linear", "PI", "NTK"), hint="other ways of scaling rotary positions are not supported"
+    ),
     "scaling_factor": Value(types=(float, dict)),
     "qkv_has_bias": _FLAG,
     "add_qkv_bias": _FLAG,
@@ -168,6 +175,8 @@ _MODEL_CONFIG: Schema = {
         " return_extra_loss llm_backend boost_model_name initializer_range num_block pretrain_seqlen compute_in_2d use_past_shard auto_map"
         " layernorm_compute_dtype softmax_compute_dtype params_dtype mlp_concat infer_seq_length emb_dropout_prob"
         " residual_dtype input_sliced_sig rmsnorm_compute_2d chunk_prefill calculate_per_token_loss return_hidden_states rl_config"
+        " auto_register ffn_concat use_kvcache_op is_flexible_shape use_paged_attention use_prompt_flash_attention"
+        " use_incre_flash_attention start_stage stage_num"
     ),
 }
 
@@ -193,15 +202,19 @@ SCHEMA: Schema = {
     },
     "model": {
         "model_config": _MODEL_CONFIG,
-        "arch": {"type": Value(types=(str,), choices=list_names("ForCausalLM"))},
+        "arch": {"type": Value(types=(str,), choices=list_names("ForCausalLM")), "auto_register": _CUSTOM_CODE},
     },
     "processor": {
         "tokenizer": {
             "vocab_file": _TEXT,
+            "tokenizer_file": _TEXT,
+            "chat_template": _TEXT,
+            "add_bos_token": _FLAG,
+            "add_eos_token": _FLAG,
             **_ignore(
-                "type unk_token bos_token eos_token pad_token add_bos_token add_eos_token tokenizer_file model_max_length max_length"
-                " padding padding_side truncation_side chat_template legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
-                " auto_register additional_special_tokens merges_file"
+                "type unk_token bos_token eos_token pad_token model_max_length max_length"
+                " padding padding_side truncation_side legacy auto_map clean_up_tokenization_spaces checkpoint_name_or_path"
+                " auto_register additional_special_tokens merges_file add_special_tokens tokenizer_class use_fast"
             ),
         },
         **_ignore("type return_tensors image_processor audio_processor"),
@@ -231,7 +244,7 @@ SCHEMA: Schema = {
         " autotune_per_step profile profile_start_step profile_stop_step profile_rank_ids profile_pipeline profile_level"
         " profile_communication profile_memory init_start_profile layer_scale layer_decay lr_scale lr_scale_factor remote_save_url"
         " print_separate_loss infer_precision_sync train_precision_sync postprocess_use_numpy exclude_cann_cpu"
-        " monitor_config remove_redundancy use_legacy use_legacy_format trust_remote_code generation"
+        " monitor_config remove_redundancy use_legacy use_legacy_format trust_remote_code generation kernel_launch_group"
     ),
 }
 """All known keys of the file, nested as in the file."""
@@ -240,8 +253,9 @@ SCHEMA: Schema = {
 def check_keys(raw: Mapping[str, Any]) -> list[str]:
     """Return the dotted names of ignored keys, in file order.
 
-    Raises ConfigError for unknown keys and for values that the run cannot use.
+    Raises ConfigError for unknown keys, for values that the run cannot use, and for models that are not supported.
     """
+    check_model(raw)
     ignored = []
     for path, node, value in _walk(raw, SCHEMA, ""):
         allowed = node.only if isinstance(node, Ignored) else node
@@ -278,23 +292,15 @@ def _walk(raw: Any, schema: Schema, prefix: str) -> Iterator[tuple[str, Value | 
 
 
 def _suggest(key: str, schema: Schema, prefix: str) -> str:
-    """Suggest a likely correction only: the same key in another section, or a typo of a key in this section."""
+    """Suggest a likely correction only: the same key in another section, or a typo or the start of a key in this section."""
     elsewhere = [path for path in _list_paths(SCHEMA, "") if path.rpartition(".")[2] == key]
-    near_here = difflib.get_close_matches(key, schema, n=1)
+    near_here = difflib.get_close_matches(key, schema, n=1, cutoff=0.85 if len(key) > _SHORT else 0.6)
+    near_here += [name for name in schema if name.startswith(f"{key}_")]
     if len(elsewhere) == 1:
         return f"did you mean {elsewhere[0]}?"
     if near_here:
         return f"did you mean {prefix}{near_here[0]}?"
     return "no known key is similar: remove it, or see configs/ for examples"
-
-
-def _count_experts(moe: Mapping[str, Any]) -> bool:
-    """Return whether a moe_config has experts: any count except 1, which is the dense model."""
-    return any(
-        value not in (None, "None", False, 0, 1)
-        for key, value in moe.items()
-        if key in ("expert_num", "num_experts", "num_local_experts", "n_routed_experts", "routed_expert_num", "shared_expert_num")
-    )
 
 
 def _list_paths(schema: Schema, prefix: str) -> Iterator[str]:

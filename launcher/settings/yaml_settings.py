@@ -151,6 +151,14 @@ class Settings:
     """Quantization settings."""
     vocab_file: str | None
     """Path of the tokenizer file."""
+    tokenizer_file: str | None
+    """Path of a tokenizer.json, for fast tokenizers without a vocab_file."""
+    chat_template: str | None
+    """Chat template, which takes precedence over that of the tokenizer's files."""
+    add_bos_token: bool | None
+    """Whether texts begin with the begin token; None: as the tokenizer's files say."""
+    add_eos_token: bool | None
+    """Whether texts end with the end token."""
     tandem: TandemSettings
     """Settings that MindFormers does not have."""
     ignored: tuple[str, ...]
@@ -180,7 +188,9 @@ class Settings:
         if "hidden_size" not in values:
             raise ConfigError(f"{self.source}: model.model_config lacks hidden_size")
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
-        values["max_position_embeddings"] = self.max_position_embedding or self.seq_length or _DEFAULT_SEQ_LENGTH
+        # MindFormers computes rotary positions up to the larger one.
+        positions = [count for count in (self.max_position_embedding, self.seq_length) if count]
+        values["max_position_embeddings"] = max(positions, default=_DEFAULT_SEQ_LENGTH)
         return values
 
     def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:
@@ -275,6 +285,10 @@ def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
         ),
         quantization=build_quantization(_find(model, "quantization_config")),
         vocab_file=_find(raw, "processor", "tokenizer", "vocab_file") or None,
+        tokenizer_file=_find(raw, "processor", "tokenizer", "tokenizer_file") or None,
+        chat_template=_find(raw, "processor", "tokenizer", "chat_template") or None,
+        add_bos_token=_find(raw, "processor", "tokenizer", "add_bos_token"),
+        add_eos_token=_find(raw, "processor", "tokenizer", "add_eos_token"),
         tandem=TandemSettings(**_said(own, _same_names(TandemSettings))),
         ignored=tuple(ignored),
         warnings=tuple(list_warnings(raw)),

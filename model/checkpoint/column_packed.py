@@ -21,7 +21,7 @@ from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.spec.config import build_config, read_config
 from model.spec.packing import unpack_integers
 from model.spec.quoting import quote
-from model.spec.scheme import LinearGroup, LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import LinearScheme, declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES, has_bias, stored_linear_names
 from parallel.errors import CheckpointError, ConfigError
@@ -56,7 +56,7 @@ class ColumnPackedFolder(ABC):
             )
         model = build_config(folder.config)
         ignore = tuple(name for name in (*stored_linear_names(model), "lm_head") if name not in shapes)
-        self.config: dict[str, Any] = declare_scheme(folder.config, build_scheme(linears, ignore))
+        self.config: dict[str, Any] = declare_scheme(folder.config, group_linears(linears, ignore))
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in folder.tensors.items():
             owner, _, part = name.rpartition(".")
@@ -214,15 +214,6 @@ class ColumnPackedFolder(ABC):
         if len(wrong):
             raise CheckpointError(f"{self.path}: {linear}.g_idx names group {int(wrong[0])}, but there are {groups}; copy it again")
         return found
-
-
-def build_scheme(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...]) -> Scheme:
-    """Build the scheme: the most frequent linear scheme as the default, and one group per other linear scheme."""
-    names: dict[LinearScheme, list[str]] = {}
-    for name, linear in linears.items():
-        names.setdefault(linear, []).append(name)
-    first, *others = sorted(names, key=lambda linear: -len(names[linear]))
-    return Scheme(first, ignore, others=tuple(LinearGroup(tuple(names[linear]), linear) for linear in others))
 
 
 def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:

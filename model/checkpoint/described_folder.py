@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
-from model.checkpoint.hf_folder import check_link, untie_head
+from model.checkpoint.hf_folder import untie_head
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.spec.config import build_config, read_config
 from model.spec.quoting import quote, quote_name
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import LinearScheme, declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError
@@ -46,6 +46,8 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 """Required tensors of a linear of each form."""
 _OPTIONAL = ("weight_offset", "weight_scale")
 _INDEX_SUFFIX = ".safetensors.index.json"
+_OWN_FILES = ("quant",)
+"""Start of the names that Golden Stick and ModelSlim give to files of weights."""
 _SAMPLED_ROWS = 4
 
 
@@ -85,9 +87,9 @@ class DescribedFolder:
             info = self._stored[source][1].info
             sample = convert(torch.empty((0, *info.shape[1:]), dtype=info.dtype))
             self.tensors[name] = TensorInfo((*info.shape[:1], *sample.shape[1:]), sample.dtype)
-        linear = next((_FORMS[form] for form in forms.values() if _FORMS[form] is not None), None)
-        ignore = tuple(name for name, form in forms.items() if _FORMS[form] is None) if linear else ()
-        self.config: dict[str, Any] = declare_scheme(config, Scheme(linear, ignore))
+        quantized = {name: linear for name, form in forms.items() if (linear := _FORMS[form]) is not None}
+        ignore = tuple(name for name in forms if name not in quantized) if quantized else ()
+        self.config: dict[str, Any] = declare_scheme(config, group_linears(quantized, ignore))
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor."""
@@ -122,13 +124,6 @@ class DescribedFolder:
                     f"{self.path} stores {linear} as {quote(form)}, but only {', '.join(_FORMS)} can be read: quantize to one of them"
                 )
             forms[linear] = form
-        used = sorted({form for form in forms.values() if form != "FLOAT"})
-        if len(used) > 1:
-            examples = [next(name for name, form in forms.items() if form == one) for one in used]
-            raise CheckpointError(
-                f"{self.path} stores {examples[0]} as {used[0]} and {examples[1]} as {used[1]}, but one form for all quantized linears "
-                "is supported"
-            )
         return forms
 
     def _add_linears(self, forms: Mapping[str, str]) -> set[str]:
@@ -228,28 +223,36 @@ def _read_description(path: Path) -> dict[str, str]:
 
 
 def _find_files(path: Path) -> list[Path]:
-    """Return the files of the index, or else all files."""
-    indexes = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
+    """Return the files of the index, or else all files; those of the quantizer, where a folder also holds the original's."""
     files = sorted(path.glob("*.safetensors"))
-    if indexes:
-        try:
-            weight_map = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(f"{indexes[0]} has no readable weight_map") from None
-        outside = next((file for file in names.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", file)), None)
-        if outside is not None:
-            raise CheckpointError(f"{indexes[0]} names {quote(outside)}, which is no safetensors file of its folder")
-        files = [path / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {quote_name(missing[0])} first: copy them")
-        headers = {file.name: read_header(file) for file in files}
-        wrong = [name for name, file in names.items() if name not in headers[file]]
-        if wrong:
-            raise CheckpointError(
-                f"{indexes[0]} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
-            )
-    for file in files:
-        check_link(file)
+    own = [file for file in files if file.name.startswith(_OWN_FILES)]
+    maps = {index: _read_weight_map(index) for index in sorted(path.glob(f"*{_INDEX_SUFFIX}"))}
+    whole = {index: names for index, names in maps.items() if all((path / name).is_file() for name in names.values())}
+    if len(whole) > 1:
+        whole = {index: names for index, names in whole.items() if all(name.startswith(_OWN_FILES) for name in names.values())} or whole
+    if not maps or (own and not any(name.startswith(_OWN_FILES) for names in maps.values() for name in names.values())):
+        return own or files
+    index, names = next(iter((whole or maps).items()))
+    files = [path / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} of its {len(files)} files, {quote_name(missing[0])} first: copy them")
+    headers = {file.name: read_header(file) for file in files}
+    wrong = [name for name, file in names.items() if name not in headers[file]]
+    if wrong:
+        raise CheckpointError(
+            f"{index} lists {quote_name(wrong[0])}, which is not in {quote_name(names[wrong[0]])}: copy the checkpoint again"
+        )
     return files
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{index} has no readable weight_map") from None
+    outside = next((file for file in names.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", file)), None)
+    if outside is not None:
+        raise CheckpointError(f"{index} names {quote(outside)}, which is no safetensors file of its folder")
+    return names

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.column_packed import build_scheme
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.safetensors_file import StoredTensor
 from model.spec.config import build_config, read_config
 from model.spec.key_table import KeyTable
 from model.spec.quantization_keys import FBGEMM_KEYS, FLOAT8_KEYS, MODELOPT_FILE_KEYS, MODELOPT_KEYS
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, declare_scheme, read_block
+from model.spec.scheme import LinearScheme, declare_scheme, group_linears, read_block
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError, ConfigError
@@ -68,7 +67,7 @@ class Float8Folder(HuggingFaceFolder):
         for name in dropped:
             del self._stored[name]
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
-        self.config = declare_scheme(self.config, build_scheme(linears, tuple(name for name in names if name not in linears)))
+        self.config = declare_scheme(self.config, group_linears(linears, tuple(name for name in names if name not in linears)))
         self.notes += tuple(table.describe(settings, source))
         if dropped or settings.get("activation_scheme") or table is not FLOAT8_KEYS:
             self.notes += (f"{source}: the inputs of FP8 linears and the KV cache are not quantized: they stay in the compute type",)

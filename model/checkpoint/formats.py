@@ -14,7 +14,7 @@ from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_parts import find_whole
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
-from model.checkpoint.hf_folder import INDEX_FILE, SAFETENSORS, SINGLE_FILE, HuggingFaceFolder
+from model.checkpoint.hf_folder import INDEX_FILE, SAFETENSORS, SINGLE_FILE, HuggingFaceFolder, check_link
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
@@ -81,7 +81,7 @@ def _is_compressed_tensors(path: Path) -> bool:
 
 
 def _open_folder(path: Path, options: OpenOptions) -> HuggingFaceFolder:
-    return HuggingFaceFolder(path, follow_links=options.follow_links)
+    return HuggingFaceFolder(path, follow_links=options.follow_links, values=options.values)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -145,13 +145,17 @@ def find_format(path: Path) -> str:
 def open_checkpoint(path: Path, options: OpenOptions | None = None) -> CheckpointSource:
     """Open a checkpoint of any registered format. A folder with a single GGUF file, whole or split, is treated as that file.
 
-    Raises CheckpointError for unreadable files, and the errors of the formats.
+    Raises CheckpointError for unreadable files and for links that lead out of a folder, and the errors of the formats.
     """
-    options = options or OpenOptions()
+    options, folder = options or OpenOptions(), path
     inside = find_whole(sorted(path.glob("*.gguf"))) if path.is_dir() else None
     if inside is not None and options.format in (None, "gguf") and not _is_hugging_face(path):
         path = inside
-    return unfuse(FORMATS[options.format or find_format(path)].open(path, options))
+    source = FORMATS[options.format or find_format(path)].open(path, options)
+    if folder.is_dir():
+        for file in source.files:
+            check_link(file, follow_links=options.follow_links, folder=folder)
+    return unfuse(source)
 
 
 def settle_options(source: CheckpointSource, options: OpenOptions) -> OpenOptions:

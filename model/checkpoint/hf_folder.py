@@ -59,10 +59,11 @@ class HuggingFaceFolder:
 
     weight_files: ClassVar[WeightFiles] = SAFETENSORS
 
-    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
-        """`follow_links`: whether weights may be outside the folder, see `check_link`."""
+    def __init__(self, path: Path, *, follow_links: bool = False, values: Mapping[str, Any] | None = None) -> None:
+        """`follow_links`: whether weights may be outside the folder, see `check_link`. `values`: those of config.json if there is none."""
         self.path = path
-        self.config = read_config(path / "config.json")
+        is_described = values is None or (path / "config.json").exists()
+        self.config = read_config(path / "config.json") if is_described else dict(values or {})
         check_method(path, self.config)
         self.files = _find_files(path, self.weight_files, follow_links=follow_links)
         self.checksums = read_sha256sums(path, self.files)
@@ -77,6 +78,8 @@ class HuggingFaceFolder:
         names = find_names(self._stored, path)
         self._stored = {names[name]: stored for name, stored in self._stored.items()}
         self.tensors = {name: stored.info for name, (_, stored) in self._stored.items()}
+        if not is_described and (embedding := self.tensors.get("model.embed_tokens.weight")):
+            self.config.setdefault("torch_dtype", embedding.dtype_name)
         self.notes = untie_head(self.config, self._stored, path)
 
     def read_rows(self, reader: FileReader, name: str, start: int, stop: int) -> torch.Tensor:
@@ -155,14 +158,14 @@ def _have_same_bytes(one: tuple[Path, StoredTensor], other: tuple[Path, StoredTe
     return True
 
 
-def check_link(file: Path, *, follow_links: bool = False) -> None:
-    """Raise CheckpointError for a link that leads out of its folder, unless `follow_links`.
+def check_link(file: Path, *, follow_links: bool = False, folder: Path | None = None) -> None:
+    """Raise CheckpointError for a link that leads out of the checkpoint's `folder` (default: the file's own), unless `follow_links`.
 
     Always allowed are links within the folder, and links from a snapshot of the Hugging Face cache to the blobs of the same model.
     """
     if follow_links:
         return
-    folder, target = file.parent.resolve(), file.resolve()
+    folder, target = (folder or file.parent).resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
         raise CheckpointError(f"{file} is a link out of its folder, to {target}: copy the file here, or give --follow-links")

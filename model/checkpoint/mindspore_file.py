@@ -30,7 +30,7 @@ from model.checkpoint.mindspore_order import FusedRows
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header
 from model.spec.config import read_config
-from model.spec.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.scheme import KV_CACHE_KEY, LinearScheme, declare_scheme, group_linears, read_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
@@ -93,7 +93,13 @@ class MindSporeFile:
     @property
     def notes(self) -> list[str]:
         """Notes for the user on how the checkpoint is read. If the order was given, compares it with sampled rows."""
-        return [*self._order.list_notes(), *self._notes]
+        tokenizer = self.tokenizer_path()
+        is_outside = tokenizer is not None and tokenizer not in self._folders
+        return [
+            *self._order.list_notes(),
+            *self._notes,
+            *([f"{self.path} holds no tokenizer: that of {tokenizer} is used"] if is_outside else []),
+        ]
 
     def examine_order(self) -> OrderEvidence | None:
         """Return the evidence of the fused weights' rows on their order; None if there are none."""
@@ -112,8 +118,9 @@ class MindSporeFile:
         return []
 
     def tokenizer_path(self) -> Path | None:
-        """Return the folder of the file if it holds tokenizer.model or tokenizer.json."""
-        return next((f for f in self._folders if any((f / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))), None)
+        """Return the folder of the file, or the folder around the checkpoint's, if it holds tokenizer.model or tokenizer.json."""
+        folders = (*self._folders, self._folders[0].absolute().parent)
+        return next((f for f in folders if any((f / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))), None)
 
     def _read_config(self) -> dict[str, Any]:
         for folder in self._folders:
@@ -184,12 +191,15 @@ class MindSporeFile:
         for short, part in self._fused_parts(linear, weight):
             full = prefix + short
             self._add(f"{full}.weight", weight, 1 if row_parallel else rows_axis, part)
-            if "bias" in roles and (form is None or form.activation is None):
+            # With static int8 activations, it holds the correction for their zero point.
+            if "bias" in roles and (form is None or form.activation != "tensor"):
                 self._add(f"{full}.bias", roles["bias"], rows_axis, part)
             if "weight_scale" in roles:
                 if "weight_zero" in roles:
                     self._check_zero(roles["weight_zero"])
                 self._add(f"{full}.weight_scale", roles["weight_scale"], rows_axis, part, make_column)
+                if "smooth_scale" in roles:
+                    self._add(f"{full}.smooth_scale", roles["smooth_scale"], 0 if row_parallel else None, None, _invert)
             elif form is not None:
                 if len(dims := self._parts[roles["dequant_scale"]][0][1].dims) != 1:
                     raise CheckpointError(f"{roles['dequant_scale']} has the shape {list(dims)}, but one scale for each row is needed")
@@ -290,17 +300,8 @@ class MindSporeFile:
         return zero_points[:1].clone()
 
     def _add_scheme(self, forms: Mapping[str, LinearScheme | None]) -> None:
-        quantized: list[LinearScheme] = []
-        for form in forms.values():
-            if form is not None and form not in quantized:
-                quantized.append(form)
-        if len(quantized) > 1:
-            names = [next(name for name, form in forms.items() if form == one) for one in quantized]
-            raise CheckpointError(
-                f"{self.path} stores {names[0]} as {quantized[0].name} and {names[1]} as {quantized[1].name}, but one form for all "
-                "quantized linears is supported"
-            )
-        if quantized and quantized[0].activation == "token":
+        quantized = {name: form for name, form in forms.items() if form is not None}
+        if any(form.activation == "token" for form in quantized.values()):
             self._notes.append(
                 f"{self.path} holds scales without zero points: Golden Stick 1.0, activations rounded to int8 for each token (A8W8 dynamic)"
             )
@@ -309,7 +310,7 @@ class MindSporeFile:
         # config.json may be that of the original checkpoint; only per-token scales are not stored.
         declared = read_scheme({KV_CACHE_KEY: self.config.get(KV_CACHE_KEY)}).kv_cache
         kv_cache = "channel" if has_cache else declared if declared == "token" else None
-        self.config = declare_scheme(self.config, Scheme(quantized[0] if quantized else None, ignore, kv_cache))
+        self.config = declare_scheme(self.config, group_linears(quantized, ignore, kv_cache))
 
     def _add_dtype(self) -> None:
         if self.config.get("dtype") or self.config.get("torch_dtype"):
@@ -318,6 +319,11 @@ class MindSporeFile:
         first = next((name for name in ("model.embed_tokens.weight", *names) if name in self.tensors), None)
         if first is not None:
             self.config["torch_dtype"] = str(self.tensors[first].dtype).removeprefix("torch.")
+
+
+def _invert(factors: torch.Tensor) -> torch.Tensor:
+    """Return the divisors for factors of the inputs."""
+    return 1.0 / factors.float()
 
 
 def list_config_folders(path: Path) -> list[Path]:

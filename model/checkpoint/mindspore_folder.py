@@ -1,10 +1,12 @@
-"""Locate the files of a MindSpore checkpoint: a file, a folder, or folders rank_0, rank_1, …; `.ckpt` or MindFormers' safetensors.
+"""Locate the files of a MindSpore checkpoint: a file, a folder, or ranks, as folders rank_0, rank_1, … or as files PREFIX_rank_0-1_2, …
 
-Depends on file names, first bytes, and the names in safetensors headers; does not read tensors.
+The files are `.ckpt` files or MindFormers' safetensors. Depends on file names, first bytes, and the names in safetensors headers; does
+not read tensors.
 """
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from model.checkpoint.safetensors_file import read_header
@@ -48,15 +50,19 @@ def find_files(path: Path) -> list[list[Path]]:
         return [[path]]
     if (path / NAME_MAP).is_file():
         return [_read_name_map(path)]
-    if any(_list_files(path, suffix) for suffix in _SUFFIXES):
-        return [_choose_files(path)]
-    folders = _find_rank_folders(path)
-    if not folders:
-        raise CheckpointError(f"{path} holds neither a .ckpt file nor folders rank_0, rank_1, …")
-    missing = [rank for rank in range(max(folders) + 1) if rank not in folders]
-    if missing:
-        raise CheckpointError(f"{path} holds rank_{max(folders)}, but no rank_{missing[0]}: copy the folders of all ranks")
-    ranks = [_choose_files(folders[rank]) for rank in sorted(folders)]
+    found = _list_weights(path)
+    by_rank = _group_by_rank(found)
+    if found and len(by_rank) < 2:
+        return [_choose_files(path, found)]
+    if found:
+        _check_all_ranks(path, by_rank, "file")
+        ranks = [_choose_files(path, by_rank[rank]) for rank in sorted(by_rank)]
+    else:
+        folders = _find_rank_folders(path)
+        if not folders:
+            raise CheckpointError(f"{path} holds neither a .ckpt file nor folders rank_0, rank_1, …")
+        _check_all_ranks(path, folders, "folder")
+        ranks = [_choose_files(folders[rank], _list_weights(folders[rank])) for rank in sorted(folders)]
     steps = {_read_step(file): file for files in ranks for file in files}
     if len(steps) > 1:
         (first, one), (second, other) = list(steps.items())[:2]
@@ -78,9 +84,40 @@ def check_single(files: list[Path], names: list[set[str]]) -> None:
                 )
 
 
-def _choose_files(folder: Path) -> list[Path]:
+def _check_all_ranks(path: Path, ranks: Collection[int], what: str) -> None:
+    missing = [rank for rank in range(max(ranks) + 1) if rank not in ranks]
+    if missing:
+        of = "a file of " if what == "file" else ""
+        raise CheckpointError(
+            f"{path} holds {of}rank_{max(ranks)}, but no{'ne of' if of else ''} rank_{missing[0]}: copy the {what}s of all ranks"
+        )
+
+
+def _list_weights(folder: Path) -> list[Path]:
+    """Return the weight files of one folder. Raises CheckpointError if they are in two containers, of which only one can be meant."""
+    kinds = [files for suffix in _SUFFIXES if (files := _list_files(folder, suffix))]
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{folder} holds both {kinds[0][0].name} and {kinds[1][0].name}: leave only the .ckpt or only the .safetensors files in it"
+        )
+    return kinds[0] if kinds else []
+
+
+def _group_by_rank(files: list[Path]) -> dict[int, list[Path]]:
+    """Return the files by the rank in their names, PREFIX_rank_R-EPOCH_STEP; nothing unless all of them name one, with one prefix."""
+    ranks: dict[int, list[Path]] = {}
+    prefixes = set()
+    for file in files:
+        match = _STEP.fullmatch(file.stem)
+        if match is None or match["rank"] is None:
+            return {}
+        prefixes.add(match["prefix"])
+        ranks.setdefault(int(match["rank"]), []).append(file)
+    return ranks if len(prefixes) == 1 else {}
+
+
+def _choose_files(folder: Path, found: list[Path]) -> list[Path]:
     """Return the files of one rank: those of the newest step, or else all."""
-    found = next((files for suffix in _SUFFIXES if (files := _list_files(folder, suffix))), [])
     if not found:
         raise CheckpointError(f"{folder} holds no .ckpt and no .safetensors file: copy this rank's file")
     steps = [(match, file) for file in found if (match := _STEP.fullmatch(file.stem))]

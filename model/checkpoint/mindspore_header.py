@@ -66,6 +66,8 @@ class StoredTensor:
     """A key of ELEMENT_TYPES, or STRING."""
     slices: tuple[tuple[int, int], ...]
     """(offset_bytes, length_bytes) in the file; concatenated, they are the elements in row-major order. A slice may end within a row."""
+    files: tuple[Path, ...] = ()
+    """The file of each slice, for a tensor of several files; empty: all are in one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ MindFormers numbers ranks by stage, then replica, then slice. Depends on names, 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import torch
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_folder import check_single
 from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
-from model.checkpoint.mindspore_names import LEFTOVERS
+from model.checkpoint.mindspore_names import LEFTOVERS, split_name
 from model.checkpoint.mindspore_names import ROW_PARALLEL as _ROW_PARALLEL
 from model.checkpoint.mindspore_rows import RowRuns, build_block
+from model.checkpoint.mindspore_shards import count_shards, is_sharded, join_shards
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
 _COMPARED_BYTES = 4096
 """Bytes compared at each end of a tensor that two ranks should share."""
 
+_NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm_out.weight")
+_VOCABULARY = ("tok_embeddings.embedding_weight", "lm_head.weight")
 _SIZES = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
 
 Header = Mapping[str, StoredTensor]
@@ -66,9 +70,12 @@ def arrange_ranks(
     """
     ranks = [_Rank(number, one, [headers[file] for file in one]) for number, one in enumerate(files)]
     stages = _split_stages(path, ranks)
+    if stages is None:
+        return _join_by_name(ranks, config, encrypted, reader)
     parts: dict[str, Sequence[Part]] = {}
     num_slices = 0
-    for stage in stages:
+    for ranks_of_stage in stages:
+        stage = _merge_shards(ranks_of_stage, config, encrypted, reader)
         slices = _find_num_slices(path, stage, config)
         if num_slices and slices != num_slices:
             raise CheckpointError(
@@ -94,20 +101,16 @@ def _weights_of(header: Header) -> set[str]:
     return {name for name, stored in header.items() if stored.dims and not LEFTOVERS.fullmatch(name)}
 
 
-def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
-    """Split the ranks into runs that hold the same names."""
+def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]] | None:
+    """Split the ranks into runs that hold the same names; None if the names of two runs overlap in a layer."""
     stages = [[ranks[0]]]
     for rank in ranks[1:]:
         if rank.names == stages[-1][0].names:
             stages[-1].append(rank)
             continue
         before = stages[-1][0]
-        shared = {name for name in rank.names & before.names if ".layers." in name}
-        if shared:
-            differing = sorted(rank.names ^ before.names)
-            raise CheckpointError(
-                f"{rank.file} and {before.file} differ in {len(differing)} names, {differing[0]} first: give the files of one run"
-            )
+        if any(".layers." in name for name in rank.names & before.names):
+            return None
         stages.append([rank])
     sizes = {len(stage) for stage in stages}
     if len(sizes) > 1:
@@ -116,6 +119,81 @@ def _split_stages(path: Path, ranks: Sequence[_Rank]) -> list[list[_Rank]]:
             f"{path}: its pipeline stages have {found} ranks, but all have the same number: copy the folders of all ranks"
         )
     return stages
+
+
+def _join_by_name(
+    ranks: Sequence[_Rank], config: Mapping[str, Any], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
+) -> Arrangement:
+    """Collect the slices of each tensor from ranks of which each wrote a part of the common tensors (remove_redundancy).
+
+    Raises CheckpointError if a slice is in no file.
+    """
+    found = (
+        _compare_shape(name, one, config, linear) for rank in ranks for linear in _ROW_PARALLEL for name, (_, one) in rank.parts.items()
+    )
+    slices = next((one for one in found if one is not None), 0)
+    parts: dict[str, Sequence[Part]] = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank.parts):
+        holders = (
+            [[rank for rank in ranks if name in rank.parts and rank.number % slices == one] for one in range(slices)] if slices else []
+        )
+        missing = next((one for one, some in enumerate(holders) if not some), None)
+        holder = next(rank for rank in ranks if name in rank.parts)
+        if name in holder.names and (not slices or len(ranks) % slices or (missing is not None and not _is_whole(name, holder, config))):
+            other = next((rank for rank in ranks if name not in rank.parts), ranks[0])
+            raise CheckpointError(
+                f"{holder.file} holds {name}, but {other.file} does not, and no other file has this slice of it: give the files of all "
+                "ranks of one run"
+            )
+        if missing is not None:
+            holders = [[rank for some in holders for rank in some]] * slices
+        for first, *replicas in holders:
+            for replica in replicas:
+                _check_alike(name, [first.parts[name]], [replica.parts[name]], encrypted, reader)
+        parts[name] = [some[0].parts[name] for some in holders]
+        _check_types(name, parts[name])
+    return Arrangement(parts, slices)
+
+
+def _is_whole(name: str, rank: _Rank, config: Mapping[str, Any]) -> bool:
+    """Return whether a tensor is one that every rank holds whole."""
+    rest = split_name(name)[1]
+    return rest in _NORMS or (rest in _VOCABULARY and rank.parts[name][1].dims[0] == config.get("vocab_size"))
+
+
+def _merge_shards(
+    stage: Sequence[_Rank], config: Mapping[str, Any], encrypted: Mapping[Path, EncryptedFile], reader: FileReader
+) -> Sequence[_Rank]:
+    """Return the ranks of a stage with the shards of the parallel optimizer joined: one rank for each slice."""
+    shards, slices = count_shards(stage[0].parts, config)
+    if shards == 1 or len(stage) == 1:
+        return stage
+    if len(stage) != shards * slices:
+        raise CheckpointError(
+            f"{stage[0].file} holds 1/{shards} of the rows of each of {slices} slices (enable_parallel_optimizer): {shards * slices} ranks "
+            f"are needed, but there are {len(stage)}: copy the folders of all ranks"
+        )
+    merged = []
+    for number in range(slices):
+        group = stage[number::slices]
+        _check_copies(group, encrypted, reader)
+        rank = copy(group[0])
+        rank.parts = dict(group[0].parts)
+        for name in sorted(rank.names):
+            found = [one.parts[name] for one in group]
+            _check_types(name, found)
+            is_cut = is_sharded(name, found[0], shards, slices, config)
+            if is_cut is None:
+                is_cut = not all(
+                    torch.equal(_read_ends(*found[0], encrypted, reader), _read_ends(*one, encrypted, reader)) for one in found
+                )
+            if is_cut:
+                rank.parts[name] = join_shards(found)
+            else:
+                for one in found[1:]:
+                    _check_alike(name, found[:1], [one], encrypted, reader)
+        merged.append(rank)
+    return merged
 
 
 def _find_num_slices(path: Path, stage: Sequence[_Rank], config: Mapping[str, Any]) -> int:
@@ -149,15 +227,19 @@ def _compare_shape(name: str, stored: StoredTensor, config: Mapping[str, Any], l
 
 def _check_slices(ranks: Sequence[_Rank]) -> None:
     """Check that every rank holds the same tensors, with the same dtypes and numbers of dimensions."""
-    first = ranks[0]
-    for rank in ranks[1:]:
-        for name in sorted(first.names):
-            (one_file, one), (file, stored) = first.parts[name], rank.parts[name]
-            if (stored.tensor_type, len(stored.dims), stored.dims[1:]) != (one.tensor_type, len(one.dims), one.dims[1:]):
-                raise CheckpointError(
-                    f"{name} is {one.tensor_type} {list(one.dims)} in {one_file}, but {stored.tensor_type} "
-                    f"{list(stored.dims)} in {file}: give the files of one run"
-                )
+    for name in sorted(ranks[0].names):
+        _check_types(name, [rank.parts[name] for rank in ranks])
+
+
+def _check_types(name: str, parts: Sequence[Part]) -> None:
+    """Check that all slices of a tensor have the same dtype and sizes, except for the number of rows."""
+    (one_file, one), *others = parts
+    for file, stored in others:
+        if (stored.tensor_type, len(stored.dims), stored.dims[1:]) != (one.tensor_type, len(one.dims), one.dims[1:]):
+            raise CheckpointError(
+                f"{name} is {one.tensor_type} {list(one.dims)} in {one_file}, but {stored.tensor_type} "
+                f"{list(stored.dims)} in {file}: give the files of one run"
+            )
 
 
 def _check_copies(ranks: Sequence[_Rank], encrypted: Mapping[Path, EncryptedFile], reader: FileReader) -> None:

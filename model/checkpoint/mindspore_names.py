@@ -50,9 +50,10 @@ ROLES: Mapping[str, str] = {rest: role for role, rest in RTN_NAMES.items()} | {
     # Golden Stick 1.0
     "_layer.matmul.weight_scale": "weight_scale",
     "_layer.matmul.weight_zp": "weight_zero",
-    "smooth_scale": "smooth_scale",
     "_layer.matmul.smooth_scale": "smooth_scale",
-    "_input_quantizer.smooth_scale": "smooth_scale",
+    # Not known from any release: whether inputs are divided or multiplied by it.
+    "smooth_scale": "unknown_scale",
+    "_input_quantizer.smooth_scale": "unknown_scale",
 }
 """The roles of name suffixes, for RTN and SmoothQuant (first) and for PTQ."""
 FORMS: Mapping[frozenset[str], LinearScheme | None] = {
@@ -60,6 +61,9 @@ FORMS: Mapping[frozenset[str], LinearScheme | None] = {
     frozenset({"weight", "weight_scale", "weight_zero"}): LinearScheme(packed=False),
     # Golden Stick 1.0: activations are rounded per token, and no zero points are stored.
     frozenset({"weight", "weight_scale"}): LinearScheme(packed=False, activation="token"),
+    # Golden Stick 1.0 multiplies the inputs by these factors first.
+    frozenset({"weight", "weight_scale", "smooth_scale"}): LinearScheme(packed=False, activation="token", smooth=True),
+    frozenset({"weight", "weight_scale", "weight_zero", "smooth_scale"}): LinearScheme(packed=False, smooth=True),
     frozenset({"weight", "input_scale", "input_zero", "dequant_scale"}): LinearScheme(
         packed=False, activation="tensor", activation_symmetric=False, smooth=True
     ),

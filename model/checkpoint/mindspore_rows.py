@@ -142,8 +142,8 @@ def build_block(pieces: Iterable[tuple[Path, StoredTensor, RowRuns]], encrypted:
             raise CheckpointError(f"{file} holds {shape[0]} rows of a tensor beside another one of {runs.stop}: copy or save it again")
         row_bytes, passed = prod(shape[1:]) * dtype.itemsize, 0
         parts = []
-        for offset, length in stored.slices:
-            parts.append(StoredRows(file, offset, passed, passed + length, (), torch.uint8))
+        for (offset, length), place in zip(stored.slices, stored.files or [file] * len(stored.slices), strict=True):
+            parts.append(StoredRows(place, offset, passed, passed + length, (), torch.uint8))
             passed += length
         if runs.num_rows * row_bytes:
             found.append(RowPiece(at, parts, runs, row_bytes))

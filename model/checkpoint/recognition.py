@@ -30,6 +30,7 @@ _FILES = {
     ".zip": "is a zip archive: unpack it first",
 }
 """Descriptions by file name suffix, for inconclusive contents."""
+_STRATEGY = "strategy files of MindSpore, which tell how ranks were cut and hold no weights: give the folder of the checkpoint itself"
 _ZIPPED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip")
 _FOLDER_PARTS = (
     ("pytorch_model*.bin", "holds pytorch_model.bin, but no config.json: copy the whole checkpoint"),
@@ -65,6 +66,8 @@ def check_method(path: Path, config: Mapping[str, Any]) -> None:
 def _name_file(path: Path) -> str | None:
     found, suffix = describe_file(path), path.suffix.lower()
     part = _SPLIT_GGUF.fullmatch(path.name)
+    if suffix == ".ckpt" and "strategy" in path.name:
+        return f"{path} is one of the {_STRATEGY}"
     if found == "is a zip file" or (found is not None and "pickle" in found):
         return f"{path} {_FILES[suffix] if suffix in _ZIPPED else found + ', not a checkpoint'}"
     if found is not None:
@@ -83,6 +86,8 @@ def _name_folder(path: Path) -> str | None:
         return f"{path} holds {len(ggufs)} GGUF files: give one of them, such as {quote_name(ggufs[0])}"
     if "adapter_config.json" in names:
         return f"{path} {_name_adapter(path)}"
+    if any("strategy" in name for name in names if name.endswith(".ckpt")):
+        return f"{path} holds {_STRATEGY}"
     for pattern, words in _FOLDER_PARTS:
         if any(path.glob(pattern)):
             return f"{path} {words}"
@@ -114,8 +119,12 @@ def _name_adapter(path: Path) -> str:
 def _find_inner(path: Path) -> list[Path]:
     """Return subfolders that look like checkpoints: snapshots of a hub cache, or folders of a download."""
     places = path / "snapshots" if (path / "snapshots").is_dir() else path
-    marks = ("config.json", "layout.json", "params.json")
-    return sorted(one for one in places.iterdir() if one.is_dir() and any((one / mark).is_file() for mark in marks))
+    marks = ("config.json", "layout.json", "params.json", "param_name_map.json")
+
+    def is_checkpoint(folder: Path) -> bool:
+        return any((folder / mark).is_file() for mark in marks) or (folder / "rank_0").is_dir() or any(folder.glob("*.ckpt"))
+
+    return sorted(one for one in places.iterdir() if one.is_dir() and is_checkpoint(one))
 
 
 def _name_head(config: Mapping[str, Any]) -> str | None:

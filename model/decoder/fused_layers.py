@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.decoder.shares import Shares
-from model.kernels.library import DTYPES, Kernels, PackedInt4
+from model.kernels.library import DTYPES, KernelInputs, Kernels, PackedInt4
 from model.layers.batch import Batch, StoreRows
 from model.layers.linear import ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear
@@ -26,9 +26,11 @@ _CHECK = ctypes.CFUNCTYPE(_INT)
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("weight", "scale", "starts", "zeros")] + [
-        (name, _SIZE) for name in ("groups", "columns", "rows", "num_slices")
-    ]
+    _fields_ = (
+        [(name, _POINTER) for name in ("weight", "scale", "starts", "zeros")]
+        + [(name, _SIZE) for name in ("groups", "columns", "rows")]
+        + [("inputs", KernelInputs)]
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -140,15 +142,15 @@ class FusedLayers:
     def _describe_linear(self, linear: ColumnParallelLinear | QuantizedColumnParallelLinear) -> _Linear:
         if isinstance(linear, ColumnParallelLinear):
             self._kept.append(linear.weight)
-            return _Linear(linear.weight.data_ptr(), None, None, None, 0, linear.in_features, linear.weight.shape[0], 0)
-        whole, num_slices = linear.find_whole(), linear.count_slices(self._dtype)
+            return _Linear(linear.weight.data_ptr(), None, None, None, 0, linear.in_features, linear.weight.shape[0], KernelInputs())
+        whole, inputs = linear.find_whole(), linear.describe_inputs(self._dtype)
         if isinstance(whole, PackedInt4):
             kept, rows, groups = [whole.packed, whole.scale, whole.starts, whole.zeros], whole.rows, whole.starts.shape[0] - 1
         else:
             kept, rows, groups = list(whole), whole[0].shape[0], whole[2].shape[0] - 1
         self._kept += kept
         pointers = [tensor.data_ptr() for tensor in kept] + [None] * (4 - len(kept))
-        return _Linear(*pointers, groups, linear.in_features, rows, num_slices)
+        return _Linear(*pointers, groups, linear.in_features, rows, inputs)
 
     def _describe_ranks(self, slots: SharedSlots | None) -> _Ranks:
         shares = self._shares
@@ -201,5 +203,5 @@ class FusedLayers:
 
 def _is_plain(linear: Any) -> bool:
     if isinstance(linear, QuantizedColumnParallelLinear):
-        return linear.is_plain
+        return linear.is_whole
     return isinstance(linear, ColumnParallelLinear) and linear.is_plain

@@ -71,14 +71,14 @@ static void multiply_tiles(const Product *p, size_t slice, size_t count, size_t 
         }
 }
 
-/* out [tokens, rows] = x [tokens, columns] times a packed weight; x and `num_slices` as in tandem_int8_linear. Returns 0, or 1 when out
+/* out [tokens, rows] = x [tokens, columns] times a packed weight; x and `inputs` as in tandem_int8_linear, but without a correction. Returns 0, or 1 when out
    of memory. */
 int tandem_int4_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *packed, size_t rows, const float *scale,
-                       const int8_t *zeros, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       const int8_t *zeros, const int64_t *starts, size_t groups, const Inputs *inputs, void *out, int out_dtype,
                        size_t out_stride, int threads) {
     Slices cut;
-    if (cut_all_slices(x, dtype, tokens, columns, starts, groups, num_slices, threads, &cut)) return 1;
-    size_t each = num_slices ? num_slices : 1, total = tokens * each, at_once = NIBBLE_SLICES / each * each;
+    if (cut_all_slices(inputs, x, dtype, tokens, columns, starts, groups, threads, &cut)) return 1;
+    size_t each = inputs->num_slices ? inputs->num_slices : 1, total = tokens * each, at_once = NIBBLE_SLICES / each * each;
     Product p = {cut, packed, scale, zeros, starts, groups, count_steps(starts, groups), each, rows, out, out_stride, out_dtype};
     size_t tiles = (rows + LANES - 1) / LANES, block = CACHED_BYTES / (p.steps * STEP_BYTES);
     if (block < 1) block = 1;

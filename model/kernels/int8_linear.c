@@ -22,6 +22,7 @@ typedef struct {
     void *out;               /* [tokens][out_stride] */
     size_t out_stride;
     int out_dtype;
+    const float *correction; /* [rows] or NULL */
     int alone;               /* whether one tile covers all slices */
 } Product;
 
@@ -110,6 +111,13 @@ INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size
         size_t token = (slice + first) / n;
         four_floats total = product[first + n - 1];
         for (size_t k = n - 1; k-- > 0;) total = total / 254.0f + product[first + k];
+        if (p->correction) {
+            float parts[INT_ROWS];
+            for (size_t j = 0; j < INT_ROWS; j++) parts[j] = p->correction[row + smaller(j, valid - 1)];
+            four_floats correction;
+            memcpy(&correction, parts, sizeof correction);
+            total = total - correction;
+        }
         store_four(p->out, p->out_dtype, token * p->out_stride + row, total * p->row_scale[token], valid);
     }
 }
@@ -141,16 +149,15 @@ static size_t rows_a_block(size_t columns, size_t slice_bytes) {
 
 /* out [tokens, rows] = x [tokens, columns] times weight [rows, columns] with scale [rows, groups].
 
-   x is float32, bfloat16 or float16, cut into `num_slices` slices of 8 bits (1 to 3; one: 8-bit activations). If `num_slices` is 0, x is
-   int8 and is multiplied directly. Returns 0, or 1 when out of memory. */
+   x is float32, bfloat16 or float16, or int8 if `inputs` has no slices. Returns 0, or 1 when out of memory. */
 int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const int8_t *weight, size_t rows,
-                       const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       const float *scale, const int64_t *starts, size_t groups, const Inputs *inputs, void *out, int out_dtype,
                        size_t out_stride, int threads) {
     Slices cut;
-    if (cut_all_slices(x, dtype, tokens, columns, starts, groups, num_slices, threads, &cut)) return 1;
-    size_t each = num_slices ? num_slices : 1, total = tokens * each, at_once = INT_SLICES / each * each;
+    if (cut_all_slices(inputs, x, dtype, tokens, columns, starts, groups, threads, &cut)) return 1;
+    size_t each = inputs->num_slices ? inputs->num_slices : 1, total = tokens * each, at_once = INT_SLICES / each * each;
     Product p = {cut.bytes, cut.sums, cut.row_scale, cut.padded, weight, scale, starts, columns, groups, each, out, out_stride, out_dtype,
-                 total <= INT_SLICES};
+                 inputs->correction, total <= INT_SLICES};
     size_t block = rows_a_block(columns, total * cut.padded), tiles = (rows + INT_ROWS - 1) / INT_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int thread = 0; thread < threads; thread++) {

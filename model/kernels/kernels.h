@@ -5,11 +5,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* What is done to the inputs of an integer linear before they are multiplied. */
+typedef struct {
+    size_t num_slices;        /* 8-bit slices of each element: 1 (8-bit activations) to 3; 0: the inputs are int8 */
+    const float *divisor;     /* [columns]: divides the inputs first; NULL: none */
+    const int64_t *order;     /* [columns]: input column of each column of the weight; NULL: the same */
+    float scale;              /* of static 8-bit activations; 0: one a token */
+    float zero_point;         /* of static 8-bit activations */
+    const float *correction;  /* [rows]: what the zero point adds to each result; NULL: none */
+} Inputs;
+
 int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, const int8_t *weight, size_t rows,
-                       const float *scale, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       const float *scale, const int64_t *starts, size_t groups, const Inputs *inputs, void *out, int out_dtype,
                        size_t out_stride, int threads);
 int tandem_int4_linear(const void *x, int dtype, size_t tokens, size_t columns, const uint8_t *packed, size_t rows, const float *scale,
-                       const int8_t *zeros, const int64_t *starts, size_t groups, size_t num_slices, void *out, int out_dtype,
+                       const int8_t *zeros, const int64_t *starts, size_t groups, const Inputs *inputs, void *out, int out_dtype,
                        size_t out_stride, int threads);
 int tandem_pack_int4(const int8_t *weight, size_t rows, size_t columns, const int64_t *starts, size_t groups, uint8_t *packed,
                      int8_t *zeros, int threads);

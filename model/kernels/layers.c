@@ -18,7 +18,8 @@ typedef struct {
     const float *scale;    /* NULL: the weight has the type of the activations */
     const int64_t *starts;
     const int8_t *zeros;   /* NULL: the weight is not packed in 4 bits */
-    size_t groups, columns, rows, num_slices;
+    size_t groups, columns, rows;
+    Inputs inputs;
 } Linear;
 
 typedef struct {
@@ -114,9 +115,9 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
 static int apply(const Pass *p, const Linear *l, const char *x, char *out) {
     if (l->zeros)
         return tandem_int4_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->zeros, l->starts, l->groups,
-                                  l->num_slices, out, p->dtype, l->rows, p->threads);
+                                  &l->inputs, out, p->dtype, l->rows, p->threads);
     if (l->scale)
-        return tandem_int8_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->starts, l->groups, l->num_slices,
+        return tandem_int8_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, l->scale, l->starts, l->groups, &l->inputs,
                                   out, p->dtype, l->rows, p->threads);
     tandem_float_linear(x, p->dtype, p->tokens, l->columns, l->weight, l->rows, out, l->rows, p->threads);
     return 0;

@@ -20,7 +20,7 @@ import torch
 from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet
 from parallel.errors import ConfigError
 
-_INTERFACE = 4
+_INTERFACE = 5
 """Interface version, as in model/kernels/supported.c."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Type codes, as in model/kernels/vectors.h."""
@@ -34,11 +34,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_supported": (_INT, []),
     "tandem_int8_linear": (
         _INT,
-        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
+        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, _SIZE, *[_POINTER] * 2, _INT, _SIZE, _INT],
     ),
     "tandem_int4_linear": (
         _INT,
-        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 3, *[_SIZE] * 2, _POINTER, _INT, _SIZE, _INT],
+        [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, *[_POINTER] * 2, _INT, _SIZE, _INT],
     ),
     "tandem_pack_int4": (_INT, [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT]),
     "tandem_float_linear": (None, [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT]),
@@ -50,6 +50,19 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
     ),
 }
+
+
+class KernelInputs(ctypes.Structure):
+    """What is done to the inputs of an integer linear before they are multiplied (model/kernels/kernels.h)."""
+
+    _fields_ = (
+        ("num_slices", _SIZE),
+        ("divisor", _POINTER),
+        ("order", _POINTER),
+        ("scale", _FLOAT),
+        ("zero_point", _FLOAT),
+        ("correction", _POINTER),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,33 +101,41 @@ class Kernels:
         return bool(self._library.tandem_interface() == _INTERFACE and self._library.tandem_supported())
 
     def int8_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, starts: torch.Tensor, num_slices: int, dtype: torch.dtype
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        starts: torch.Tensor,
+        inputs: KernelInputs | int,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """Multiply x [tokens, columns] by int8 weight [rows, columns] with scale [rows, groups]: [tokens, rows] as `dtype`.
 
-        `starts` int64 [groups + 1]: first column of each group. `num_slices`: number of 8-bit slices per element of x
-        (`model/backends/int8.py`); 0: x is already int8.
+        `starts` int64 [groups + 1]: first column of each group. `inputs`: the number of 8-bit slices per element of x
+        (`model/backends/int8.py`), or also what is done to x before; without slices, x is int8.
         """
         x = x.contiguous()
         tokens, columns = x.shape
         assert columns <= _MAX_COLUMNS, columns
         out = torch.empty((tokens, weight.shape[0]), dtype=dtype)
-        kind = DTYPES[x.dtype] if num_slices else 0
+        inputs = inputs if isinstance(inputs, KernelInputs) else KernelInputs(inputs)
+        kind = DTYPES[x.dtype] if inputs.num_slices else 0
         failed = self._library.tandem_int8_linear(
             x.data_ptr(), kind, tokens, columns, weight.data_ptr(), weight.shape[0], scale.data_ptr(), starts.data_ptr(),
-            starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1], torch.get_num_threads(),
+            starts.shape[0] - 1, ctypes.addressof(inputs), out.data_ptr(), DTYPES[dtype], out.shape[1], torch.get_num_threads(),
         )  # fmt: skip
         return _check(failed, out)
 
-    def int4_linear(self, x: torch.Tensor, weight: PackedInt4, num_slices: int, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply x [tokens, columns] by a packed weight: [tokens, rows] as `dtype`. `num_slices`: as for int8_linear."""
+    def int4_linear(self, x: torch.Tensor, weight: PackedInt4, inputs: KernelInputs | int, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply x [tokens, columns] by a packed weight: [tokens, rows] as `dtype`. `inputs`: as for int8_linear; no correction."""
         x = x.contiguous()
         tokens, columns = x.shape
         out = torch.empty((tokens, weight.rows), dtype=dtype)
-        kind = DTYPES[x.dtype] if num_slices else 0
+        inputs = inputs if isinstance(inputs, KernelInputs) else KernelInputs(inputs)
+        kind = DTYPES[x.dtype] if inputs.num_slices else 0
         failed = self._library.tandem_int4_linear(
             x.data_ptr(), kind, tokens, columns, weight.packed.data_ptr(), weight.rows, weight.scale.data_ptr(), weight.zeros.data_ptr(),
-            weight.starts.data_ptr(), weight.starts.shape[0] - 1, num_slices, out.data_ptr(), DTYPES[dtype], out.shape[1],
+            weight.starts.data_ptr(), weight.starts.shape[0] - 1, ctypes.addressof(inputs), out.data_ptr(), DTYPES[dtype], out.shape[1],
             torch.get_num_threads(),
         )  # fmt: skip
         return _check(failed, out)

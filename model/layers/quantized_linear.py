@@ -13,7 +13,7 @@ from torch import nn
 
 from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
 from model.backends.interface import Backend
-from model.kernels.library import PackedInt4
+from model.kernels.library import KernelInputs, PackedInt4
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
 from model.spec.linear_memory import count_linear_bytes
@@ -56,10 +56,9 @@ class QuantizedColumnParallelLinear(nn.Module):
         self._correction: torch.Tensor | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a single matmul of the whole weight with unmodified inputs."""
-        whole = self._whole is not None or self._packed is not None
-        return whole and self.scheme.activation in (None, "token") and self._divisor is None and self._order is None
+    def is_whole(self) -> bool:
+        """Whether it is a single matmul of the whole weight, with all that is done to its inputs."""
+        return self._whole is not None or self._packed is not None
 
     def find_whole(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | PackedInt4:
         """Return the weight, scales and first column of each group, or the packed 4-bit weight, if it is kept whole."""
@@ -67,9 +66,18 @@ class QuantizedColumnParallelLinear(nn.Module):
         assert whole is not None
         return whole
 
-    def count_slices(self, dtype: torch.dtype) -> int:
-        """Number of 8-bit slices of inputs of this dtype; one: 8-bit activations."""
-        return 1 if self.scheme.activation == "token" else count_slices(dtype)
+    def describe_inputs(self, dtype: torch.dtype) -> KernelInputs:
+        """Return what the kernel does to inputs of this dtype. Its pointers are valid as long as this layer."""
+        num_slices = count_slices(dtype if self._divisor is None else torch.float32)
+        static = self.scheme.activation == "tensor"
+        return KernelInputs(
+            num_slices if self.scheme.activation is None else 1,
+            None if self._divisor is None else self._divisor.data_ptr(),
+            None if self._order is None else self._order.data_ptr(),
+            self._input_scale if static else 0.0,
+            self._zero_point if static else 0,
+            None if self._correction is None else self._correction.data_ptr(),
+        )
 
     def assign(self, stored: StoredLinear, device: torch.device) -> None:
         """Set the rows of all blocks, concatenated, and pack them if the kernel needs it."""
@@ -86,7 +94,8 @@ class QuantizedColumnParallelLinear(nn.Module):
         else:
             self._parts = self._pack_parts(weight, scale, sizes, device)
         if stored.smooth_scale is not None:
-            self._divisor = stored.smooth_scale.float().to(device)
+            assert self._order is None, "the kernels divide the ordered inputs"
+            self._divisor = stored.smooth_scale.float().contiguous().to(device)
         self._input_scale, self._zero_point = stored.input_scale, stored.input_zero_point
         if stored.input_zero_point:
             sums = weight.sum(dim=1, dtype=torch.int64).double()
@@ -101,30 +110,23 @@ class QuantizedColumnParallelLinear(nn.Module):
             column += size
         return parts
 
-    def _multiply_whole(self, x: torch.Tensor, num_slices: int, dtype: torch.dtype) -> torch.Tensor:
+    def _multiply_whole(self, x: torch.Tensor) -> torch.Tensor:
         assert self.kernel.whole is not None
+        inputs = self.describe_inputs(x.dtype)
         if self._packed is not None:
-            return self.kernel.whole.int4_linear(x, self._packed, num_slices, dtype)
+            return self.kernel.whole.int4_linear(x, self._packed, inputs, x.dtype)
         assert self._whole is not None
-        return self.kernel.whole.int8_linear(x, *self._whole, num_slices, dtype)
-
-    def _multiply_slices(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.kernel.whole is None:
-            return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
-        return self._multiply_whole(x if self._order is None else x[:, self._order], count_slices(x.dtype), dtype)
-
-    def _multiply_integers(self, integers: torch.Tensor) -> torch.Tensor:
-        if self.kernel.whole is None:
-            return one_slice_linear(integers, self._parts[0], self.kernel)
-        return self._multiply_whole(integers.to(torch.int8), 0, torch.float32)
+        return self.kernel.whole.int8_linear(x, *self._whole, inputs, x.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [rows, in_features] to [rows, local rows of all blocks], in the dtype of x."""
+        if self.kernel.whole is not None:
+            return self._multiply_whole(x)
         dtype, divisor = x.dtype, self._divisor
         if self.scheme.activation == "tensor":
             scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
             integers = (x.float() / scale).add_(self._zero_point).round_().clamp_(-128, 127)
-            product = self._multiply_integers(integers)
+            product = one_slice_linear(integers, self._parts[0], self.kernel)
             if self._correction is not None:
                 product.sub_(self._correction)
             product.mul_(self._input_scale)
@@ -133,13 +135,11 @@ class QuantizedColumnParallelLinear(nn.Module):
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":
-            if self.kernel.whole is not None:
-                return self._multiply_whole(x, 1, dtype)
             # The scale of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
             row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
             integers = (x.float() / row_scale).round_().clamp_(-128, 127)
-            return self._multiply_integers(integers).mul_(row_scale).to(dtype)
-        return self._multiply_slices(x, dtype)
+            return one_slice_linear(integers, self._parts[0], self.kernel).mul_(row_scale).to(dtype)
+        return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
 
 
 class SeparateLinears(nn.Module):

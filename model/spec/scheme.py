@@ -177,6 +177,17 @@ class Scheme:
         return self.find_linear(name) is not None
 
 
+def group_linears(linears: Mapping[str, LinearScheme], ignore: tuple[str, ...], kv_cache: str | None = None) -> Scheme:
+    """Build the scheme of linears by full name: the most frequent scheme as the default, one group for each of the others."""
+    names: dict[LinearScheme, list[str]] = {}
+    for name, linear in linears.items():
+        names.setdefault(linear, []).append(name)
+    if not names:
+        return Scheme(kv_cache=kv_cache)
+    first, *others = sorted(names, key=lambda linear: -len(names[linear]))
+    return Scheme(first, ignore, kv_cache, others=tuple(LinearGroup(tuple(names[linear]), linear) for linear in others))
+
+
 def read_scheme(raw: Mapping[str, Any]) -> Scheme:
     """Return the scheme declared by the values of a config.json.
 

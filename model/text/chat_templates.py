@@ -75,15 +75,20 @@ class ChatTemplates:
 
 
 def load_chat_templates(path: Path, settings: TokenizerSettings) -> tuple[ChatTemplates, str]:
-    """Load the checkpoint's templates, or Llama-2's; also return a description. Raises CheckpointError for malformed files."""
-    found = read_chat_templates(path)
+    """Load the template of the settings, the checkpoint's, or Llama-2's; also return a description.
+
+    Raises CheckpointError for malformed files.
+    """
+    own = settings.chat_template
+    found = read_chat_templates(path) if own is None else {_DEFAULT: own}
     tokens: dict[str, Any] = {role: token.content for role, token in settings.special_tokens.items() if token is not None}
     extra = settings.extra_special_tokens or settings.listed_special_tokens
     if extra:
         tokens["additional_special_tokens"] = [token.content for token in extra]
     if found is None:
         return ChatTemplates(sources={_DEFAULT: LLAMA_2_TEMPLATE}, special_tokens=tokens, where="Llama-2"), "Llama-2's"
-    return ChatTemplates(sources=found, special_tokens=tokens, where=str(path)), "the checkpoint's"
+    words = ("the checkpoint's", str(path)) if own is None else ("the YAML's", "processor.tokenizer.chat_template")
+    return ChatTemplates(sources=found, special_tokens=tokens, where=words[1]), words[0]
 
 
 def read_chat_templates(path: Path) -> dict[str, str] | None:

@@ -120,7 +120,7 @@ def _read_generation_config(source: CheckpointSource) -> dict[str, Any]:
 def _find_turn_ends(tokenizer: Tokenizer, path: Path) -> list[int]:
     """Return the ids of end-of-turn tokens in the chat template that the tokenizer has as special tokens."""
     try:
-        template = "".join((read_chat_templates(path) or {}).values())
+        template = tokenizer.settings.chat_template or "".join((read_chat_templates(path) or {}).values())
     except CheckpointError:
         return []  # reported when chatting
     names = drop_message_ends(name for name in sorted(TURN_ENDS) if name in template)

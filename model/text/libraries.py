@@ -59,6 +59,20 @@ class LibraryTokenizer:
         with _silence_panics(), catch_library_errors(CheckpointError, f"{source} cannot be used as a tokenizer"):
             backend.decode(backend.encode("a 1.").ids)
 
+    def set_ends(self, add_bos: bool | None, add_eos: bool | None, source: Path) -> None:
+        """Set whether texts begin with the begin token and end with the end token; None leaves it as the files say.
+
+        Raises CheckpointError when there is no such token. `source` names the file in messages.
+        """
+        plain, ends = self.encode("a", add_special_tokens=False), self.encode("a")
+        first, last = ends[: len(ends) - len(plain)], ends[len(plain) :]
+        wants_bos = self.bos_token_id in first if add_bos is None else add_bos
+        wants_eos = self.eos_token_id in last if add_eos is None else add_eos
+        for wanted, number, role in ((wants_bos, self.bos_token_id, "bos_token"), (wants_eos, self.eos_token_id, "eos_token")):
+            if wanted and number is None:
+                raise CheckpointError(f"{source} has no {role}, but the settings add one to every text")
+        put_around(self._backend, self.settings.bos_token if wants_bos else None, self.settings.eos_token if wants_eos else None, source)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text. Raises RequestError for a text that cannot be encoded."""
         if self._doubles_space and text.startswith((" ", _SPACE)):

@@ -73,17 +73,23 @@ _USUAL_TOKENS = {
 """Common names of special tokens, if no settings come with tokenizer.json."""
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | None = None, chat_template: str | None = None) -> Tokenizer:
     """Read the tokenizer in a folder, or a single tokenizer.json, tokenizer.model or .gguf file.
 
-    Raises CheckpointError when it is missing or cannot be read.
+    `add_bos`, `add_eos`: whether texts begin and end with these tokens; None: as its files say. `chat_template`: takes precedence over
+    those of its files. Raises CheckpointError when it is missing or cannot be read.
     """
     if path.is_dir():
         path = require_vocabulary(path)
     try:
-        return {".json": _read_json_tokenizer, ".gguf": read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
+        tokenizer = {".json": _read_json_tokenizer, ".gguf": read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: name a folder, or a tokenizer.json, tokenizer.model or .gguf file") from None
+    if add_bos is not None or add_eos is not None:
+        tokenizer.set_ends(add_bos, add_eos, path)
+    if chat_template is not None:
+        tokenizer.settings = replace(tokenizer.settings, chat_template=chat_template)
+    return tokenizer
 
 
 def require_vocabulary(folder: Path) -> Path:
@@ -94,7 +100,7 @@ def require_vocabulary(folder: Path) -> Path:
     return found[0]
 
 
-def _read_json_tokenizer(path: Path) -> Tokenizer:
+def _read_json_tokenizer(path: Path) -> LibraryTokenizer:
     text = read_file_text(path, MAX_VOCABULARY_BYTES)
     backend = load_json_backend(text, path)
     settings = read_tokenizer_settings(path.parent)
@@ -121,7 +127,7 @@ def _rebuild(model: dict[str, Any], backend: Any, settings: TokenizerSettings, p
     return rebuilt
 
 
-def _read_sentencepiece_tokenizer(path: Path) -> Tokenizer:
+def _read_sentencepiece_tokenizer(path: Path) -> LibraryTokenizer:
     model = read_sentencepiece_model(read_file_bytes(path, MAX_VOCABULARY_BYTES), path)
     settings = read_tokenizer_settings(path.parent)
     is_llama = settings.tokenizer_class == _LLAMA and model.algorithm == BPE

@@ -67,6 +67,8 @@ class TokenizerSettings:
     """Encode special tokens in a text as ordinary text."""
     has_config: bool = False
     """Whether there is a tokenizer_config.json."""
+    chat_template: str | None = None
+    """A chat template that takes precedence over those of the files."""
 
     @property
     def bos_token(self) -> str | None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests of the cluster scripts (Slurm, Open MPI, shellcheck, ...) and of the server's page (Chromium) use, with apt-get.
+# Installs what the tests of the cluster scripts (Slurm, Open MPI, shellcheck, ...), of the server's page (Chromium) and of the kernels for
+# ARM use, with apt-get.
 # For throw-away machines: CI runs it.
 # Usage: scripts/cluster/install_tools.sh
 # Returns at once when all is there. It always ends with 0: without root or apt-get it says what is missing, and the tests skip that.
@@ -15,6 +16,9 @@ tools=(
     systemd-analyze systemd
     chromium chromium
     chromedriver chromium-driver
+    aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
+    aarch64-linux-gnu-gcc libc6-dev-arm64-cross
+    qemu-aarch64 qemu-user
 )
 
 say() { printf 'install_tools: %s\n' "$*" >&2; }

@@ -1,5 +1,6 @@
 """`tandem.LLM`: ranks of a program's own, compared with `tandem predict` on the same checkpoint."""
 
+import gc
 import os
 import signal
 import sys
@@ -227,17 +228,21 @@ def test_a_dead_rank_is_restarted_with_the_same_tokens_until_restarts_are_used_u
 def test_closing_again_and_again_leaves_nothing(start: Callable[..., LLM], llm: LLM) -> None:
     assert llm._engine is not None
     before = None
-    for _ in range(3):
-        with start(1) as other:
-            assert other._engine is not None
-            pids = [*other._engine.pids, other._engine._process.pid]
-            stream = other.generate(PROMPTS[0], LONG, stream=True)
-            next(stream)
-        with pytest.raises(RunError, match="this LLM is closed: create another one"):
-            list(stream)
-        with pytest.raises(RunError, match="this LLM is closed: create another one"):
-            other.generate("x")
-        other.close()
+    for is_collected in (False, True):
+        other = start(1)
+        assert other._engine is not None
+        pids = [*other._engine.pids, other._engine._process.pid]
+        stream = other.generate(PROMPTS[0], LONG, stream=True)
+        next(stream)
+        if is_collected:
+            del other, stream
+            gc.collect()
+        else:
+            other.close()
+            for call in (lambda stream=stream: list(stream), lambda other=other: other.generate("x"), lambda other=other: other.chat([])):
+                with pytest.raises(RunError, match="this LLM is closed: create another one"):
+                    call()
+            other.close()
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         state = len(os.listdir("/proc/self/fd")), threading.active_count(), sorted(os.listdir("/dev/shm"))
         assert before in (None, state)

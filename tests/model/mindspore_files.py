@@ -172,7 +172,7 @@ def cut(tensors: Mapping[str, torch.Tensor], ranks: int, *, vocabulary: bool = T
     """What MindFormers stores for each of `ranks`."""
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for name, tensor in tensors.items():
-        by_column = any(word in name for word in ("input_quantizer", "input_scale", "input_zp")) and "paged" not in name
+        by_column = any(word in name for word in ("input_quantizer", "input_scale", "input_zp", "smooth_scale")) and "paged" not in name
         axis: int | None
         if ".attention.wo." in name or ".feed_forward.w2." in name:
             axis = 0 if by_column else 1 if name.endswith(".weight") else None

@@ -8,7 +8,7 @@ import pytest
 from launcher.settings.quantization import QuantizationSettings, build_quantization
 from launcher.settings.yaml_schema import check_keys
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.scheme import LinearScheme, Scheme, group_linears
 from parallel.errors import ConfigError
 
 
@@ -121,3 +121,16 @@ def test_linears_that_stay_float_are_compared_with_the_checkpoint() -> None:
         check(("lm_head",), "lm_head", *downs)
     with pytest.raises(ConfigError, match=r"is \['w2'\], but x\.ckpt holds float weights of lm_head \(1 of 15"):
         check(("w2",), "lm_head", *downs)
+
+
+def test_ptq_may_fall_back_to_a16w8_for_single_linears() -> None:
+    """Golden Stick's `fallback_blacklist`."""
+    config = build_config({"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32})
+    static, plain = LinearScheme(packed=False, activation="tensor"), LinearScheme(packed=False)
+    mixed = group_linears({"model.layers.0.self_attn.q_proj": static, "model.layers.0.mlp.down_proj": plain}, ())
+    words: dict[str, Any] = {"weight_dtype": "int8", "activation_dtype": "int8", "outliers_suppression": "smooth"}
+    QuantizationSettings(quant_method="ptq", **words).check_scheme(mixed, config, "x.ckpt", "x.yaml")
+    with pytest.raises(ConfigError, match=r"requests smooth_quant \(A8W8\), but x\.ckpt holds A16W8 and A8W8"):
+        QuantizationSettings(quant_method="smooth_quant", **words).check_scheme(mixed, config, "x.ckpt", "x.yaml")
+    with pytest.raises(ConfigError, match=r"requests ptq \(A8W8\), but x\.ckpt holds A16W8 \(rtn-a16w8\)"):
+        QuantizationSettings(quant_method="ptq", **words).check_scheme(Scheme(plain), config, "x.ckpt", "x.yaml")

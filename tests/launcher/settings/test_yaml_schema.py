@@ -49,7 +49,9 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, path: str, 
 def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> None:
     assert "tandem.qqqqqq is not a known key; no known key is similar" in refuse(tmp_path, "tandem: {qqqqqq: 1}")
     assert "17 is not a known key" in refuse(tmp_path, "17: x")
-    # Nothing of another section is guessed.
+    # Keys that share a word are no typos of each other, and nothing of another section is guessed.
+    assert "hidden_act is not a known key; no known key is similar" in refuse(tmp_path, "model: {model_config: {hidden_act: silu}}")
+    assert "num_shards is not a known key; no known key is similar" in refuse(tmp_path, "model: {model_config: {num_shards: 2}}")
     assert "hidden_sizes is not a known key; no known key is similar" in refuse(tmp_path, "hidden_sizes: 2")
     assert "trust_remote is not a known key; did you mean trust_remote_code?" in refuse(tmp_path, "trust_remote: True")
 
@@ -78,8 +80,25 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
             "model: {model_config: {type: GPT2Config}}",
             "model.model_config.type is 'GPT2Config' (str), but 'LlamaConfig' or 'Qwen2Config' or ",
         ),
-        ("model: {model_config: {extend_method: NTK}}", "extend_method is 'NTK' (str), but 'LLAMA3' or None is needed"),
-        ("model: {model_config: {extend_method: PI}}", "other ways of stretching the rotary positions are not supported"),
+        (
+            "model: {model_config: {extend_method: DYNAMIC_NTK}}",
+            "extend_method is 'DYNAMIC_NTK' (str), but 'LLAMA3' or 'YARN' or 'linear' or 'PI' or 'NTK' or None is needed; other ways of",
+        ),
+        ("model: {model_config: {extend_method: PI, scaling_factor: {factor: 2.0}}}", "but extend_method PI needs a number above 0"),
+        (
+            "model: {model_config: {extend_method: NTK, scaling_factor: 0}}",
+            "scaling_factor is 0, but extend_method NTK needs a number above",
+        ),
+        ("model: {model_config: {extend_method: linear, scaling_factor: 2.0}}", "but extend_method linear needs a mapping of factor"),
+        (
+            "model: {model_config: {extend_method: linear, scaling_factor: {factor: -1}}}",
+            "factor of rope_scaling is -1, but a number above 0",
+        ),
+        ("model: {model_config: {extend_method: YARN, scaling_factor: {factor: 2.0}}}", "scaling_factor lacks original_max_position_emb"),
+        (
+            "model: {model_config: {extend_method: YARN, scaling_factor: {truncate: True}}}",
+            "scaling_factor.truncate is not a known key; extend_method YARN has factor",
+        ),
         (
             "model: {model_config: {extend_method: LLAMA3}}",
             "scaling_factor is None, but extend_method LLAMA3 needs a mapping of factor, low_",
@@ -100,6 +119,18 @@ def test_unknown_key_that_resembles_nothing_is_refused_too(tmp_path: Path) -> No
         ),
         ("moe_config: {expert_num: 1, shared_expert_num: 2}", "but a dense model (expert_num 1) is needed"),
         ("model: {model_config: {moe_config: {expert_num: 8}}}", "model.model_config.moe_config is {'expert_num': 8}"),
+        (
+            "model: {model_config: {type: DeepseekV3Config, kv_lora_rank: 8}}",
+            "model.model_config.type is 'DeepseekV3Config', a mixture of exp",
+        ),
+        ("model: {arch: {type: InternVLChatModel}}", "model.arch.type is 'InternVLChatModel', a model of images and text, which is not"),
+        ("model: {model_config: {type: X, vision_model: {arch: {}}}}", "model.model_config.vision_model belongs to a model of images and"),
+        ("model: {model_config: {type: WhisperConfig}}", "'WhisperConfig', a speech model, which is not supported"),
+        ("model: {model_config: {type: ChatGLM2Config}}", "'ChatGLM2Config' (str), but 'LlamaConfig' or 'Qwen"),
+        (
+            "model: {model_config: {type: LlamaConfig}, arch: {type: Baichuan7BV2ForCausalLM, auto_register: x}}",
+            "model.arch.type is 'Baichuan7BV2ForCausalLM' (str), but 'LlamaForCausalLM' or",
+        ),
         ("model: {model_config: {moe_config: 8}}", "model.model_config.moe_config is 8 (int), but a dense model"),
         ("tandem: {fused_order: 1.5}", "tandem.fused_order is 1.5 (float), but 'auto' or '1.3' or '1.4'"),
         *(

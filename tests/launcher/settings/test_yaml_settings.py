@@ -1,14 +1,17 @@
 """Reading a MindFormers YAML: what each value means and how it meets the checkpoint."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import yaml
 
 from launcher.settings.yaml_settings import Settings, TandemSettings, open_settings, read_settings
-from model.spec.rope_scaling import RopeScaling
+from model.spec.rope_scaling import RopeScaling, attention_factor, compute_frequencies
 from parallel.errors import ConfigError
 
 ORIGINALS = (
@@ -178,6 +181,7 @@ def test_feed_forward_width_follows_mindformers(tmp_path: Path, keys: dict[str, 
 def test_longest_sequence_is_the_position_table_or_else_the_sequence(tmp_path: Path) -> None:
     assert read_model(tmp_path, seq_length=64).build_model_config().max_position_embeddings == 64
     assert read_model(tmp_path, seq_length=64, max_position_embedding=128).build_model_config().max_position_embeddings == 128
+    assert read_model(tmp_path, seq_length=128, max_position_embedding=64).build_model_config().max_position_embeddings == 128
 
 
 def test_width_that_heads_do_not_divide_names_both(tmp_path: Path) -> None:
@@ -262,6 +266,65 @@ def test_llama3_stretching_is_read_and_compared(tmp_path: Path) -> None:
             settings.compare_model_config(replace(config, rope_scaling=other), "here")
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def compute_as_mindformers(method: str, factor: Any, theta: float, width: int) -> tuple[npt.NDArray[np.float64], float]:
+    """Radians per position of each rotary pair, and the factor of cosine and sine, as FreqsMgr of MindFormers computes them."""
+    theta = theta * factor if method == "NTK" else theta
+    base = 1.0 / theta ** (np.arange(0, width, 2) / width)
+    if method in ("PI", "linear"):
+        return base / (factor if method == "PI" else factor["factor"]), 1.0
+    if method != "YARN":
+        return base, 1.0
+    ends = [width * math.log(64 / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32.0, 1.0)]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), width - 1)
+    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+    scale, both = factor["factor"], (factor["mscale"], factor["mscale_all_dim"])
+    numerator, denominator = (0.1 * one * math.log(scale) + 1 for one in both)
+    return base / scale * ramp + base * (1 - ramp), numerator / denominator
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ("PI", 4),
+        ("PI", 2.5),
+        ("PI", 1),
+        ("NTK", 8.0),
+        ("NTK", 1.0),
+        ("linear", {"factor": 2.0}),
+        *(("YARN", {**YARN, "mscale": one, "mscale_all_dim": other}) for one, other in ((1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.707, 1.0))),
+    ],
+)
+def test_stretched_positions_are_those_of_mindformers(tmp_path: Path, method: str, factor: Any) -> None:
+    sizes = {"hidden_size": 128, "num_heads": 2, "seq_length": 256, "theta": 5000.0}
+    config = read_model(tmp_path, extend_method=method, scaling_factor=factor, **sizes).build_model_config()
+    frequencies, scale = compute_as_mindformers(method, factor, 5000.0, 64)
+    np.testing.assert_allclose(compute_frequencies(config.rope_theta, 64, config.rope_scaling), frequencies, rtol=2e-6)
+    assert math.isclose(attention_factor(config.rope_scaling), scale, rel_tol=1e-12)
+
+
+def test_a_scaling_that_differs_from_the_checkpoint_is_named(tmp_path: Path) -> None:
+    config = read_model(tmp_path).build_model_config()
+    for method, factor, words in (
+        ("PI", 4, r"extend_method \(rope_scaling\) is linear factor 4 against none"),
+        ("YARN", {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, r"is yarn factor 4, original_max_position_embeddings 64, .* against none"),
+        ("NTK", 4, r"theta \(rope_theta\) is 40000\.0 against 10000\.0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_model(tmp_path, extend_method=method, scaling_factor=factor).compare_model_config(config, "here")
+
+
+def test_begin_and_end_tokens_of_the_tokenizer_are_read(tmp_path: Path) -> None:
+    """The YAML files of Yi ask for none."""
+    settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: False, add_eos_token: True}}")
+    assert (settings.add_bos_token, settings.add_eos_token) == (False, True)
+    settings = read_text(tmp_path, "processor: {tokenizer: {add_bos_token: None, type: LlamaTokenizer}}")
+    assert (settings.add_bos_token, settings.add_eos_token, settings.chat_template) == (None, None, None)
+    assert read_text(tmp_path, "processor: {tokenizer: {chat_template: '{{ x }}'}}").chat_template == "{{ x }}"
+
+
 def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").touch()
     (tmp_path / "recipe.yaml").write_text("seed: 2")  # of another program: it has no model
@@ -274,6 +337,28 @@ def test_the_only_yaml_next_to_a_checkpoint_is_used(tmp_path: Path) -> None:
     for checkpoint in (tmp_path, tmp_path / "x.ckpt"):
         with pytest.raises(ConfigError, match=r"holds 2 MindFormers YAML files \(a\.yaml, b\.yml\): choose with --config"):
             open_settings(None, checkpoint)
+
+
+def test_the_yaml_of_a_rank_folder_is_in_the_folder_around_it(tmp_path: Path) -> None:
+    file = tmp_path / "model" / "rank_0" / "x.ckpt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "model" / "a.yaml").write_text("seed: 3\nmodel: {model_config: {num_layers: 2}}")
+    for checkpoint in (file, file.parent, file.parent.parent):
+        assert open_settings(None, checkpoint).seed == 3
+    file.parent.rename(tmp_path / "model" / "other")
+    assert open_settings(None, tmp_path / "model" / "other").source == "no config"
+
+
+def test_of_several_yaml_files_the_one_that_predicts_is_used(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    for name, mode in (("a.yaml", "finetune"), ("b.yaml", "predict"), ("c.yaml", "eval")):
+        (tmp_path / name).write_text(f"run_mode: {mode}\nmodel: {{model_config: {{num_layers: 2}}}}")
+    for checkpoint in (tmp_path, tmp_path / "x.safetensors"):
+        assert open_settings(None, checkpoint).source == str(tmp_path / "b.yaml")
+    (tmp_path / "b.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"holds 2 MindFormers YAML files \(a\.yaml, c\.yaml\)"):
+        open_settings(None, tmp_path)
 
 
 def test_a_yaml_next_to_a_config_json_is_for_the_folder_and_not_for_a_file_in_it(tmp_path: Path) -> None:

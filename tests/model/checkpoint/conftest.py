@@ -25,7 +25,7 @@ from parallel.errors import InputError
 from parallel.file_slices import FileReader
 from tests.model.checkpoint.float8_files import write_float8
 from tests.model.gguf_blocks import write_blocks
-from tests.model.mindspore_files import write_ckpt
+from tests.model.mindspore_files import cut, write_ckpt
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -226,6 +226,22 @@ def make_named(folder: Path) -> Path:
     return folder
 
 
+def make_rank_folders(folder: Path) -> Path:
+    """MindFormers' safetensors of two slices, each with a replica and an older step."""
+    tensors = rename_to_mindformers(make_tensors(Scheme()))
+    config = LLAMA | {"num_key_value_heads": 2}
+    for name in [name for name in tensors if name.endswith(("wk.weight", "wv.weight"))]:
+        tensors[name] = torch.randn(32, 32).half()
+    parts = cut(tensors, 2)
+    for rank in range(4):
+        (folder / f"rank_{rank}").mkdir(parents=True)
+        for step in (1, 2):
+            part = {name: tensor * step for name, tensor in parts[rank % 2].items()}
+            save_file(part, folder / f"rank_{rank}" / f"m_rank_{rank}-{step}_9.safetensors", metadata={"format": "ms"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def make_fused(folder: Path) -> Path:
     """One file of fused tensors in the row order of MindFormers 1.4; up rows are three times as long as gate rows."""
     tensors = rename_to_mindformers(make_tensors(Scheme()))
@@ -266,6 +282,7 @@ FORMATS = {
     "mindspore-encrypted": Format(make_encrypted, "*.ckpt", "*.json", quotes=False),
     "mindspore-fused": Format(make_fused, "*.ckpt", "*.json", quotes=False),
     "mindformers-safetensors": Format(make_named, quotes=False),
+    "mindformers-ranks": Format(make_rank_folders, "**/*-2_9.safetensors", quotes=False),
     "modelslim": Format(make_modelslim),
     "ranks": Format(make_ranks, "ranks/*.safetensors", "ranks/*.json", quotes=False),
     "bin": Format(make_bin, "*.bin", quotes=False),
@@ -344,7 +361,13 @@ def configured_checkpoint(request: pytest.FixtureRequest, make_checkpoint: Calla
     return make_checkpoint(request.param)
 
 
-@pytest.fixture(scope="session", params=["hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "fp8", "float-quantized", "ranks"])
+SAFETENSORS = (
+    *("hf", "hf-indexed", "compressed-tensors", "gptq", "awq", "fp8", "float-quantized", "ranks", "modelslim"),
+    *("mindformers-safetensors", "mindformers-ranks"),
+)
+
+
+@pytest.fixture(scope="session", params=SAFETENSORS)
 def safetensors_checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[[str], Checkpoint]) -> Checkpoint:
     """A good checkpoint of each format that stores its weights as safetensors."""
     return make_checkpoint(request.param)

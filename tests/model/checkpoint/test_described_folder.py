@@ -138,7 +138,6 @@ NAME = "model.layers.1.mlp.up_proj"
         ("W8A16", {"weight_scale": None}, {}, r"describes .*up_proj as W8A16, but holds no .*up_proj\.weight_scale"),
         ("W8A16", {"weight": torch.rand(48, 32)}, {}, r"up_proj\.weight is float32 \[48, 32\], but int8 \[rows, columns\] is needed"),
         ("W8A16", {}, {f"{NAME}.weight": "W4A8_DYNAMIC"}, "stores .*up_proj as 'W4A8_DYNAMIC', but only FLOAT, W8A16, W8A8_DYNAMIC, W8A8"),
-        ("W8A16", {}, {f"{NAME}.weight": "W8A8_DYNAMIC"}, "but one form for all quantized linears is supported"),
         ("W8A8", {"quant_bias": torch.zeros(48, dtype=torch.int32)}, {}, "quant_bias is 0 in row 0, but its input_offset gives"),
         ("W8A8", {"input_offset": torch.tensor([0.5])}, {}, "input_offset is 0.5 and input_scale 0.03125, but a whole number"),
         ("W8A8", {"input_scale": torch.rand(32)}, {}, "input_scale has 32 values, but one for all channels"),
@@ -155,6 +154,36 @@ def test_what_is_not_understood_is_refused(
             tensors[f"{NAME}.{part}"] = tensor
     with pytest.raises(CheckpointError, match=message):
         DescribedFolder(write(tmp_path / "model", tensors, form, **described))
+
+
+def test_linears_of_several_forms_are_read_as_each_is_stored(tmp_path: Path) -> None:
+    """ModelSlim mixes static and dynamic int8 activations."""
+    tensors = {**make("W8A8"), **{name: tensor for name, tensor in make("W8A8_DYNAMIC").items() if ".mlp." in name}}
+    tensors = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name or not name.endswith(("input_scale", "deq_scale"))}
+    tensors = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name or not name.endswith(("input_offset", "quant_bias"))}
+    described = {name: "W8A8_DYNAMIC" for name in tensors if ".mlp." in name}
+    source = DescribedFolder(write(tmp_path / "model", tensors, "W8A8", **described))
+    scheme, config = read_scheme(source.config), build_config(source.config)
+    assert scheme.name == "a8w8-static+a8w8-dynamic"
+    for name in linear_names(config):
+        assert scheme.find_linear(name) == FORMS["W8A8_DYNAMIC" if ".mlp." in name else "W8A8"]
+    assert compare_tensors(plan_weights(config, scheme), source.tensors, tied=False).describe() == ""
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_files_of_the_original_are_left_out(tmp_path: Path, index: bool) -> None:
+    """ModelSlim's output may be written into the folder of the original, whose index may be copied without its files."""
+    tensors = make("W8A16")
+    expected = DescribedFolder(write(tmp_path / "alone", tensors, "W8A16")).tensors
+    folder = write(tmp_path / "model", tensors, "W8A16", files=2, index=index)
+    if index:
+        (folder / "model.safetensors.index.json").rename(folder / "quant_model_weights.safetensors.index.json")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    assert DescribedFolder(folder).tensors == expected
+    save_file({"lm_head.weight": torch.zeros(40, 32)}, folder / "model-1.safetensors")
+    source = DescribedFolder(folder)
+    assert source.tensors == expected
+    assert torch.equal(read(source, "lm_head.weight"), tensors["lm_head.weight"])
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint.checksum_file import CHECKSUM_FILE, read_sha256sums, write_sha256sums
 from model.checkpoint.column_packed import ColumnFolder
+from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.gptq_folder import GptqFolder
 from model.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from model.checkpoint.safetensors_file import read_header
@@ -112,6 +113,18 @@ def test_a_tensor_in_two_files_is_refused_with_both(tmp_path: Path) -> None:
 def test_a_tensor_in_another_file_than_the_index_says_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"lists 1 of 3 tensors that are not in the files it names, a in {PARTS['b']} first"):
         HuggingFaceFolder(write_parts(tmp_path, a=PARTS["b"]))
+
+
+def test_a_folder_without_config_takes_the_values_of_the_yaml(tmp_path: Path) -> None:
+    """MindFormers loads Hugging Face's safetensors with its own YAML."""
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    save_file({name: torch.zeros(4, 2, dtype=torch.bfloat16) for name in names}, tmp_path / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        open_checkpoint(tmp_path)
+    source = open_checkpoint(tmp_path, OpenOptions(values={"hidden_size": 2}))
+    assert source.config == {"hidden_size": 2, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text('{"hidden_size": 3}')
+    assert open_checkpoint(tmp_path, OpenOptions(values={"hidden_size": 2})).config == {"hidden_size": 3}
 
 
 def link_to_outside(folder: Path) -> None:

@@ -13,6 +13,7 @@ from launcher.settings.yaml_settings import read_settings
 from model.checkpoint.formats import OpenOptions, find_format, open_checkpoint
 from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.mindspore_file import MindSporeFile
+from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import LinearScheme, Scheme, read_scheme
 from model.spec.weights import plan_weights
@@ -24,6 +25,8 @@ from tests.model.mindspore_files import (
     check_complete,
     check_same,
     cut,
+    fuse,
+    interleave,
     make_float,
     make_plain,
     make_rtn,
@@ -120,8 +123,27 @@ def write_counters(folder: Path, tensors: Tensors) -> None:
         write_rank(folder, rank, {**part, "global_step": torch.tensor([7]), f"adam_m.extra_{rank}.weight": torch.ones(2, 2)})
 
 
+def write_flat_ranks(folder: Path, tensors: Tensors) -> None:
+    """All ranks and steps in one folder, told apart by their names."""
+    for rank, part in enumerate(cut(tensors, 2)):
+        for step, content in (("1_9", {name: tensor + 1 for name, tensor in part.items()}), ("2_10", part)):
+            write_ckpt(folder / f"llama_rank_{rank}-{step}.ckpt", content)
+    (folder / "ckpt_strategy_rank_0.ckpt").write_bytes(b"of another format")
+
+
+def write_spread_replicas(folder: Path, tensors: Tensors) -> None:
+    """remove_redundancy: each of two replicas of two slices writes a part of what they share, and one rank what all share."""
+    slices, whole = cut(tensors, 2), [name for name in tensors if "norm" in name]
+    for rank in range(4):
+        mine = {name: tensor for number, (name, tensor) in enumerate(slices[rank % 2].items()) if number % 2 == rank // 2}
+        kept = {name: tensor for name, tensor in mine.items() if name not in whole or whole.index(name) % 4 == rank}
+        write_rank(folder, rank, kept | {name: tensors[name] for place, name in enumerate(whole) if place % 4 == rank})
+
+
 LAYOUTS = (
     write_steps,
+    write_spread_replicas,
+    write_flat_ranks,
     write_replicas,
     write_replicas_of_slices,
     write_stages,
@@ -159,9 +181,14 @@ def test_every_layout_gives_the_tensors_of_one_file(
         for rank in range(2):
             source.read_rows(reader, name, *spec.rows(rank, 2))
     total = reader.read_bytes
-    reader.close()
     once = sum(info.num_bytes for info in source.tensors.values())
     assert total <= 1.05 * once
+    # It is resharded, reading everything once.
+    assert write_rank_files(source, build_config(source.config), read_scheme(source.config), 2, tmp_path / "two") <= 1.05 * once
+    two = open_checkpoint(tmp_path / "two")
+    for name, info in source.tensors.items():
+        assert torch.equal(two.read_rows(reader, name, 0, info.shape[0]), read_all(source, name))
+    reader.close()
 
 
 @pytest.fixture
@@ -214,6 +241,37 @@ def test_files_of_several_names_are_refused(ranks: Path) -> None:
     refuse(ranks, r"rank_1 holds 2 files of step epoch 1 step 2")
 
 
+def test_files_of_ranks_in_one_folder_are_held_to_the_same_rules(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    parts = cut(make_float(), 2)
+    write_ckpt(folder / "llama_rank_1-1_2.ckpt", parts[1])
+    refuse(folder, "llama_rank_1-1_2.ckpt is one of them, but each tensor was cut into 2 slices")
+    write_ckpt(folder / "llama_rank_2-1_2.ckpt", parts[0])
+    refuse(folder, "flat holds a file of rank_2, but none of rank_0: copy the files of all ranks")
+    (folder / "llama_rank_2-1_2.ckpt").rename(folder / "llama_rank_0-2_2.ckpt")
+    refuse(folder, r"of different steps: .*llama_rank_0-2_2\.ckpt is epoch 2 step 2, .*llama_rank_1-1_2\.ckpt is epoch 1 step 2")
+
+
+def test_two_containers_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write_ckpt(tmp_path / "a.ckpt", make_float())
+    save_file(make_float(), tmp_path / "b.safetensors", metadata={"format": "ms"})
+    refuse(tmp_path, r"holds both a\.ckpt and b\.safetensors: leave only the \.ckpt or only the \.safetensors files in it")
+
+
+def test_the_tokenizer_may_be_in_the_folder_around_the_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    write_replicas(folder, make_float())
+    assert MindSporeFile(folder, CONFIG).tokenizer_path() is None
+    (tmp_path / "tokenizer.model").touch()
+    source = MindSporeFile(folder, CONFIG)
+    assert source.tokenizer_path() == tmp_path
+    assert source.notes == [f"{folder} holds no tokenizer: that of {tmp_path} is used"]
+    (folder / "tokenizer.model").touch()
+    for path in (folder, folder / "rank_0" / "checkpoint_0.ckpt"):
+        assert MindSporeFile(path, CONFIG).tokenizer_path() == folder
+
+
 def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
     tensors = make_float()
     write_rank(tmp_path, 0, tensors)
@@ -223,6 +281,40 @@ def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
     changed[name][-1, -1] += 1
     write_rank(tmp_path, 1, changed)
     refuse(tmp_path, r"w1\.weight differs in .*, which hold the same slice of the model: give the files of one run")
+
+
+@pytest.mark.parametrize(("replicas", "slices"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("form", ["separate", "1.3", "1.4"])
+def test_rows_cut_by_the_parallel_optimizer_are_joined(tmp_path: Path, replicas: int, slices: int, form: str) -> None:
+    tensors = make_float()
+    expected = MindSporeFile(write_ckpt(tmp_path / "whole.ckpt", tensors), CONFIG)
+    folder = tmp_path / "shards"
+    for number, part in enumerate(cut(tensors, slices)):
+        content = part if form == "separate" else fuse(part) if form == "1.3" else interleave(fuse(part), 4 // slices, 2 // slices)
+        for replica in range(replicas):
+            # Small tensors stay whole.
+            mine = {name: tensor.chunk(replicas)[replica].contiguous() if tensor.dim() > 1 else tensor for name, tensor in content.items()}
+            write_rank(folder, replica * slices + number, mine)
+    source = MindSporeFile(folder, CONFIG, fused_order=None if form == "separate" else form)
+    check_complete(source)
+    check_same(source, expected)
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    for rank in range(4):
+        write_rank(tmp_path, rank, {n: t.chunk(4)[rank].contiguous() if t.dim() > 1 else t for n, t in make_float().items()})
+    assert MindSporeFile(tmp_path, CONFIG).tensors
+    shutil.rmtree(tmp_path / "rank_3")
+    refuse(tmp_path, r"holds 1/4 of the rows of each of 1 slices \(enable_parallel_optimizer\): 4 ranks are needed, but there are 3")
+    shutil.copytree(tmp_path / "rank_0", tmp_path / "rank_3")
+    refuse(tmp_path, r"rank_0/checkpoint_0\.ckpt and .*rank_3/checkpoint_0\.ckpt hold the same slice of each tensor")
+    shutil.rmtree(tmp_path / "rank_3")
+    for rank in range(4):
+        parts = {n: t.chunk(4)[rank].contiguous() if t.dim() > 1 else t for n, t in make_float().items()}
+        write_rank(tmp_path, rank, parts | {"model.layers.0.attention.wq.weight": torch.randn(13, 64)})
+    refuse(
+        tmp_path, r"wq\.weight has 13 rows, but 64 of each slice, or 1/4 of them, are needed: this checkpoint was cut over data-parallel"
+    )
 
 
 def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -276,9 +368,11 @@ def test_scales_alone_mean_activations_rounded_for_each_token(tmp_path: Path, we
     source = MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
     assert read_scheme(source.config).name == "rtn-a16w8"
     assert source.notes == []
-    tensors["model.layers.0.attention.wq.smooth_scale"] = torch.ones(64)
-    with pytest.raises(CheckpointError, match=r"wq\.smooth_scale.*, which is no form"):
-        MindSporeFile(write_ckpt(tmp_path / "x.ckpt", tensors), CONFIG)
+    # Golden Stick 1.0 writes it below `_layer.matmul`.
+    for name in ("smooth_scale", "_input_quantizer.smooth_scale"):
+        changed = {**tensors, f"model.layers.0.attention.wq.{name}": torch.ones(64)}
+        with pytest.raises(CheckpointError, match=r"wq\..*smooth_scale.*, which is no form"):
+            MindSporeFile(write_ckpt(tmp_path / "x.ckpt", changed), CONFIG)
 
 
 REAL = (

@@ -142,6 +142,8 @@ def test_modelopt_is_named_by_the_file_that_it_adds(tmp_path: Path) -> None:
         (("a-00001-of-00003.gguf", "a-00002-of-00003.gguf"), "is no whole part of a split GGUF file of 3 parts: download it again"),
         (("a.gguf", "b.gguf"), r"holds 2 GGUF files: give one of them, such as a\.gguf"),
         (("snapshots/abc/config.json", "refs/main"), "holds no checkpoint itself: give .*snapshots/abc"),
+        (("checkpoint/rank_0/x.ckpt", "log/info.log"), "holds no checkpoint itself: give .*/checkpoint$"),
+        (("ckpt_strategy_rank_0.ckpt", "a.yaml"), "holds strategy files of MindSpore, which tell how ranks were cut and hold no weights"),
         (("one/config.json", "two/config.json"), "holds no checkpoint itself: give .*/one, one of 2 such folders"),
         ((), "is an empty folder"),
     ],
@@ -186,6 +188,11 @@ def test_what_stands_where_weights_or_settings_should_is_named(tmp_path: Path, c
     (folder / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=rf"config\.json {words}"):
         open_checkpoint(folder)
+
+
+def test_a_strategy_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ckpt_strategy.ckpt").write_bytes(b"\x08\x00\x12\x04abcd")
+    refuse(tmp_path / "ckpt_strategy.ckpt", "is one of the strategy files of MindSpore, which tell how ranks were cut and hold no weights")
 
 
 def test_files_of_torch_and_numpy_are_named_by_their_use(tmp_path: Path) -> None:

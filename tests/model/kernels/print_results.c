@@ -62,14 +62,27 @@ static void run_linears(size_t tokens, size_t columns, size_t rows, size_t group
     for (int dtype = 0; dtype < 3; dtype++)
         for (size_t num_slices = 0; num_slices <= 3; num_slices++) {
             size_t bytes = tokens * rows * (dtype == 0 ? 4 : 2);
+            Inputs inputs = {num_slices, NULL, NULL, 0, 0, NULL};
             void *x = num_slices ? make_values(dtype, tokens * columns, 1) : (void *)weight;
             if (!num_slices && tokens > rows) continue;
-            tandem_int8_linear(x, dtype, tokens, columns, weight, rows, scale, starts, groups, num_slices, out, dtype, rows, 1);
+            tandem_int8_linear(x, dtype, tokens, columns, weight, rows, scale, starts, groups, &inputs, out, dtype, rows, 1);
             report("int8_linear", dtype, num_slices, columns, out, bytes);
-            tandem_int8_linear(x, dtype, tokens, columns, nibbles, rows, scale, starts, groups, num_slices, same, dtype, rows, 1);
-            tandem_int4_linear(x, dtype, tokens, columns, packed, rows, tiled, zeros, starts, groups, num_slices, out, dtype, rows, 1);
+            tandem_int8_linear(x, dtype, tokens, columns, nibbles, rows, scale, starts, groups, &inputs, same, dtype, rows, 1);
+            tandem_int4_linear(x, dtype, tokens, columns, packed, rows, tiled, zeros, starts, groups, &inputs, out, dtype, rows, 1);
             if (memcmp(out, same, bytes)) printf("int4_linear differs from int8_linear: %d %zu %zu\n", dtype, num_slices, columns);
             report("int4_linear", dtype, num_slices, columns, out, bytes);
+        }
+    float *divisor = make(columns * 4), *correction = make(rows * 4);
+    int64_t *order = make(columns * 8);
+    for (size_t i = 0; i < columns; i++) divisor[i] = 0.5f + next_bits() % 8, order[i] = columns - 1 - i;
+    for (size_t i = 0; i < rows; i++) correction[i] = next_float();
+    const Inputs treated[] = {{3, divisor, NULL, 0, 0, NULL}, {2, NULL, order, 0, 0, NULL}, {1, divisor, NULL, 0, 0, NULL},
+                              {1, divisor, NULL, 0.05f, 3, correction}, {1, NULL, NULL, 0.05f, -7, correction}};
+    for (size_t i = 0; i < sizeof treated / sizeof *treated; i++)
+        for (int dtype = 0; dtype < 3; dtype++) {
+            void *x = make_values(dtype, tokens * columns, 1);
+            tandem_int8_linear(x, dtype, tokens, columns, weight, rows, scale, starts, groups, &treated[i], out, dtype, rows, 1);
+            report("treated", dtype, i, columns, out, tokens * rows * (dtype == 0 ? 4 : 2));
         }
     for (int dtype = 0; dtype < 3; dtype++) {
         void *x = make_values(dtype, tokens * columns, 1), *w = make_values(dtype, rows * columns, 1);

@@ -1,6 +1,7 @@
 """Chat templates: Llama-2's own against transformers', those of checkpoints, and what a template must not do."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,3 +382,15 @@ def test_the_cases_of_templates_have_the_right_text(shared_dir: Path, case: str)
     templates, _ = load_chat_templates(folder, read_tokenizer(folder).settings)
     variables = templates.build_variables([{"role": "user", "content": "Once upon a time"}])
     assert ChatTemplate(templates.choose(with_tools=False), "here").render(variables) == CASES[case]
+
+
+def test_a_template_of_the_caller_takes_precedence(stories: Path, tmp_path: Path) -> None:
+    """MindFormers' YAML files carry the template."""
+    folder = tmp_path / "model"
+    shutil.copytree(stories, folder)
+    (folder / "chat_template.jinja").write_text("of the files")
+    tokenizer = read_tokenizer(folder, chat_template="{{ bos_token }}of the YAML")
+    templates, words = load_chat_templates(folder, tokenizer.settings)
+    assert (dict(templates.sources), words) == ({"default": "{{ bos_token }}of the YAML"}, "the YAML's")
+    assert templates.special_tokens["bos_token"] == "<s>"
+    assert load_chat_templates(folder, read_tokenizer(folder).settings)[1] == "the checkpoint's"

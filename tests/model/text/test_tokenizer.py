@@ -186,6 +186,20 @@ def test_add_bos_token_counts_for_tokenizer_model_and_not_for_tokenizer_json(
         assert tokenizer.encode("ab") == [*expected, *tokenizer.encode("ab", add_special_tokens=False)]
 
 
+@pytest.mark.parametrize("add_eos", [None, False, True])
+@pytest.mark.parametrize("add_bos", [None, False, True])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_the_caller_decides_over_begin_and_end_tokens(stories: Path, name: str, add_bos: bool | None, add_eos: bool | None) -> None:
+    plain = read_tokenizer(stories / name)
+    assert plain.encode("a dog")[0] == plain.bos_token_id == 1
+    tokenizer = read_tokenizer(stories / name, add_bos=add_bos, add_eos=add_eos)
+    for text in ("a dog", "", " x"):
+        inner = plain.encode(text, add_special_tokens=False)
+        expected = [*([1] if add_bos is not False else []), *inner, *([2] if add_eos else [])]
+        assert tokenizer.encode(text) == expected
+        assert tokenizer.encode(text, add_special_tokens=False) == inner
+
+
 def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path) -> None:
     write_model_folder(write_json_folder(tmp_path, build_llama_backend()))
     assert read_tokenizer(tmp_path).vocab_size == build_llama_backend().get_vocab_size()
