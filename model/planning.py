@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.linear_memory import count_linear_bytes
-from model.spec.scheme import Scheme, run_as_one
+from model.spec.linear_scheme import run_as_one
+from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
 from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
@@ -23,6 +24,8 @@ PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
 """By compute dtype, memory of a rank without weights, with native kernels or floats, and with PyTorch's int8 matmul: Python, PyTorch 2.13
 (CPU build), and the first kernel calls. Measured.
 """
+_DEQUANTIZER_BYTES = 12_000_000
+"""The gguf library, and its copies of the rows that it dequantizes. Measured."""
 _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -197,7 +200,8 @@ def _plan_rank(
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
-        + max(peak, kept + kv_bytes + activations),
+        + max(peak, kept + kv_bytes + activations)
+        + (_DEQUANTIZER_BYTES if any(form.encoding for form in stored.values()) else 0),
     )
 
 

@@ -14,7 +14,7 @@ from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version
 from launcher.host.streams import guard_streams
 from launcher.settings.checkpoint_options import ConvertOptions, PlanOptions, QuantizeOptions, ReshardOptions, VerifyOptions
-from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.decode_options import BatchOptions, ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.option_declarations import DeclaredCommand, takes
 from launcher.settings.program_options import ProgramOptions, separate_program
@@ -71,8 +71,21 @@ def chat() -> None:
 def serve() -> None:
     """Serve OpenAI's HTTP API with N ranks, until SIGTERM or SIGINT.
 
-    POST /v1/completions and /v1/chat/completions, GET /v1/models, /health, /metrics (Prometheus), and a web page at /. A failed rank is
-    restarted, and running requests continue.
+    POST /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages, GET /v1/models, /health, /metrics (Prometheus), and a web
+    page at /. A failed rank is restarted, and running requests continue.
+    """
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog=f"Example: tandem batch requests.jsonl {DEMO} --output answers.jsonl --workers 2",
+)
+@takes(BatchOptions, "launcher.commands.batch:batch", prepare)
+def batch() -> None:
+    """Answer a file of requests in OpenAI's batch format with N ranks.
+
+    Each line holds custom_id, method, url and body; url is /v1/chat/completions, /v1/completions or /v1/responses. Answers are written as
+    they finish and sorted at the end. --resume continues an interrupted batch.
     """
 
 

@@ -18,9 +18,10 @@ from launcher.host.cores import count_cores
 from launcher.host.streams import require_stdout
 from launcher.rendezvous.nodes import Nodes, plan_nodes
 from launcher.server.listening import listen, read_keys
+from launcher.settings.api_batch import read_batch
 from launcher.settings.approaches import check_words
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
-from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.decode_options import ApiOptions, BatchOptions, ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
 from launcher.settings.options import CheckpointOptions, RunOptions
@@ -177,10 +178,27 @@ def _prepare_chat(options: ChatOptions, environment: LaunchEnvironment) -> ChatO
     return options
 
 
-def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> ServeOptions:
+def _prepare_api(options: ApiOptions, environment: LaunchEnvironment) -> ApiOptions:
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(module) is None:
-            raise ConfigError(f"tandem serve needs {module}, which is not installed: {SERVE_EXTRA}")
+            raise ConfigError(f"tandem {_COMMANDS[type(options)]} needs {module}, which is not installed: {SERVE_EXTRA}")
+    return options
+
+
+def _prepare_batch(options: BatchOptions, environment: LaunchEnvironment) -> BatchOptions:
+    if options.input is None:
+        raise ConfigError("no input: give a file of requests, as in tandem batch INPUT.jsonl MODEL --output OUTPUT.jsonl")
+    if options.output is None:
+        raise ConfigError("--output is missing: give a file for the answers")
+    if not writes_results(options):
+        return options
+    if options.output.exists() and options.output.samefile(options.input):
+        raise ConfigError(f"--output {options.output} is the input file: give another one")
+    read_batch(options.input)
+    return options
+
+
+def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> ServeOptions:
     read_keys(options.host, options.api_key_file, insecure=options.insecure)
     if not environment.rank and not options.node_rank:
         listen(options.host, options.port).close()
@@ -201,6 +219,7 @@ _INPUT_FILES = {
     "api_key_file": "--api-key-file",
     "dataset_path": "--dataset-path",
     "data": "--data",
+    "input": "INPUT",
 }
 """Options that name an input file, by field."""
 _PRINTS_RESULTS = {
@@ -208,10 +227,19 @@ _PRINTS_RESULTS = {
     **dict.fromkeys((BenchOptions, EvaluateOptions, PlanOptions, VerifyOptions, EnvOptions), "leave it open"),
 }
 """What to do about a closed standard output, for commands whose results would be lost."""
-_COMMANDS = {ChatOptions: "chat", ServeOptions: "serve", BenchOptions: "bench", EvaluateOptions: "eval", QuantizeOptions: "quantize"}
+_COMMANDS = {
+    BatchOptions: "batch",
+    ChatOptions: "chat",
+    ServeOptions: "serve",
+    BenchOptions: "bench",
+    EvaluateOptions: "eval",
+    QuantizeOptions: "quantize",
+}
 _CHECKS: dict[type, Callable[[Any, Any], Any]] = {
     PredictOptions: _prepare_predict,
     ChatOptions: _prepare_chat,
+    ApiOptions: _prepare_api,
+    BatchOptions: _prepare_batch,
     ServeOptions: _prepare_serve,
     EvaluateOptions: _prepare_eval,
 }

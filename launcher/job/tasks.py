@@ -27,6 +27,8 @@ class Serve(Struct, frozen=True, kw_only=True, tag=True):
     """Number of KV cache blocks; the same on every host, whatever its memory."""
     prefill_tokens: int
     """Maximum prompt tokens per forward pass."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, with which rank 0 parses grammars; None refuses structured output."""
 
 
 class Evaluate(Struct, frozen=True, kw_only=True, tag=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from launcher.settings.checkpoint_options import QuantizeOptions
 from launcher.settings.quantization import QuantizationSettings
 from model.quantization.recipe import Recipe
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.errors import ConfigError
 
 DEFAULT_GROUP_SIZE = 128

@@ -13,7 +13,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
-FormatName = Literal["ranks", "modelslim", "gptq", "awq", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"]
+FormatName = Literal[
+    "ranks", "modelslim", "gptq", "awq", "auto-round", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"
+]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
@@ -46,7 +48,7 @@ class CheckpointOptions:
         FormatName | None,
         option(
             "--from",
-            help="ranks, modelslim, gptq, awq, fp8, compressed-tensors, hf, bin, meta, gguf or mindspore. Default: detected.",
+            help="ranks, modelslim, gptq, awq, auto-round, fp8, compressed-tensors, hf, bin, meta, gguf or mindspore. Default: detected.",
             panel=MODEL,
         ),
     ] = None

@@ -28,6 +28,17 @@ from model.spec.weights import has_bias, list_fused
 from parallel.collectives import Collectives
 
 
+def list_plain_features(config: LlamaConfig, window: int | None) -> tuple[str, ...]:
+    """Return what the native kernels lack of a model whose shortest window is `window`."""
+    features = {
+        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+        "norms of heads": config.qk_norm,
+        "experts": config.experts is not None,
+        f"attention beyond a window of {window} tokens": window is not None,
+    }
+    return tuple(words for words, used in features.items() if used)
+
+
 class DecoderLayer(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
@@ -116,14 +127,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def plain_features(self) -> tuple[str, ...]:
         """What the native kernels lack, so that layers run step by step and these steps in PyTorch; empty without native kernels."""
-        config, window = self.config, self._shortest_window
-        features = {
-            "biases": config.attention_bias or config.output_bias or config.mlp_bias,
-            "norms of heads": config.qk_norm,
-            "experts": config.experts is not None,
-            f"attention beyond a window of {window} tokens": window is not None,
-        }
-        return tuple(words for words, used in features.items() if used) if self.backend.kernels is not None else ()
+        return list_plain_features(self.config, self._shortest_window) if self.backend.kernels is not None else ()
 
     @property
     def weight_bytes(self) -> int:

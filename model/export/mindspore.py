@@ -31,8 +31,9 @@ from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
 from model.checkpoint.source import CheckpointSource, read_pieces
 from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from model.text.tokenizer_files import write_tokenizer

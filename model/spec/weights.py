@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from model.spec.config import DTYPES, LlamaConfig
 from model.spec.families import list_architectures
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quoting import quote_name
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.scheme import Scheme
 from parallel.layout import Layout, Split
 
 if TYPE_CHECKING:

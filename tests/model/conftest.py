@@ -19,7 +19,8 @@ from model.quantization.calibration import quantize_layers
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, read_scheme
 from parallel.collectives import Collectives, IdentityCollectives
 
 _SIZES: dict[str, dict[str, Any]] = {

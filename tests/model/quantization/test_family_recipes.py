@@ -17,7 +17,7 @@ from model.quantization.calibration import quantize_layers
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from tests.model.families import MODELS, write_model
 
 SAMPLES = [[(17 * sample + 13 * i + i * i) % 79 for i in range(40)] for sample in range(6)]
