@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.early_checks import check_model
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
 from launcher.host.cores import count_cores
@@ -182,6 +183,7 @@ def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: 
     threads, cores = options.threads_per_rank, count_cores()
     if threads is not None and threads > _MAX_THREADS_PER_CORE * cores:
         raise ConfigError(f"--threads-per-rank is {threads}, but this process may use {cores} cores: give at most that")
+    check_model(options, settings, world_size)
 
 
 def _prepare_predict(options: PredictOptions, environment: LaunchEnvironment) -> PredictOptions:

@@ -1,5 +1,6 @@
 """Tiny random Llama checkpoints, and ranks that run as threads of one process."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,13 @@ _SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_cores() -> None:
+    """Tests that run beside others have their part of the cores: threads that wait for one another would take the rest."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 @pytest.fixture(scope="module")
