@@ -12,6 +12,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY parallel/ parallel/
 COPY model/ model/
 COPY launcher/ launcher/
+COPY tandem/ tandem/
 RUN /opt/tandem/bin/pip install '.[serve,encrypted]'
 # The kernels need OpenMP's runtime, which the slim image lacks. A build without kernels would be slow, so it fails here.
 RUN cp "$(gcc -print-file-name=libgomp.so)" /opt/tandem/lib/libgomp.so.1 \

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.linear_memory import count_linear_bytes
-from model.spec.scheme import Scheme, run_as_one
+from model.spec.linear_scheme import run_as_one
+from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
 from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
@@ -23,6 +24,8 @@ PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
 """By compute dtype, memory of a rank without weights, with native kernels or floats, and with PyTorch's int8 matmul: Python, PyTorch 2.13
 (CPU build), and the first kernel calls. Measured.
 """
+_DEQUANTIZER_BYTES = 12_000_000
+"""The gguf library, and its copies of the rows that it dequantizes. Measured."""
 _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -42,7 +45,7 @@ class RankPlan:
     hidden_rows: tuple[int, int]
     """Rows of the projections back into the residual stream."""
     intermediate_rows: tuple[int, int]
-    """Rows of the feed-forward intermediate dimension."""
+    """Rows of the feed-forward intermediate dimension; of each expert, if there are any."""
     vocab_rows: tuple[int, int]
     """Rows of the embedding and of the head."""
     file_bytes: int
@@ -145,6 +148,8 @@ def _plan_rank(
     heads, kv_heads = plan_heads(config.num_attention_heads, config.num_key_value_heads, rank, world_size)
     splits = {"hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size}
     rows = {name: getattr(layout, name).interval(size, rank, world_size) for name, size in splits.items()}
+    if config.experts is not None:
+        rows["intermediate"] = layout.experts.interval(config.experts.intermediate_size, rank, world_size)
 
     counts: Counter[str] = Counter()
     for layer, length in runs:
@@ -197,7 +202,8 @@ def _plan_rank(
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
-        + max(peak, kept + kv_bytes + activations),
+        + max(peak, kept + kv_bytes + activations)
+        + (_DEQUANTIZER_BYTES if any(form.encoding for form in stored.values()) else 0),
     )
 
 
@@ -272,13 +278,14 @@ def _list_steps(
     }
     expert_units = {"gate_up_proj": (layout.experts.unit, layout.experts.unit), "down_proj": units["down_proj"]}
 
-    def small(size: int) -> _Step:
-        return _Step(size * itemsize, size * itemsize)
+    def small(size: int, element_bytes: int = itemsize) -> _Step:
+        return _Step(size * element_bytes, size * element_bytes)
 
+    norm_bytes = 4 if config.norm_offset else itemsize
     layers: dict[int, list[_Step]] = {}
     for layer, length in runs:
         if layer not in layers:
-            layers[layer] = [small(norm_size(config, attribute)) for attribute in list_norms(config)]
+            layers[layer] = [small(norm_size(config, attribute), norm_bytes) for attribute in list_norms(config)]
             share = 1.0
             if config.experts is not None and config.has_experts(layer):
                 size = 4 * config.hidden_size * count_tiled_rows(config.experts.count, TILE_ROWS)
@@ -291,7 +298,7 @@ def _list_steps(
                 if has_bias(config, names[0]):
                     layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
-    yield [small(config.hidden_size)], 1
+    yield [small(config.hidden_size, norm_bytes)], 1
     if not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
@@ -316,7 +323,7 @@ def _count_activation_bytes(config: LlamaConfig, scheme: Scheme, rows: Mapping[s
     start, stop = rows["intermediate"]
     width, share = config.intermediate_size, stop - start
     if config.experts is not None:  # the pairs of all experts, and a few rows of one expert at a time
-        share = share * config.experts.intermediate_size * config.experts.per_token // width
+        share *= config.experts.per_token
         width = config.experts.intermediate_size * config.experts.per_token + config.hidden_size * config.experts.per_token
     wide = width * itemsize + share * (2 * itemsize + 8)
     slices = 0 if scheme.linear is None else 4 * width * (4 if itemsize == 4 else 3)

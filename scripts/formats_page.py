@@ -18,6 +18,7 @@ from model.spec.families import list_architectures  # noqa: E402
 from model.spec.key_table import KeyTable  # noqa: E402
 from model.spec.quantization_keys import (  # noqa: E402
     ARGUMENT_KEYS,
+    AUTO_ROUND_KEYS,
     AWQ_KEYS,
     COMPRESSED_KEYS,
     FBGEMM_KEYS,
@@ -34,7 +35,7 @@ PAGE = ROOT / "docs" / "formats.md"
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
 TABLES = (
     *(CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS),
-    *(FLOAT8_KEYS, FBGEMM_KEYS, MODELOPT_KEYS, MODELOPT_FILE_KEYS, GGUF_KEYS, META_KEYS),
+    *(AUTO_ROUND_KEYS, FLOAT8_KEYS, FBGEMM_KEYS, MODELOPT_KEYS, MODELOPT_FILE_KEYS, GGUF_KEYS, META_KEYS),
 )
 
 

@@ -24,10 +24,11 @@ from launcher.rendezvous.nodes import Nodes
 from launcher.rendezvous.run_identity import describe_run
 from launcher.settings.options import RunOptions
 from launcher.settings.python_options import read_options
-from launcher.settings.yaml_settings import open_settings
+from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.worker.rank import load_rank
 from launcher.worker.rank_group import RankGroup
 from model.decoder.llama import LlamaForCausalLM
+from model.engine.events import TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request, plan_blocks
 from model.engine.sampling import SamplingParams
@@ -39,7 +40,7 @@ from tandem.ranks import init
 MAX_LENGTH = 20
 """MindFormers' GenerationConfig.max_length, the default length."""
 _CALL = "AutoModel.from_pretrained"
-_OPTIONS = (
+MODEL_OPTIONS = (
     "config",
     "format",
     "key_file",
@@ -102,11 +103,11 @@ class AutoModel:
         the whole row, and `max_new_tokens` is added to the longest prompt; a row ends there or after its end-of-sequence id. Raises
         RequestError for rows of different lengths and for prompts beyond the maximum length.
         """
-        prompts = self._strip_padding(input_ids)
+        prompts = strip_padding(input_ids, self.config.pad_token_id)
         longest = max(map(len, prompts))
         if max_new_tokens is not None and max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}, but has to be at least 1")
-        self._require_agreement([prompts, max_length, max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed])
+        self.require_agreement([prompts, max_length, max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed])
         limit = longest + max_new_tokens if max_new_tokens is not None else MAX_LENGTH if max_length is None else max_length
         limit = min(limit, self.config.max_position_embeddings)
         if limit <= longest:
@@ -128,13 +129,20 @@ class AutoModel:
             for index, prompt in enumerate(prompts)
         ]
         rows = [list(prompt) for prompt in prompts]
-        num_blocks = plan_blocks(requests, len(requests), DEFAULT_BLOCK_SIZE)
-        with self._in_step():
-            for event in generate(Engine(self._model, max_batch_size=len(requests), num_blocks=num_blocks), requests):
-                rows[event.index].append(event.token_id)
+        for event in self.decode(requests):
+            rows[event.index].append(event.token_id)
         return [np.array(row, dtype=np.int32) for row in rows]
 
-    def _require_agreement(self, call: Any) -> None:
+    def decode(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        """Yield the tokens of the requests as they are decoded, all requests in one batch.
+
+        Every rank has to make the same requests, see `require_agreement`, and take all tokens.
+        """
+        num_blocks = plan_blocks(requests, len(requests), DEFAULT_BLOCK_SIZE)
+        with self._in_step():
+            yield from generate(Engine(self._model, max_batch_size=len(requests), num_blocks=num_blocks), requests)
+
+    def require_agreement(self, call: Any) -> None:
         """Raise RequestError unless every rank makes this call: with different prompts they would wait for each other forever."""
         collectives = self._model.collectives
         if collectives.world_size == 1:
@@ -160,27 +168,30 @@ class AutoModel:
             self._is_broken = True
             raise
 
-    def _strip_padding(self, input_ids: Any) -> list[tuple[int, ...]]:
-        rows = [input_ids] if len(input_ids) and np.ndim(input_ids[0]) == 0 else list(input_ids)
-        lengths = sorted({len(row) for row in rows})
-        if len(lengths) != 1:
-            raise RequestError(f"input_ids has rows of lengths {lengths}; fill them up to one length with the pad id at the right")
-        pad = self.config.pad_token_id
-        pad = 0 if pad is None else pad
-        stripped = []
-        for row in rows:
-            ids = [int(i) for i in row]
-            while len(ids) > 1 and ids[-1] == pad:
-                ids.pop()
-            stripped.append(tuple(ids))
-        return stripped
+
+def strip_padding(input_ids: Any, pad_token_id: int | None) -> list[tuple[int, ...]]:
+    """Return the prompts of one row, or of rows of equal length padded on the right. Raises RequestError for rows of other lengths."""
+    rows = [input_ids] if len(input_ids) and np.ndim(input_ids[0]) == 0 else list(input_ids)
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) != 1:
+        raise RequestError(f"input_ids has rows of lengths {lengths}; fill them up to one length with the pad id at the right")
+    stripped = []
+    for row in rows:
+        ids = [int(i) for i in row]
+        while len(ids) > 1 and ids[-1] == (pad_token_id or 0):
+            ids.pop()
+        stripped.append(tuple(ids))
+    return stripped
 
 
 def _plan_job(group: RankGroup, path: str | Path, given: Mapping[str, Any]) -> Job:
-    """Open the checkpoint and resolve all settings. Raises InputError."""
-    options = read_options(RunOptions, {**given, "checkpoint": str(path)}, _CALL, allowed=(*_OPTIONS, "checkpoint"))
+    options = read_options(RunOptions, {**given, "checkpoint": str(path)}, _CALL, allowed=(*MODEL_OPTIONS, "checkpoint"))
     options = locate_model(options)
-    settings = open_settings(options.config, options.checkpoint)
+    return plan_job(group, options, open_settings(options.config, options.checkpoint))
+
+
+def plan_job(group: RankGroup, options: RunOptions, settings: Settings) -> Job:
+    """Open the checkpoint and resolve all settings. Raises InputError."""
     environment = _describe_environment(group)
     world_size = decide_world_size(options.workers, environment, settings.model_parallel) if environment.is_rank else 1
     if world_size != (options.workers or world_size):

@@ -18,12 +18,12 @@ from launcher.commands.engine_process import EngineProcess
 from launcher.commands.preparation import prepare
 from launcher.environment.detection import read_environment
 from launcher.server import engine_messages
-from launcher.server.api_answers import ChoiceText, token_text
+from launcher.server.api_answers import ChoiceText, TextRules, token_text
 from launcher.server.chat_rendering import ChatRenderer
 from launcher.server.engine_messages import Token
 from launcher.settings.options import EngineOptions
 from launcher.settings.python_options import read_options
-from model.text.tokenizer import LlamaTokenizer, Tokenizer, continuation, read_tokenizer
+from model.text.tokenizer import LlamaTokenizer, Tokenizer, read_tokenizer
 from parallel.errors import CheckpointError, ConfigError, RequestError
 from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
 from tandem.sampling_params import SamplingParams
@@ -246,9 +246,9 @@ class _Answer:
 
     def __init__(self, number: int, choice: int, prompt: _Prompt, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.number, self.output = number, CompletionOutput(choice)
-        self._prompt_ids, self._tokenizer, self._stops = prompt.ids, tokenizer, params.stops
-        self._stop_token_ids = frozenset(params.stop_token_ids or ())
-        self._text = ChoiceText(tokenizer, prompt.ids, self._stops)
+        self._tokenizer = tokenizer
+        rules = TextRules(stops=params.stops, stop_token_ids=frozenset(params.stop_token_ids or ()))
+        self._text = ChoiceText(tokenizer, prompt.ids, rules)
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
 
@@ -262,7 +262,7 @@ class _Answer:
             output.logprobs.append(logprobs)
             output.cumulative_logprob += logprobs[token.token_id].logprob
         if piece.finish_reason:
-            output.finish_reason, output.stop_reason = piece.finish_reason, self._find_stop(token, piece.finish_reason)
+            output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
         return StreamedToken(self.number, output.index, token.token_id, piece.text, logprobs, piece.finish_reason)
 
     def _list_logprobs(self, token: Token) -> dict[int, Logprob]:
@@ -270,15 +270,6 @@ class _Answer:
         assert token.logprob is not None, "log-probabilities were requested"
         values = {token.token_id: token.logprob, **dict(token.top_logprobs)}
         return {token_id: Logprob(value, ranks.get(token_id), token_text(self._tokenizer, token_id)) for token_id, value in values.items()}
-
-    def _find_stop(self, token: Token, reason: str) -> int | str | None:
-        """Return the stop token id or the stop text that ended the answer; None for the model's own end or the length."""
-        if reason != "stop":
-            return None
-        if token.finish_reason == "eos":
-            return token.token_id if token.token_id in self._stop_token_ids else None
-        rest = continuation(self._tokenizer, self._prompt_ids, self.output.token_ids)[len(self.output.text) :]
-        return max((stop for stop in self._stops if rest.startswith(stop)), key=len, default=None)
 
 
 def _require_program() -> None:

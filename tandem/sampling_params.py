@@ -12,8 +12,6 @@ _LEAST_TEMPERATURE = 1e-6
 """Lower temperatures decode greedily: no other token has a chance, and the scaled logits would overflow."""
 _MAX_CHOICES = 64
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "min_p": (0, None),
-    "min_tokens": (0, None),
     "prompt_logprobs": (None,),
     "best_of": (None, 1),
     "bad_words": (None, [], ()),
@@ -62,9 +60,13 @@ class SamplingParams:
     logprobs: int | None = None
     """Number of most likely tokens to report with their log-probabilities, next to the chosen one; None: no log-probabilities."""
     min_p: float = 0.0
-    """Not supported: 0 only. The same holds for the values below, which are vLLM's defaults."""
+    """Sample among tokens at least this likely, relative to the most likely one."""
     min_tokens: int = 0
+    """Number of new tokens before one that ends the answer."""
+    allowed_token_ids: Sequence[int] | None = None
+    """If any, the only token ids to choose from."""
     prompt_logprobs: int | None = None
+    """Not supported: None only. The same holds for the values below, which are vLLM's defaults."""
     best_of: int | None = None
     bad_words: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
@@ -88,7 +90,9 @@ class SamplingParams:
             value = getattr(self, name)
             if type(value) is not int and (value is not None or name in ("n", "top_k")):
                 raise RequestError(f"{name} is {value!r}, but a whole number is needed")
-        for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        if type(self.min_tokens) is not int:
+            raise RequestError(f"min_tokens is {self.min_tokens!r}, but a whole number is needed")
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise RequestError(f"{name} is {value!r}, but a number is needed")
@@ -97,6 +101,8 @@ class SamplingParams:
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0 (0: the most likely token)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "from 0 to max_tokens"),
             ("top_k", self.top_k >= -1, "at least 1, or 0 for all"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 4294967295"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
@@ -125,6 +131,9 @@ class SamplingParams:
             "temperature": 1.0 if is_greedy else float(self.temperature),
             "top_k": max(0, self.top_k),
             "top_p": float(self.top_p),
+            "min_p": float(self.min_p),
+            "min_tokens": min(self.min_tokens, new_tokens),
+            "allowed_token_ids": [int(token) for token in self.allowed_token_ids or ()],
             "repetition_penalty": float(self.repetition_penalty),
             "ignore_eos": bool(self.ignore_eos),
             "stop_token_ids": [int(token) for token in self.stop_token_ids or ()],

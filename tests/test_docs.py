@@ -10,8 +10,8 @@ import pytest
 import typer
 
 import tandem
+from launcher.cli.dialects import translate
 from launcher.cli.main import app
-from launcher.settings.program_options import separate_program
 from tests.end_to_end.test_common_mistakes import MISTAKES
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +45,11 @@ INLINE_COMMANDS = sorted({(page, line) for page, text in PAGES.items() for line 
 
 def parse_tandem(arguments: list[str]) -> None:
     """Parse without running; raises the error that tandem would exit with."""
-    name, *rest = arguments
+    name, *rest = translate(arguments)
     if name.startswith("-"):
         assert name in ("--version", "--help")
         return
-    words = separate_program(rest) if name == "run" else rest
-    typer.main.get_group(app).commands[name].make_context(name, words)
+    typer.main.get_group(app).commands[name].make_context(name, rest)
 
 
 @cache
@@ -90,7 +89,7 @@ def check_command(line: str) -> None:
             parse_tandem(["predict", "--config", words[at + 1], "--checkpoint", words[at + 2], *words[at + 3 :]])
         case "docker" if words[1] == "run":
             parse_tandem(words[words.index("tandem") + 1 :])
-        case "docker" | "source" | "curl" | "pip" | "python3":
+        case "docker" | "source" | "curl" | "pip" | "python3" | "mkdir" | "cp":
             pass
         case script:
             check_script([script, *words[1:]])

@@ -5,19 +5,22 @@ Exit codes: 0 success, 1 failed run, 2 usage or input error (nothing was started
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.cli.dialects import translate
 from launcher.commands.early_start import prepare
+from launcher.commands.refusal import refusal
 from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version
 from launcher.host.streams import guard_streams
 from launcher.settings.checkpoint_options import ConvertOptions, PlanOptions, QuantizeOptions, ReshardOptions, VerifyOptions
-from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.decode_options import BatchOptions, ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.option_declarations import DeclaredCommand, takes
-from launcher.settings.program_options import ProgramOptions, separate_program
+from launcher.settings.program_options import ProgramOptions
 from parallel.errors import InputError, TandemError
 
 app = typer.Typer(
@@ -71,8 +74,21 @@ def chat() -> None:
 def serve() -> None:
     """Serve OpenAI's HTTP API with N ranks, until SIGTERM or SIGINT.
 
-    POST /v1/completions and /v1/chat/completions, GET /v1/models, /health, /metrics (Prometheus), and a web page at /. A failed rank is
-    restarted, and running requests continue.
+    POST /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages, GET /v1/models, /health, /metrics (Prometheus), and a web
+    page at /. A failed rank is restarted, and running requests continue.
+    """
+
+
+@app.command(
+    cls=DeclaredCommand,
+    epilog=f"Example: tandem batch requests.jsonl {DEMO} --output answers.jsonl --workers 2",
+)
+@takes(BatchOptions, "launcher.commands.batch:batch", prepare)
+def batch() -> None:
+    """Answer a file of requests in OpenAI's batch format with N ranks.
+
+    Each line holds custom_id, method, url and body; url is /v1/chat/completions, /v1/completions or /v1/responses. Answers are written as
+    they finish and sorted at the end. --resume continues an interrupted batch.
     """
 
 
@@ -173,7 +189,7 @@ def main() -> None:
     """Run a command and exit with its exit code."""
     interruption.catch()
     try:
-        code = app(_arrange_words(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
+        code = app(translate(sys.argv[1:]) or ["--help"], standalone_mode=False, prog_name="tandem")
     except BaseException as error:
         if interruption.number is None:
             _exit_after(error)
@@ -185,7 +201,9 @@ def main() -> None:
 
 def _exit_after(error: BaseException) -> NoReturn:
     if isinstance(error, InputError):
-        print(f"tandem: {error}", file=sys.stderr)
+        print(f"tandem: {error}", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):
+            refusal.tell(str(error))
         sys.exit(2)
     if isinstance(error, TandemError):
         print(f"tandem: {error}", file=sys.stderr)
@@ -207,21 +225,3 @@ def _describe_usage_error(error: Exception) -> str:
     command = context.command_path if context is not None else "tandem"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     return f"{message} (see {command} --help)"
-
-
-def _arrange_words(arguments: list[str]) -> list[str]:
-    if arguments[:1] == ["run"]:
-        return ["run", *separate_program(arguments[1:])]
-    return _spread_words(arguments)
-
-
-def _spread_words(arguments: list[str]) -> list[str]:
-    """Expand `-b lm_head w2`, the form of Golden Stick's script, to `-b lm_head -b w2`."""
-    spread, flag = [], ""
-    for position, word in enumerate(arguments):
-        if word.startswith("-"):
-            flag = word if word in ("-b", "--opname_blacklist", "--not-converted") else ""
-        elif flag and arguments[position - 1] != flag:
-            spread.append(flag)
-        spread.append(word)
-    return spread

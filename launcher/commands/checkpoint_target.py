@@ -36,6 +36,6 @@ def claim_target(option: str, target: Path, *, overwrite: bool, is_file: bool = 
 
 def tell_written(target: Path, started: float) -> None:
     """Print the size of the written folder or file, and the time taken."""
-    files = target.iterdir() if target.is_dir() else [target]
+    files = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     size, seconds = sum(file.stat().st_size for file in files), time.perf_counter() - started
     print(f"wrote {target}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", file=sys.stderr)

@@ -31,6 +31,7 @@ def predict(options: PredictOptions) -> None:
     if writes_results(options):
         check_output_file("--output", options.output)
         check_output_file("--stats", options.stats)
+        check_output_file("--save_file", options.save_file)
     run = open_run(options)
     tokenizer = run.read_tokenizer()
     prompts = list(options.prompts)
@@ -79,6 +80,8 @@ def _decode(
         raise RunError("every rank exited with 0, but some prompts are unfinished; this is a bug in tandem, see the logs of the ranks")
     with as_run_failure():
         console.write(options.stats, restarts)
+        if options.save_file is not None:
+            console.save(options.save_file)
     if console.failure:
         raise RunError(console.failure)
 

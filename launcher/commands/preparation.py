@@ -12,16 +12,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.early_checks import check_model
+from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_environment
 from launcher.host.cores import count_cores
 from launcher.host.streams import require_stdout
 from launcher.rendezvous.nodes import Nodes, plan_nodes
 from launcher.server.listening import listen, read_keys
-from launcher.settings.approaches import check_words
+from launcher.settings.api_batch import read_batch
+from launcher.settings.approaches import check_words, resolve_approach
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
-from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.decode_options import ApiOptions, BatchOptions, ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
+from launcher.settings.msrun_options import MsrunOptions, check_msrun_options
 from launcher.settings.options import CheckpointOptions, RunOptions
 from launcher.settings.program_options import ProgramOptions
 from launcher.settings.prompts import read_prompts
@@ -37,14 +41,22 @@ def prepare(options: Any) -> Any:
     """Return the options with MODEL resolved to a path, the YAML in its folder, and the prompts read. Raises InputError."""
     _check_stdout(options)
     if isinstance(options, ProgramOptions):
+        _note_msrun_options(options)
+        if options.bind_cores not in (None, "False"):
+            print("note: --bind_core is not used: the ranks of a program share the cores", file=sys.stderr)
         _check_program(options)
     if not isinstance(options, CheckpointOptions):
         return options
     environment = read_run_environment(options) if isinstance(options, RunOptions) else None
     if environment is not None and environment.is_scheduler:
         return options  # this process only serves the rendezvous
+    if environment is not None:
+        refusal.expect_others(environment)
     if isinstance(options, QuantizeOptions):
+        options = resolve_approach(options)
         check_words(options)
+    if isinstance(options, RunOptions):
+        _note_msrun_options(options)
     _check_input_files(options)
     options = locate_model(options)
     settings = open_settings(options.config)
@@ -116,7 +128,12 @@ def _check_program(options: ProgramOptions) -> None:
         raise ConfigError(
             f"tandem run starts ranks, but {environment.launcher} started this process as one of several: run the program directly"
         )
-    decide_world_size(options.workers, environment, None)
+    world_size = decide_world_size(options.workers, environment, None)
+    if options.local_workers not in (None, world_size) or options.node_rank not in (None, -1, 0):
+        raise ConfigError(
+            f"--local_worker_num and --node_rank ask for ranks on several hosts, but tandem run starts all {world_size} on this one: "
+            "use msrun or torchrun there"
+        )
     if options.module is not None:
         # As with python -m, the current directory comes first.
         if not options.module or PathFinder.find_spec(options.module.partition(".")[0], [os.getcwd(), *sys.path]) is None:
@@ -143,6 +160,11 @@ def _check_stdout(options: Any) -> None:
         require_stdout(remedy)
 
 
+def _note_msrun_options(options: MsrunOptions) -> None:
+    for note in check_msrun_options(options):
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _check_input_files(options: CheckpointOptions) -> None:
     for name, flag in _INPUT_FILES.items():
         path: Path | None = getattr(options, name, None)
@@ -161,6 +183,7 @@ def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: 
     threads, cores = options.threads_per_rank, count_cores()
     if threads is not None and threads > _MAX_THREADS_PER_CORE * cores:
         raise ConfigError(f"--threads-per-rank is {threads}, but this process may use {cores} cores: give at most that")
+    check_model(options, settings, world_size)
 
 
 def _prepare_predict(options: PredictOptions, environment: LaunchEnvironment) -> PredictOptions:
@@ -175,10 +198,27 @@ def _prepare_chat(options: ChatOptions, environment: LaunchEnvironment) -> ChatO
     return options
 
 
-def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> ServeOptions:
+def _prepare_api(options: ApiOptions, environment: LaunchEnvironment) -> ApiOptions:
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(module) is None:
-            raise ConfigError(f"tandem serve needs {module}, which is not installed: {SERVE_EXTRA}")
+            raise ConfigError(f"tandem {_COMMANDS[type(options)]} needs {module}, which is not installed: {SERVE_EXTRA}")
+    return options
+
+
+def _prepare_batch(options: BatchOptions, environment: LaunchEnvironment) -> BatchOptions:
+    if options.input is None:
+        raise ConfigError("no input: give a file of requests, as in tandem batch INPUT.jsonl MODEL --output OUTPUT.jsonl")
+    if options.output is None:
+        raise ConfigError("--output is missing: give a file for the answers")
+    if not writes_results(options):
+        return options
+    if options.output.exists() and options.output.samefile(options.input):
+        raise ConfigError(f"--output {options.output} is the input file: give another one")
+    read_batch(options.input)
+    return options
+
+
+def _prepare_serve(options: ServeOptions, environment: LaunchEnvironment) -> ServeOptions:
     read_keys(options.host, options.api_key_file, insecure=options.insecure)
     if not environment.rank and not options.node_rank:
         listen(options.host, options.port).close()
@@ -195,10 +235,12 @@ def _prepare_eval(options: EvaluateOptions, environment: LaunchEnvironment) -> E
 
 _INPUT_FILES = {
     "key_file": "--key-file",
+    "vocab_file": "--vocab_file",
     "model_config": "--model-config",
     "api_key_file": "--api-key-file",
     "dataset_path": "--dataset-path",
     "data": "--data",
+    "input": "INPUT",
 }
 """Options that name an input file, by field."""
 _PRINTS_RESULTS = {
@@ -206,10 +248,19 @@ _PRINTS_RESULTS = {
     **dict.fromkeys((BenchOptions, EvaluateOptions, PlanOptions, VerifyOptions, EnvOptions), "leave it open"),
 }
 """What to do about a closed standard output, for commands whose results would be lost."""
-_COMMANDS = {ChatOptions: "chat", ServeOptions: "serve", BenchOptions: "bench", EvaluateOptions: "eval", QuantizeOptions: "quantize"}
+_COMMANDS = {
+    BatchOptions: "batch",
+    ChatOptions: "chat",
+    ServeOptions: "serve",
+    BenchOptions: "bench",
+    EvaluateOptions: "eval",
+    QuantizeOptions: "quantize",
+}
 _CHECKS: dict[type, Callable[[Any, Any], Any]] = {
     PredictOptions: _prepare_predict,
     ChatOptions: _prepare_chat,
+    ApiOptions: _prepare_api,
+    BatchOptions: _prepare_batch,
     ServeOptions: _prepare_serve,
     EvaluateOptions: _prepare_eval,
 }

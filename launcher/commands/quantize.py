@@ -18,10 +18,13 @@ from launcher.job.tasks import Quantize
 from launcher.reporting.console import ByteProgress
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import QuantizeOptions
+from model.checkpoint.mindspore_file import MindSporeFile
+from model.export.mindspore import SUFFIX, check_form
 from model.export.quantized_folder import write_quantized
 from model.quantization.datasets import read_samples
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder, describe_samples
+from model.spec.scheme import Scheme
 from parallel.errors import CheckpointError, ConfigError
 
 DEFAULT_SAMPLE_TOKENS = 2048
@@ -42,17 +45,36 @@ def quantize(options: QuantizeOptions, *, float_dtype: str | None = None) -> Non
     if config.attention_bias or config.mlp_bias:
         raise CheckpointError(f"{source.path} has biases, and quantizing such a model is not supported: run it as it is")
     recipe = plan_recipe(options, recipe_words, run.settings.quantization)
-    recipe.build_scheme(config)  # raises if the model cannot be quantized this way
+    scheme = recipe.build_scheme(config)
+    writes_ckpt = _decide_ckpt(options, run, scheme)
     target = options.output or Path("output") / f"{options.approach}_ckpt"
     if source.path.is_dir() and target.absolute().is_relative_to(source.path.absolute()):
         raise CheckpointError(f"{target} lies inside the checkpoint {source.path}; choose another path with --output")
     with ExitStack() as stack:
         if not run.environment.rank:
             stack.enter_context(claim_target("--output", target, overwrite=options.overwrite))
-        _quantize(options, run, recipe, target, float_dtype)
+        _quantize(options, run, recipe, target, float_dtype, f"rank_0/{options.approach}{SUFFIX}" if writes_ckpt else None)
 
 
-def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path, float_dtype: str | None) -> None:
+def _decide_ckpt(options: QuantizeOptions, run: Run, scheme: Scheme) -> bool:
+    """Return whether to write a `.ckpt` too: on request, or for a `.ckpt` if there is a form. Raises CheckpointError if there is none."""
+    if options.output_format == "hf":
+        return False
+    if options.output_format is None and not isinstance(run.opened.source, MindSporeFile):
+        return False
+    try:
+        check_form(run.opened.config, scheme)
+    except CheckpointError as error:
+        if options.output_format is not None:
+            raise
+        if not run.environment.rank:
+            print(f"note: {error}; writing only the Hugging Face folder", file=sys.stderr)
+        return False
+    return True
+
+
+def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path, float_dtype: str | None, ckpt: str | None) -> None:
+    """Run the ranks and write the result. For `float_dtype` and `ckpt` see `write_quantized`."""
     source, config = run.opened.source, run.opened.config
     scheme = recipe.build_scheme(config)
     samples = _read_samples(options, run) if recipe.needs_samples else []
@@ -73,12 +95,14 @@ def _quantize(options: QuantizeOptions, run: Run, recipe: Recipe, target: Path, 
     progress = ByteProgress("writing")
     with as_run_failure(target):
         try:
-            write_quantized(source, config, scheme, work, target, report, progress, float_dtype)
+            write_quantized(source, config, scheme, work, target, report, progress, float_dtype, ckpt)
         finally:
             progress.close()
         work.remove()
     print("\n".join(describe_report(report)))
     tell_written(target, started)
+    if ckpt is not None:
+        print(f"wrote {target / ckpt}: the same tensors, in Golden Stick's names", file=sys.stderr)
 
 
 def describe_report(report: dict[str, Any]) -> list[str]:

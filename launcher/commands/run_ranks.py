@@ -14,6 +14,7 @@ from typing import Any, get_args
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.early_start import take_starter
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
+from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
@@ -138,7 +139,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     """
     environment = read_run_environment(options)
     if environment.is_scheduler:
-        sys.exit(serve_ranks(environment, options.timeout_seconds or DEFAULT_TIMEOUT_SECONDS))
+        sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
     starter = None if environment.is_rank else take_starter(preload=options.preload)
     try:
         return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
@@ -149,7 +150,7 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
 
 
 def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Callable[[Settings], OpenedModel]) -> Run:
-    settings = open_settings(options.config, options.checkpoint)
+    settings = _override(open_settings(options.config, options.checkpoint), options)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
@@ -160,6 +161,15 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
     return Run(options, settings, environment, world_size, nodes, opened)
+
+
+def _override(settings: Settings, options: RunOptions) -> Settings:
+    """Return the YAML's settings with those that run_mindformer.py has options for."""
+    return replace(
+        settings,
+        vocab_file=str(options.vocab_file) if options.vocab_file else settings.vocab_file,
+        seq_length=first_not_none(options.seq_length, settings.seq_length),
+    )
 
 
 def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
@@ -241,6 +251,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         ),
         bind_cores=_parse_flag("--bind-cores", options.bind_cores),
         timeout_seconds=first_not_none(options.timeout_seconds, own.timeout_seconds, DEFAULT_TIMEOUT_SECONDS),
+        join_seconds=_decide_join_seconds(options, run.environment),
         max_batch_size=first_not_none(options.max_batch_size, own.max_batch_size),
         block_size=first_not_none(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
         num_blocks=first_not_none(options.num_blocks, settings.num_blocks),
@@ -264,6 +275,12 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     return job
 
 
+def _decide_join_seconds(options: RunOptions, environment: LaunchEnvironment) -> float | None:
+    """Return how long a launcher's ranks wait for each other: the launcher's limit or --timeout, whichever is less."""
+    limits = [limit for limit in (environment.join_seconds, options.timeout_seconds) if limit is not None]
+    return min(limits, default=None)
+
+
 def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     """Start the ranks, or become a rank that a launcher started; returns the number of restarts.
 
@@ -275,8 +292,10 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
     with folder as log_dir, as_run_failure():
         if environment.is_rank:
+            refusal.end()
             join_ranks(environment, job, log_dir, observer)
             return environment.restart_count
+        observer.use_log_folder(log_dir)
         return _spawn(run, job, log_dir, observer)
 
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from msgspec import structs
+
 from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
@@ -22,11 +24,12 @@ from launcher.job.observer import RunObserver
 from launcher.job.tasks import Serve
 from launcher.server.listening import listen, read_keys
 from launcher.server.request_log import configure_log, log_throughput
-from launcher.settings.decode_options import ServeOptions
+from launcher.settings.decode_options import ApiOptions, ServeOptions
 from launcher.supervision.signals import StoppedError
 from model.backends.registry import find_backend
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import count_blocks
+from model.text.tokenizer import Tokenizer
 from parallel.errors import RunError
 
 if TYPE_CHECKING:
@@ -53,29 +56,14 @@ def serve(options: ServeOptions) -> None:
     from launcher.server.chat_rendering import ChatRenderer
     from launcher.server.completion import Service
     from launcher.server.connection_places import ConnectionPlaces, plan_connections
-    from launcher.server.engine_client import EngineClient, Served
     from launcher.server.guard import Limits
 
     tokenizer = run.read_tokenizer()
-    source = run.opened.source
-    job = build_job(run, Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens), tokenizer=tokenizer)
-    num_blocks, plans = plan_cache(run, job)
-    job = replace(job, task=Serve(requests=(), num_blocks=num_blocks, prefill_tokens=options.prefill_tokens))
+    front = plan_engine(run, options, tokenizer, max_waiting=options.max_waiting, drain_seconds=options.drain_seconds)
+    job = front.served.job
     if run.nodes.node_rank or run.environment.rank:
-        run_job(run, job, _Follower(options.drain_seconds))  # rank 0, or the first node, runs the HTTP server
+        run_job(run, job, Follower(options.drain_seconds))  # rank 0, or the first node, runs the HTTP server
         return
-    front = EngineClient(
-        Served(
-            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
-            version=read_version(),
-            config=run.opened.config,
-            job=job,
-            plans=plans,
-            num_blocks=num_blocks,
-            max_waiting=options.max_waiting,
-            drain_seconds=options.drain_seconds,
-        )
-    )
     max_connections = plan_connections(options.max_connections, 1 if run.environment.is_rank else run.nodes.local_workers)
     places = ConnectionPlaces(max_connections, options.max_client_connections or max(1, max_connections // 2))
     configure_log(options.log_level)
@@ -89,7 +77,14 @@ def serve(options: ServeOptions) -> None:
         max_body_bytes=int(options.max_body_megabytes * 1e6),
         max_client_requests=options.max_client_requests,
     )
-    service = Service(front, tokenizer, chat, options.request_seconds, strict_fields=options.strict_fields)
+    service = Service(
+        front,
+        tokenizer,
+        chat,
+        options.request_seconds,
+        strict_fields=options.strict_fields,
+        tool_call_parser=options.tool_call_parser,
+    )
     server = HttpServer(build_app(service, limits, options.allowed_origins), listener, front, places)
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
@@ -110,7 +105,29 @@ def serve(options: ServeOptions) -> None:
     raise RunError("the ranks exited without being asked to; this is a bug in tandem, see their logs")
 
 
-class _Follower(RunObserver):
+def plan_engine(run: Run, options: ApiOptions, tokenizer: Tokenizer, *, max_waiting: int, drain_seconds: float) -> "EngineClient":
+    """Plan the job of a server and return its parent side. Raises InputError."""
+    from launcher.server.engine_client import EngineClient, Served
+
+    task = Serve(requests=(), num_blocks=1, prefill_tokens=options.prefill_tokens, tokenizer=str(run.tokenizer_path.absolute()))
+    job = build_job(run, task, tokenizer=tokenizer)
+    num_blocks, plans = plan_cache(run, job)
+    source = run.opened.source
+    return EngineClient(
+        Served(
+            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
+            version=read_version(),
+            config=run.opened.config,
+            job=replace(job, task=structs.replace(task, num_blocks=num_blocks)),
+            plans=plans,
+            num_blocks=num_blocks,
+            max_waiting=max_waiting,
+            drain_seconds=drain_seconds,
+        )
+    )
+
+
+class Follower(RunObserver):
     """Observer on a node, or launcher-started rank, without the HTTP server: on shutdown it waits for the one that has it to drain."""
 
     def __init__(self, drain_seconds: float) -> None:

@@ -42,6 +42,8 @@ class LaunchEnvironment:
     """Port of the rendezvous."""
     store_host: str = "rank 0"
     """Which process listens there: "rank 0", "launcher" (torchrun's agent), or "scheduler" (msrun's)."""
+    join_seconds: float | None = None
+    """Seconds that ranks wait for each other at the start; None if the launcher sets no limit."""
     run_key: str | None = None
     """A string shared by all processes of one launch and distinct between launches; None if the launcher provides none."""
     restart_count: int = 0

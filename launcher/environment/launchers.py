@@ -18,6 +18,7 @@ from launcher.environment.variables import (
     parse_number,
     parse_port,
     parse_text,
+    parse_time_limit,
 )
 from parallel.errors import ConfigError
 
@@ -192,6 +193,7 @@ LAUNCHERS = (
             Reading("local_rank", ("DEVICE_ID", "MS_WORKER_NUM"), _parse_device),
             Reading("master_addr", ("MS_SCHED_HOST",), parse_text),
             Reading("master_port", ("MS_SCHED_PORT",), parse_port),
+            Reading("join_seconds", ("MS_TOPO_TIMEOUT",), parse_time_limit),
         ),
         required=("is_scheduler", "rank", "world_size", "master_addr", "master_port"),
         equals=(("MS_WORKER_NUM", "RANK_SIZE"), ("MS_NODE_ID", "RANK_ID")),

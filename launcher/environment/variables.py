@@ -1,11 +1,13 @@
 """Parsers for environment variables: counts, ports, and Slurm's notations. Error messages name the variable."""
 
+import math
 import re
 import zlib
 
 from parallel.errors import ConfigError
 
 _MAX_PORT = 65535
+_NO_LIMIT_SECONDS = 365 * 24 * 3600.0
 _FIRST_DERIVED_PORT = 20000
 _NUM_DERIVED_PORTS = 10000
 """Derived ports go up to 29999, below Linux's ephemeral ports from 32768."""
@@ -33,6 +35,18 @@ def parse_count(given: Given) -> int:
     if count < 1:
         raise ConfigError(f"{given[0]} is {count}, but a whole number of at least 1 is needed")
     return count
+
+
+def parse_time_limit(given: Given) -> float:
+    """Parse seconds; a negative number means no limit, which is a year."""
+    name, text = given
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds or not math.isfinite(seconds):
+        raise ConfigError(f"{name} is {text!r}, but seconds are needed, or -1 for no limit")
+    return min(seconds, _NO_LIMIT_SECONDS) if seconds > 0 else _NO_LIMIT_SECONDS
 
 
 def parse_port(given: Given) -> int:

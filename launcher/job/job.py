@@ -12,7 +12,17 @@ from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 
-_LOCAL_FIELDS = ("checkpoint", "opening", "fingerprint", "timeout_seconds", "threads_per_rank", "bind_cores", "cpu_kernels", "task")
+_LOCAL_FIELDS = (
+    "checkpoint",
+    "opening",
+    "fingerprint",
+    "timeout_seconds",
+    "join_seconds",
+    "threads_per_rank",
+    "bind_cores",
+    "cpu_kernels",
+    "task",
+)
 """Fields that may differ between the ranks of a run; of the fingerprint, only the content is compared."""
 
 
@@ -50,6 +60,8 @@ class Job:
     """Whether each rank is pinned to its own cores."""
     timeout_seconds: float
     """Maximum time without progress of a peer; exceeding it ends the run."""
+    join_seconds: float | None = None
+    """Maximum wait of a launcher's rank for the others at the start; None: timeout_seconds."""
     max_batch_size: int
     """Maximum number of sequences per batch."""
     block_size: int

@@ -156,6 +156,12 @@ class Report(Struct, frozen=True, kw_only=True, tag=True):
     """KV cache blocks in use."""
     prefill_tokens: int
     """Prompt tokens that went through the model since the ranks started."""
+    prefix_queries: int = 0
+    """Tokens of admitted sequences since the ranks started."""
+    prefix_hits: int = 0
+    """Those among them that were in the KV cache."""
+    preemptions: int = 0
+    """Sequences that gave their KV cache to others since the ranks started."""
 
 
 class Result(Struct, frozen=True, tag=True):

@@ -4,6 +4,7 @@ Each command has its own observer.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from launcher.job.messages import Command, Event
 from launcher.job.tasks import Task
@@ -17,6 +18,9 @@ class RunObserver:
 
     redone = "start over"
     """What happens after a restart, as part of a message."""
+
+    def use_log_folder(self, folder: Path) -> None:
+        """Take the folder of the logs of ranks that this process starts; called before they start."""
 
     def on_event(self, event: Event) -> None:
         """Take one event of rank 0."""

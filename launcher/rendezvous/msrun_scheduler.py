@@ -1,5 +1,6 @@
 """msrun's scheduler process (`MS_ROLE=MS_SCHED`): serves the ranks' key-value store and exits after all ranks have."""
 
+import json
 import sys
 import time
 
@@ -10,10 +11,12 @@ from parallel.torch_internals import PrefixStore
 
 BEAT_SECONDS = 1.0
 """Heartbeat interval of a rank."""
+REFUSED_KEY = "refused"
+"""Key of the rank that refused its input and the reason, as JSON."""
 _SILENCE_SECONDS = 60.0
 """A rank without a heartbeat for this long (or --timeout, if less) is considered dead; links can fail for a while."""
 _FAREWELL_SECONDS = 10.0
-"""After one rank has failed, how long the others may take to exit."""
+"""After one rank has failed, how long the others may take to exit. After a refusal, they may still have to join and hear of it."""
 _POLL_SECONDS = 0.1
 
 
@@ -38,6 +41,7 @@ def serve_ranks(environment: LaunchEnvironment, timeout_seconds: float) -> int:
     signs: dict[int, tuple[bytes, float]] = {}
     codes: dict[int, int] = {}
     failed_at: float | None = None
+    is_refused = False
     while len(codes) < count:
         now = clock.read()
         for rank in range(count):
@@ -53,12 +57,17 @@ def serve_ranks(environment: LaunchEnvironment, timeout_seconds: float) -> int:
         missing = [rank for rank in range(count) if rank not in signs and rank not in codes]
         if missing and now > timeout_seconds:
             here = count - len(missing)
-            words = f"rank {missing[0]} did not join within {timeout_seconds:g} s (--timeout): {here} of {count} have joined"
+            limit = "--timeout" if environment.join_seconds != timeout_seconds else "MS_TOPO_TIMEOUT"
+            words = f"rank {missing[0]} did not join within {timeout_seconds:g} s ({limit}): {here} of {count} have joined"
             print(f"scheduler: {words}", file=sys.stderr)
             return 1
+        if not is_refused and store.check([REFUSED_KEY]):
+            is_refused = True
+            rank, reason = json.loads(store.get(REFUSED_KEY))
+            print(f"scheduler: rank {rank} refused its input: {reason}", file=sys.stderr, flush=True)
         if any(codes.values()):
             failed_at = now if failed_at is None else failed_at
-            if now - failed_at > _FAREWELL_SECONDS:
+            if now - failed_at > _FAREWELL_SECONDS and not (is_refused and missing):
                 return 1
         time.sleep(_POLL_SECONDS)
     return int(any(codes.values()))

@@ -5,10 +5,12 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.rendezvous.key_value_store import find_own_address
+from launcher.rendezvous.refused_input import raise_if_refused
 from launcher.rendezvous.run_identity import compare_runs
 from parallel.node_collectives import number_nodes
 from parallel.store_waiting import wait_for_ranks
@@ -61,12 +63,13 @@ def find_alone() -> RankPlacement:
 def meet(store: Store, rank: int, world_size: int, master_addr: str, run: Mapping[str, Any], timeout_seconds: float) -> RankPlacement:
     """Wait for all ranks and return this one's placement. `run` holds the values that must match on all ranks, see `describe_run`.
 
-    Raises PeerError for a rank that does not join, DifferentRunError for a rank of another run.
+    Raises PeerError for a rank that does not join, RefusedByRankError for one that refused its input, DifferentRunError for a rank of
+    another run.
     """
     cores = os.sched_getaffinity(0)
     mine = {"host": _identify_host(), "name": socket.gethostname(), "pid": os.getpid(), "run": run, "cores": sorted(cores)}
     store.set(f"seat/{rank}", json.dumps(mine))
-    wait_for_ranks(store, "seat", range(world_size), timeout_seconds, "rendezvous")
+    wait_for_ranks(store, "seat", range(world_size), timeout_seconds, "rendezvous", partial(raise_if_refused, store))
     seats = [json.loads(store.get(f"seat/{other}")) for other in range(world_size)]
     for other, seat in enumerate(seats):
         compare_runs(f"rank {other}", seat["run"], f"rank {rank}", run)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from launcher.host.atomic_write import atomic_write
 from launcher.job.messages import Event, Failed, Failures, Loading, RankWarning, Result, Stats, Tokens, Working
 from launcher.job.observer import RunObserver
 from launcher.job.tasks import Decode, Task
-from launcher.reporting.printed_results import ResultPrinter, build_printer
+from launcher.reporting.printed_results import ResultPrinter, build_printer, describe_result
 from launcher.reporting.results import Record, ResultsFile
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.request import Request
@@ -180,6 +181,7 @@ class RunConsole(RunObserver):
         self._live: Live | None = None
         self._failed_at: float | None = None
         self._recoveries: list[float] = []
+        self._log: Path | None = None
         self.stats: Stats | None = None
 
     @property
@@ -242,10 +244,19 @@ class RunConsole(RunObserver):
                 self.stats = event
                 self._stop_live()
 
+    def use_log_folder(self, folder: Path) -> None:
+        """Add the results to rank 0's log at the end: users of msrun look for them there."""
+        self._log = folder / "worker_0.log"
+
     def close(self) -> None:
-        """Remove the progress bars."""
+        """Remove the progress bars, and add the printed results to the log of rank 0. Call after the ranks have exited."""
         self._loading.close()
         self._stop_live()
+        if self._log is not None and self._log.exists():
+            printed = [self._records[index] for index in range(self._num_printed) if index in self._records]
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as log:  # the results are on standard output too
+                log.writelines(f"{describe_result(record)}\n" for record in printed)
+            self._log = None
 
     def write(self, stats: Path | None, restarts: int) -> None:
         """Finish the run: sort the results file, write stats, and print the speed."""
@@ -261,6 +272,12 @@ class RunConsole(RunObserver):
             f"loaded in {s.load_seconds:.2f} s; {s.world_size} rank(s) x {s.threads_per_rank} thread(s), {s.kernel}, {s.collectives}",
             file=sys.stderr,
         )
+
+    def save(self, path: Path) -> None:
+        """Write the results as MindFormers' predict does: a Python list with one dictionary for each prompt."""
+        texts = [{"text_generation_text": [record.prompt + record.text]} for _, record in sorted(self._records.items())]
+        atomic_write(path, str(texts))
+        print(f"output result is saved at: {path}", file=sys.stderr)
 
     def _take_token(self, token: TokenEvent) -> None:
         index, position = token.index, token.position

@@ -66,10 +66,15 @@ class LinePrinter:
         print(self._make_line(record), flush=True)
 
 
+def describe_result(record: Record) -> str:
+    """Format as MindFormers' predict does."""
+    return f"'text_generation_text': {[record.prompt + record.text]}"
+
+
 def build_printer(output_format: str, num_prompts: int, *, streams: bool) -> ResultPrinter:
     """Create the printer of a --format. `streams`: whether text may be printed before its prompt is finished."""
     if output_format == "mindformers":
-        return LinePrinter(lambda record: f"'text_generation_text': {[record.prompt + record.text]}")
+        return LinePrinter(describe_result)
     if output_format == "json":
         return LinePrinter(lambda record: record.to_line().removesuffix("\n"))
     return TextPrinter(num_prompts, streams=streams)

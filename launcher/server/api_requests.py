@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from launcher.server.chat_messages import Message, NamedChoice, Tool, check_tools
+from launcher.server.structured_output import ResponseFormat, StructuredOutputs, combine
 from model.engine.sampling import SamplingParams
 
 MAX_CHOICES = 16
@@ -17,11 +19,11 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 300
+MAX_BAD_WORDS = 256
 MAX_PROMPT_LOGPROBS = 400_000
 """Maximum number of prompt log-probabilities per request, including the top alternatives; each takes about 250 bytes."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_STOP_LENGTH = 1000
 _MAX_ID_DIGITS = 10
 _LEAST_TEMPERATURE = 1e-6
@@ -30,26 +32,31 @@ _LEAST_TEMPERATURE = 1e-6
 NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "user": (),
     "metadata": (),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
+    "store": (),
+    "service_tier": (),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
     "safety_identifier": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "verbosity": ("medium",),
-    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "logits_processors": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "chat_template": (None,),
+    "kv_transfer_params": (None,),
+    "guided_decoding_backend": (),
+    "request_id": (),
+    "cache_salt": (),
 }
-"""Unimplemented OpenAI fields with the values, besides null, that have no effect; an empty tuple accepts any value."""
+"""Unimplemented fields of OpenAI and vLLM with the values, besides null, that have no effect; an empty tuple accepts any value."""
 
 _MAX_INTEGER = 2**31 - 1
 Token = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
@@ -88,6 +95,37 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, Meta(gt=0)] | None = None
     """Extension: time limit of the request in seconds."""
 
+    # Of vLLM. ------------------------------------------------------------------------------------------------------------------------
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Sample among tokens at least this likely, relative to the most likely one."""
+    min_tokens: Annotated[int, Meta(ge=0, le=_MAX_INTEGER)] = 0
+    """New tokens before one that ends the answer."""
+    bad_words: list[str] = []
+    """Texts that the answer must not contain."""
+    allowed_token_ids: list[Token] | None = None
+    """The only ids to choose from."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string, or the text of the stop token, at the end of the answer."""
+    skip_special_tokens: bool = True
+    """Leave out the text of special tokens."""
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=_MAX_INTEGER)] | None = None
+    """Use only the last tokens of a prompt; -1: as many as fit."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Report log-probabilities of the prompt with this many alternatives."""
+    return_token_ids: bool = False
+    """Report token ids of prompt and answer."""
+    priority: Annotated[int, Meta(ge=-_MAX_INTEGER, le=_MAX_INTEGER)] = 0
+    """Among the queued requests of one client, lower values go first."""
+    response_format: ResponseFormat | None = None
+    """OpenAI's limit on the form of the text."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
+
     def __post_init__(self) -> None:
         if len(self.stops) > MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stops):
             raise ValueError(f"stop takes up to {MAX_STOPS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} characters")
@@ -97,6 +135,23 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
             key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS for key in self.logit_bias
         ):
             raise ValueError(f"logit_bias takes up to {MAX_BIASES} token ids, as strings of digits, each with a bias from -100 to 100")
+        if len(self.bad_words) > MAX_BAD_WORDS or any(not 0 < len(word.strip()) <= _MAX_STOP_LENGTH for word in self.bad_words):
+            raise ValueError(
+                f"bad_words takes up to {MAX_BAD_WORDS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} characters"
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty, but must hold at least one id")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs are not available in a stream")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens is 0, but has to be at least 1, or -1")
+        self.form  # noqa: B018 - raises ValueError
+
+    @property
+    def form(self) -> StructuredOutputs:
+        """The limit on the form of the text."""
+        names = ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
+        return combine(self.response_format, self.structured_outputs, {name: getattr(self, f"guided_{name}") for name in names})
 
     @property
     def stops(self) -> list[str]:
@@ -108,11 +163,24 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def plan_sampling(self, new_tokens: int, logprobs: int | None, *, prompt_logprobs: bool = False) -> list[SamplingParams]:
-        """Build the sampling parameters of each of the n choices, with consecutive seeds.
+    @property
+    def num_choices(self) -> int:
+        """Number of sequences to generate per prompt."""
+        return self.n
 
-        `logprobs` is the number of top alternatives to report, or None to report no log-probabilities; `prompt_logprobs` adds those of the
-        prompt.
+    def plan_sampling(
+        self,
+        new_tokens: int,
+        logprobs: int | None,
+        *,
+        prompt_logprobs: int | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        grammar: str = "",
+    ) -> list[SamplingParams]:
+        """Build the sampling parameters of each choice, with consecutive seeds. Raises RequestError.
+
+        `logprobs` is the number of top alternatives to report, or None to report no log-probabilities; `prompt_logprobs` the same for the
+        prompt. `bad_words` are token ids.
         """
         seed = secrets.randbits(32) if self.seed is None else self.seed
         logit_bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
@@ -128,13 +196,18 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
                 ignore_eos=self.ignore_eos,
                 stop_token_ids=tuple(self.stop_token_ids),
                 logprobs=logprobs is not None,
-                top_logprobs=logprobs or 0,
-                prompt_logprobs=prompt_logprobs,
+                top_logprobs=max(logprobs or 0, prompt_logprobs or 0),
+                prompt_logprobs=prompt_logprobs is not None,
                 frequency_penalty=self.frequency_penalty,
                 presence_penalty=self.presence_penalty,
                 logit_bias=logit_bias,
+                min_p=self.min_p,
+                min_tokens=self.min_tokens,
+                bad_words=bad_words,
+                allowed_token_ids=tuple(sorted(set(self.allowed_token_ids or ()))),
+                grammar=grammar,
             )
-            for choice in range(self.n)
+            for choice in range(self.num_choices)
         ]
 
 
@@ -147,9 +220,17 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """0 decodes nothing; used to score an echoed prompt."""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    """Generate this many choices per prompt and return the n most likely ones, by log-probability per token."""
+    add_special_tokens: bool = True
+    """Begin a prompt given as text with the begin token, if the model was trained with it."""
 
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, but has to be at least n, which is {self.n}")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("best_of is not available in a stream")
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise ValueError(f"prompt holds {len(self.prompts)} prompts, but must hold 1 to {MAX_PROMPTS}")
 
@@ -161,67 +242,10 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
             return [prompt]  # type: ignore[list-item]
         return prompt  # type: ignore[return-value]
 
-
-class TextPart(Struct, frozen=True, kw_only=True):
-    """One part of a message's content."""
-
-    type: str
-    text: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.type != "text":
-            raise ValueError(f"type is {self.type[:100]!r}, but only parts of type 'text' are supported")
-        if self.text is None:
-            raise ValueError("text is missing")
-
-
-class ToolFunction(Struct, frozen=True, kw_only=True):
-    """The function of a tool call in the message history."""
-
-    name: str
-    arguments: str | dict[str, Any] = "{}"
-    """OpenAI sends JSON in a string; some clients send the object itself."""
-
-
-class ToolCall(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A tool call made by the assistant earlier in the conversation."""
-
-    function: ToolFunction
-    id: str | None = None
-    type: str = "function"
-
-    def to_template(self) -> dict[str, Any]:
-        """Convert to the form that chat templates expect."""
-        call = {"type": self.type, "function": {"name": self.function.name, "arguments": self.function.arguments}}
-        return call if self.id is None else {"id": self.id, **call}
-
-
-class Message(Struct, frozen=True, kw_only=True):
-    """One message of a conversation."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role is {self.role[:100]!r}, but has to be one of {', '.join(ROLES)}")
-        if self.function_call is not None:
-            raise ValueError("function_call is not supported: send tool_calls")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls belong to the role assistant, not to {self.role}")
-
-    def to_template(self) -> dict[str, Any]:
-        """Convert to the form that chat templates expect."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text or "" for part in self.content or [])
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        if self.tool_calls:
-            message["tool_calls"] = [call.to_template() for call in self.tool_calls]
-        message |= {key: value for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id)) if value is not None}
-        return message
+    @property
+    def num_choices(self) -> int:
+        """Number of sequences to generate per prompt."""
+        return self.best_of or self.n
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -231,6 +255,24 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=_MAX_INTEGER)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: list[Tool] = []
+    tool_choice: str | NamedChoice | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """vLLM extension: continue the last message instead of beginning a new one."""
+    add_special_tokens: bool = False
+    """vLLM extension: begin the prompt with the begin token although the template writes its own."""
+    echo: bool = False
+    """vLLM extension: begin the answer with the last message, if it is the assistant's."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """vLLM extension: additional variables of the chat template."""
+    documents: list[dict[str, Any]] | None = None
+    """vLLM extension: documents for the chat template."""
+    reasoning_effort: str | None = None
+    """A variable of the chat template."""
+    include_reasoning: bool = True
+    """vLLM extension: report the reasoning of the answer."""
 
     def __post_init__(self) -> None:
         GenerationRequest.__post_init__(self)
@@ -238,3 +280,18 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             raise ValueError(f"messages holds {len(self.messages)} messages, but must hold 1 to {MAX_MESSAGES}")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message needs add_generation_prompt: false")
+        check_tools(self.tools, self.tool_choice)
+        if self.forced_choice and not self.form.is_empty:
+            raise ValueError("tool_choice 'required' or a named function excludes response_format and structured_outputs")
+
+    @property
+    def forced_choice(self) -> str | NamedChoice | None:
+        """The tool choice if it demands a call."""
+        return self.tool_choice if self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice) else None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools

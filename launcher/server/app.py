@@ -1,4 +1,4 @@
-"""HTTP routes: OpenAI's models, completions and chat completions; health, metrics, status, and the status page."""
+"""HTTP routes: the APIs of OpenAI and Anthropic, tokenization, health, metrics, status, and the status page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,44 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from launcher.server.completion import Service
+from launcher.server.completion_writer import AnswerWriter, CompletionWriter
 from launcher.server.engine_client import EngineClient
 from launcher.server.errors import ServiceError, server_failed
 from launcher.server.guard import App, Guard, Limits
+from launcher.server.messages_writer import MessagesWriter, build_error
+from launcher.server.openapi import describe_routes
 from launcher.server.page_files import CONTENT_SECURITY_POLICY, PageFile, read_page_files
 from launcher.server.request_planner import PlannedRequest
+from launcher.server.responses_writer import ResponsesWriter
 from parallel.errors import RequestError
 
-_ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics", "/status", "/version", "/")
+MESSAGES_ROUTE = "/v1/messages"
+_ROUTES = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    MESSAGES_ROUTE,
+    "/tokenize",
+    "/detokenize",
+    "/health",
+    "/ping",
+    "/metrics",
+    "/status",
+    "/version",
+    "/openapi.json",
+    "/",
+)
+
+_FOREIGN_ROUTES = ("/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/score", "/pooling", "/classify")
+"""Routes of vLLM for models that do not generate text."""
 
 
 def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] = ()) -> App:
     """Build the ASGI application. `allowed_origins` lists the CORS origins allowed to send requests; by default browsers block all
     others."""
     app = FastAPI(title="tandem", version=service.front.served.version, docs_url=None, redoc_url=None, openapi_url=None)
-    front = service.front
+    front, writer = service.front, CompletionWriter(service.tokenizer)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -36,21 +59,49 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        return await answer(await service.plan_completion(await request.body()), request)
+        return await answer(await service.plan_completion(await request.body()), request, writer)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await answer(await service.plan_chat(await request.body()), request)
+        return await answer(await service.plan_chat(await request.body()), request, writer)
 
-    async def answer(asked: PlannedRequest, request: Request) -> Response:
+    @app.post("/v1/responses")
+    async def respond(request: Request) -> Response:
+        body, asked = await service.plan_response(await request.body())
+        return await answer(asked, request, ResponsesWriter(body, service.tokenizer))
+
+    @app.post(MESSAGES_ROUTE)
+    async def message(request: Request) -> Response:
+        return await answer(await service.plan_message(await request.body()), request, MessagesWriter())
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await service.tokenize(await request.body())
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return await service.detokenize(await request.body())
+
+    async def answer(asked: PlannedRequest, request: Request, writer: AnswerWriter) -> Response:
         if asked.is_stream:
-            return service.stream(asked, request)
-        return Response(await service.run(asked, request), media_type="application/json")
+            return service.stream(asked, request, writer)
+        return Response(await service.run(asked, request, writer), media_type="application/json")
 
     @app.get("/health")
     async def health() -> JSONResponse:
         word = front.health
         return JSONResponse({"status": word}, 200 if word == "ok" else 503)
+
+    for path in _FOREIGN_ROUTES:
+        app.add_api_route(path, _refuse_foreign, methods=["POST"])
+
+    @app.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        return Response(status_code=200 if front.health == "ok" else 503)
+
+    @app.get("/openapi.json")
+    async def describe_api() -> dict[str, Any]:
+        return describe_routes(front.served.version)
 
     @app.get("/version")
     async def tell_version() -> dict[str, str]:
@@ -70,11 +121,12 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
 
     @app.exception_handler(ServiceError)
     async def refuse(request: Request, error: ServiceError) -> JSONResponse:
-        return JSONResponse(error.to_json(), error.status, error.headers)
+        content = build_error(error) if request.url.path == MESSAGES_ROUTE else error.to_json()
+        return JSONResponse(content, error.status, error.headers)
 
     @app.exception_handler(RequestError)
     async def refuse_prompt(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(ServiceError(400, str(error)).to_json(), 400)
+        return await refuse(request, ServiceError(400, str(error)))
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
@@ -105,6 +157,10 @@ def _describe_model(front: EngineClient) -> dict[str, Any]:
         "owned_by": "tandem",
         "max_model_len": served.job.context_tokens,
     }
+
+
+async def _refuse_foreign(request: Request) -> Response:
+    raise ServiceError(404, f"{request.url.path} is not supported: this server only generates text", code="not_supported")
 
 
 def _give_file(file: PageFile) -> Any:

@@ -49,23 +49,31 @@ class ChatRenderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         more: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         """Render the prompt, including special tokens and the generation prompt. `more` holds additional template variables.
 
         Blocks until the template is rendered, so do not call it on the event loop. Raises RequestError if the template rejects the messages
         or fails, and ServiceError if chat is disabled or too many conversations are waiting.
         """
-        templates = self._templates
-        if self.reason is not None or templates is None:
-            raise ServiceError(400, f"chat is disabled for this model: {self.reason}; use /v1/completions", code="chat_disabled")
-        source = templates.choose(with_tools=bool(tools))
-        variables = templates.build_variables(messages, tools, documents, more)
+        templates, source = self._choose(with_tools=bool(tools))
+        variables = templates.build_variables(messages, tools, documents, more, add_generation_prompt=add_generation_prompt)
         try:
             work = self._thread.submit(self._run, source, templates.where, variables)
             return work.result(_WAIT_SECONDS)
         except FutureTimeoutError:
             work.cancel()
             raise ServiceError(503, "too many conversations wait for the chat template; try again", kind="server_error") from None
+
+    def read_source(self, *, with_tools: bool) -> str:
+        """Return the template of a conversation with or without tools. Raises ServiceError, RequestError if there is none."""
+        return self._choose(with_tools=with_tools)[1]
+
+    def _choose(self, *, with_tools: bool) -> tuple[ChatTemplates, str]:
+        if self.reason is not None or self._templates is None:
+            raise ServiceError(400, f"chat is disabled for this model: {self.reason}; use /v1/completions", code="chat_disabled")
+        return self._templates, self._templates.choose(with_tools=with_tools)
 
     def close(self) -> None:
         """Terminate the template process."""

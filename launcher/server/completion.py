@@ -4,19 +4,18 @@ Routes and error responses are in `launcher/server/app.py`.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from launcher.server.api_answers import Piece, build_chat_logprobs, build_text_logprobs, build_usage, token_text
+from launcher.server.api_answers import Piece
+from launcher.server.chat_prompts import ChatPrompts
 from launcher.server.chat_rendering import ChatRenderer
+from launcher.server.completion_writer import AnswerWriter, build_answer
 from launcher.server.engine_client import EngineClient
 from launcher.server.errors import ServiceError, client_gone
 from launcher.server.guard import read_client
@@ -24,11 +23,10 @@ from launcher.server.inflight_requests import PromptToken
 from launcher.server.queue import Ticket
 from launcher.server.request_planner import PlannedRequest, RequestPlanner
 from launcher.server.request_threads import RequestThreads
+from launcher.server.responses_requests import ResponsesRequest
 from model.text.tokenizer import Tokenizer
 
 _READING_SECONDS = 30.0
-_LARGE_ANSWER = 500
-"""Number of tokens with log-probabilities above which an answer is built in a thread."""
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -36,11 +34,20 @@ class Service:
     """State shared by the routes."""
 
     def __init__(
-        self, front: EngineClient, tokenizer: Tokenizer, chat: ChatRenderer, max_seconds: float, *, strict_fields: bool = False
+        self,
+        front: EngineClient,
+        tokenizer: Tokenizer,
+        chat: ChatRenderer,
+        max_seconds: float,
+        *,
+        strict_fields: bool = False,
+        tool_call_parser: str | None = None,
     ) -> None:
-        """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them."""
-        self.front, self._tokenizer, self._chat = front, tokenizer, chat
-        self._planner = RequestPlanner(front, tokenizer, chat, max_seconds, strict_fields=strict_fields)
+        """`max_seconds` caps the deadline of a request. `strict_fields` rejects unknown fields instead of ignoring them.
+        `tool_call_parser` names the form of the model's tool calls; None chooses it by the chat template."""
+        self.front, self.tokenizer, self._chat = front, tokenizer, chat
+        prompts = ChatPrompts(chat, tool_call_parser)
+        self._planner = RequestPlanner(front, tokenizer, prompts, max_seconds, strict_fields=strict_fields)
         self._threads = RequestThreads()
 
     async def plan_completion(self, body: bytes) -> PlannedRequest:
@@ -51,6 +58,22 @@ class Service:
         """Parse and plan a chat completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_chat, is_chat=True)
 
+    async def plan_response(self, body: bytes) -> tuple[ResponsesRequest, PlannedRequest]:
+        """Parse and plan a request of /v1/responses. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_response, is_chat=True)
+
+    async def plan_message(self, body: bytes) -> PlannedRequest:
+        """Parse and plan a request of /v1/messages. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.plan_message, is_chat=True)
+
+    async def tokenize(self, body: bytes) -> dict[str, Any]:
+        """Answer a request of /tokenize. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.tokenize, is_chat=True)
+
+    async def detokenize(self, body: bytes) -> dict[str, Any]:
+        """Answer a request of /detokenize. Raises ServiceError, RequestError."""
+        return await self._threads.run(body, self._planner.detokenize)
+
     def check_model(self, name: str) -> None:
         """Raise ServiceError if the requested model is not the served one."""
         self._planner.check_model(name)
@@ -60,11 +83,11 @@ class Service:
         self._threads.close()
         self._chat.close()
 
-    async def run(self, asked: PlannedRequest, request: Request) -> bytes:
+    async def run(self, asked: PlannedRequest, request: Request, writer: AnswerWriter) -> bytes:
         """Return the complete answer as JSON. Raises ServiceError."""
         ticket = self._submit(asked, request)
         gone = asyncio.create_task(_wait_until_gone(request))
-        work = asyncio.create_task(self._collect(asked, ticket))
+        work = asyncio.create_task(self._collect(asked, ticket, writer))
         try:
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -77,13 +100,23 @@ class Service:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
-    def stream(self, asked: PlannedRequest, request: Request) -> StreamingResponse:
+    async def complete(self, asked: PlannedRequest, writer: AnswerWriter, caller: str) -> bytes:
+        """Return the complete answer to a request that did not come over HTTP. Raises ServiceError."""
+        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds, asked.priority)
+        try:
+            return await self._collect(asked, ticket, writer)
+        finally:
+            self.front.dispatcher.close(ticket)
+
+    def stream(self, asked: PlannedRequest, request: Request, writer: AnswerWriter) -> StreamingResponse:
         """Stream the answer. Raises ServiceError if it cannot start."""
         ticket = self._submit(asked, request)
-        return _TicketResponse(self._write_events(asked, ticket), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds)
+        return _TicketResponse(
+            writer.write_events(asked, self._pieces(asked, ticket)), lambda: self.front.dispatcher.close(ticket), asked.timeout_seconds
+        )
 
     def _submit(self, asked: PlannedRequest, request: Request) -> Ticket:
-        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds)
+        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds, asked.priority)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 
@@ -108,64 +141,12 @@ class Service:
                     self.front.dispatcher.end_choice(ticket, number)
             yield number, piece
 
-    async def _collect(self, asked: PlannedRequest, ticket: Ticket) -> bytes:
+    async def _collect(self, asked: PlannedRequest, ticket: Ticket, writer: AnswerWriter) -> bytes:
         pieces: list[list[Piece]] = [[] for _ in asked.choices]
         async for number, piece in self._pieces(asked, ticket):
             pieces[number].append(piece)
-
-        def build() -> bytes:
-            choices = [self._build_choice(asked, number, some, len(asked.echo[number])) for number, some in enumerate(pieces)]
-            return msgspec.json.encode(asked.naming.build(choices, self._count(asked), is_chunk=False))
-
-        num_tokens = sum(map(len, pieces)) + sum(map(len, asked.scored))
-        return await _build_answer(num_tokens if asked.with_logprobs else 0, build)
-
-    async def _write_events(self, asked: PlannedRequest, ticket: Ticket) -> AsyncIterator[bytes]:
-        offsets = [len(text) for text in asked.echo]
-        begun = [False] * len(asked.choices)
-        try:
-            if asked.naming.is_chat:
-                opening = [
-                    {"index": number, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-                    for number in range(len(asked.choices))
-                ]
-                yield _event(asked.naming.build(opening, None, is_chunk=True))
-            async for number, piece in self._pieces(asked, ticket):
-                if not piece.text and not piece.finish_reason and not asked.with_logprobs:
-                    continue
-                build = partial(self._build_chunk, asked, number, piece, offsets[number], is_first=not begun[number])
-                yield await _build_answer(0 if begun[number] else len(asked.scored[number]), build)
-                begun[number] = True
-                offsets[number] += sum(len(token_text(self._tokenizer, token.token_id)) for token in piece.tokens)
-            if asked.with_usage:
-                yield _event(asked.naming.build([], self._count(asked), is_chunk=True))
-            yield b"data: [DONE]\n\n"
-        except ServiceError as error:
-            yield _event(error.to_json())
-
-    def _build_chunk(self, asked: PlannedRequest, number: int, piece: Piece, offset: int, *, is_first: bool) -> bytes:
-        choice = self._build_choice(asked, number, [piece], offset, is_chunk=True, is_first=is_first)
-        return _event(asked.naming.build([choice], None, is_chunk=True))
-
-    def _build_choice(
-        self, asked: PlannedRequest, number: int, pieces: Sequence[Piece], offset: int, *, is_chunk: bool = False, is_first: bool = True
-    ) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice: dict[str, Any] = {"index": number, "finish_reason": pieces[-1].finish_reason, "logprobs": None}
-        if asked.naming.is_chat:
-            choice["delta" if is_chunk else "message"] = {"content": text} if is_chunk else {"role": "assistant", "content": text}
-            if asked.with_logprobs:
-                choice["logprobs"] = build_chat_logprobs(self._tokenizer, tokens)
-        else:
-            choice["text"] = (asked.echo[number] if is_first else "") + text
-            if asked.with_logprobs:
-                scored = asked.scored[number] if is_first else []
-                choice["logprobs"] = build_text_logprobs(self._tokenizer, scored, tokens, offset)
-        return choice
-
-    def _count(self, asked: PlannedRequest) -> dict[str, int]:
-        return build_usage(sum(map(len, asked.prompts)), sum(text.num_tokens for text in asked.texts))
+        num_tokens = (sum(map(len, pieces)) if asked.logprobs is not None else 0) + sum(map(len, asked.scored))
+        return await build_answer(num_tokens, lambda: writer.build(asked, pieces))
 
 
 class _TicketResponse(StreamingResponse):
@@ -183,15 +164,6 @@ class _TicketResponse(StreamingResponse):
             raise ConnectionError from None
         finally:
             self._close()
-
-
-async def _build_answer(num_logprobs: int, build: Callable[[], bytes]) -> bytes:
-    """Run `build`, in a thread if the log-probabilities of many tokens would block the event loop."""
-    return await asyncio.to_thread(build) if num_logprobs > _LARGE_ANSWER else build()
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
 async def _wait_until_gone(request: Request) -> None:

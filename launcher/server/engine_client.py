@@ -66,7 +66,7 @@ class EngineClient(RunObserver):
     redone = "in-flight requests resume"
 
     def __init__(self, served: Served) -> None:
-        self.served, self.metrics = served, ServeMetrics()
+        self.served, self.metrics = served, ServeMetrics(served.name)
         self._inflight = InflightRequests()
         self.dispatcher = Dispatcher(self._inflight, self.metrics, max_running=served.job.max_batch_size, max_waiting=served.max_waiting)
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -82,6 +82,7 @@ class EngineClient(RunObserver):
         self._heard = 0.0
         self._slowest_seconds = 0.0
         self._prefilled = 0
+        self._counted = dict.fromkeys(("prefix_queries", "prefix_hits", "preemptions"), 0)
         self._failed_starts = self._restarts = 0
         self._last_failure: str | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -98,7 +99,7 @@ class EngineClient(RunObserver):
                 if tokens:
                     self._on_loop(self.dispatcher.deliver, tokens)
             case Failures():
-                failures = [(one.index, one.message) for one in event.failures if self._inflight.drop(one.index)]
+                failures = [one for one in event.failures if self._inflight.drop(one.index)]
                 self._on_loop(self.dispatcher.fail_sequences, failures)
             case Refused():
                 self._on_loop(self.dispatcher.refuse, event.index, ServiceError(400, event.message))
@@ -184,6 +185,7 @@ class EngineClient(RunObserver):
         metrics.set("waiting", self.dispatcher.num_waiting)
         metrics.set("kv_blocks", self.served.num_blocks)
         metrics.set("kv_blocks_used", report.blocks_used if report else 0)
+        metrics.set("kv_usage", report.blocks_used / self.served.num_blocks if report else 0)
         metrics.set("healthy", self.health == "ok")
         for rank, row in enumerate(report.ranks if report else ()):
             for name, value in structs.asdict(row).items():
@@ -250,6 +252,7 @@ class EngineClient(RunObserver):
     def _take_serving(self, serving: Serving) -> None:
         self._serving, self._phase, self._heard, self._failed_starts = serving, "ready", time.monotonic(), 0
         self._prefilled = 0
+        self._counted = dict.fromkeys(self._counted, 0)
         if self.answered_once.is_set():
             print("the ranks are back; in-flight answers continue", file=sys.stderr, flush=True)
         self.answered_once.set()
@@ -258,13 +261,17 @@ class EngineClient(RunObserver):
         self._heard, self._report, self._slowest_seconds = time.monotonic(), report, report.slowest_seconds
         self._on_loop(self.metrics.prefill.add, max(0, report.prefill_tokens - self._prefilled))
         self._prefilled = report.prefill_tokens
+        for name, before in self._counted.items():
+            self._counted[name] = value = getattr(report, name)
+            self._on_loop(self.metrics.count_engine, name, max(0, value - before))
 
     def _begin_drain(self) -> None:
-        async def drain() -> None:
-            await self.dispatcher.drain(self.served.drain_seconds)
-            self._inflight.end()
+        self._drain_task = asyncio.create_task(self.finish())
 
-        self._drain_task = asyncio.create_task(drain())
+    async def finish(self) -> None:
+        """Finish in-flight requests, then let the ranks exit."""
+        await self.dispatcher.drain(self.served.drain_seconds)
+        self._inflight.end()
 
     def _on_loop(self, function: Any, *arguments: Any) -> None:
         if self.loop is not None:

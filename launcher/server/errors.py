@@ -82,6 +82,11 @@ def non_finite(message: str) -> ServiceError:
     return ServiceError(500, message, kind="server_error", code="logits_not_finite")
 
 
+def no_token_allowed(message: str) -> ServiceError:
+    """400: the restrictions of a request exclude every token."""
+    return ServiceError(400, message, code="no_token_allowed")
+
+
 def server_failed() -> ServiceError:
     """500: an unexpected error."""
     return ServiceError(500, "the server failed; see its log", kind="server_error")

@@ -23,7 +23,7 @@ from launcher.server.request_log import log_request
 
 CALLER = "tandem.caller"
 """Scope key that identifies the API key of a request. Requests without one are identified by address."""
-OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
+OPEN_PATHS = frozenset({*PAGE_FILES, "/health", "/ping"})
 """Paths that need no key: they reveal nothing about requests."""
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
@@ -126,6 +126,8 @@ class Guard:
             return
         scheme, _, said = headers.get(b"authorization", b"").partition(b" ")
         said = said.strip()
+        if not scheme and (key := headers.get(b"x-api-key")) is not None:  # Anthropic's clients
+            scheme, said = b"bearer", key.strip()
         # Compare all keys in constant time, so that the duration reveals nothing.
         fits = [hmac.compare_digest(said, key) for key in self._limits.api_keys]
         if scheme.lower() != b"bearer" or not any(fits):

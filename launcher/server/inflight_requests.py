@@ -25,6 +25,8 @@ class NewToken(NamedTuple):
     """"eos" or "length" on the last token, otherwise None."""
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
+    rank: int = 0
+    """Number of tokens at least as likely, for a prompt token with its log-probability."""
 
 
 class PromptToken(NewToken):
@@ -126,8 +128,8 @@ class InflightRequests:
                     continue  # cancelled, or recorded in a failed attempt
                 assert position == entry.num_scored, f"prompt token {position} of request {index} came before {entry.num_scored}"
                 entry.num_scored += 1
-                token_id, logprob, top = score.choice
-                new.append((index, PromptToken(token_id, None, logprob, top)))
+                choice = score.choice
+                new.append((index, PromptToken(choice.token_id, None, choice.logprob, choice.top_logprobs, choice.rank)))
         return new
 
     def note_failure(self, *, served: bool = True) -> list[int]:

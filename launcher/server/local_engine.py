@@ -52,7 +52,14 @@ class LocalEngine(RunObserver):
             case Tokens():
                 tokens = self._inflight.take(event.tokens)
                 if tokens:
-                    self._tell(engine_messages.Tokens([Token(index, *token) for index, token in tokens]))
+                    self._tell(
+                        engine_messages.Tokens(
+                            [
+                                Token(index, token.token_id, token.finish_reason, token.logprob, token.top_logprobs)
+                                for index, token in tokens
+                            ]
+                        )
+                    )
                     self._end(index for index, token in tokens if token.finish_reason)
             case Failures():
                 self._fail((failure.index, failure.message) for failure in event.failures)

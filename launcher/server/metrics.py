@@ -1,4 +1,8 @@
-"""Server metrics for Prometheus and the status page."""
+"""Server metrics for Prometheus and the status page.
+
+Metrics that mean the same as vLLM's have its names and its label `model_name`, so that its dashboards show them; all others begin with
+`tandem_`.
+"""
 
 import time
 from collections import deque
@@ -37,22 +41,38 @@ class Rate:
 class ServeMetrics:
     """The counters of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str = "") -> None:
         self.registry = registry = CollectorRegistry()
+        model = {"model_name": model_name}
+
+        def count(name: str, words: str) -> Counter:
+            return Counter(name, words, ["model_name"], registry=registry).labels(**model)
+
+        def time_of(name: str, words: str) -> Histogram:
+            return Histogram(name, words, ["model_name"], buckets=_SECONDS, registry=registry).labels(**model)
+
         ProcessCollector(registry=registry)
         self._requests = Counter("tandem_requests", "Requests by route and response status", ["route", "status"], registry=registry)
-        self._tokens = Counter("tandem_generation_tokens", "New tokens", registry=registry)
-        self._prompt_tokens = Counter("tandem_prompt_tokens", "Tokens of accepted prompts", registry=registry)
-        self._first = Histogram(
-            "tandem_time_to_first_token_seconds", "Time from a request to its first token", buckets=_SECONDS, registry=registry
-        )
-        self._between = Histogram(
-            "tandem_inter_token_seconds", "Time between consecutive tokens of a request", buckets=_SECONDS, registry=registry
-        )
+        self._tokens = count("vllm:generation_tokens", "New tokens")
+        self._prompt_tokens = count("vllm:prompt_tokens", "Tokens of accepted prompts")
+        self._first = time_of("vllm:time_to_first_token_seconds", "Time from a request to its first token")
+        self._between = time_of("vllm:inter_token_latency_seconds", "Time between consecutive tokens of a request")
+        self._whole = time_of("vllm:e2e_request_latency_seconds", "Time from a request to its last token, by sequence")
+        self._queued = time_of("vllm:request_queue_time_seconds", "Time that a sequence waited for a place in the batch")
+        ended = Counter("vllm:request_success", "Ended sequences by reason", ["model_name", "finished_reason"], registry=registry)
+        self._ended = {reason: ended.labels(model_name, reason) for reason in ("stop", "length", "abort")}
+        self._engine = {
+            "prefix_queries": count("vllm:prefix_cache_queries", "Tokens of admitted sequences"),
+            "prefix_hits": count("vllm:prefix_cache_hits", "Tokens of admitted sequences that were in the KV cache"),
+            "preemptions": count("vllm:num_preemptions", "Sequences that gave their KV cache to others"),
+        }
         self._restarts = Counter("tandem_restarts", "Restarts of all ranks after a rank failure", registry=registry)
+        shared = {
+            "running": ("vllm:num_requests_running", "Running sequences"),
+            "waiting": ("vllm:num_requests_waiting", "Queued sequences"),
+            "kv_usage": ("vllm:kv_cache_usage_perc", "Used share of the KV cache, from 0 to 1"),
+        }
         gauge = {
-            "running": "Running sequences",
-            "waiting": "Queued sequences",
             "kv_blocks_used": "KV cache blocks in use",
             "kv_blocks": "Total KV cache blocks",
             "healthy": "1 while every rank has reported recently",
@@ -60,6 +80,9 @@ class ServeMetrics:
             "prompt_tokens_per_second": f"Prompt tokens processed per second, over {RATE_SECONDS:g} s",
         }
         self._gauges = {name: Gauge(f"tandem_{name}", words, registry=registry) for name, words in gauge.items()}
+        self._gauges |= {
+            key: Gauge(name, words, ["model_name"], registry=registry).labels(**model) for key, (name, words) in shared.items()
+        }
         ranked = {
             "step_seconds": "Median duration of a rank's recent steps",
             "gather_seconds": "Part of the step spent in collectives",
@@ -92,6 +115,20 @@ class ServeMetrics:
         """Record the time to first token of a request."""
         self.first_token_seconds = seconds
         self._first.observe(seconds)
+
+    def note_queue_time(self, seconds: float) -> None:
+        """Record how long a sequence waited for a place in the batch."""
+        self._queued.observe(seconds)
+
+    def note_end(self, reason: str, seconds: float) -> None:
+        """Record the end of a sequence, by "stop", "length" or "abort", and the time since its request."""
+        self._ended[reason].inc()
+        if reason != "abort":
+            self._whole.observe(seconds)
+
+    def count_engine(self, name: str, number: int) -> None:
+        """Add to a counter of the ranks: prefix_queries, prefix_hits or preemptions."""
+        self._engine[name].inc(number)
 
     def count_restart(self) -> None:
         """Count a restart of all ranks."""

@@ -10,9 +10,20 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from launcher.server.errors import ServiceError, draining, ended, non_finite, queue_full, ranks_failed, timed_out, too_many
+from launcher.server.errors import (
+    ServiceError,
+    draining,
+    ended,
+    no_token_allowed,
+    non_finite,
+    queue_full,
+    ranks_failed,
+    timed_out,
+    too_many,
+)
 from launcher.server.inflight_requests import InflightRequests, NewToken, PromptToken
 from launcher.server.metrics import ServeMetrics
+from model.engine.events import SequenceFailure
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 
@@ -29,6 +40,7 @@ class Ticket:
     """Unfinished sequences."""
     asked_at: float
     """Submission time, from time.monotonic()."""
+    priority: int = 0
     events: "asyncio.Queue[tuple[int, NewToken] | ServiceError]" = field(default_factory=asyncio.Queue)
     """(sequence index in the request, its next token, preceded by any PromptTokens); an error ends the request."""
     deadline: asyncio.TimerHandle | None = None
@@ -71,19 +83,24 @@ class Dispatcher:
         """Whether new requests are rejected."""
         return self._drained is not None
 
-    def submit(self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float) -> Ticket:
-        """Queue the sequences of a request. Raises ServiceError if the server is draining or too many sequences are waiting."""
+    def submit(
+        self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float, priority: int = 0
+    ) -> Ticket:
+        """Queue the sequences of a request; among those of one client, lower priorities go first.
+
+        Raises ServiceError if the server is draining or too many sequences are waiting."""
         if self.is_draining:
             raise draining()
         self.check_count(len(wanted))
         free = self.max_running - len(self._running)
         if self.num_waiting + len(wanted) > self.max_waiting + free:
             raise queue_full(self.num_waiting, len(wanted), self.max_waiting, self._estimate_wait_seconds())
-        ticket = Ticket(caller, len(wanted), time.monotonic())
+        ticket = Ticket(caller, len(wanted), time.monotonic(), priority)
         ticket.deadline = asyncio.get_running_loop().call_later(deadline_seconds, self._fail, ticket, timed_out(deadline_seconds))
         mine = self._waiting.setdefault(caller, deque())
+        place = next((place for place, sequence in enumerate(mine) if sequence.ticket.priority > priority), len(mine))
         for number, (prompt_ids, params) in enumerate(wanted):
-            mine.append(_Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
+            mine.insert(place + number, _Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
             self._next_index += 1
         self._fill()
         return ticket
@@ -103,6 +120,7 @@ class Dispatcher:
         ticket.num_open = 0
         for index in [index for index, sequence in self._running.items() if sequence.ticket is ticket]:
             del self._running[index]
+            self._metrics.note_end("abort", time.monotonic() - ticket.asked_at)
             self._inflight.cancel(index)
         mine = self._waiting.get(ticket.caller)
         if mine is not None:
@@ -119,6 +137,7 @@ class Dispatcher:
         for index in found:
             del self._running[index]
             ticket.num_open -= 1
+            self._metrics.note_end("stop", time.monotonic() - ticket.asked_at)
             self._inflight.cancel(index)
         self._fill()
 
@@ -139,6 +158,7 @@ class Dispatcher:
             if token.finish_reason:
                 has_ended = True
                 del self._running[index]
+                self._metrics.note_end("length" if token.finish_reason == "length" else "stop", now - ticket.asked_at)
                 ticket.num_open -= 1
                 if not ticket.num_open:
                     self._answer_seconds += 0.1 * (now - ticket.asked_at - self._answer_seconds)
@@ -159,12 +179,12 @@ class Dispatcher:
             if sequence is not None:
                 self._fail(sequence.ticket, ranks_failed(failures))
 
-    def fail_sequences(self, failures: Iterable[tuple[int, str]]) -> None:
-        """Fail the requests of sequences (index, reason) for which the model has no next token."""
-        for index, message in failures:
-            sequence = self._running.pop(index, None)
+    def fail_sequences(self, failures: Iterable[SequenceFailure]) -> None:
+        """Fail the requests of sequences that have no next token."""
+        for failure in failures:
+            sequence = self._running.pop(failure.index, None)
             if sequence is not None:
-                self._fail(sequence.ticket, non_finite(message))
+                self._fail(sequence.ticket, (no_token_allowed if failure.by_request else non_finite)(failure.message))
 
     def refuse(self, index: int, error: ServiceError) -> None:
         """Fail the request of a sequence that the ranks cannot run."""
@@ -203,6 +223,7 @@ class Dispatcher:
             else:
                 del self._waiting[caller]
             self._running[sequence.request.index] = sequence
+            self._metrics.note_queue_time(time.monotonic() - sequence.ticket.asked_at)
             self._inflight.add(sequence.request)
         if self._drained is not None and not self._running and not self._waiting:
             self._drained.set()

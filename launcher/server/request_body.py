@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import msgspec
 from msgspec import UNSET, Raw
 
-from launcher.server.api_requests import MAX_BIASES, MAX_PROMPTS, NEUTRAL_FIELDS, GenerationRequest, Token
+from launcher.server.api_requests import MAX_BIASES, MAX_PROMPTS, NEUTRAL_FIELDS, Token
 from launcher.server.errors import ServiceError
 
-PlannedRequest = TypeVar("PlannedRequest", bound=GenerationRequest)
+PlannedRequest = TypeVar("PlannedRequest", bound=msgspec.Struct)
 
 _MAX_NAMED_FIELDS = 10_000
 """A body with more colons may have too many fields to list; only the first unknown one is then reported."""
@@ -100,8 +100,6 @@ class BodyReader(Generic[PlannedRequest]):
         for name, text in fields.items():
             if name in self._decoders or not NEUTRAL_FIELDS[name]:
                 continue
-            if name == "tools" and fields.get("tool_choice") == b'"none"':
-                continue  # tools that may not be called have no effect
             if len(text) > _SHOWN or msgspec.json.decode(text) not in NEUTRAL_FIELDS[name]:
                 raise _refuse(f"{name} is not supported here; leave it out", name)
 

@@ -11,8 +11,11 @@ from itertools import compress
 class StopSearch:
     """Stop search in one answer. Text that may turn out to be the start of a stop string is held back."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
+        """`keeps_stop`: whether the text ends after the stop string rather than before it."""
+        self._stops, self._keeps_stop = tuple(stops), keeps_stop
+        self.found: str | None = None
+        """The stop string that ended the answer."""
         self._longest = max(map(len, self._stops), default=1) - 1
         self._held = ""
         self._shown: list[bool] = []
@@ -28,13 +31,13 @@ class StopSearch:
         places = [place for place, shown in enumerate(self._shown) if shown]
         visible = self._held if len(places) == len(self._held) else "".join(compress(self._held, self._shown))
         # The stop string completed first wins, independent of token boundaries; of several, the longest.
-        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if visible is not self._held:
-            starts = [(visible.find(stop), len(stop)) for stop in self._stops]
-            found += [(places[start + length - 1] + 1, places[start]) for start, length in starts if start >= 0]
+            starts = [(visible.find(stop), stop) for stop in self._stops]
+            found += [(places[start + len(stop) - 1] + 1, places[start], stop) for start, stop in starts if start >= 0]
         if found:
-            start = min(found)[1]
-            text = "".join(compress(self._held[:start], self._shown))
+            end, start, self.found = min(found)
+            text = "".join(compress(self._held[: end if self._keeps_stop else start], self._shown))
             self._held, self._shown = "", []
             return text, True
         keep = 0

@@ -4,12 +4,12 @@ Does not depend on checkpoints, data or PyTorch.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.settings.checkpoint_options import QuantizeOptions
 from launcher.settings.quantization import QuantizationSettings
 from model.quantization.recipe import Recipe
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.errors import ConfigError
 
 DEFAULT_GROUP_SIZE = 128
@@ -52,6 +52,8 @@ APPROACHES = {
     "a8w8": Preset(_DYNAMIC, _HEAD, options=("kvcache_dtype",)),
 }
 _NOT_GIVEN = (None, "none", "None")
+_RTN = "rtn"
+"""Golden Stick's word for both kinds of rounding to nearest."""
 
 
 def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSettings | None) -> Recipe:
@@ -94,6 +96,14 @@ def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSett
     )
 
 
+def resolve_approach(options: QuantizeOptions) -> QuantizeOptions:
+    """Replace `-q rtn` by the approach that the types of weights and cache ask for."""
+    if options.approach != _RTN:
+        return options
+    only_cache = options.kvcache_dtype == "int8" and options.weight_dtype in _NOT_GIVEN
+    return replace(options, approach="rtn-c8" if only_cache else "rtn-a16w8")
+
+
 def check_words(options: QuantizeOptions) -> Preset:
     if options.approach not in APPROACHES:
         raise ConfigError(f"the approach {options.approach!r} is unknown; there are {', '.join(APPROACHES)} (option -a)")
@@ -108,8 +118,15 @@ def check_words(options: QuantizeOptions) -> Preset:
         "group_size": ("--group-size", options.group_size),
         "symmetric": ("--symmetric/--asymmetric", options.symmetric),
     }
+    linear = preset.linear
+    implied = {
+        "weight_dtype": linear is not None and linear.bits == 8,
+        "kvcache_dtype": preset.kv_cache,
+        "act_quant_dtype": linear is not None and linear.activation is not None,
+        "outliers": preset.smooth,
+    }
     for name, (flag, value) in given.items():
-        if value not in _NOT_GIVEN and name not in preset.options:
+        if value not in _NOT_GIVEN and name not in preset.options and not implied.get(name):
             takes = [word for word, other in APPROACHES.items() if name in other.options]
             raise ConfigError(f"{flag} does not go with -a {options.approach}; it does with {', '.join(takes)}")
     for flag, word, words in (

@@ -147,7 +147,7 @@ class QuantizeOptions(RunOptions):
     outliers: Annotated[
         Literal["smooth", "none", "None"] | None,
         option("--outliers", help="ptq: outlier suppression. Default: the YAML's.", panel=QUANTIZATION),
-        also("--outliers_suppression"),
+        also("-o", "--outliers_suppression"),
     ] = None
     not_converted: Annotated[
         tuple[str, ...],
@@ -198,5 +198,13 @@ class QuantizeOptions(RunOptions):
         Path | None,
         option("--output", metavar="DIR", help="Folder to write. Default: output/<approach>_ckpt.", panel=OUTPUT),
         also("--output_dir"),
+    ] = None
+    output_format: Annotated[
+        Literal["hf", "mindformers"] | None,
+        option(
+            "--format",
+            help="hf: a Hugging Face folder; mindformers: also DIR/rank_0/<approach>.ckpt. Default: mindformers for a .ckpt, else hf.",
+            panel=OUTPUT,
+        ),
     ] = None
     overwrite: Annotated[bool, option("--overwrite", help="Replace the output folder if it exists.", panel=OUTPUT)] = False

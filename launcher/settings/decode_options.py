@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from launcher.settings.option_declarations import GENERATION, MEMORY, OUTPUT, PARALLELISM, SERVER, also, option
+from launcher.settings.option_declarations import GENERATION, MEMORY, OUTPUT, PARALLELISM, SERVER, also, argument, option
 from launcher.settings.options import MAX_SECONDS, ClusterOptions, EngineOptions, LogLevel, SamplingOptions
 
+ToolCallParser = Literal["hermes", "llama3_json", "mistral"]
 OutputFormat = Literal["text", "mindformers", "json"]
 
 
@@ -45,6 +46,9 @@ class PredictOptions(SamplingOptions, ClusterOptions):
         option("--output", metavar="FILE", help="Append one JSON object per finished prompt. Default: none.", panel=OUTPUT),
     ] = None
     resume: Annotated[bool, option("--resume", help="Skip prompts already in the --output file.", panel=OUTPUT)] = False
+    save_file: Annotated[
+        Path | None, option("--save_file", help="Write the results to this file as MindFormers does.", panel=OUTPUT, hidden=True)
+    ] = None
     stats: Annotated[
         Path | None, option("--stats", metavar="FILE", help="Write speeds, bytes and memory to this JSON file.", panel=OUTPUT)
     ] = None
@@ -61,7 +65,47 @@ class ChatOptions(SamplingOptions, EngineOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions(ClusterOptions):
+class ApiOptions(ClusterOptions):
+    """Options of the commands that take requests of OpenAI's API: serve and batch."""
+
+    served_model_name: Annotated[
+        str | None, option("--served-model-name", help="Model name of the API. Default: the checkpoint's name.", panel=SERVER)
+    ] = None
+    prefill_tokens: Annotated[
+        int,
+        option(
+            "--prefill-tokens",
+            help="Maximum prompt tokens per forward pass; lower values delay others less. Default: 256.",
+            panel=MEMORY,
+            min=16,
+            max=512,
+        ),
+        also("--max-num-batched-tokens"),
+    ] = 256
+    strict_fields: Annotated[
+        bool, option("--strict-fields", help="Reject requests with unknown fields instead of ignoring them.", panel=SERVER)
+    ] = False
+    tool_call_parser: Annotated[
+        ToolCallParser | None,
+        option("--tool-call-parser", help="Form of the model's tool calls. Default: recognized by its chat template.", panel=SERVER),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions(ApiOptions):
+    """Options of `tandem batch`."""
+
+    input: Annotated[
+        Path | None, argument(metavar="INPUT", help="Requests, one JSON object per line, in OpenAI's batch format.", is_first=True)
+    ] = None
+    output: Annotated[
+        Path | None, option("--output", "-o", metavar="FILE", help="Answers, one JSON object per line. Required.", panel=OUTPUT)
+    ] = None
+    resume: Annotated[bool, option("--resume", help="Skip requests already answered in the --output file.", panel=OUTPUT)] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions(ApiOptions):
     """Options of `tandem serve`."""
 
     host: Annotated[
@@ -72,9 +116,6 @@ class ServeOptions(ClusterOptions):
         Path | None, option("--api-key-file", help="File of API keys, one per line, for bearer tokens. Default: none.", panel=SERVER)
     ] = None
     insecure: Annotated[bool, option("--insecure", help="Listen on any address without an API key.", panel=SERVER)] = False
-    served_model_name: Annotated[
-        str | None, option("--served-model-name", help="Model name of the API. Default: the checkpoint's name.", panel=SERVER)
-    ] = None
     max_waiting: Annotated[
         int, option("--max-queue", help="Maximum queued sequences; more are rejected (429). Default: 256.", panel=SERVER, min=0)
     ] = 256
@@ -98,23 +139,9 @@ class ServeOptions(ClusterOptions):
             max=MAX_SECONDS,
         ),
     ] = 30.0
-    prefill_tokens: Annotated[
-        int,
-        option(
-            "--prefill-tokens",
-            help="Maximum prompt tokens per forward pass; lower values delay others less. Default: 256.",
-            panel=MEMORY,
-            min=16,
-            max=512,
-        ),
-        also("--max-num-batched-tokens"),
-    ] = 256
     max_body_megabytes: Annotated[
         float, option("--max-body-mb", help="Maximum request body in megabytes. Default: 4.", panel=SERVER, min=0.001, max=1000)
     ] = 4.0
-    strict_fields: Annotated[
-        bool, option("--strict-fields", help="Reject requests with unknown fields instead of ignoring them.", panel=SERVER)
-    ] = False
     max_connections: Annotated[
         int | None,
         option("--max-connections", help="Maximum open connections. Default: the open-file limit, up to 1024.", panel=SERVER, min=1),

@@ -74,14 +74,16 @@ def fetch_model(name: HubName, *, offline: bool) -> Path:
 
 
 def _find_cached(name: HubName, snapshot: Path, *, needs_tokenizer: bool) -> Path | None:
-    """Return the cached folder or GGUF file of a model; None if it is incomplete."""
-    if name.variant is None:
-        return snapshot if find_missing(snapshot, needs_tokenizer=needs_tokenizer) is None else None
+    """Return the cached folder or GGUF file of a model; None if it is incomplete. Raises CheckpointError for several GGUF files."""
     held = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf") if file.exists()]
+    if name.variant is None and (not held or any(snapshot.glob("*.safetensors"))):
+        return snapshot if find_missing(snapshot, needs_tokenizer=needs_tokenizer) is None else None
     try:
         parts = choose_gguf(name.id, held, name.variant)
-    except CheckpointError:  # the repository may hold it
-        return None
+    except CheckpointError:
+        if name.variant is None:
+            raise
+        return None  # the repository may hold it
     return snapshot / parts[0] if is_whole(parts) else None
 
 

@@ -41,19 +41,24 @@ def option(
     min: float | None = None,
     max: float | None = None,
     above: float | None = None,
+    hidden: bool = False,
 ) -> Any:
     """Declare an option. The help text includes the default, since most defaults are determined after parsing.
 
-    `min` and `max` are inclusive, `above` is exclusive.
+    `min` and `max` are inclusive, `above` is exclusive. `hidden`: accepted, but not shown in the help.
     """
-    declared: Any = typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False)
+    declared: Any = typer.Option(
+        *flags, help=help, rich_help_panel=panel, metavar=metavar, min=min, max=max, show_default=False, hidden=hidden
+    )
     declared.above = above
     return declared
 
 
-def argument(*, metavar: str, help: str) -> Any:
-    """Declare a positional argument."""
-    return typer.Argument(metavar=metavar, help=help, show_default=False)
+def argument(*, metavar: str, help: str, is_first: bool = False) -> Any:
+    """Declare a positional argument. `is_first`: it stands before those of the base classes."""
+    declared: Any = typer.Argument(metavar=metavar, help=help, show_default=False)
+    declared.is_first = is_first
+    return declared
 
 
 def also(*flags: str) -> Aliases:
@@ -108,6 +113,7 @@ def takes(options: type, run: str, prepare: Callable[[Any], Any]) -> Callable[[C
     assert is_dataclass(options)
     hints = get_type_hints(options, include_extras=True)
     declared = [field for field in fields(options) if find_metadata(hints[field.name], typer.models.ParameterInfo)]
+    declared.sort(key=lambda field: not getattr(find_metadata(hints[field.name], typer.models.ArgumentInfo), "is_first", False))
     parameters = []
     for field in declared:
         default = inspect.Parameter.empty if field.default is MISSING else None if field.default == () else field.default

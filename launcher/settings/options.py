@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
-FormatName = Literal["ranks", "modelslim", "gptq", "awq", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"]
+FormatName = Literal[
+    "ranks", "modelslim", "gptq", "awq", "auto-round", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"
+]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
@@ -46,7 +49,7 @@ class CheckpointOptions:
         FormatName | None,
         option(
             "--from",
-            help="ranks, modelslim, gptq, awq, fp8, compressed-tensors, hf, bin, meta, gguf or mindspore. Default: detected.",
+            help="ranks, modelslim, gptq, awq, auto-round, fp8, compressed-tensors, hf, bin, meta, gguf or mindspore. Default: detected.",
             panel=MODEL,
         ),
     ] = None
@@ -74,9 +77,13 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(CheckpointOptions):
+class RunOptions(MsrunOptions, CheckpointOptions):
     """Options of every command that starts ranks."""
 
+    vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
+    seq_length: Annotated[int | None, option("--seq_length", help="The YAML's seq_length, in tokens.", panel=MODEL, min=1, hidden=True)] = (
+        None
+    )
     dtype: Annotated[Dtype | None, option("--dtype", help="Compute type. Default: the YAML's, else the checkpoint's.", panel=MODEL)] = None
     workers: Annotated[
         int | None,

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
-from launcher.settings.option_declarations import OUTPUT, PARALLELISM, PROGRAM, also, argument, list_flags, option
+from launcher.settings.msrun_options import MSRUN_HELP, MsrunOptions
+from launcher.settings.option_declarations import CLUSTER, OUTPUT, PARALLELISM, PROGRAM, also, argument, list_flags, option
 from launcher.settings.options import MAX_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramOptions:
+class ProgramOptions(MsrunOptions):
     """Options of `tandem run`."""
 
     words: Annotated[
@@ -44,6 +45,11 @@ class ProgramOptions:
         option("--log-dir", help="Folder of the ranks' logs, worker_N.log. Default: output/log.", panel=OUTPUT),
         also("--log_dir"),
     ] = None
+    local_workers: Annotated[int | None, option("--local_worker_num", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    node_rank: Annotated[int | None, option("--node_rank", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    bind_cores: Annotated[str | None, option("--bind_core", metavar="True|False", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    master_addr: Annotated[str | None, option("--master_addr", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
+    master_port: Annotated[int | None, option("--master_port", help=MSRUN_HELP, panel=CLUSTER, hidden=True)] = None
 
 
 def separate_program(arguments: Sequence[str]) -> list[str]:

@@ -53,7 +53,8 @@ _MODEL_DEFAULTS = {
     "pad_token_id": 0,
 }
 CACHE_DTYPES = ("auto", "int8", "float")
-_DEFAULT_SEQ_LENGTH = 2048
+DEFAULT_SEQ_LENGTH = 2048
+"""MindFormers' default."""
 _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_COMPUTE_DTYPE = "float16"
 
@@ -190,7 +191,7 @@ class Settings:
         values.setdefault("intermediate_size", self._derive_intermediate_size(values["hidden_size"]))
         # MindFormers computes rotary positions up to the larger one.
         positions = [count for count in (self.max_position_embedding, self.seq_length) if count]
-        values["max_position_embeddings"] = max(positions, default=_DEFAULT_SEQ_LENGTH)
+        values["max_position_embeddings"] = max(positions, default=DEFAULT_SEQ_LENGTH)
         return values
 
     def decide_cache(self, option: str | None, scheme: Scheme) -> str | None:
@@ -239,7 +240,7 @@ def read_settings(path: Path) -> Settings:
     """Read the settings of a YAML file. Raises ConfigError naming the file if it is invalid."""
     raw = read_mapping(path)
     try:
-        return _build_settings(raw, str(path))
+        return build_settings(raw, str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -251,10 +252,11 @@ def open_settings(path: Path | None, checkpoint: str | Path | None = None) -> Se
     """
     if path is None and checkpoint is not None:
         path = find_yaml(Path(checkpoint))
-    return read_settings(path) if path else _build_settings({}, "no config")
+    return read_settings(path) if path else build_settings({}, "no config")
 
 
-def _build_settings(raw: Mapping[str, Any], source: str) -> Settings:
+def build_settings(raw: Mapping[str, Any], source: str) -> Settings:
+    """Interpret the content of a YAML file. `source` names it in messages. Raises ConfigError for unknown keys and invalid values."""
     ignored = check_keys(raw)
     model = _find(raw, "model", "model_config") or {}
     family = find_family(model, _find(raw, "model", "arch", "type"))

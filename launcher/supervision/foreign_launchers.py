@@ -25,6 +25,7 @@ from launcher.job.observer import RunObserver
 from launcher.rendezvous.errors import DifferentRunError
 from launcher.rendezvous.launched_store import LaunchedStore
 from launcher.rendezvous.placement import RankPlacement, find_alone, meet
+from launcher.rendezvous.refused_input import RefusedByRankError
 from launcher.rendezvous.run_identity import describe_run
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
@@ -65,7 +66,7 @@ def join_ranks(environment: LaunchEnvironment, job: Job, log_dir: Path, observer
         try:
             joining.run(observer)
             joining.announce_exit(0)
-        except DifferentRunError:  # every rank reports this error itself
+        except (DifferentRunError, RefusedByRankError):  # every rank reports these errors itself
             joining.announce_exit(2)
             raise
         except BaseException as error:
@@ -104,11 +105,12 @@ class _Joining:
             self.seat = find_alone()
         else:
             assert address is not None
-            self._launched = LaunchedStore(environment, job.timeout_seconds)
+            join_seconds = job.join_seconds or job.timeout_seconds
+            self._launched = LaunchedStore(environment, join_seconds)
             self._store = self._launched.store
             if self.rank == 0:
                 self._store.set("task", write(job.task))
-            self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), job.timeout_seconds)
+            self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), join_seconds)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(self._store.get("task")))
         said: SimpleQueue[Command] = SimpleQueue()

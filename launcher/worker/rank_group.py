@@ -20,13 +20,15 @@ from launcher.rendezvous.run_identity import compare_runs
 from launcher.worker.collectives import connect
 from launcher.worker.rank import Rank
 from model.backends.registry import find_backend
-from parallel.errors import ConfigError, InputError
+from parallel.errors import ConfigError, InputError, RunError
 from parallel.progress import Progress
 from parallel.store_waiting import wait_for_ranks
 from parallel.torch_internals import PrefixStore, Store
 from parallel.watched_collectives import WatchedCollectives
 
 Result = TypeVar("Result")
+ENDED_KEY = "ended"
+"""Store key, set by the first rank that leaves the program: its number and the error that ended it, or an empty text, as JSON."""
 TANDEM_RUN = "tandem run"
 """The launcher of programs that tandem itself has started."""
 
@@ -74,7 +76,8 @@ class RankGroup:
     def agree(self, build: Callable[[], Result], describe: Callable[[Result], Mapping[str, Any]]) -> Result:
         """Run `build` on every rank and return its result if it succeeds on all and their descriptions are equal.
 
-        Raises this rank's own error; ConfigError naming a rank whose input was refused, or ranks that differ.
+        Raises this rank's own error; ConfigError naming a rank whose input was refused, or ranks that differ; RunError naming a rank that
+        has left the program.
         """
         number, self._num_agreements = self._num_agreements, self._num_agreements + 1
         result, error = None, None
@@ -83,13 +86,22 @@ class RankGroup:
             said: dict[str, Any] = {"run": dict(describe(result))}
         except Exception as caught:
             error, said = caught, {"error": str(caught) if isinstance(caught, InputError) else f"{type(caught).__name__}: {caught}"}
-        if self._store is not None:
-            store = PrefixStore(f"agreement_{number}", self._store)
+        program = self._store
+        if program is not None:
+            store = PrefixStore(f"agreement_{number}", program)
             store.set(f"said/{self.rank}", json.dumps(said))
             if error is not None:
                 raise error
-            wait_for_ranks(store, "said", range(self.world_size), self.timeout_seconds, "from_pretrained")
-            self._compare([json.loads(store.get(f"said/{rank}")) for rank in range(self.world_size)])
+            keys = [f"said/{rank}" for rank in range(self.world_size)]
+
+            def check() -> None:
+                # In this order: a rank that ends after this agreement has seen every key.
+                if program.check([ENDED_KEY]) and not store.check(keys):
+                    rank, reason = json.loads(program.get(ENDED_KEY))
+                    raise RunError(f"rank {rank} has ended{f': {reason}' if reason else ', but every rank has to make the same calls'}")
+
+            wait_for_ranks(store, "said", range(self.world_size), self.timeout_seconds, "from_pretrained", check)
+            self._compare([json.loads(store.get(key)) for key in keys])
         if error is not None:
             raise error
         assert result is not None
@@ -141,6 +153,9 @@ def set_group(group: RankGroup | None) -> None:
     _current[:] = [] if group is None else [group]
 
 
-def has_failed() -> bool:
-    """Whether the program ends with an unhandled exception."""
-    return getattr(sys, "last_value", None) is not None
+def describe_end() -> str:
+    """Return the unhandled exception with which the program ends; an empty text if there is none."""
+    error = getattr(sys, "last_value", None)
+    if error is None:
+        return ""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

@@ -134,5 +134,8 @@ class RankService:
                 slowest_seconds=max((step for step, _ in self._steps[0]), default=0.0),
                 blocks_used=engine.num_used_blocks,
                 prefill_tokens=engine.times.prefill_tokens,
+                prefix_queries=engine.counts.prefix_queries,
+                prefix_hits=engine.counts.prefix_hits,
+                preemptions=engine.counts.preemptions,
             )
         )

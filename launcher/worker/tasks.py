@@ -19,11 +19,13 @@ from launcher.worker.service import RankService
 from model.checkpoint.fingerprint import check_unchanged, read_state
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine
+from model.engine.grammar import Grammars
 from model.engine.request import plan_blocks
 from model.evaluation.scoring import boolq, perplexity
 from model.quantization.calibration import quantize_layers
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
+from model.text.tokenizer import read_tokenizer
 from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
@@ -100,6 +102,7 @@ def serve(me: Rank, task: Serve) -> None:
         speculate=job.speculate,
         prefill_tokens=task.prefill_tokens,
         prefill_resumed=True,
+        grammars=_open_grammars(task.tokenizer, model) if task.tokenizer else None,
     )
     if not model.batch_invariant:
         me.emit(RankWarning("without native kernels, the low-order bits of an answer may depend on the batch"))
@@ -110,6 +113,10 @@ def serve(me: Rank, task: Serve) -> None:
     for request in task.requests:
         service.add(request)
     service.run()
+
+
+def _open_grammars(tokenizer: str, model: LlamaForCausalLM) -> Grammars:
+    return Grammars(lambda: read_tokenizer(Path(tokenizer)), model.config.vocab_size, model.config.eos_token_ids)
 
 
 def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:

@@ -5,7 +5,7 @@ packed the same way and holds the zero points without an offset. `model/checkpoi
 handles AWQ's settings and bit order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import AWQ_KEYS
+from model.spec.quantization_sections import read_flag
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 
@@ -46,13 +47,14 @@ class AwqFolder(ColumnPackedFolder):
     Raises ConfigError for unsupported settings, CheckpointError for files and tensors that contradict them.
     """
 
-    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False, find_linear: Callable[[str], LinearScheme] | None = None) -> None:
+        """`find_linear`: schemes by name, from settings in another dialect; None: from AWQ's settings."""
         folder = ColumnFolder(path, follow_links=follow_links)
-        settings = read_settings(folder, SETTINGS_FILE)
+        settings = dict[str, Any]() if find_linear else read_settings(folder, SETTINGS_FILE)
         AWQ_KEYS.check(settings, f"{path}: quantization_config")
-        linear = _read_linear(settings)
+        linear = None if find_linear else _read_linear(settings)
         shapes = {name: (words * _ROWS_A_WORD, inputs) for name, (inputs, words) in quantized_linears(folder).items()}
-        super().__init__(folder, dict.fromkeys(shapes, linear), shapes)
+        super().__init__(folder, {name: linear or find_linear(name) for name in shapes}, shapes)  # type: ignore[misc]
         self.notes += tuple(AWQ_KEYS.describe(settings, f"{path}: quantization_config"))
 
     def _advise_zero_points(self, shifted: set[int], middle: int) -> str:

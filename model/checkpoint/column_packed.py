@@ -19,9 +19,10 @@ import torch
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.spec.config import build_config, read_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, declare_scheme, group_linears
+from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES, has_bias, stored_linear_names
 from parallel.errors import CheckpointError, ConfigError
@@ -227,16 +228,16 @@ def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
     return out
 
 
-def declares_method(path: Path, method: str, settings_file: str) -> bool:
+def declares_method(path: Path, method: str, settings_file: str, *, by_default: bool = True) -> bool:
     """Return whether a folder's config.json, or else its settings file, declares this `quant_method`; False if it cannot be read.
 
-    A settings file need not name its method. If config.json names one, it takes precedence.
+    A settings file that names no method is of this one `by_default`. If config.json names one, it takes precedence.
     """
     try:
         declared = read_config(path / "config.json").get("quantization_config")
         named = declared.get("quant_method") if isinstance(declared, dict) else None
         if named is None:
-            named = read_config(path / settings_file).get("quant_method", method)
+            named = read_config(path / settings_file).get("quant_method", method if by_default else None)
         return isinstance(named, str) and named.lower() == method
     except (ConfigError, OSError):
         return False

@@ -23,8 +23,9 @@ from model.checkpoint.hf_folder import untie_head
 from model.checkpoint.mindspore_rows import decode_dequant_scale, make_column
 from model.checkpoint.safetensors_file import StoredTensor, read_header
 from model.spec.config import build_config, read_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quoting import quote, quote_name
-from model.spec.scheme import LinearScheme, declare_scheme, group_linears
+from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError

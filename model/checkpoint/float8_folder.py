@@ -21,9 +21,11 @@ from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.safetensors_file import StoredTensor
 from model.spec.config import build_config, read_config
 from model.spec.key_table import KeyTable
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import FBGEMM_KEYS, FLOAT8_KEYS, MODELOPT_FILE_KEYS, MODELOPT_KEYS
+from model.spec.quantization_sections import read_block
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, declare_scheme, group_linears, read_block
+from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
 from parallel.errors import CheckpointError, ConfigError

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.auto_round_folder import is_auto_round, open_auto_round
 from model.checkpoint.awq_folder import AwqFolder, is_awq
 from model.checkpoint.bin_folder import BinFolder, is_bin
 from model.checkpoint.column_packed import declares_method
@@ -13,8 +14,10 @@ from model.checkpoint.float8_folder import Float8Folder, is_float8
 from model.checkpoint.fused_order import AUTO, ORDERS
 from model.checkpoint.gguf_file import GgufFile
 from model.checkpoint.gguf_parts import find_whole
+from model.checkpoint.gguf_types import ENCODINGS
 from model.checkpoint.gptq_folder import GptqFolder, is_gptq
 from model.checkpoint.hf_folder import INDEX_FILE, SAFETENSORS, SINGLE_FILE, HuggingFaceFolder, check_link
+from model.checkpoint.meta_folder import FAMILY as META_FAMILY
 from model.checkpoint.meta_folder import MetaFolder, is_meta
 from model.checkpoint.mindspore_file import MindSporeFile, list_config_folders
 from model.checkpoint.mindspore_folder import holds_own_names, is_mindspore
@@ -22,6 +25,7 @@ from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles
 from model.checkpoint.recognition import name_path
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.unfused import unfuse
+from model.spec.architecture import Architecture
 from model.spec.file_kind import describe_file
 from parallel.errors import CheckpointError
 from parallel.regular_file import describe_kind
@@ -66,6 +70,19 @@ class Format:
     """Open it, reading the headers."""
     suffix: str = "/"
     """File name suffix that selects this format when the contents are inconclusive."""
+    weights: str = "float"
+    """Stored forms of the linears, for docs/models-and-formats.md."""
+    memory: str = "as stored"
+    """Their form in memory."""
+    written_by: str | None = None
+    """The command that writes it; None: it is only read."""
+    reads: Callable[[Architecture], bool] = lambda family: True
+    """Whether models of a family can be stored in it."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether `tandem quantize` takes such checkpoints: those whose weights are loaded as floats."""
+        return "float" in self.weights.split(", ") or "compute type" in self.memory
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -92,29 +109,69 @@ def _is_gguf(path: Path) -> bool:
 
 
 FORMATS: Mapping[str, Format] = {
-    "ranks": Format("rank files (layout.json)", lambda path: (path / LAYOUT_FILE).is_file(), lambda path, _: RankFiles(path)),
+    "ranks": Format(
+        "rank files (layout.json)",
+        lambda path: (path / LAYOUT_FILE).is_file(),
+        lambda path, _: RankFiles(path),
+        weights="float, int8, int4, FP8",
+        written_by="reshard",
+    ),
     "modelslim": Format(
-        "Golden Stick 1.4 or ModelSlim folder (quantization description)", is_described, lambda path, _: DescribedFolder(path)
+        "Golden Stick 1.4 or ModelSlim folder (quantization description)",
+        is_described,
+        lambda path, _: DescribedFolder(path),
+        weights="int8, int8 with int8 activations",
     ),
-    "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links)),
-    "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links)),
+    "gptq": Format("GPTQ folder", is_gptq, lambda path, options: GptqFolder(path, follow_links=options.follow_links), weights="int4, int8"),
+    "awq": Format("AWQ folder", is_awq, lambda path, options: AwqFolder(path, follow_links=options.follow_links), weights="int4"),
+    "auto-round": Format(
+        "AutoRound folder",
+        is_auto_round,
+        lambda path, options: open_auto_round(path, follow_links=options.follow_links),
+        weights="int4, int8",
+    ),
     "fp8": Format(
-        "FP8 folder (fp8, fbgemm_fp8, ModelOpt)", is_float8, lambda path, options: Float8Folder(path, follow_links=options.follow_links)
+        "FP8 folder (fp8, fbgemm_fp8, ModelOpt)",
+        is_float8,
+        lambda path, options: Float8Folder(path, follow_links=options.follow_links),
+        weights="FP8",
     ),
-    "compressed-tensors": Format("compressed-tensors folder", _is_compressed_tensors, _open_folder),
-    "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder),
+    "compressed-tensors": Format(
+        "compressed-tensors folder",
+        _is_compressed_tensors,
+        _open_folder,
+        weights="int8, int8 with int8 activations, int4, FP8",
+        written_by="quantize",
+    ),
+    "hf": Format("Hugging Face folder (config.json, *.safetensors)", _is_hugging_face, _open_folder, written_by="convert"),
     "bin": Format(
         "Hugging Face folder (config.json, pytorch_model*.bin)",
         is_bin,
         lambda path, options: BinFolder(path, follow_links=options.follow_links),
     ),
-    "meta": Format("Meta folder (params.json, consolidated.00.pth)", is_meta, lambda path, _: MetaFolder(path)),
-    "gguf": Format("GGUF file (.gguf)", _is_gguf, lambda path, _: GgufFile(path), ".gguf"),
+    "meta": Format(
+        "Meta folder (params.json, consolidated.00.pth)",
+        is_meta,
+        lambda path, _: MetaFolder(path),
+        reads=lambda family: family.model_type == META_FAMILY,
+    ),
+    "gguf": Format(
+        "GGUF file (.gguf)",
+        _is_gguf,
+        lambda path, _: GgufFile(path),
+        ".gguf",
+        weights="float, " + ", ".join(one.name for one in ENCODINGS.values() if one.is_quantized),
+        memory="compute type",
+        reads=lambda family: family.gguf is not None,
+    ),
     "mindspore": Format(
         "MindSpore file or folder (.ckpt, MindFormers' safetensors)",
         is_mindspore,
         lambda path, options: MindSporeFile(path, options.values, options.key_path, options.fused_order),
         ".ckpt",
+        weights="float, int8, int8 with int8 activations",
+        written_by="convert --to mindspore",
+        reads=lambda family: bool(family.mindformers),
     ),
 }
 """By the value of `--from`. The first match wins."""

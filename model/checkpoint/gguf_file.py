@@ -1,9 +1,10 @@
-"""A llama GGUF file as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
+"""A GGUF file of a known family as a checkpoint: Hugging Face names and config, rows dequantized as they are read.
 
 `gguf_header.py` parses headers, `gguf_parts.py` finds the files, `gguf_types.py` dequantizes, and `model/text/tokenizer.py` reads the
 tokenizer.
 """
 
+import re
 import struct
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,9 @@ from model.checkpoint.gguf_end_tokens import find_end_ids
 from model.checkpoint.gguf_header import StoredTensor
 from model.checkpoint.gguf_metadata import GgufMetadata
 from model.checkpoint.gguf_parts import GgufParts, read_parts
-from model.checkpoint.gguf_types import describe_tensor, read_stored_rows
+from model.checkpoint.gguf_types import cut_experts, describe_tensor, read_stored_rows
+from model.spec.architecture import Architecture, GgufNames
+from model.spec.families import list_architectures
 from model.spec.quoting import quote
 from model.spec.rope_scaling import RopeScaling, scale_frequency
 from parallel.errors import CheckpointError
@@ -38,6 +41,8 @@ _LAYER_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+_LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<rest>.+)")
+_EXPERTS = "expert_count"
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _SAME_SIZES = {
     "llama.attention.value_length": "head_dim",
@@ -49,7 +54,7 @@ _SIZE_WORDS = {"head_dim": "heads have the width", "vocab_size": "the rows of to
 
 
 class GgufFile:
-    """A GGUF file of architecture llama as a CheckpointSource."""
+    """A GGUF file as a CheckpointSource."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for another architecture, an unsupported tensor type, or a truncated or corrupt file."""
@@ -59,8 +64,8 @@ class GgufFile:
         self.checksums = read_sha256sums(path.parent, self.files)
         metadata = GgufMetadata(parts.metadata, path)
         self._has_vocabulary = "tokenizer.ggml.tokens" in metadata
-        self._check_architecture(metadata)
-        self.notes = metadata.check_keys()
+        self._family, self._names = self._find_family(metadata)
+        self.notes = metadata.check_keys(self._names)
         parts.check_tensors()
         self._stored = self._name_tensors(parts)
         rope = self._stored.pop(_ROPE_FREQUENCIES, None)
@@ -68,10 +73,14 @@ class GgufFile:
         self.config = self._build_config(metadata)
         if rope is not None:
             self._add_rope_scaling(*rope)
-        self._heads = {
-            "self_attn.q_proj.weight": self.config["num_attention_heads"],
-            "self_attn.k_proj.weight": self.config["num_key_value_heads"],
-        }
+        self._heads = (
+            {}
+            if not self._names.interleaved
+            else {
+                "self_attn.q_proj.weight": self.config["num_attention_heads"],
+                "self_attn.k_proj.weight": self.config["num_key_value_heads"],
+            }
+        )
         self._check_heads()
         for name, (_, stored) in self._stored.items():
             if heads := self._heads.get(name.split(".", 3)[-1]):
@@ -100,25 +109,50 @@ class GgufFile:
         """Return the file itself if it holds a vocabulary."""
         return self.path if self._has_vocabulary else None
 
-    def _check_architecture(self, metadata: GgufMetadata) -> None:
+    def _find_family(self, metadata: GgufMetadata) -> tuple[Architecture, GgufNames]:
         architecture = metadata.read("general.architecture")
-        if architecture != "llama":
-            raise CheckpointError(f"{self.path} holds architecture {quote(architecture)}, but only 'llama' is supported")
+        known = [(family, family.gguf) for family in list_architectures().values() if family.gguf is not None]
+        found = [(family, names) for family, names in known if names.architecture == architecture]
+        if not found:
+            words = ", ".join(sorted({repr(names.architecture) for _, names in known}))
+            raise CheckpointError(f"{self.path} holds architecture {quote(architecture)}, but only {words} are supported")
         experts = metadata.read("llama.expert_count", 0)
-        if experts:
-            raise CheckpointError(f"{self.path} holds {experts} experts a layer, but only dense models are supported")
+        fitting = [(family, names) for family, names in found if (_EXPERTS in names.sizes) == (experts > 0)]
+        if not fitting:
+            raise CheckpointError(f"{self.path} holds {experts} experts a layer, which architecture {architecture!r} does not have here")
+        return fitting[0]
 
     def _name_tensors(self, parts: GgufParts) -> dict[str, tuple[Path, StoredTensor]]:
         out: dict[str, tuple[Path, StoredTensor]] = {}
-        for name, tensor in parts.tensors.items():
-            target = _build_name(name)
-            if target in out:
-                raise CheckpointError(f"{self.path} holds {target} twice, once as {name}: convert it again")
-            out[target] = tensor
-        bias = next((name for name in parts.tensors if name.endswith(".bias")), None)
+        for name, (file, tensor) in parts.tensors.items():
+            for target, part in self._find_targets(name, tensor):
+                if target in out:
+                    raise CheckpointError(f"{self.path} holds {target} twice, once as {name}: convert it again")
+                out[target] = (file, part)
+        bias = next((name for name in out if name.endswith(".bias") and name.split(".", 3)[-1] not in self._names.layer.values()), None)
         if bias is not None:
-            raise CheckpointError(f"{self.path} holds {bias}, but biases are not supported: only Llama models without biases are")
+            raise CheckpointError(f"{self.path} holds {bias}, but {self._family.model_type} models have no such bias here")
         return out
+
+    def _find_targets(self, name: str, tensor: StoredTensor) -> list[tuple[str, StoredTensor]]:
+        """Return the Hugging Face names of a llama.cpp tensor, several for one of all experts; unknown names are kept."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return [(_TOP_NAMES.get(name, name), tensor)]
+        layer, rest = match["layer"], match["rest"]
+        names, experts = {**_LAYER_NAMES, **self._names.layer}, self._family.experts
+        if _EXPERTS in self._names.sizes:
+            stored = {"ffn_gate": experts.gate, "ffn_up": experts.up, "ffn_down": experts.down}
+            names["ffn_gate_inp.weight"] = f"{experts.router}.weight"
+            kind, _, end = rest.partition("_exps")
+            if kind in stored and end == ".weight" and len(tensor.shape) == 3:
+                return [
+                    (f"model.layers.{layer}.{stored[kind].format(number)}.weight", part) for number, part in enumerate(cut_experts(tensor))
+                ]
+            kind, _, number = rest.removesuffix(".weight").partition(".")  # older files
+            if kind in stored and number.isdigit():
+                return [(f"model.layers.{layer}.{stored[kind].format(number)}.weight", tensor)]
+        return [(f"model.layers.{layer}.{names[rest]}" if rest in names else name, tensor)]
 
     def _check_heads(self) -> None:
         for name, (_, tensor) in self._stored.items():
@@ -131,8 +165,8 @@ class GgufFile:
         embedding = self.tensors.get("model.embed_tokens.weight")
         query = self.tensors.get("model.layers.0.self_attn.q_proj.weight")
         config: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self._family.class_names[0]],
+            "model_type": self._family.model_type,
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": metadata.read("llama.feed_forward_length"),
@@ -150,6 +184,10 @@ class GgufFile:
             "pad_token_id": metadata.read_token("padding"),
             "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
         }
+        config |= self._names.values
+        config |= {name: metadata.read(f"llama.{key}") for key, name in self._names.sizes.items()}
+        # 0 means none.
+        config |= {name: metadata.read(f"llama.{key}", 0) or None for key, name in self._names.optional.items()}
         self._compare_sizes(metadata, config)
         scaling = self._read_rope_scaling(metadata)
         if scaling is not None:
@@ -212,14 +250,6 @@ class GgufFile:
 def _unwrap(ids: list[int]) -> list[int] | int | None:
     """Unwrap single ids, as config.json writes them."""
     return ids if len(ids) > 1 else next(iter(ids), None)
-
-
-def _build_name(name: str) -> str:
-    """Return the Hugging Face name of a llama.cpp tensor; unknown names are kept."""
-    if name.startswith("blk."):
-        layer, _, rest = name.removeprefix("blk.").partition(".")
-        return f"model.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else name
-    return _TOP_NAMES.get(name, name)
 
 
 def _shorten_float32(value: float) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.spec.architecture import GgufNames
 from model.spec.key_table import KeyTable
 from model.spec.quoting import quote
 from parallel.errors import CheckpointError, ConfigError
@@ -65,6 +66,13 @@ _KINDS: Mapping[str, _Kind] = {
     "tokenizer.ggml.fim_sep_token_id": _TOKEN,
     "tokenizer.ggml.token_type": _LIST,
 }
+_FAMILY_KINDS: Mapping[str, _Kind] = {
+    "llama.attention.sliding_window": _COUNT,
+    "llama.expert_feed_forward_length": _SIZE,
+    "llama.expert_used_count": _SIZE,
+}
+"""Keys that are read for some families only (GgufNames)."""
+_PREFIX = "llama."
 
 
 GGUF_KEYS = KeyTable(
@@ -115,7 +123,8 @@ GGUF_KEYS = KeyTable(
     ),
     harmless_prefixes=("general.", "quantize.", "split.", "tokenizer.", "training."),
 )
-"""Keys of an architecture-llama file; model/text/gguf_vocabulary.py reads those of the tokenizer. Unknown keys are reported."""
+"""Keys of a file of architecture llama, and of another one with its own prefix; model/text/gguf_vocabulary.py reads those of the
+tokenizer. Unknown keys are reported."""
 
 
 class GgufMetadata:
@@ -123,25 +132,39 @@ class GgufMetadata:
 
     def __init__(self, values: dict[str, Any], path: Path) -> None:
         self._values, self._path = values, path
+        found = values.get("general.architecture")
+        self._prefix = f"{found}." if isinstance(found, str) else _PREFIX
 
-    def check_keys(self) -> tuple[str, ...]:
+    def check_keys(self, family: GgufNames) -> tuple[str, ...]:
         """Return notes on unused keys. Raises CheckpointError for an unsupported value that changes the arithmetic."""
+        table = GGUF_KEYS.adapt(GGUF_KEYS.name, read=[_PREFIX + key for key in (*family.sizes, *family.optional)])
+        values = {self._find_key(key): value for key, value in self._values.items()}
         try:
-            GGUF_KEYS.check(self._values, str(self._path))
+            table.check(values, str(self._path))
         except ConfigError as error:
-            raise CheckpointError(str(error)) from None
-        return tuple(GGUF_KEYS.describe(self._values, str(self._path)))
+            raise CheckpointError(str(error).replace(_PREFIX, self._prefix)) from None
+        return tuple(line.replace(_PREFIX, self._prefix) for line in table.describe(values, str(self._path)))
+
+    def _find_key(self, key: str) -> str:
+        """Return the key of the table for one of the file."""
+        if self._prefix == _PREFIX:
+            return key
+        if key.startswith(_PREFIX):
+            return f"unused {key}"
+        return _PREFIX + key.removeprefix(self._prefix) if key.startswith(self._prefix) else key
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
     def read(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Return the value, or the default if it is missing."""
+        """Return the value, or the default if it is missing. Keys have the prefix `llama.`, whatever the architecture."""
+        kind = _KINDS[key] if key in _KINDS else _FAMILY_KINDS[key]
+        key = self._prefix + key.removeprefix(_PREFIX) if key.startswith(_PREFIX) else key
         if key not in self._values:
             if default is _REQUIRED:
                 raise CheckpointError(f"{self._path} lacks the metadata key {key}: convert it again with a current llama.cpp")
             return default
-        value, kind = self._values[key], _KINDS[key]
+        value = self._values[key]
         if not kind.accepts(value):
             raise CheckpointError(f"{self._path}: {key} is {quote(value)}, but {kind.words} is needed: copy it again or convert it again")
         return value

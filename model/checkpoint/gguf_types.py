@@ -65,6 +65,13 @@ ENCODINGS = {
 """By ggml_type number."""
 
 
+def cut_experts(stored: StoredTensor) -> list[StoredTensor]:
+    """Return the matrices of a tensor [experts, rows, columns]."""
+    experts, rows, columns = stored.shape
+    size = ENCODINGS[stored.type_number].count_bytes(stored) // experts
+    return [StoredTensor((rows, columns), stored.type_number, stored.offset_bytes + number * size) for number in range(experts)]
+
+
 def check_encoding(stored: StoredTensor, name: str, path: Path) -> Encoding:
     """Return the encoding of a tensor. Raises CheckpointError if it is not supported, or does not suit the shape."""
     encoding = ENCODINGS.get(stored.type_number)

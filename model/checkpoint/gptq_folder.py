@@ -21,9 +21,10 @@ from model.checkpoint.column_packed import (
     read_group_size,
     read_settings,
 )
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quantization_keys import GPTQ_KEYS
+from model.spec.quantization_sections import check_pattern, read_flag
 from model.spec.quoting import quote
-from model.spec.scheme import LinearScheme, check_pattern, read_flag
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 
@@ -42,13 +43,16 @@ class GptqFolder(ColumnPackedFolder):
     Raises ConfigError for unsupported settings, CheckpointError for files and tensors that contradict them.
     """
 
-    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False, find_linear: Callable[[str], LinearScheme] | None = None) -> None:
+        """`find_linear`: schemes by name, from settings in another dialect; None: from GPTQ's settings."""
         folder = ColumnFolder(path, follow_links=follow_links)
-        settings = read_settings(folder, SETTINGS_FILE)
         self.settings_name = "quantization_config of config.json" if folder.config.get("quantization_config") else SETTINGS_FILE
-        GPTQ_KEYS.check(settings, f"{path}: quantization_config")
-        find_linear = _read_linears(settings)
-        self._zeros_minus_one = _read_format(settings) == "gptq"
+        self._zeros_minus_one, settings = True, dict[str, Any]()
+        if find_linear is None:
+            settings = read_settings(folder, SETTINGS_FILE)
+            GPTQ_KEYS.check(settings, f"{path}: quantization_config")
+            find_linear = _read_linears(settings)
+            self._zeros_minus_one = _read_format(settings) == "gptq"
         stored = quantized_linears(folder)
         linears = {name: find_linear(name) for name in stored}
         shapes = {name: (rows, words * 32 // linears[name].bits) for name, (words, rows) in stored.items()}

@@ -43,6 +43,8 @@ _LAYER_NAMES: Mapping[str, tuple[str, int | None]] = {
 }
 _LAYER = re.compile(r"layers\.(0|[1-9][0-9]*)\.(.+)")
 _IGNORED_SUFFIX = "rope.freqs"
+FAMILY = "llama"
+"""The `model_type` of all such downloads."""
 _SIZED_BY = ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight")
 _WHOLE_MODEL = "copy the files of all ranks, and the params.json of this model"
 

@@ -30,7 +30,9 @@ from model.checkpoint.mindspore_order import FusedRows
 from model.checkpoint.mindspore_rows import RowBlock, RowRuns, build_block, decode_dequant_scale, make_column
 from model.checkpoint.mindspore_safetensors import read_any_header
 from model.spec.config import read_config
-from model.spec.scheme import KV_CACHE_KEY, LinearScheme, declare_scheme, group_linears, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.quantization_sections import KV_CACHE_KEY
+from model.spec.scheme import declare_scheme, group_linears, read_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError

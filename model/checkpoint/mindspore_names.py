@@ -6,7 +6,7 @@ Names of linears without their role are in `MINDFORMERS_NAMES` of `model/spec/we
 import re
 from collections.abc import Mapping
 
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from model.spec.weights import MINDFORMERS_NAMES
 
 PLAIN_NAMES: Mapping[str, str] = {

@@ -25,7 +25,7 @@ from parallel.file_slices import FileReader, StoredRows
 
 _SHARED = ("weight_g_idx", "input_scale", "input_zero_point", "smooth_scale")
 """Tensors that belong to the input, and so to each of the linears."""
-_PACKED_ROWS = "weight_zero_point"
+_PACKED_ROWS, _SCALE = "weight_zero_point", "weight_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class UnfusedSource:
             target = f"{layer}.{linear}.{part}"
             if part == "weight_shape":
                 self._shapes[target], self.tensors[target] = torch.tensor([rows, columns]), info
-            elif part in _SHARED:
+            elif part in _SHARED or (part == _SCALE and info.shape == (1,)):
                 self._parts[target], self.tensors[target] = _Part(name, 0, info.shape[0] if info.shape else 1), info
             else:
                 per_row = self._find_rows_per_row(name, part, info, total)
@@ -122,6 +122,8 @@ class UnfusedSource:
     def _find_rows_per_row(self, name: str, part: str, info: TensorInfo, total: int) -> int:
         """Return the number of output rows that a stored row holds."""
         found = info.shape[0] if info.shape else 1
+        if part == _SCALE and 0 < found < total and total % found == 0:  # FP8 blocks
+            return total // found
         if part == _PACKED_ROWS and found in (-(-total // 8), -(-total // 4)):
             return 8 if found == -(-total // 8) else 4
         if found != total:

@@ -14,6 +14,7 @@ from model.backends.interface import Backend
 from model.backends.registry import find_backend
 from model.decoder.fused_layers import FusedLayers
 from model.decoder.shares import Shares
+from model.layers.activation import gelu_multiply, limit
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
 from model.layers.cache import KeyValueCache, KeyValueStore
@@ -26,6 +27,25 @@ from model.spec.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme
 from model.spec.weights import has_bias, list_fused
 from parallel.collectives import Collectives
+
+
+def is_fusible(config: LlamaConfig, index: int) -> bool:
+    """Return whether the native call for whole layers implements this layer, whatever its weights."""
+    extras = (config.qk_norm, config.norm_offset, config.sandwich_norms, config.attention_softcap, config.local_rope_theta)
+    return not config.has_experts(index) and config.hidden_act == "silu" and config.query_scale == 1 and not any(extras)
+
+
+def list_plain_features(config: LlamaConfig, window: int | None) -> tuple[str, ...]:
+    """Return what the native kernels lack of a model whose shortest window is `window`."""
+    features = {
+        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+        "norms of heads": config.qk_norm,
+        "experts": config.experts is not None,
+        "limited attention scores": config.attention_softcap is not None,
+        "GELU and norms around layers": config.sandwich_norms or config.norm_offset or config.hidden_act != "silu",
+        f"attention beyond a window of {window} tokens": window is not None,
+    }
+    return tuple(words for words, used in features.items() if used)
 
 
 class DecoderLayer(nn.Module):
@@ -49,10 +69,18 @@ class DecoderLayer(nn.Module):
         self.shares, self.head_dim, self.window = shares, config.head_dim, config.find_window(index)
         key_value = shares.block("key_value", "head")
         query_size = config.num_attention_heads * config.head_dim
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
+        self.is_local = self.window is not None and config.local_rope_theta is not None
+        self.is_fusible = is_fusible(config, index)
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, config.rms_norm_eps, dtype, backend, offset=config.norm_offset)
+
+        self.input_layernorm = norm(config.hidden_size)
         self.qkv_proj = linear(config.hidden_size, "qkv_proj", (shares.block("query", "head"), key_value, key_value))
         self.o_proj = linear(query_size, "o_proj", (shares.block("hidden"),))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, backend)
+        self.post_attention_layernorm = norm(config.hidden_size)
+        self.attention_norm = norm(config.hidden_size) if config.sandwich_norms else None
+        self.feed_forward_norm = norm(config.hidden_size) if config.sandwich_norms else None
         self.experts: ExpertLayer | None = None
         if config.experts is not None and config.has_experts(index):
             members = [expert(number, config.experts.intermediate_size) for number in range(config.experts.count)]
@@ -61,15 +89,8 @@ class DecoderLayer(nn.Module):
             inner = shares.block("intermediate")
             self.gate_up_proj = linear(config.hidden_size, "gate_up_proj", (inner, inner))
             self.down_proj = linear(config.intermediate_size, "down_proj", (shares.block("hidden"),))
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, dtype, backend) for _ in range(2))
+        self.q_norm, self.k_norm = (norm(config.head_dim) if config.qk_norm else None for _ in range(2))
         self.cache_scales: torch.Tensor | None = None
-
-    @property
-    def is_fusible(self) -> bool:
-        """Whether the native call for whole layers implements this layer, whatever its weights."""
-        return self.experts is None and self.q_norm is None
 
     def assign_cache_scales(self, keys: torch.Tensor, values: torch.Tensor, device: torch.device) -> None:
         """Set the scales of an int8 KV cache: [1], or one per local row of the key and value projections."""
@@ -96,6 +117,8 @@ class LlamaForCausalLM(nn.Module):
         self.backend = backend = find_backend(device.type)
         self.shares = shares = Shares(config, collectives.rank, collectives.world_size)
         self.rotary, self.attention = Rotary(config), Attention(num_threads, backend)
+        self._local_rotary = None if config.local_rope_theta is None else Rotary(config, local=True)
+        self._activate = backend.silu_multiply if config.hidden_act == "silu" else gelu_multiply
         self.fuses_layers = True
         """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
@@ -103,7 +126,7 @@ class LlamaForCausalLM(nn.Module):
         self._shortest_window = min(windows, default=None)
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend, offset=config.norm_offset)
         self.lm_head: nn.Module = self.embed_tokens.rows
         if not config.tie_word_embeddings:
             self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, backend)
@@ -116,14 +139,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def plain_features(self) -> tuple[str, ...]:
         """What the native kernels lack, so that layers run step by step and these steps in PyTorch; empty without native kernels."""
-        config, window = self.config, self._shortest_window
-        features = {
-            "biases": config.attention_bias or config.output_bias or config.mlp_bias,
-            "norms of heads": config.qk_norm,
-            "experts": config.experts is not None,
-            f"attention beyond a window of {window} tokens": window is not None,
-        }
-        return tuple(words for words, used in features.items() if used) if self.backend.kernels is not None else ()
+        return list_plain_features(self.config, self._shortest_window) if self.backend.kernels is not None else ()
 
     @property
     def weight_bytes(self) -> int:
@@ -148,7 +164,7 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Return the hidden states [T, H] of the new tokens of all spans, after the final norm."""
-        batch = Batch(spans, self.rotary, self.device)
+        batch = Batch(spans, self.rotary, self.device, self._local_rotary)
         hidden = self.embed([token for span in spans for token in span.ids])
         delta = self._run_fused(hidden, batch)
         if delta is None:
@@ -162,13 +178,14 @@ class LlamaForCausalLM(nn.Module):
     def run_layer(self, index: int, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Run a single layer: hidden states [T, H] of the new tokens of all spans before the layer to those after it."""
         hidden = hidden.clone()
-        return hidden + self._run_layer(index, hidden, None, Batch(spans, self.rotary, self.device))
+        return hidden + self._run_layer(index, hidden, None, Batch(spans, self.rotary, self.device, self._local_rotary))
 
     @torch.inference_mode()
     def logits_local(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [rows, vocab_local] over this rank's part of the vocabulary, for hidden states [rows, H]."""
         logits: torch.Tensor = self.lm_head(hidden)
-        return logits.float()
+        softcap = self.config.logit_softcap
+        return logits.float() if softcap is None else limit(logits.float(), softcap)
 
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """Run all layers in one native call; None if the weights, caches or collectives do not support it."""
@@ -189,13 +206,16 @@ class LlamaForCausalLM(nn.Module):
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
         attended = self._attend(layer, index, layer.input_layernorm(hidden, delta), batch)
-        return self._feed_forward(layer, layer.post_attention_layernorm(hidden, attended))
+        if layer.attention_norm is not None:
+            attended = layer.attention_norm(attended)
+        output = self._feed_forward(layer, layer.post_attention_layernorm(hidden, attended))
+        return output if layer.feed_forward_norm is None else layer.feed_forward_norm(output)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Return embeddings [T, H]. Each rank looks up all ids in its own rows, and the owner's row is selected for each id."""
         tokens = torch.tensor(ids, device=self.device)
-        local: torch.Tensor = self.embed_tokens(tokens)
+        local = self.scale_embeddings(self.embed_tokens(tokens))
         shares = self.shares
         if shares.world_size == 1:
             return local
@@ -204,11 +224,20 @@ class LlamaForCausalLM(nn.Module):
         owner = torch.bucketize(tokens, torch.tensor(shares.ends, device=self.device), right=True)
         return parts[torch.arange(len(ids), device=self.device), owner]
 
+    def scale_embeddings(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply embeddings of the model's dtype by the model's factor, rounded to that dtype."""
+        scale = self.config.embedding_scale
+        return rows if scale == 1 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+
     def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         shares, qkv = self.shares, layer.qkv_proj(x)
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = self._normalize_heads(qkv, layer.q_norm, layer.k_norm)
-        local = self.attention(qkv, shares.num_heads, shares.num_kv_heads, index, batch, layer.cache_scales, layer.window)
+        if self.config.query_scale != 1:
+            size = shares.num_heads * self.config.head_dim
+            qkv = torch.cat((qkv[:, :size] * self.config.query_scale, qkv[:, size:]), dim=1)
+        heads, kv_heads, softcap = shares.num_heads, shares.num_kv_heads, self.config.attention_softcap
+        local = self.attention(qkv, heads, kv_heads, index, batch, layer.cache_scales, layer.window, softcap, local=layer.is_local)
         attended = self.collectives.gather_columns(local, shares.query)
         return self.collectives.gather_columns(layer.o_proj(attended), shares.hidden)
 
@@ -225,9 +254,9 @@ class LlamaForCausalLM(nn.Module):
         shares = self.shares
         if layer.experts is not None:
             routing = layer.experts.route(x)
-            inner = layer.experts.expand(x, routing, self.backend.silu_multiply)
+            inner = layer.experts.expand(x, routing, self._activate)
             full = self.collectives.gather_columns(inner, shares.experts)
             return self.collectives.gather_columns(layer.experts.contract(full, routing), shares.hidden)
-        inner = self.backend.silu_multiply(layer.gate_up_proj(x))
+        inner = self._activate(layer.gate_up_proj(x))
         full = self.collectives.gather_columns(inner, shares.intermediate)
         return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)

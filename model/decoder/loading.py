@@ -17,8 +17,9 @@ from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
 from model.spec.config import LlamaConfig
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.scheme import Scheme, read_scheme
 from model.spec.weights import compare_tensors, list_fused, list_norms, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages

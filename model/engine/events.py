@@ -36,6 +36,8 @@ class SequenceFailure:
     """How many new tokens it has."""
     message: str
     """Why, and what to do."""
+    by_request: bool = False
+    """Whether the request excludes every token, rather than the model having none."""
 
 
 @dataclass(frozen=True, slots=True)

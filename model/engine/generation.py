@@ -10,7 +10,8 @@ sampling, and skips steps whose results are not needed.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,14 +19,15 @@ import torch
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
+from model.engine.grammar import Grammars, share_masks
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import Choice, SamplingState, sample, score
-from model.engine.scheduling import LiveSequence, Part, Scheduler
+from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample, score
+from model.engine.scheduling import LiveSequence, Part, Scheduler, SchedulerCounts
 from model.engine.speculation import PromptLookup
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 from model.spec.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
-from parallel.errors import NonFiniteError
+from parallel.errors import NonFiniteError, RequestError
 
 _SCORED_ROWS = 32
 """Prompt tokens scored at a time: their logits over the whole vocabulary are in memory at once."""
@@ -65,12 +67,14 @@ class Engine:
         speculate: bool = False,
         prefill_tokens: int = PREFILL_TOKENS,
         prefill_resumed: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         """`num_blocks`: size of the KV cache; None reserves address space for `max_batch_size` full contexts.
 
         `share_prefixes`: store equal prefixes once. `speculate`: draft tokens for greedy sequences and verify several per pass; ignored
         unless the model is batch-invariant. `prefill_tokens`: maximum per pass. `prefill_resumed`: prefill resumed tokens with their
         prompts instead of one by one, and skip finished requests; the new tokens are bitwise identical if the model is batch-invariant.
+        `grammars`: compiles the grammars of requests, on rank 0; None refuses such requests.
         Raises ConfigError for an invalid block configuration.
         """
         if num_blocks is None:
@@ -79,7 +83,7 @@ class Engine:
         self._store = model.build_store(num_blocks, block_size)
         self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes, prefill_tokens=prefill_tokens)
         self.speculates = speculate and model.batch_invariant
-        self._prefill_known = prefill_resumed
+        self._prefill_known, self._grammars = prefill_resumed, grammars
         self._began: float | None = None
         self._scores: list[PromptScore] = []
         self.times = EngineTimes()
@@ -94,11 +98,18 @@ class Engine:
         penalized = set(request.prompt_ids)
         if config.pad_token_id is not None and config.pad_token_id not in config.eos_token_ids:
             penalized.add(config.pad_token_id)  # MindFormers pads rows, and its penalty covers the padding
-        sampling = SamplingState(request.params, penalized, np.random.RandomState(request.params.seed))
-        lookup = PromptLookup() if self.speculates and not request.params.do_sample else None
+        params = request.params
+        end_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)))
+        sampling = SamplingState(params, penalized, np.random.RandomState(params.seed), end_ids=end_ids)
+        lookup = PromptLookup() if self.speculates and not params.do_sample else None
         if lookup is not None:
             lookup.extend(request.prompt_ids)
         sequence = LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup)
+        if params.grammar:
+            if self._grammars is None:
+                raise RequestError("structured output is not available in this run")
+            if self._model.collectives.rank == 0:
+                sequence.grammar = self._grammars.start(params.grammar)
         if self._prefill_known:
             if request.known_reason:
                 return
@@ -121,6 +132,11 @@ class Engine:
         """Number of KV cache blocks in use; a shared block counts once."""
         return self._scheduler.pool.num_used
 
+    @property
+    def counts(self) -> SchedulerCounts:
+        """Counters of admissions."""
+        return self._scheduler.counts
+
     def take_scores(self) -> list[PromptScore]:
         """Return the prompt scores since the last call (rank 0 only). A request's last score comes no later than its first token."""
         scores, self._scores = self._scores, []
@@ -140,13 +156,14 @@ class Engine:
         assert parts, "the oldest sequence always has memory"
         # A finished sequence stays in the batch to preserve its size. Where its own prompt was skipped its result is wrong, but unused.
         computed = self._scheduler.is_needed(parts)
+        masks = self._begin_masks(parts)
         hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
         if hidden is not None:
             if not all(part.decodes for part in parts):
                 self._check_prompts(parts, hidden)
             self._score(parts, hidden)
-        events = self._choose(parts, hidden)
+        events = self._choose(parts, hidden, masks)
         for failure in self.failures:
             self._scheduler.cancel(failure.index)
         ended = time.perf_counter()
@@ -188,18 +205,27 @@ class Engine:
             for (_, sequence, place), choice in zip(some, choices, strict=False):  # empty except on rank 0
                 self._scores.append(PromptScore(sequence.request.index, place, choice))
 
-    def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[TokenEvent]:
+    def _begin_masks(self, parts: Sequence[Part]) -> "Future[list[bytes]] | None":
+        """Start computing the masks of all rows of constrained sequences, on rank 0."""
+        jobs = [(part.sequence.grammar, part.drafts) for part in parts if part.is_last and part.sequence.grammar is not None]
+        return self._grammars.compute(jobs) if jobs and self._grammars is not None else None
+
+    def _choose(self, parts: Sequence[Part], hidden: torch.Tensor | None, masks: "Future[list[bytes]] | None") -> list[TokenEvent]:
         """Choose the next tokens of each sequence whose last token went through: resumed ones if any, otherwise sampled from `hidden`. Only
         sampled tokens become events.
         """
         rows: list[int] = []
         wanted: list[tuple[int, SamplingState]] = []  # indices into `rows`
+        limited: list[int] = []  # indices into `rows` with a mask
         end = 0
         for part in parts:
             end += part.count + len(part.drafts)
             if part.is_last:
+                if part.sequence.request.params.grammar:
+                    limited.extend(range(len(rows), len(rows) + 1 + len(part.drafts)))
                 wanted.extend((len(rows) + ahead, state) for ahead, state in _list_unknown(part))
                 rows.extend(range(end - len(part.drafts) - 1, end))
+        found_masks = masks.result() if masks is not None else ()  # the parsers must be idle before tokens are taken
         chosen: dict[int, Choice | None] = {}
         if wanted:
             assert hidden is not None, "a sequence that has ended knows all its tokens"
@@ -207,7 +233,12 @@ class Engine:
             logits = self._model.logits_local(hidden if len(rows) == len(hidden) else hidden[rows])
             places, states = [place for place, _ in wanted], [state for _, state in wanted]
             logits = logits if len(places) == len(rows) else logits[places]
-            chosen = dict(zip(places, sample(logits, states, self._model.shares.vocab, self._model.collectives), strict=True))
+            model, allowed = self._model, {}
+            if limited:
+                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives, logits.device)
+                by_place = dict(zip(limited, rows_allowed, strict=True))
+                allowed = {number: by_place[place] for number, place in enumerate(places) if place in by_place}
+            chosen = dict(zip(places, sample(logits, states, model.shares.vocab, model.collectives, allowed), strict=True))
         events: list[TokenEvent] = []
         place = 0
         for part in parts:
@@ -226,6 +257,9 @@ class Engine:
                 found = Choice(known, None)
             if found is None:
                 self._fail(sequence, len(sequence.ids) - 1)
+                break
+            if found is NO_TOKEN:
+                self._fail_restricted(sequence)
                 break
             token = found.token_id
             if known is not None or part.drafts:
@@ -270,6 +304,12 @@ class Engine:
                 message = explain(self._model.dtype, f"at step {one.num_new + 1}", layer)
                 self.failures.append(SequenceFailure(one.request.index, one.num_new, message))
 
+    def _fail_restricted(self, sequence: LiveSequence) -> None:
+        """Record a failure of a sequence that has no token to choose from."""
+        error = sequence.grammar.error if sequence.grammar is not None else ""
+        message = f"no token is allowed at step {sequence.num_new + 1}: {error or 'the restrictions of the request exclude all of them'}"
+        self.failures.append(SequenceFailure(sequence.request.index, sequence.num_new, message, by_request=True))
+
     def _has_failed(self, sequence: LiveSequence) -> bool:
         return any(failure.index == sequence.request.index for failure in self.failures)
 
@@ -282,8 +322,11 @@ class Engine:
             sequence.lookup.extend((token,))
         if request.known_reason and sequence.num_new == len(request.resumed_ids):
             return request.known_reason  # regardless of the current stop ids
-        if token in params.stop_token_ids or (token in self._model.config.eos_token_ids and not params.ignore_eos):
+        ignores_eos = params.ignore_eos and not params.grammar
+        if token in params.stop_token_ids or (token in self._model.config.eos_token_ids and not ignores_eos):
             return "eos"
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
         return "length" if sequence.num_new == params.max_new_tokens else None
 
 
@@ -320,9 +363,8 @@ def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> Sampli
     """Return a temporary copy of the state after `ahead` accepted draft tokens; without draft tokens the state itself."""
     if not drafts:
         return state
-    ahead_state = SamplingState(state.params, set(), state.generator, dict(state.counts))
-    if state.params.repetition_penalty != 1:
-        ahead_state.penalized = set(state.penalized)
+    penalized = set(state.penalized) if state.params.repetition_penalty != 1 else set()
+    ahead_state = replace(state, penalized=penalized, counts=dict(state.counts))
     for token in drafts[:ahead]:
         ahead_state.note(token)
     return ahead_state

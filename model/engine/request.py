@@ -39,9 +39,10 @@ def check_request(request: Request, context_tokens: int, vocab_size: int) -> Non
             f"prompt {request.index} has {length} tokens and asks for {request.params.max_new_tokens} new ones, "
             f"but the model's context is {context_tokens}"
         )
-    unknown = next((i for i in request.params.stop_token_ids if not 0 <= i < vocab_size), None)
-    if unknown is not None:
-        raise RequestError(f"stop_token_ids names id {unknown}, but the vocabulary has {vocab_size}")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        unknown = next((i for i in getattr(request.params, name) if not 0 <= i < vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"{name} names id {unknown}, but the vocabulary has {vocab_size}")
     if len(request.resumed_ids) > request.params.max_new_tokens or (request.known_reason and not request.resumed_ids):
         raise RequestError(
             f"prompt {request.index} is said to have {len(request.resumed_ids)} new tokens already, "

@@ -6,7 +6,7 @@ one draw from a numpy generator. OpenAI's bias and penalties are applied after t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +61,16 @@ class SamplingParams:
     """(id, bias to add to its logit)."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end this sequence in addition to the model's; as in vLLM, `ignore_eos` does not affect them."""
+    min_p: float = 0.0
+    """Sample among tokens at least this likely, relative to the most likely one."""
+    min_tokens: int = 0
+    """Number of new tokens before one that ends the sequence; no effect with a grammar."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that the new tokens must not contain."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """If any, the only ids to choose from."""
+    grammar: str = ""
+    """Grammar that the text has to match, see `model/engine/grammar.py`; it overrides `ignore_eos`."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -73,6 +83,8 @@ class SamplingParams:
             ("top_logprobs", self.top_logprobs >= 0, "at least 0"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"from 0 to the {self.max_new_tokens} new tokens asked for"),
         )
         for name, holds, needed in checks:
             if not holds:
@@ -91,6 +103,12 @@ class SamplingState:
     """Its own random numbers (MindFormers' generator), so that other sequences do not affect them."""
     counts: dict[int, int] = field(default_factory=dict)
     """Number of occurrences of each new id, if a penalty needs it."""
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end the sequence."""
+    num_new: int = 0
+    """Number of new tokens."""
+    last_ids: tuple[int, ...] = ()
+    """The last new tokens, as far as `bad_words` needs them."""
 
     def take(self, token: int) -> None:
         """Advance the state as if this token had been sampled."""
@@ -101,8 +119,19 @@ class SamplingState:
     def note(self, token: int) -> None:
         """Record that this token has been chosen."""
         self.penalized.add(token)
+        self.num_new += 1
+        if self.params.bad_words:
+            self.last_ids = (*self.last_ids, token)[-max(map(len, self.params.bad_words)) :]
         if self.params.frequency_penalty or self.params.presence_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
+
+    def list_forbidden(self) -> list[int]:
+        """List the ids that must not come next."""
+        params = self.params
+        found = [word[-1] for word in params.bad_words if len(word) == 1 or self.last_ids[1 - len(word) :] == word[:-1]]
+        if self.num_new < params.min_tokens and not params.grammar:
+            found += self.end_ids
+        return found
 
 
 class Choice(NamedTuple):
@@ -113,23 +142,34 @@ class Choice(NamedTuple):
     """If requested."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(id, log-probability) of the most likely tokens in descending order, if requested."""
+    rank: int = 0
+    """Place among all tokens by log-probability, from 1, if that is reported."""
+
+
+NO_TOKEN = Choice(-1, None)
+"""The result where grammar and restrictions together allow no token."""
 
 
 def sample(
-    logits_local: torch.Tensor, states: Sequence[SamplingState], sizes: Sequence[int], collectives: Collectives
+    logits_local: torch.Tensor,
+    states: Sequence[SamplingState],
+    sizes: Sequence[int],
+    collectives: Collectives,
+    allowed: Mapping[int, npt.NDArray[np.bool_]] | None = None,
 ) -> list[Choice | None]:
     """Choose the next token of every sequence; None where the largest logit is NaN or infinite, identically on every rank.
 
-    logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank.
+    logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank. allowed: mask of the whole vocabulary for rows that a
+    grammar limits. NO_TOKEN where no token is allowed.
     """
-    first_id = sum(sizes[: collectives.rank])
+    first_id, masks = sum(sizes[: collectives.rank]), allowed or {}
     chosen: list[Choice | None] = []
     if any(_needs_all(state.params) for state in states):
         full = collectives.gather_columns(logits_local, sizes).numpy(force=True)
-        for values, state in zip(full, states, strict=True):
-            penalized = _penalize(values, state, 0)
-            if not math.isfinite(penalized.max()):
-                chosen.append(None)
+        for row, (values, state) in enumerate(zip(full, states, strict=True)):
+            penalized = _penalize(values, state, 0, masks.get(row))
+            if not math.isfinite(top := penalized.max()):
+                chosen.append(_explain_top(top, state))
                 continue
             ids, total = _list_candidates(penalized, state.params)
             logprobs = _log_probability(values) if state.params.logprobs else None
@@ -139,7 +179,8 @@ def sample(
     local = logits_local.numpy(force=True)
     mine = np.full((len(states), 2 * count), -np.inf)  # float64 represents ids and float32 logits exactly
     for row, (values, state) in enumerate(zip(local, states, strict=True)):
-        penalized = _penalize(values, state, first_id)
+        mask = masks.get(row)
+        penalized = _penalize(values, state, first_id, None if mask is None else mask[first_id : first_id + len(values)])
         ids = _best(penalized, count)
         mine[row, : len(ids)] = ids + first_id
         mine[row, count : count + len(ids)] = penalized[ids]
@@ -149,7 +190,7 @@ def sample(
     tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is among its rank's candidates, as the largest
     for values, state, top in zip(candidates, states, tops, strict=True):
         if not math.isfinite(top):
-            chosen.append(None)
+            chosen.append(_explain_top(top, state))
             continue
         every, logits = values[:, 0].ravel(), values[:, 1].ravel()
         keep = np.lexsort((every, -logits))[: state.params.top_k if state.params.do_sample else 1]
@@ -173,7 +214,8 @@ def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes:
 
 def _report(token: int, logprobs: Floats, top: int) -> Choice:
     ids = _best(logprobs, top) if top else ()
-    return Choice(token, _read_logprob(logprobs, token), tuple((int(i), _read_logprob(logprobs, i)) for i in ids))
+    rank = 1 + int(np.count_nonzero(logprobs > logprobs[token]))
+    return Choice(token, _read_logprob(logprobs, token), tuple((int(i), _read_logprob(logprobs, i)) for i in ids), rank)
 
 
 def _choose(ids: Ids, logits: Floats, total: float | None, state: SamplingState, logprobs: Floats | None) -> Choice:
@@ -191,12 +233,20 @@ def _needs_all(params: SamplingParams) -> bool:
     return params.logprobs or (params.do_sample and not 0 < params.top_k <= _MOST_CANDIDATES)
 
 
-def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
-    """Return the logits of this part of the vocabulary after bias and penalties."""
+def _explain_top(top: float, state: SamplingState) -> Choice | None:
     params = state.params
-    if params.repetition_penalty == 1.0 and not params.logit_bias and not state.counts:
+    is_limited = params.grammar or params.allowed_token_ids or params.bad_words or params.min_tokens
+    return NO_TOKEN if is_limited and top == -math.inf else None
+
+
+def _penalize(values: Floats, state: SamplingState, first_id: int, mask: npt.NDArray[np.bool_] | None) -> Floats:
+    """Return the logits of this part of the vocabulary after bias, penalties and restrictions. mask: this part of a grammar's."""
+    params, forbidden = state.params, state.list_forbidden()
+    restricted = mask is not None or forbidden or params.allowed_token_ids
+    is_penalized = params.repetition_penalty != 1.0 or params.logit_bias or state.counts
+    if not is_penalized and not restricted:
         return values
-    out: Floats = values.copy()
+    out: Floats = values.copy() if is_penalized else values
     if params.repetition_penalty != 1.0:
         ids, _ = _inside(sorted(state.penalized), first_id, len(values))
         seen, penalty = out[ids], np.float32(params.repetition_penalty)
@@ -208,7 +258,17 @@ def _penalize(values: Floats, state: SamplingState, first_id: int) -> Floats:
         ids, keep = _inside(list(state.counts), first_id, len(values))
         counts = np.array(list(state.counts.values()), dtype=np.float32)[keep]
         out[ids] -= counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
-    return out
+    if not restricted or not out.max() < np.inf:  # NaN or infinity has to be noticed wherever it is
+        return out
+    keep = np.ones(len(out), dtype=np.bool_) if mask is None else mask
+    if params.allowed_token_ids:
+        named = np.zeros(len(out), dtype=np.bool_)
+        named[_inside(params.allowed_token_ids, first_id, len(out))[0]] = True
+        keep = keep & named
+    if forbidden:
+        keep = keep.copy()
+        keep[_inside(forbidden, first_id, len(out))[0]] = False
+    return np.where(keep, out, out.dtype.type(-np.inf))
 
 
 def _inside(ids: Sequence[int], first_id: int, count: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
@@ -232,6 +292,7 @@ def _list_candidates(values: Floats, params: SamplingParams) -> tuple[Ids, float
     if params.top_p == 1:
         return np.arange(len(values)), None
     weights = _weigh(values, params.temperature)
+    weights[weights < params.min_p] = 0
     total, count = float(weights.sum()), _NUCLEUS
     while True:
         ids = _best(values, count)
@@ -257,7 +318,8 @@ def _best(values: Floats, count: int) -> Ids:
         return np.array([top])
     if count < len(values):
         threshold = np.partition(values, -count)[-count]
-        ids = np.flatnonzero(values >= threshold)
+        # With fewer eligible tokens than asked for, the forbidden ones need no order.
+        ids = np.flatnonzero(values >= threshold if threshold > -np.inf else values > threshold)
     else:
         ids = np.arange(len(values))
     best: Ids = ids[np.lexsort((ids, -values[ids]))]
@@ -268,6 +330,8 @@ def _draw(ids: Ids, logits: Floats, total: float | None, state: SamplingState) -
     """Draw one id. With top-p the candidates are in descending order; `total`: sum of all weights, including dropped ones."""
     params = state.params
     weights = _weigh(logits, params.temperature)
+    if params.min_p:
+        ids, weights = ids[weights >= params.min_p], weights[weights >= params.min_p]
     if params.top_p < 1:
         probabilities = weights / (weights.sum() if total is None else total)
         reached = np.cumsum(probabilities) - probabilities  # exclusive prefix sums

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.engine.block_pool import ROOT, BlockPool
+from model.engine.grammar import GrammarState
 from model.engine.request import Request
 from model.engine.sampling import SamplingState
 from model.engine.speculation import MAX_DRAFT, PromptLookup
@@ -40,6 +41,8 @@ class LiveSequence:
     """Chain of its cached blocks, see BlockPool."""
     num_known: int = 0
     """Number of cached blocks."""
+    grammar: GrammarState | None = None
+    """Its parser, on rank 0, if its text is limited by a grammar."""
     num_scored: int = 0
     """Prompt tokens after which the next one has been scored, see SamplingParams.prompt_logprobs."""
 
@@ -100,11 +103,24 @@ class Part:
         return self.first + self.count == len(self.sequence.ids)
 
 
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Counters of admissions."""
+
+    prefix_queries: int = 0
+    """Tokens of admitted sequences."""
+    prefix_hits: int = 0
+    """Those among them that were in shared blocks."""
+    preemptions: int = 0
+    """Sequences that gave their blocks to older ones."""
+
+
 class Scheduler:
     """The sequences of one engine and the blocks of its KV cache store."""
 
     def __init__(self, store: KeyValueStore, max_batch_size: int, *, share_prefixes: bool, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self.pool = BlockPool(store.num_blocks, store.block_size, share=share_prefixes)
+        self.counts = SchedulerCounts()
         self._max_batch_size, self._prefill_tokens = max_batch_size, prefill_tokens
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
@@ -224,6 +240,8 @@ class Scheduler:
         missing = count_blocks(len(sequence.ids), pool.block_size) - len(blocks)
         if missing + pool.count_kept(blocks) > pool.num_free:
             return False
+        self.counts.prefix_queries += len(sequence.ids)
+        self.counts.prefix_hits += len(blocks) * pool.block_size
         pool.own(blocks)
         sequence.hollow = any(block in pool.hollow for block in blocks)
         sequence.chain, sequence.num_known = chain, len(blocks)
@@ -251,6 +269,7 @@ class Scheduler:
                 return False
             else:
                 youngest = self._running.pop()
+                self.counts.preemptions += 1
                 self._release(youngest)
                 self._waiting.appendleft(youngest)
         return True

@@ -31,8 +31,9 @@ from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
 from model.checkpoint.source import CheckpointSource, read_pieces
 from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from model.text.tokenizer_files import write_tokenizer
@@ -66,16 +67,7 @@ def write_mindspore(
     `on_progress` is called with (bytes written, total bytes). Raises CheckpointError for a scheme that MindFormers has no names for, and
     for tensors that are missing or would have to be dropped.
     """
-    _check_scheme(scheme)
-    features = {
-        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
-        "norms of queries and keys": config.qk_norm,
-        "attention over a window": config.sliding_window is not None,
-        "experts": config.experts is not None,
-    }
-    found = next((words for words, present in features.items() if present), None)
-    if found is not None:
-        raise CheckpointError(f"{source.path} has {found}, which have no form in a .ckpt file here: convert to a Hugging Face folder")
+    check_form(config, scheme)
     check_checkpoint(source, config, scheme)
     raw = declare_scheme(source.config, Scheme(kv_cache=scheme.kv_cache))
     if dtype is not None:
@@ -103,7 +95,17 @@ def write_mindspore(
         reader.close()
 
 
-def _check_scheme(scheme: Scheme) -> None:
+def check_form(config: LlamaConfig, scheme: Scheme) -> None:
+    """Raise CheckpointError for a model or a scheme that MindFormers has no names for here."""
+    features = {
+        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+        "norms of queries and keys": config.qk_norm,
+        "attention over a window": config.sliding_window is not None,
+        "experts": config.experts is not None,
+    }
+    found = next((words for words, present in features.items() if present), None)
+    if found is not None:
+        raise CheckpointError(f"the model has {found}, which have no form in a .ckpt file here: convert to a Hugging Face folder")
     if scheme.others or scheme.linear not in (None, *_RTN):
         raise CheckpointError(
             f"{scheme.name} has no form in a .ckpt file; float weights and rtn-a16w8 have one: convert to a Hugging Face folder, "

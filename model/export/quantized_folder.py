@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from model.checkpoint.folder_writing import write_json
+from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.source import CheckpointSource
 from model.export.conversion import read_whole, write_checkpoint
+from model.export.mindspore import write_mindspore
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import LlamaConfig
 from model.spec.packing import pack_integers
@@ -29,10 +31,12 @@ def write_quantized(
     report: dict[str, Any],
     on_progress: Callable[[int, int], None],
     float_dtype: str | None = None,
+    ckpt: str | None = None,
 ) -> None:
     """Write the checkpoint atomically. Memory: one layer as integers. `float_dtype`: of the weights that stay float; None: as stored.
 
-    Also writes `report`, with the bytes of the tensors under "written_bytes".
+    Also writes `report`, with the bytes of the tensors under "written_bytes". `ckpt`: path in the folder of a MindSpore file with the
+    same tensors; None for none.
     """
     specs, floats = plan_weights(config, scheme), plan_weights(config, Scheme())
     layers = {name: _layer_of(name, config) for name in specs}
@@ -86,7 +90,13 @@ def write_quantized(
     if float_dtype is not None:
         raw.pop("dtype", None)  # see convert_checkpoint
         raw["torch_dtype"] = float_dtype
-    write_checkpoint(source, target, raw, tensors, read, groups, on_progress, lambda folder: write_json(folder / REPORT_FILE, report))
+
+    def add_files(folder: Path) -> None:
+        write_json(folder / REPORT_FILE, report)
+        if ckpt is not None:
+            write_mindspore(HuggingFaceFolder(folder), config, scheme, folder / ckpt, None, on_progress)
+
+    write_checkpoint(source, target, raw, tensors, read, groups, on_progress, add_files)
     reader.close()
 
 

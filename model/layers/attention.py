@@ -34,26 +34,35 @@ class Attention:
         batch: Batch,
         scales: torch.Tensor | None,
         window: int | None = None,
+        softcap: float | None = None,
+        *,
+        local: bool = False,
     ) -> torch.Tensor:
         """Append the keys and values of qkv [tokens, (heads + 2 kv_heads) * head_dim] and attend: [tokens, heads * head_dim].
 
         `layer`: index of the layer's KV cache. `scales`: stored scales of an int8 cache, float32 [2, kv_heads, 1, head_dim]. `window`:
-        tokens that each token attends to, itself included; None: all earlier ones.
+        tokens that each token attends to, itself included; None: all earlier ones. `softcap`: limit of the scores. `local`: whether the
+        layer has the angles of layers with a window.
         """
-        if self._backend.kernels is not None and batch.lies_in_stores:
+        angles = batch.angles(local=local)
+        if self._backend.kernels is not None and batch.lies_in_stores and softcap is None:
             qkv = qkv.contiguous()
-            out = _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, scales)
+            out = _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, angles, scales)
             if window is not None and batch.longest > window:
                 self._attend_over_window(qkv, heads, kv_heads, layer, batch, scales, window, out)
             return out
         split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
-        turned = rotate(split[:, : heads + kv_heads], batch.cos, batch.sin)
+        turned = rotate(split[:, : heads + kv_heads], *angles)
         query, keys, values = turned[:, :heads], turned[:, heads:], split[:, heads + kv_heads :]
         parts, first = [], 0
         for span in batch.spans:
             rows = slice(first, first + len(span.ids))
             span.cache.append(layer, keys[rows], values[rows], scales)
-            parts.append(self.attend(query[rows], *span.cache.read(layer, scales, span.cache.length + len(span.ids)), window))
+            keys_values = span.cache.read(layer, scales, span.cache.length + len(span.ids))
+            if softcap is None:
+                parts.append(self.attend(query[rows], *keys_values, window))
+            else:
+                parts.append(_attend_capped(query[rows], *keys_values, window, softcap))
             first = rows.stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -121,16 +130,43 @@ class Attention:
             torch.set_num_threads(threads)
 
 
+def _attend_capped(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None, softcap: float) -> torch.Tensor:
+    """Do what `Attention.attend` does, with limited scores: each token and head alone, so that the result depends on nothing else."""
+    tokens, heads, head_dim = query.shape
+    kv_heads, all_tokens, _ = keys.shape
+    wide, out, threads = query.float(), torch.empty_like(query), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for head in range(heads):
+            own_keys, own_values = (side[head * kv_heads // heads].float() for side in (keys, values))
+            for token in range(tokens):
+                stop = all_tokens - tokens + token + 1
+                seen = slice(0 if window is None else max(0, stop - window), stop)
+                scores = torch.mv(own_keys[seen].clone(), wide[token, head].clone()) / head_dim**0.5
+                weights = torch.softmax(torch.tanh(scores / softcap) * softcap, dim=0)
+                out[token, head] = torch.mv(own_values[seen].T.contiguous(), weights)
+    finally:
+        torch.set_num_threads(threads)
+    return out.reshape(tokens, heads * head_dim)
+
+
 def _attend_natively(
-    kernels: Kernels, qkv: torch.Tensor, heads: int, kv_heads: int, layer: int, batch: Batch, scales: torch.Tensor | None
+    kernels: Kernels,
+    qkv: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    layer: int,
+    batch: Batch,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads))
     for part in batch.join_stores():
         rows, store = part.rows, part.store
         token_scales = None if store.scales is None else store.scales[layer]
         fixed = scales if store.quantized and token_scales is None else None
-        angles = batch.cos[rows], batch.sin[rows]
+        turned = angles[0][rows], angles[1][rows]
         kernels.attend(
-            qkv[rows], heads, kv_heads, angles, store.data[layer], token_scales, fixed, part.places, part.blocks, out[rows]
+            qkv[rows], heads, kv_heads, turned, store.data[layer], token_scales, fixed, part.places, part.blocks, out[rows]
         )  # fmt: skip
     return out

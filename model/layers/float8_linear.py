@@ -11,7 +11,7 @@ from torch import nn
 
 from model.backends.interface import Backend
 from model.layers.linear import RowBlock, check_rows, tile_rows
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.layout import TILE_ROWS
 
 _PIECE_WEIGHTS = 1 << 18

@@ -17,7 +17,7 @@ from model.kernels.library import KernelInputs, PackedInt4
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
 from model.spec.linear_memory import count_linear_bytes
-from model.spec.scheme import LinearScheme, run_as_one
+from model.spec.linear_scheme import LinearScheme, run_as_one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

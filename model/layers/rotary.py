@@ -14,9 +14,12 @@ from model.spec.rope_scaling import attention_factor, compute_frequencies
 class Rotary:
     """Rotary angles of one model."""
 
-    def __init__(self, config: LlamaConfig) -> None:
-        self._frequencies = compute_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
-        self._factor = np.float32(attention_factor(config.rope_scaling))
+    def __init__(self, config: LlamaConfig, *, local: bool = False) -> None:
+        """`local`: of layers with a window."""
+        own = config.local_rope_theta if local else None
+        theta, scaling = (config.rope_theta, config.rope_scaling) if own is None else (own, None)
+        self._frequencies = compute_frequencies(theta, config.head_dim, scaling)
+        self._factor = np.float32(attention_factor(scaling))
 
     def angles(self, positions: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin, each float32 [tokens, 1, head_dim], for `rotate`."""

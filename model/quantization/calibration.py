@@ -53,7 +53,7 @@ def quantize_layers(
     first = work.count_done()
     hidden = None
     if lengths and first < total:
-        hidden = work.read_hidden(first) if first else read_embeddings(source, samples).to(model.dtype)
+        hidden = work.read_hidden(first) if first else model.scale_embeddings(read_embeddings(source, samples).to(model.dtype))
     on_progress(first, total)
     for index in range(first, total):
         if index < config.num_hidden_layers:

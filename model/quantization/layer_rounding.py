@@ -20,14 +20,14 @@ from model.quantization.rounding import asymmetric_scale, quantize_groups, quant
 from model.quantization.smoothing import smooth_scale
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
-from model.spec.weights import has_bias, list_fused
+from model.spec.weights import has_bias, list_fused, list_norms
 from parallel.collectives import Collectives
 
 _MEASURED_ROWS = 1024
 """Rows whose errors are measured at a time; a multiple of a tile."""
 _VALUES = "self_attn.v_proj"
 _NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}
-"""The norm whose output is the input of other linears."""
+"""The norm whose output is the input of other linears, by the attribute of its module."""
 
 
 @dataclass(slots=True)
@@ -83,9 +83,8 @@ class LayerRounder:
                 if not left[observer]:  # no other expert has the same input
                     inverted.pop(observer, None)
             if group in _NORMS and self._recipe_folds and names[0] in scales:
-                norm = f"{prefix}.{_NORMS[group]}.weight"
-                weight = self._read(norm)
-                out.tensors[norm] = (weight.float() / scales[names[0]]).to(weight.dtype)
+                norm = f"{prefix}.{list_norms(self._config)[_NORMS[group]]}.weight"
+                out.tensors[norm] = self._divide_norm(self._read(norm), scales[names[0]])
         if self._recipe.kv_cache == "channel":
             assert seen is not None
             keys, values = seen.cache.absmax
@@ -103,11 +102,14 @@ class LayerRounder:
             if self._recipe.smooth and observer is not None:
                 scale = smooth_scale(observer.absmax, self._column_absmax([weight]), self._recipe.alpha)
                 if self._recipe_folds:
-                    norm = self._read("model.norm.weight")
-                    out.tensors["model.norm.weight"] = (norm.float() / scale).to(norm.dtype)
+                    out.tensors["model.norm.weight"] = self._divide_norm(self._read("model.norm.weight"), scale)
                 weight = _scale_columns(weight, scale)
             self._round_linear("lm_head", weight, scale, observer, None, out)
         return out
+
+    def _divide_norm(self, weight: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+        offset = 1 if self._config.norm_offset else 0
+        return ((weight.float() + offset) / divisor - offset).to(weight.dtype)
 
     @property
     def _recipe_folds(self) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from model.spec.config import LlamaConfig
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme
 from model.spec.weights import find_not_converted, linear_names, linear_shape
 from parallel.errors import ConfigError
 

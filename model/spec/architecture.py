@@ -15,6 +15,11 @@ from parallel.errors import ConfigError
 _MAX_EXPERTS, _MAX_WIDTH = 4096, 1 << 22
 
 
+def keep(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values as they are."""
+    return raw
+
+
 def read_nothing(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return no further fields."""
     return {}
@@ -92,6 +97,8 @@ class Architecture:
     """Fields of LlamaConfig that all models of the family share."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = read_nothing
     """Returns further fields of LlamaConfig, given the values of a config.json with defaults. Raises ConfigError."""
+    rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]] = keep
+    """Returns the values of a config.json in the form of the other families."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Stored linears whose rows are those of several linears of the layer, in order; read as these."""
     stored_as: str | None = None

@@ -92,6 +92,20 @@ class LlamaConfig:
     """A token attends to itself and to the tokens before it, this many in all; None: to all."""
     full_attention_layers: tuple[int, ...] = ()
     """Layers without the window."""
+    norm_offset: bool = False
+    """Whether 1 is added to the stored weights of norms."""
+    sandwich_norms: bool = False
+    """Whether the outputs of attention and feed-forward are normalized too."""
+    embedding_scale: float = 1.0
+    """Multiplier of the embeddings."""
+    query_scale: float = 1.0
+    """Multiplier of the queries, besides 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Limit of attention scores: score = limit * tanh(score / limit)."""
+    logit_softcap: float | None = None
+    """The same for logits."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies in layers with a window, which are not scaled; None: those of the other layers."""
     hidden_act: str = "silu"
     """Activation of the feed-forward: a value of ACTIVATIONS."""
     experts: Experts | None = None
@@ -116,7 +130,10 @@ class LlamaConfig:
             )
         _require_number("rms_norm_eps", self.rms_norm_eps, 1)
         _require_number("rope_theta", self.rope_theta, 1e15)
-        for name in ("tie_word_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm"):
+        for name in ("embedding_scale", "query_scale", "attention_softcap", "logit_softcap", "local_rope_theta"):
+            if getattr(self, name) is not None:
+                _require_number(name, getattr(self, name), 1e15)
+        for name in ("tie_word_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm", "norm_offset", "sandwich_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {quote(getattr(self, name))}, but true or false is needed")
         ids = [
@@ -161,7 +178,15 @@ class LlamaConfig:
         )
 
 
-_MEANS_NONE = ("bos_token_id", "eos_token_id", "num_key_value_heads", "pad_token_id", "sliding_window")
+_MEANS_NONE = (
+    "attn_logit_softcapping",
+    "bos_token_id",
+    "eos_token_id",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+    "pad_token_id",
+    "sliding_window",
+)
 """Keys whose null is a value."""
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -216,6 +241,7 @@ def find_architecture(raw: Mapping[str, Any], source: str) -> Architecture:
 def _build_config(raw: Mapping[str, Any], family: Architecture) -> LlamaConfig:
     theta = family.defaults.get("rope_theta", 10000.0)
     defaults = {key: value for key, value in family.defaults.items() if key != "rope_theta"}
+    raw = family.rewrite(raw)
     raw = {**defaults, **{key: value for key, value in raw.items() if value is not None or key in _MEANS_NONE}}
     rope, max_positions = read_rope_section(raw), _first(raw, "max_position_embeddings", default=2048)
     heads, dtype = raw["num_attention_heads"], _first(raw, "dtype", "torch_dtype", default="float32")

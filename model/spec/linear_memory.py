@@ -1,6 +1,6 @@
 """Bytes of a quantized linear in memory, without tensors."""
 
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 
 _TILE_ROWS, _STEP_COLUMNS, _STEP_BYTES = 16, 8, 64
 """Packed 4-bit weights, as in model/kernels/int4_linear.c."""

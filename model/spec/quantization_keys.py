@@ -97,6 +97,45 @@ AWQ_KEYS = KeyTable(
         }
     ),
 )
+AUTO_ROUND_KEYS = KeyTable(
+    name="quantization_config of AutoRound",
+    read=frozenset({"quant_method", "packing_format", "backend", "bits", "group_size", "sym", "data_type", "extra_config"}),
+    fixed={"act_bits": (16, 32), "static_attention_dtype": (), "static_kv_dtype": (), "super_bits": (), "super_group_size": ()},
+    harmless=frozenset(
+        {
+            "act_data_type",
+            "act_dynamic",
+            "act_group_size",
+            "act_sym",
+            "amp",
+            "autoround_version",
+            "batch_size",
+            "block_name_to_quantize",
+            "damp_percent",
+            "dataset",
+            "desc_act",
+            "enable_minmax_tuning",
+            "enable_norm_bias_tuning",
+            "enable_quanted_input",
+            "gradient_accumulate_steps",
+            "iters",
+            "low_gpu_mem_usage",
+            "lr",
+            "minmax_lr",
+            "modules_to_not_convert",
+            "nsamples",
+            "provider",
+            "quant_block_list",
+            "quant_lm_head",
+            "scale_dtype",
+            "seqlen",
+            "to_quant_block_names",
+            "true_sequential",
+            "version",
+            "zero_point",
+        }
+    ),
+)
 FLOAT8_KEYS = KeyTable(
     name="quantization_config of fp8",
     read=frozenset({"quant_method", "weight_block_size"}),
@@ -130,8 +169,6 @@ MODELOPT_FILE_KEYS = KeyTable(
 )
 OTHER_METHODS = {
     "aqlm": "AQLM",
-    "auto-round": "AutoRound",
-    "autoround": "AutoRound",
     "bitnet": "BitNet",
     "bitsandbytes": "bitsandbytes",
     "eetq": "EETQ",
@@ -141,7 +178,6 @@ OTHER_METHODS = {
     "gguf": "GGUF inside a Hugging Face folder",
     "higgs": "HIGGS",
     "hqq": "HQQ",
-    "intel/auto-round": "AutoRound",
     "marlin": "Marlin",
     "modelopt_fp4": "ModelOpt FP4",
     "mxfp4": "MXFP4",
@@ -155,4 +191,6 @@ OTHER_METHODS = {
     "vptq": "VPTQ",
 }
 """Known but unsupported values of `quant_method`, with their names."""
-SUPPORTED_METHODS = "compressed-tensors (int8, int4, fp8), gptq, awq, fp8, fbgemm_fp8, modelopt (fp8)"
+TOLD_BY_TENSORS = frozenset({"gptq", "awq", "auto-round", "autoround", "intel/auto-round", "fp8", "fbgemm_fp8", "modelopt"})
+"""Supported methods whose folders have readers that declare them as compressed-tensors."""
+SUPPORTED_METHODS = "compressed-tensors (int8, int4, fp8), gptq, awq, auto-round, fp8, fbgemm_fp8, modelopt (fp8)"

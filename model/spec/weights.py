@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from model.spec.config import DTYPES, LlamaConfig
 from model.spec.families import list_architectures
+from model.spec.linear_scheme import LinearScheme
 from model.spec.quoting import quote_name
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.scheme import Scheme
 from parallel.layout import Layout, Split
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ def list_fused(config: LlamaConfig, layer: int) -> Mapping[str, tuple[str, ...]]
 def list_norms(config: LlamaConfig) -> Mapping[str, str]:
     """Return the norms of a decoder layer, by the attribute of its module: names in the layer."""
     heads = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"} if config.qk_norm else {}
+    if config.sandwich_norms:
+        before = {"post_attention_layernorm": "pre_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
+        return {"input_layernorm": "input_layernorm", **before, "feed_forward_norm": "post_feedforward_layernorm", **heads}
     return {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm", **heads}
 
 

@@ -69,9 +69,13 @@ class ChatTemplates:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         more: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> dict[str, Any]:
         """Build the template's variables for a conversation; see `chat_template.build_variables`."""
-        return build_variables(messages, self.special_tokens, tools=tools, documents=documents, more=more)
+        return build_variables(
+            messages, self.special_tokens, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, more=more
+        )
 
 
 def load_chat_templates(path: Path, settings: TokenizerSettings) -> tuple[ChatTemplates, str]:

@@ -20,6 +20,8 @@ _NO_TOKENS = (-1, 2**32 - 1)
 """Values with which converters mark a missing token."""
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace("{1,3}", "")
+"""Digits one by one."""
 
 
 def _split_gpt2() -> "tokenizers.pre_tokenizers.PreTokenizer":
@@ -35,9 +37,17 @@ def _split_smollm() -> "tokenizers.pre_tokenizers.PreTokenizer":
 
 
 def _split_llama3() -> "tokenizers.pre_tokenizers.PreTokenizer":
+    return _split_by(_LLAMA3_SPLIT)
+
+
+def _split_qwen2() -> "tokenizers.pre_tokenizers.PreTokenizer":
+    return _split_by(_QWEN2_SPLIT)
+
+
+def _split_by(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
-    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -56,6 +66,7 @@ _PRE_TOKENIZERS = {
     "default": _PreTokenizer(_split_gpt2),
     "gpt-2": _PreTokenizer(_split_gpt2),
     "smollm": _PreTokenizer(_split_smollm),
+    "qwen2": _PreTokenizer(_split_qwen2),
     "llama-bpe": _PreTokenizer(_split_llama3, ignore_merges=True, add_bos=True),
 }
 """By `tokenizer.ggml.pre`."""

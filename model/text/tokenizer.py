@@ -80,10 +80,7 @@ def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | N
     those of its files. Raises CheckpointError when it is missing or cannot be read.
     """
     if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if os.path.lexists(path / name)]
-        if not found:
-            raise CheckpointError(f"{path} has no tokenizer: neither {' nor '.join(_FOLDER_FILES)} is there; copy one into it")
-        path = found[0]
+        path = require_vocabulary(path)
     try:
         tokenizer = {".json": _read_json_tokenizer, ".gguf": read_gguf_tokenizer}.get(path.suffix, _read_sentencepiece_tokenizer)(path)
     except FileNotFoundError:
@@ -93,6 +90,14 @@ def read_tokenizer(path: Path, *, add_bos: bool | None = None, add_eos: bool | N
     if chat_template is not None:
         tokenizer.settings = replace(tokenizer.settings, chat_template=chat_template)
     return tokenizer
+
+
+def require_vocabulary(folder: Path) -> Path:
+    """Return the file of a folder that holds the vocabulary. Raises CheckpointError if there is none."""
+    found = [folder / name for name in _FOLDER_FILES if os.path.lexists(folder / name)]
+    if not found:
+        raise CheckpointError(f"{folder} has no tokenizer: neither {' nor '.join(_FOLDER_FILES)} is there; copy one into it")
+    return found[0]
 
 
 def _read_json_tokenizer(path: Path) -> LibraryTokenizer:

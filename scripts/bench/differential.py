@@ -105,7 +105,10 @@ def _describe(model: DrawnModel) -> str:
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps")
     rope = values.get("rope_parameters") or {**values.get("rope_scaling", {}), "rope_theta": values["rope_theta"]}
     flags = [key for key in ("tie_word_embeddings", "attention_bias", "mlp_bias") if values.get(key)]
-    return " ".join([*(f"{key}={values[key]}" for key in keys), f"rope={rope}", *flags])
+    flags += [
+        f"{key}={values[key]}" for key in ("sliding_window", "layer_types", "max_window_layers", "num_experts_per_tok") if key in values
+    ]
+    return " ".join([values["model_type"], *(f"{key}={values[key]}" for key in keys), f"rope={rope}", *flags])
 
 
 def _describe_run(run: Drawn, ends: Ends) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from differential_foreign import write_gguf, write_meta, write_mindspore
-from differential_models import DrawnModel, Limits, list_linears
+from differential_models import FAMILIES, DrawnModel, Limits, list_linears
 from differential_packing import AWQ_ORDER, Rounded, pack, round_weight
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.export.rank_files import write_rank_files
@@ -102,7 +102,7 @@ def _write_rounded(
 def write_compressed(folder: Path, model: DrawnModel, random: random.Random) -> Written:
     """Two kinds of linears at most: 4 or 8 bits, groups or rows, packed or not, with zero points or without, act-order."""
     kinds = [_draw_arguments(random) for _ in range(random.choice((1, 1, 2)))]
-    targets: list[list[str]] = [["re:.*self_attn.*"], ["re:.*mlp.*"]] if len(kinds) > 1 else [["Linear"]]
+    targets: list[list[str]] = [["re:.*self_attn.*"], ["re:.*(mlp|block_sparse_moe).*"]] if len(kinds) > 1 else [["Linear"]]
     ignore = random.choice((["lm_head"], ["lm_head"], [], ["lm_head", "re:.*down_proj"])) if len(kinds) == 1 else ["lm_head"]
     scale_dtype = random.choice(list(_FLOATS.values()))
     groups = {}
@@ -122,7 +122,7 @@ def write_compressed(folder: Path, model: DrawnModel, random: random.Random) -> 
     def convert(name: str, weight: torch.Tensor) -> tuple[Tensors, Rounded] | None:
         if name in ignore or ("down_proj" in name and len(ignore) > 1):
             return None
-        kind, packed, act_order = kinds[-1] if "mlp" in name else kinds[0]
+        kind, packed, act_order = kinds[0] if "self_attn" in name else kinds[-1]
         bits, size = kind["num_bits"], kind.get("group_size", -1)
         index = _shuffle(weight.shape[1], size, random) if act_order else None
         rounded = round_weight(weight, bits, size, symmetric=kind["symmetric"], scale_dtype=scale_dtype, index=index)
@@ -251,17 +251,22 @@ def _write_foreign(
     return run
 
 
+_UNFUSED = tuple(family for family in FAMILIES if family != "phi3")
+"""phi3's rows of several linears may lie in one word of packed zero points."""
 TESTED: Mapping[str, TestedFormat] = {
     "hf": TestedFormat(Limits(), write_hf),
-    "compressed-tensors": TestedFormat(Limits(inputs=16, outputs=1), write_compressed),
+    "compressed-tensors": TestedFormat(Limits(inputs=16, families=_UNFUSED), write_compressed),
     "gptq": TestedFormat(Limits(inputs=32, outputs=8), write_gptq),
     "awq": TestedFormat(Limits(inputs=32, outputs=8), write_awq),
     "gguf": TestedFormat(
-        Limits(inputs=32, biases=False, ropes=("default", "linear", "yarn"), yarn_details=False), _write_foreign(write_gguf)
+        Limits(inputs=32, biases=False, families=("llama",), ropes=("default", "linear", "yarn"), yarn_details=False),
+        _write_foreign(write_gguf),
     ),
-    "mindspore": TestedFormat(Limits(biases=False, tied=False), _write_foreign(write_mindspore)),
-    "meta": TestedFormat(Limits(biases=False, ropes=("default",), head_dims=False, inputs=2, outputs=2), _write_foreign(write_meta)),
-    "modelslim": TestedFormat(Limits(biases=False), write_modelslim),
+    "mindspore": TestedFormat(Limits(biases=False, tied=False, families=("llama",)), _write_foreign(write_mindspore)),
+    "meta": TestedFormat(
+        Limits(biases=False, families=("llama",), ropes=("default",), head_dims=False, inputs=2, outputs=2), _write_foreign(write_meta)
+    ),
+    "modelslim": TestedFormat(Limits(biases=False, families=_UNFUSED), write_modelslim),
     "ranks": TestedFormat(Limits(inputs=32, outputs=8), write_ranks),
 }
 """By name."""

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed import HashStore
 
 from differential_formats import Written
+from differential_models import EXPERTS, ROUTERS, count_experts
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.stored_facts import check_facts
 from model.decoder.llama import LlamaForCausalLM
@@ -121,10 +122,13 @@ def decode_with_transformers(written: Written, values: Mapping[str, Any], run: D
     heads = values["num_attention_heads"]
     # transformers builds models whose hidden size does not divide by the heads, but refuses to begin with such numbers.
     changed = {"tie_word_embeddings": False, "eos_token_id": None, "num_attention_heads": values["hidden_size"]}
-    config = transformers.LlamaConfig(**{**values, **changed}, attn_implementation="eager")
+    given = {key: value for key, value in {**values, **changed}.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(values["model_type"], **given)
     config.num_attention_heads = heads
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.load_state_dict(written.weights, strict=True)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
+    model.load_state_dict(_stack_experts(written.weights, values), strict=True)
     rows, scores, logits = [], [], []
     with torch.inference_mode():
         for prompt, count in zip(run.prompts, run.new_tokens, strict=True):
@@ -144,6 +148,18 @@ def decode_with_transformers(written: Written, values: Mapping[str, Any], run: D
             scores.append(torch.cat(found.scores))
             logits.append(model(found.sequences).logits[0])
     return Answers(rows, scores, logits)
+
+
+def _stack_experts(weights: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Names and shapes of transformers' modules, which hold the experts of a layer in two tensors."""
+    kind, out = values["model_type"], dict(weights)
+    for layer in range(values["num_hidden_layers"] if kind in EXPERTS else 0):
+        prefix = f"model.layers.{layer}."
+        found = [[out.pop(f"{prefix}{name.format(one)}.weight") for name in EXPERTS[kind]] for one in range(count_experts(values))]
+        out[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in found])
+        out[f"{prefix}mlp.experts.down_proj"] = torch.stack([down for _, _, down in found])
+        out[f"{prefix}mlp.gate.weight"] = out.pop(f"{prefix}{ROUTERS[kind]}.weight")
+    return out
 
 
 def write_ends(path: Path, ends: Ends, random: random.Random) -> bool:

@@ -25,7 +25,8 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from model.spec.config import read_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme
 from random_checkpoint import write_random_checkpoint
 
 _NEW_TOKENS = 8

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.end_to_end.command_host import ENTRY, CommandHost, HostedProcess
+
 PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "TANDEM_TEST_RUN"
@@ -101,7 +103,7 @@ class Checkpoints:
 class Running:
     """A command that has been started, with every process that comes of it: they all inherit its mark."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | HostedProcess
     mark: str
 
     def find_processes(self) -> list[int]:
@@ -181,37 +183,63 @@ class Tandem:
     """Runs the command line from a folder outside the project."""
 
     folder: Path
+    environment: dict[str, str]
+    """What commands have without variables of their own."""
+    host: CommandHost
     started: list[Running] = field(default_factory=list)
     _cached: dict[Any, Outcome] = field(default_factory=dict)
 
-    def start(self, command: Sequence[str | Path], *, cwd: Path | None = None, **variables: str) -> Running:
-        """Start a command and go on."""
+    def start(
+        self,
+        command: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        stdin: Path | None = None,
+        stderr: Path | None = None,
+        fresh: bool = False,
+        **variables: str,
+    ) -> Running:
+        """Start a command and go on. `python -m launcher` is forked from the command host, unless it is to be `fresh`.
+
+        `stdin` and `stderr` are files; without them standard input is empty and standard error a pipe.
+        """
         mark = uuid.uuid4().hex
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            cwd=cwd or self.folder,
-            env={**_clean_environment(), **variables, MARK: mark},
-        )
+        words = [str(word) for word in command]
+        environment = {**self.environment, **variables, MARK: mark}
+        process: subprocess.Popen[str] | HostedProcess
+        with open(stdin or os.devnull, "rb") as given, open(stderr or os.devnull, "wb") as errors:
+            where = errors.fileno() if stderr else None
+            if not fresh and self.host.takes(words, environment):
+                process = self.host.start(words, environment=environment, cwd=cwd or self.folder, stdin=given.fileno(), stderr=where)
+            else:
+                process = subprocess.Popen(
+                    words,
+                    stdin=given,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE if where is None else where,
+                    text=True,
+                    encoding="utf-8",
+                    cwd=cwd or self.folder,
+                    env=environment,
+                )
         self.started.append(Running(process, mark))
         return self.started[-1]
 
     def run(self, *arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `tandem ARGUMENTS` to its end; `variables` go into its environment."""
-        return self.run_command([sys.executable, "-m", "launcher", *arguments], cwd=cwd, **variables)
+        return self.run_command([*ENTRY, *arguments], cwd=cwd, **variables)
 
-    def run_command(self, command: Sequence[str | Path], *, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run any command to its end."""
-        running = self.start(command, cwd=cwd, **variables)
+    def run_command(
+        self, command: Sequence[str | Path], *, cwd: Path | None = None, stdin: Path | None = None, fresh: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run any command to its end; see `start`."""
+        running = self.start(command, cwd=cwd, stdin=stdin, fresh=fresh, **variables)
         try:
             stdout, stderr = running.process.communicate(timeout=SECONDS)
         finally:
             running.end()
-        return subprocess.CompletedProcess(command, running.process.returncode, stdout, stderr)
+        assert running.process.returncode is not None
+        return subprocess.CompletedProcess(command, running.process.returncode, stdout or "", stderr or "")
 
     def new_folder(self) -> Path:
         """An empty folder."""
@@ -225,12 +253,12 @@ class Tandem:
         given = [] if {"--prompt", "--prompts-file"} & set(arguments) else [word for text in PROMPTS for word in ("--prompt", text)]
         return [sys.executable, *module, "predict", "--format", "mindformers", *arguments, *given, *files]
 
-    def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), **variables: str) -> Outcome:
-        """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session."""
-        key = (arguments, tuple(module), tuple(sorted(variables.items())))
+    def predict(self, *arguments: str | Path, module: Sequence[str] = ("-m", "launcher"), fresh: bool = False, **variables: str) -> Outcome:
+        """Run `tandem predict ARGUMENTS` to a good end. The same run is made once in a session. See `start` for `fresh`."""
+        key = (arguments, tuple(module), fresh, tuple(sorted(variables.items())))
         if key not in self._cached:
             folder = self.new_folder()
-            result = self.run_command(self.predict_command(folder, *arguments, module=module), **variables)
+            result = self.run_command(self.predict_command(folder, *arguments, module=module), fresh=fresh, **variables)
             assert result.returncode == 0, result.stderr
             self._cached[key] = Outcome(result.returncode, result.stdout, result.stderr, folder)
         return self._cached[key]
@@ -239,10 +267,12 @@ class Tandem:
 @pytest.fixture(scope="session")
 def tandem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tandem]:
     """The command line. No process that was started with it outlives the session."""
-    tandem = Tandem(tmp_path_factory.mktemp("tandem"))
+    environment = _clean_environment()
+    tandem = Tandem(tmp_path_factory.mktemp("tandem"), environment, CommandHost(environment))
     yield tandem
     for running in tandem.started:
         running.end()
+    tandem.host.close()
 
 
 @pytest.fixture(scope="session")

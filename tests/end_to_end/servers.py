@@ -45,8 +45,7 @@ class Server:
         self.folder, self.key = tandem.new_folder(), key
         command = [sys.executable, *module, "serve", *arguments, "--port", "0", "--log-dir", self.folder / "logs"]
         # Standard error goes into a file: nobody has to read a pipe while the server runs.
-        redirect = ["sh", "-c", 'exec "$@" 2>"$0"', self.folder / "stderr"]
-        self.running: Running = tandem.start([*redirect, *command], cwd=None, **variables)
+        self.running: Running = tandem.start(command, stderr=self.folder / "stderr", **variables)
         wait_until(lambda: "listening on " in self.stderr or self.running.process.poll() is not None, "listening")
         found = re.search(r"^listening on http://127\.0\.0\.1:(\d+)", self.stderr, re.MULTILINE)
         assert found, self.stderr

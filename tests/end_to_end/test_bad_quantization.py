@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from model.spec.scheme import LinearScheme, Scheme, write_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, write_scheme
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints

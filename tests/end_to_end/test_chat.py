@@ -18,7 +18,7 @@ def test_a_conversation_on_standard_input(tandem: "Tandem", checkpoints: "Checkp
     folder = tandem.new_folder()
     (folder / "messages").write_text(MESSAGES)
     command = [sys.executable, "-m", "launcher", "chat", checkpoints.float, "--workers", "2", "--log-dir", folder / "logs", *OPTIONS]
-    running = tandem.start(["sh", "-c", 'exec "$@" <"$0"', folder / "messages", *command])
+    running = tandem.start(command, stdin=folder / "messages")
     written, told = running.process.communicate(timeout=SECONDS)
     assert running.process.returncode == 0, told
     assert "unknown command /nothing" in told and "the conversation starts over" in told

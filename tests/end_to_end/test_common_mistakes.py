@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,8 @@ def _gguf(*, parts: int = 0, is_ternary: bool = False) -> Make:
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+IS_CPU_BUILD = version("torch").endswith("+cpu")
+"""Only such a build tells by its version which devices it lacks."""
 MISTAKES = {
     "wrong path": Mistake(_predict("/no/such/model", "--prompt", "x"), ("/no/such/model does not exist",)),
     "typo in the path": Mistake(
@@ -152,7 +155,7 @@ MISTAKES = {
     "broken link": Mistake(_broken_link, ("is a broken link",)),
     "ternary GGUF": Mistake(_gguf(is_ternary=True), ("TQ1_0",), False),
     "part of a split GGUF": Mistake(_gguf(parts=3), ("is one of 3 parts", "-00001-of-00003.gguf, next to the others"), False),
-    "no tokenizer": Mistake(_without_tokenizer, ("has no tokenizer", "copy one into it"), False),
+    "no tokenizer": Mistake(_without_tokenizer, ("has no tokenizer", "copy one into it")),
     "typo in the YAML": Mistake(_typo_in_yaml, ("num_layer is not a known key", r"did you mean .*num_layers\?")),
     "two YAML files": Mistake(_two_yamls, ("holds 2 MindFormers YAML files", "--config")),
     "missing YAML": Mistake(_model("-c", "none.yaml"), (r"none\.yaml does not exist",)),
@@ -165,7 +168,10 @@ MISTAKES = {
     "wrong type": Mistake(_model("--dtype", "fp16"), ("--dtype is 'fp16'", "float32, bfloat16, float16")),
     "a word for a number": Mistake(_model("--workers", "two"), ("--workers", "integer")),
     "no ranks": Mistake(_model("--workers", "0"), ("--workers is 0", "at least 1")),
-    "too many ranks": Mistake(_model("--workers", "12"), ("12 ranks are too many", "1 to 9 all work"), False),
+    "too many ranks": Mistake(_model("--workers", "12"), ("12 ranks are too many", "1 to 9 all work")),
+    "no such device": Mistake(
+        _model("--device", "npu"), (r"--device is (npu|cuda), but this PyTorch supports (cpu|cuda) only", "drop --device"), IS_CPU_BUILD
+    ),
     "too many threads": Mistake(_model("--threads-per-rank", "999"), ("--threads-per-rank is 999", r"may use \d+ cores")),
     "time limit of nothing": Mistake(_model("--timeout", "0"), ("--timeout is 0", "above 0")),
     "port": Mistake(lambda good, folder: ["serve", good.float, "--port", "80000"], ("--port is 80000", "from 0 to 65535")),

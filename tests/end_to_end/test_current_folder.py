@@ -34,7 +34,7 @@ def test_modules_of_the_current_folder_are_not_taken_for_ours(
         (tmp_path / name).write_text(f"raise SystemExit('{name} of the current folder was imported')\n")
     options = ("--checkpoint", checkpoints.float, "--greedy", "--max-new-tokens", "4", "--prompt", "A llama", "--threads-per-rank", "1")
     form = ("--format", "mindformers")  # of `Tandem.predict`
-    result = tandem.run_command([*command, "predict", *options, *form, *extra, "--log-dir", tmp_path / "logs"], cwd=tmp_path)
+    result = tandem.run_command([*command, "predict", *options, *form, *extra, "--log-dir", tmp_path / "logs"], cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr
     expected = tandem.predict(*options, "--workers", "1")
     assert result.stdout == expected.stdout

@@ -19,7 +19,7 @@ def test_a_folder_with_its_yaml_and_a_prompt_on_standard_input(tandem: "Tandem",
     (folder / "prompt").write_text("I love\ntea\n")
     command = [sys.executable, "-m", "launcher", "predict", folder / "model", "--threads-per-rank", "1"]
     command += ["--max-new-tokens", "3", "--stats", folder / "stats.json", "--log-dir", folder / "logs", "--format", "json"]
-    running = tandem.start(["sh", "-c", 'exec "$@" <"$0"', folder / "prompt", *command])
+    running = tandem.start(command, stdin=folder / "prompt")
     written, told = running.process.communicate(timeout=SECONDS)
     assert running.process.returncode == 0, told
     (record,) = map(json.loads, written.splitlines())

@@ -26,6 +26,8 @@ COMMANDS = {
     "serve": "--config --checkpoint --workers --host --port --api-key-file --insecure --served-model-name"
     " --max-queue --request-timeout --drain --prefill-tokens --max-body-mb --allow-origin --dtype --max-batch-size --num-blocks --speculate"
     " --log-dir --log-level --max-restarts --timeout --nnodes",
+    "batch": "--config --checkpoint --workers --output --resume --served-model-name --strict-fields --tool-call-parser --max-batch-size"
+    " --max-restarts INPUT MODEL",
     "plan": "--config --checkpoint --model-config --workers --quantization --dtype --batch-size --tokens --bandwidth --svg --json",
     "convert": "--to --dtype --overwrite --no-verify SRC DST",
     "reshard": "--workers --overwrite --no-verify SRC DST",

@@ -153,6 +153,26 @@ def test_msruns_scheduler_ends_when_a_worker_is_killed(tandem: "Tandem", checkpo
     assert [running.wait_until_gone(5) for running in (scheduler, *workers)] == [[], [], []]
 
 
+def test_a_rank_that_refuses_its_input_tells_the_others_why(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    """Long before MS_TOPO_TIMEOUT, though it finds the mistake before it has imported PyTorch."""
+    folder = tandem.new_folder()
+    good = _arguments(checkpoints)
+    commands = [tandem.predict_command(folder, *words) for words in (good, ["--checkpoint", folder / "gone", *good[2:]])]
+    variables = {"MS_WORKER_NUM": "2", "MS_SCHED_HOST": LOOPBACK, "MS_SCHED_PORT": str(_free_port()), "MS_TOPO_TIMEOUT": "600"}
+    scheduler = tandem.start(commands[0], cwd=None, MS_ROLE="MS_SCHED", **variables)
+    workers = [
+        tandem.start(command, cwd=None, MS_ROLE="MS_WORKER", MS_NODE_ID=str(rank), DEVICE_ID=str(rank), **variables)
+        for rank, command in enumerate(commands)
+    ]
+    told, own = (worker.process.communicate(timeout=SECONDS)[1] for worker in workers)
+    served = scheduler.process.communicate(timeout=SECONDS)[1]
+    assert [running.process.returncode for running in (*workers, scheduler)] == [2, 2, 1], (told, own, served)
+    reason = own.splitlines()[-1].removeprefix("tandem: ")
+    assert reason == f"the checkpoint {folder / 'gone'} does not exist"
+    assert told.splitlines()[-1] == f"tandem: rank 1 refused its input: {reason}"
+    assert f"scheduler: rank 1 refused its input: {reason}" in served
+
+
 # A port that somebody else has
 
 

@@ -253,7 +253,8 @@ def run_and_plan(tandem: "Tandem", checkpoints: "Checkpoints", tool: Tool) -> Ca
 
     def run(form: str) -> tuple["Outcome", dict[str, Any]]:
         arguments = ("--checkpoint", getattr(checkpoints, form), "--workers", str(RUNS[form]), "--threads-per-rank", "1")
-        outcome = tandem.predict(*arguments, "--verify", "--prompt", "I love Beijing, because " * 20, "--max-new-tokens", "8")
+        # Fresh: a fork of the command host would have its modules in memory too.
+        outcome = tandem.predict(*arguments, "--verify", "--prompt", "I love Beijing, because " * 20, "--max-new-tokens", "8", fresh=True)
         planned = tool("plan", *arguments, "--tokens", "256", "--json")
         assert (planned.code, planned.err) == (0, "")
         return outcome, planned.json

@@ -1,5 +1,6 @@
 """Tiny random Llama checkpoints, and ranks that run as threads of one process."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from model.quantization.calibration import quantize_layers
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, read_scheme
 from parallel.collectives import Collectives, IdentityCollectives
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -58,6 +60,13 @@ _SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_cores() -> None:
+    """Tests that run beside others have their part of the cores: threads that wait for one another would take the rest."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 @pytest.fixture(scope="module")

@@ -65,14 +65,23 @@ def list_tensors() -> dict[str, tuple[int, ...]]:
     return {**shapes, "output_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
 
 
-def write_blocks(path: Path, choose: Callable[[str], Kind], *, part_tensors: int = 0) -> Path:
-    """Write a whole random Llama of these types; returns its path, that of the first part if it is split."""
+def write_blocks(path: Path, choose: Callable[[str], Kind], *, part_tensors: int = 0, vocabulary: bool = False) -> Path:
+    """Write a whole random Llama of these types; returns its path, that of the first part if it is split.
+
+    `vocabulary`: with tokens for the printable characters of ASCII but the last two.
+    """
     sizes = {"embedding_length": HIDDEN, "block_count": LAYERS, "feed_forward_length": INTERMEDIATE}
     sizes |= {"attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS}
     split: dict[str, Any] = {"split_max_tensors": part_tensors} if part_tensors else {}
     writer = gguf.GGUFWriter(path, "llama", **split)
     for key, value in {**METADATA, **{f"llama.{key}": value for key, value in sizes.items()}}.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    if vocabulary:
+        tokens = ["<unk>", "<s>", "</s>", "\u2581", *(chr(code) for code in range(33, 33 + VOCAB - 4))]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * VOCAB)
+        writer.add_token_types([2, 3, 3, *[1] * (VOCAB - 3)])
     for seed, (name, shape) in enumerate(list_tensors().items()):
         if len(shape) == 1:
             writer.add_tensor(name, np.random.default_rng(seed).uniform(0.5, 1.5, shape).astype(np.float32))

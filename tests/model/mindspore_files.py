@@ -12,7 +12,8 @@ from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_header import TYPE_NAMES
 from model.checkpoint.mindspore_rows import decode_dequant_scale
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import read_scheme
 from model.spec.weights import compare_tensors, plan_weights
 from parallel.file_slices import FileReader
 

@@ -9,7 +9,8 @@ import transformers
 
 from model.planning import Workload, plan_ranks
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme
 
 _QWEN3 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "head_dim": 128, "vocab_size": 151936, "torch_dtype": "bfloat16"}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {

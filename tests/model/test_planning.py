@@ -19,7 +19,8 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
 from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import LlamaConfig, build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import find_not_converted, linear_shape, plan_weights
 from parallel.errors import LayoutError
@@ -294,3 +295,14 @@ def test_the_cache_ends_where_its_blocks_do() -> None:
     sizes = {"dtype": "float32", "batch_size": 4, "tokens": 33}
     for block_size, num_blocks, tokens in ((16, None, 192), (64, None, 256), (16, 12, 192), (16, 5, 80), (16, 500, 192)):
         assert Workload(**sizes, block_size=block_size, num_blocks=num_blocks).cached_tokens == tokens
+
+
+def test_dequantized_blocks_need_memory_for_the_library_but_their_own_bytes_of_the_file() -> None:
+    config, workload, name = build_config(UNTIED), Workload(dtype="bfloat16", tokens=8), "model.layers.0.mlp.up_proj.weight"
+    plain, packed = (
+        plan_ranks(config, Scheme(), 2, workload, {name: form}) for form in (StoredForm("float32"), StoredForm("float32", "Q4_K", 144))
+    )
+    for one, other in zip(plain, packed, strict=True):
+        rows = one.intermediate_rows[1] - one.intermediate_rows[0]
+        assert one.file_bytes - other.file_bytes == rows * (4 * config.hidden_size - 144)
+        assert one.weight_bytes == other.weight_bytes and one.peak_bytes < other.peak_bytes < one.peak_bytes + 20_000_000

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.spec.architecture import Architecture, ExpertNames, Experts
+from model.spec.architecture import Architecture, ExpertNames, Experts, GgufNames
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.windows import read_uniform_window
 
@@ -32,6 +32,11 @@ ARCHITECTURE = Architecture(
         "num_experts_per_tok": 2,
     },
     read=_read,
+    gguf=GgufNames(
+        architecture="llama",
+        interleaved=True,
+        sizes={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    ),
     experts=ExpertNames(
         router="block_sparse_moe.gate",
         gate="block_sparse_moe.experts.{}.w1",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.spec.architecture import Architecture
+from model.spec.architecture import Architecture, GgufNames
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.quoting import quote
 from model.spec.windows import read_uniform_window
@@ -37,4 +37,9 @@ ARCHITECTURE = Architecture(
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     },
     stored_as="mistral",
+    gguf=GgufNames(
+        architecture="phi3",
+        layer={"attn_qkv.weight": "self_attn.qkv_proj.weight", "ffn_up.weight": "mlp.gate_up_proj.weight"},
+        optional={"attention.sliding_window": "sliding_window"},
+    ),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.spec.architecture import Architecture, Experts
+from model.spec.architecture import Architecture, Experts, GgufNames
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.quoting import quote
 from model.spec.windows import read_uniform_window
@@ -64,5 +64,15 @@ ARCHITECTURE = Architecture(
     },
     features={"qk_norm": True},
     read=_read,
+    gguf=GgufNames(
+        architecture="qwen3moe",
+        layer={f"attn_{short}_norm.weight": f"self_attn.{short}_norm.weight" for short in ("q", "k")},
+        sizes={
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        values={"norm_topk_prob": True},  # as llama.cpp computes it
+    ),
     mindformers=("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 )

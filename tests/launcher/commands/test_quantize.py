@@ -10,7 +10,7 @@ from launcher.settings.approaches import APPROACHES, QuantizeOptions, plan_recip
 from launcher.settings.quantization import QuantizationSettings
 from model.quantization.recipe import Recipe
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.errors import ConfigError
 
 LLAMA_7B = build_config(

@@ -248,6 +248,18 @@ def meeting_point(environment: LaunchEnvironment) -> tuple[str | None, int | Non
     return environment.master_addr, environment.master_port, environment.store_host
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("60", 60.0), ("2.5", 2.5), ("-1", 31536000.0), ("1e12", 31536000.0)])
+def test_msruns_limit_for_the_start_is_read(text: str, seconds: float) -> None:
+    assert read_environment({**MSRUN, "MS_TOPO_TIMEOUT": text}).join_seconds == seconds
+    assert read_environment(drop(MSRUN, "MS_TOPO_TIMEOUT")).join_seconds is None
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "nan", "inf"])
+def test_a_limit_that_is_no_time_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"MS_TOPO_TIMEOUT is '{text}', but seconds are needed, or -1 for no limit"):
+        read_environment({**MSRUN, "MS_TOPO_TIMEOUT": text})
+
+
 def test_srun_makes_a_rank() -> None:
     environment = read_environment(SRUN)
     assert counted(environment) == ("slurm", 3, 5, 0, 1)

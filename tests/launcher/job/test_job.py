@@ -14,7 +14,7 @@ from model.checkpoint.formats import OpenOptions
 from model.engine.request import Request
 from model.engine.sampling import SamplingParams
 from model.quantization.recipe import Recipe
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 
 REQUESTS = (
     Request(0, (1, 5, 9), SamplingParams(max_new_tokens=3)),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.server.api_answers import ChoiceText, Naming, Piece, build_chat_logprobs, build_text_logprobs, build_usage
+from launcher.server.api_answers import ChoiceText, Naming, Piece, TextRules, build_chat_logprobs, build_text_logprobs, build_usage
 from launcher.server.inflight_requests import NewToken
 
 
@@ -33,7 +33,7 @@ class WordTokenizer:
 
 def answer(words: Sequence[str | bytes], stops: Sequence[str], reason: str = "length") -> list[Piece]:
     """The pieces of an answer that consists of these tokens, up to its end."""
-    text = ChoiceText(WordTokenizer(*words), [], stops)
+    text = ChoiceText(WordTokenizer(*words), [], TextRules(stops=stops))
     pieces = []
     for place in range(len(words)):
         pieces.append(text.push(NewToken(place, reason if place == len(words) - 1 else None, None, ())))
@@ -104,7 +104,7 @@ def test_a_text_ends_with_its_sequence() -> None:
 
 
 def test_tokens_are_counted_with_those_of_the_stop_text() -> None:
-    text = ChoiceText(WordTokenizer("a", "b"), [], ["b"])
+    text = ChoiceText(WordTokenizer("a", "b"), [], TextRules(stops=["b"]))
     text.push(NewToken(0, None, None, ()))
     text.push(NewToken(1, None, None, ()))
     assert (text.num_tokens, text.finish_reason) == (2, "stop")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.server.api_requests import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_STOPS, ChatRequest, CompletionRequest
+from launcher.server.chat_messages import NamedChoice
 from launcher.server.errors import ServiceError
 from launcher.server.request_body import BodyReader
 from model.engine.sampling import SamplingParams
@@ -114,7 +115,7 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
     assert ask(logprobs=0).logprobs == 0
     with pytest.raises(ServiceError, match="top_logprobs needs logprobs"):
         ask_chat(top_logprobs=2)
-    scored = ask(echo=True, logprobs=3, max_tokens=0).plan_sampling(1, 3, prompt_logprobs=True)
+    scored = ask(echo=True, logprobs=3, max_tokens=0).plan_sampling(1, 3, prompt_logprobs=3)
     assert [(params.prompt_logprobs, params.top_logprobs) for params in scored] == [(True, 3)]
 
 
@@ -125,9 +126,21 @@ def test_log_probabilities_are_asked_for_in_two_ways() -> None:
         ({"qqqqqq": 5}, "'qqqqqq' is not a field of this request$"),
         ({"messages": [USER]}, "not a field"),
         ({"suffix": "x"}, "suffix is not supported"),
-        ({"best_of": 2}, "best_of is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"best_of": 2, "n": 3}, "^best_of is 2, but has to be at least n, which is 3$"),
+        ({"best_of": 2, "stream": True}, "^best_of is not available in a stream$"),
+        ({"use_beam_search": True}, "use_beam_search is not supported"),
+        ({"response_format": {"type": "xml"}}, "type is 'xml', but has to be one of text, json_object, json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema.schema is missing"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "exclude each other"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "only one of json, json_object, regex, choice and grammar"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structural_tag is not supported"),
+        ({"structured_outputs": {"choice": []}}, "choice holds 0 texts"),
+        ({"min_p": 1.5}, "^min_p is 1.5, but has to be a number <= 1$"),
+        ({"min_tokens": -1}, "^min_tokens is -1, but has to be an integer >= 0$"),
+        ({"bad_words": [" "]}, "bad_words takes up to"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs are not available in a stream"),
         ({"max_tokens": -1}, "^max_tokens is -1, but has to be an integer >= 0$"),
         ({"max_tokens": "5"}, '^max_tokens is "5", but has to be an integer$'),
         ({"max_tokens": 2.5}, "^max_tokens is 2.5, but has to be an integer$"),
@@ -276,12 +289,36 @@ def test_unknown_fields_are_reported_once_read_and_otherwise_ignored() -> None:
     assert noted == [("100000", "")], "the names of many fields are not listed"
 
 
-def test_tools_that_may_not_be_called_are_ignored() -> None:
-    tools = [{"type": "function", "function": {"name": "clock"}}]
-    assert ask_chat(tools=tools, tool_choice="none").messages == ask_chat().messages
-    for choice in ("auto", "required", {"type": "function", "function": {"name": "clock"}}):
-        with pytest.raises(ServiceError, match=r"^tool(s|_choice) is not supported here"):
-            ask_chat(tools=tools, tool_choice=choice)
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("clock", "map")]
+
+
+def test_tools_are_offered_unless_the_choice_is_none() -> None:
+    assert [tool.to_template() for tool in ask_chat(tools=TOOLS).offered_tools] == TOOLS
+    assert ask_chat(tools=TOOLS, tool_choice="none").offered_tools == []
+    assert ask_chat(tools=TOOLS, tool_choice="auto").forced_choice is None
+    assert ask_chat(tools=TOOLS, tool_choice="required").forced_choice == "required"
+    named = ask_chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "map"}}).forced_choice
+    assert isinstance(named, NamedChoice) and named.function.name == "map"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": [{"type": "function"}]}, r"^tools.0.function is missing$"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "a"}}]}, "only tools of type 'function' are supported"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools names the function 'clock' twice"),
+        ({"tools": TOOLS * 65}, "tools holds 130 tools, but the maximum is 128"),
+        ({"tool_choice": "required"}, "tool_choice 'required' needs tools"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice is 'any', but has to be one of none, auto, required"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "names 'x', which is not among the tools"),
+        ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "excludes response_format"),
+        ({"functions": [{"name": "a"}]}, "functions is not supported"),
+        ({"continue_final_message": True}, "continue_final_message needs add_generation_prompt: false"),
+    ],
+)
+def test_tools_that_cannot_be_offered_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ServiceError, match=words):
+        ask_chat(**fields)
 
 
 def test_fields_that_ask_for_nothing_are_taken() -> None:
@@ -290,13 +327,13 @@ def test_fields_that_ask_for_nothing_are_taken() -> None:
         metadata={"a": "b"},
         store=False,
         suffix=None,
-        best_of=1,
-        tools=[],
-        response_format={"type": "text"},
+        best_of=None,
+        response_format=None,
         seed=None,
         n=None,
     )
     assert request == ask()
+    assert ask(response_format={"type": "text"}).form.is_empty and ask(best_of=1).num_choices == 1
 
 
 @pytest.mark.parametrize(("stop", "stops"), [(None, []), ("a", ["a"]), (["a", "b c"], ["a", "b c"]), ([], [])])
@@ -330,7 +367,7 @@ def test_calls_of_tools_and_their_results_come_as_templates_know_them() -> None:
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call, bare]}, result]
     assert [message.to_template() for message in ask_chat(messages=messages).messages] == [
         USER,
-        {"role": "assistant", "content": "", "tool_calls": [call, bare]},
+        {"role": "assistant", "content": "", "tool_calls": [{**call, "function": {"name": "clock", "arguments": {}}}, bare]},
         result,
     ]
 
@@ -346,6 +383,8 @@ def test_calls_of_tools_and_their_results_come_as_templates_know_them() -> None:
         [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "a"}}]}],
         [{"role": "assistant", "tool_calls": [{}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[1]"}}]}],
         [{"role": "assistant", "function_call": {"name": "a"}}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": 5}],

@@ -24,7 +24,7 @@ HISTORY = [
     {"role": "tool", "tool_call_id": "a1", "name": "clock", "content": "noon"},
 ]
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-CALLS = "{% for c in m.tool_calls %}[{{ c.id }} {{ c.function.name }} {{ c.function.arguments }}]{% endfor %}"
+CALLS = "{% for c in m.tool_calls %}[{{ c.id }} {{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
 WITH_TOOLS = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + CALLS + "{{ m.tool_call_id }}{{ m.name }}\n{% endfor %}"
 NEEDS_NONE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is undefined %}"
@@ -42,7 +42,7 @@ def build() -> Iterator[Build]:
     with ExitStack() as services:
 
         def make(template: str = PLAIN, *, context: int = 512, **options: Any) -> Service:
-            job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4)
+            job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4, eos_token_ids=(257,))
             served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100)
             dispatcher = Dispatcher(InflightRequests(), ServeMetrics(), max_running=4, max_waiting=100)
             front: Any = SimpleNamespace(served=served, dispatcher=dispatcher)
@@ -70,9 +70,10 @@ def test_a_template_that_looks_for_calls_without_a_content_gets_it(build: Build)
     assert text == 'user: What time is it?\nassistant: [a1 clock {"zone": "utc"}]\ntool: noon\n'
 
 
-def test_calls_that_a_template_would_drop_are_refused(build: Build) -> None:
-    with pytest.raises(RequestError, match=r"^messages\.1: tool_calls are not supported by the chat template of this model"):
-        render(build(), HISTORY)
+def test_calls_that_a_template_would_drop_are_written_into_the_messages(build: Build) -> None:
+    written = '<tool_call>\n{"name": "clock", "arguments": {"zone": "utc"}}\n</tool_call>'
+    result = "<tool_response>\nnoon\n</tool_response>"
+    assert render(build(), HISTORY) == f"user: What time is it?\nassistant: {written}\nuser: {result}\n"
     assert render(build(), HISTORY[::2]) == "user: What time is it?\ntool: noon\n"
 
 

@@ -170,7 +170,8 @@ def test_the_page_and_health_need_no_key(path: str) -> None:
 
 def test_pages_of_named_sites_may_ask_without_a_key_whether_they_may_call_and_read_why_not() -> None:
     served = SimpleNamespace(version="0")
-    service: Any = SimpleNamespace(front=SimpleNamespace(served=served, metrics=SimpleNamespace(count_request=lambda route, status: None)))
+    front = SimpleNamespace(served=served, metrics=SimpleNamespace(count_request=lambda route, status: None))
+    service: Any = SimpleNamespace(front=front, tokenizer=None)
     asked = {"origin": "https://a.example", "access_control_request_method": "POST"}
     for origins, statuses in ((("https://a.example",), (200, 401)), ((), (401, 401))):
         call = Call(KEYED)

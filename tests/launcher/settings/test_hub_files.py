@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.settings.hub_files import choose_files, choose_gguf, find_missing, is_whole
-from launcher.settings.hub_models import HubName, parse_hub_name
+from launcher.settings.hub_models import HubName, fetch_model, parse_hub_name
 from parallel.errors import CheckpointError
 
 PARTS = [f"Q8_0/m-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
@@ -81,3 +81,28 @@ def test_missing_parts_of_a_download_are_found(tmp_path: Path) -> None:
     assert find_missing(tmp_path) == "pytorch_model-00002-of-00002.bin"
     (tmp_path / "pytorch_model-00002-of-00002.bin").write_text("{}")
     assert find_missing(tmp_path) == "pytorch_model-00003-of-00003.bin"
+
+
+def write_snapshot(home: Path, *files: str) -> Path:
+    repository = home / "models--org--m"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text("abc")
+    for file in files:
+        path = repository / "snapshots" / "abc" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return repository / "snapshots" / "abc"
+
+
+def test_cached_gguf_files_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = write_snapshot(tmp_path, "m-Q4_K_M.gguf")
+    assert fetch_model(HubName("org/m"), offline=True) == snapshot / "m-Q4_K_M.gguf"
+    write_snapshot(tmp_path, *PARTS[:2])
+    with pytest.raises(CheckpointError, match=r"org/m:Q8_0 is incomplete in the local cache"):
+        fetch_model(HubName("org/m", None, "Q8_0"), offline=True)
+    write_snapshot(tmp_path, PARTS[2])
+    assert fetch_model(HubName("org/m", None, "q8_0"), offline=True) == snapshot / PARTS[0]
+    assert fetch_model(HubName("org/m", None, "Q4_K_M"), offline=True) == snapshot / "m-Q4_K_M.gguf"
+    with pytest.raises(CheckpointError, match=r"org/m holds 2 GGUF files: m-Q4_K_M, m-Q8_0; name one, as in org/m:Q4_K_M"):
+        fetch_model(HubName("org/m"), offline=True)

@@ -8,7 +8,8 @@ import pytest
 from launcher.settings.quantization import QuantizationSettings, build_quantization
 from launcher.settings.yaml_schema import check_keys
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, group_linears
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, group_linears
 from parallel.errors import ConfigError
 
 

@@ -19,7 +19,8 @@ from model.decoder.loading import check_checkpoint
 from model.export.mindspore import write_mindspore
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.weights import MINDFORMERS_NAMES, plan_weights
 from parallel.errors import InputError
 from parallel.file_slices import FileReader
@@ -104,6 +105,11 @@ def make_words(folder: Path, settings: dict[str, Any], packed_dim: int) -> Path:
 
 def make_gptq(folder: Path) -> Path:
     return make_words(folder, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}, 0)
+
+
+def make_auto_round(folder: Path) -> Path:
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": GROUP, "sym": True}
+    return make_words(folder, settings | {"extra_config": {"lm_head": {"bits": 16}}}, 0)
 
 
 def make_awq(folder: Path) -> Path:
@@ -274,6 +280,7 @@ FORMATS = {
     "compressed-tensors": Format(make_compressed),
     "gptq": Format(make_gptq),
     "awq": Format(make_awq),
+    "auto-round": Format(make_auto_round),
     "fp8": Format(make_float8, "fp8/*.safetensors", "fp8/*.json"),
     "float-quantized": Format(make_float_quantized, "fp8/*.safetensors", "fp8/*.json"),
     "gguf": Format(make_gguf, "*.gguf"),

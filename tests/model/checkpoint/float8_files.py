@@ -36,7 +36,7 @@ def write_float8(source: Path, folder: Path, strategy: str, dialect: str = "comp
     plain, stored = dict(tensors), dict(tensors)
     args: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
     args |= {"group_size": 16} if strategy == "group" else {"block_structure": list(BLOCK)} if strategy == "block" else {}
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in [name for name in tensors if name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))]:
         weight, scale = quantize(tensors[name].float(), strategy)
         plain[name] = dequantize(weight, scale, args=QuantizationArgs(**args)).contiguous()
         stored |= {name: weight, **name_scales(name.removesuffix(".weight"), scale, dialect)}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint.described_folder import DescribedFolder
 from model.checkpoint.formats import find_format, open_checkpoint
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import read_scheme
 from model.spec.weights import compare_tensors, linear_names, linear_shape, plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader

@@ -24,6 +24,7 @@ from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.errors import CheckpointError, ConfigError
 from tests.model.checkpoint.float8_files import BLOCK, FLOAT8, write_float8
+from tests.model.families import write_model
 
 PROMPT = [3, 17, 41, 5, 88]
 FORMS = {
@@ -144,7 +145,7 @@ def test_rank_files_and_converted_folders_hold_the_same_weights(
 def test_weights_that_are_not_numbers_stay_so(build_model: Callable[..., LlamaForCausalLM]) -> None:
     from model.backends.registry import find_backend
     from model.layers.linear import RowBlock
-    from model.spec.scheme import LinearScheme
+    from model.spec.linear_scheme import LinearScheme
 
     every = torch.arange(256, dtype=torch.uint8).view(FLOAT8).repeat(16, 1)
     for weight in (every, every[:, :127].contiguous()):
@@ -239,3 +240,37 @@ def test_the_written_scheme_is_the_read_one(folders: Folders) -> None:
         assert read_scheme(declare_scheme({}, scheme)) == scheme
     assert scheme.name == "a16w8-fp8"
     assert read_scheme(open_checkpoint(folders("fp8-block")[0]).config).name == f"a16w8-fp8-b{BLOCK[0]}"
+
+
+def gather_hidden(model: LlamaForCausalLM) -> torch.Tensor:
+    return model.forward([Span(model.build_cache(16), PROMPT[:4])])
+
+
+@pytest.mark.parametrize("form", ["tensor", "fbgemm"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen2", "qwen3_moe"])
+def test_every_kind_of_layer_equals_its_dequantized_form(
+    tmp_path: Path, one_thread: None, run_ranks: Callable[..., list[Any]], family: str, form: str
+) -> None:
+    path, plain = write_float8(write_model(tmp_path / "source", family), tmp_path / "target", *FORMS[form])
+    (expected,) = run_ranks(plain, 1, gather_hidden)
+    for world_size in (1, 2):
+        for found in run_ranks(path, world_size, gather_hidden):
+            assert torch.equal(found, expected)
+
+
+def test_blocks_that_fused_linears_share_are_refused(tmp_path: Path) -> None:
+    path, _ = write_float8(write_model(tmp_path / "source", "phi3"), tmp_path / "target", *FORMS["fp8-block"])
+    with pytest.raises(CheckpointError, match=r"weight_scale.* packs rows of self_attn\.q_proj and others together"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1.0])
+def test_zero_points_of_fp8_weights_have_to_be_0(tmp_path: Path, folders: Folders, zero: float) -> None:
+    from model.checkpoint.stored_facts import find_contradictions
+
+    path = change(folders, tmp_path, "channel", lambda c, t: t.update({f"{UP}.weight_zero_point": torch.full((208, 1), zero).to(FLOAT8)}))
+    source = open_checkpoint(path)
+    config, scheme = build_config(source.config), read_scheme(source.config)
+    check_checkpoint(source, config, scheme)
+    problems = list(find_contradictions(source, config, scheme))
+    assert len(problems) == bool(zero) and all("declares symmetric values, but 208 of 208 zero points" in one for one in problems)

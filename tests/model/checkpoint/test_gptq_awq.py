@@ -431,3 +431,27 @@ def test_awq_inputs_that_do_not_fill_words_are_padded(tmp_path: Path, monkeypatc
     write(tmp_path, tensors, settings)
     found = unpack_integers(read(AwqFolder(tmp_path), "x.weight_packed"), 4, 64)
     assert torch.equal(found[:, :61], (q.T - 8).to(torch.int8)) and not found[:, 61:].any()
+
+
+def test_shards_may_have_the_names_that_autogptq_gave_them(tmp_path: Path) -> None:
+    tensors, settings, truth = gptq(4, 32, sym=True)
+    names = list(tensors)
+    for number in (1, 2, 3):
+        part = {name: tensors[name] for name in names[number - 1 :: 3]}
+        write(tmp_path, part, settings, file=f"gptq_model-4bit-32g-0000{number}-of-00003.safetensors")
+    weight_map = {name: f"gptq_model-4bit-32g-0000{1 + place % 3}-of-00003.safetensors" for place, name in enumerate(names)}
+    (tmp_path / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    folder = GptqFolder(tmp_path)
+    assert len(folder.files) == 3
+    assert torch.equal(dequantize(folder, read_scheme(folder.config), GATE), truth[GATE])
+    (tmp_path / "gptq_model-4bit-32g-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"gptq_model-4bit-32g-00002-of-00003\.safetensors is missing: copy it"):
+        GptqFolder(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_linear_of_two_or_three_bits_is_refused(tmp_path: Path, bits: int) -> None:
+    tensors, settings, _ = gptq(4, 32, sym=True)
+    write(tmp_path, tensors, settings | {"dynamic": {"+:.*down_proj": {"bits": bits}}})
+    with pytest.raises(ConfigError, match=rf"weights of {bits} bits are not supported; there are 4 and 8"):
+        GptqFolder(tmp_path)

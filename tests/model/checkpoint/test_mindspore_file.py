@@ -17,7 +17,8 @@ from model.checkpoint.source import Checksum
 from model.decoder.llama import LlamaForCausalLM
 from model.layers.batch import Span
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, read_scheme
 from model.spec.weights import compare_tensors, plan_weights
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader

@@ -15,7 +15,8 @@ from model.checkpoint.mindspore_container import MindSporeContainer
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, read_scheme
 from model.spec.weights import plan_weights
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader

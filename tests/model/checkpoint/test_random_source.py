@@ -12,7 +12,8 @@ from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.random_source import RandomSource
 from model.decoder.loading import check_checkpoint
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
 

@@ -18,8 +18,9 @@ from model.checkpoint.source import CheckpointSource
 from model.export.conversion import convert_checkpoint
 from model.export.rank_files import write_rank_files
 from model.spec.config import LlamaConfig, build_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import pack_integers, unpack_integers
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.weights import WeightSpec, find_not_converted, linear_names, linear_shape, plan_weights
 from parallel.file_slices import FileReader
 from parallel.layout import Whole

@@ -20,7 +20,8 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import check_checkpoint
 from model.layers.batch import Span
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.weights import plan_weights
 from model.text.tokenizer import read_tokenizer
 from parallel.errors import CheckpointError

@@ -13,6 +13,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
 from model.layers.batch import Span
 from model.planning import Workload, plan_ranks
+from model.spec import families
 from model.spec.config import build_config
 from model.spec.families import list_architectures
 from model.spec.scheme import Scheme, read_scheme
@@ -50,6 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def test_every_family_has_a_model_here() -> None:
     assert {kind for kind, _ in MODELS.values()} | {"llama"} == set(list_architectures())
+
+
+def test_a_family_is_a_short_file_of_its_own() -> None:
+    for family in list_architectures().values():
+        file = Path(families.__file__).with_name(f"{family.model_type}.py")
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 100, file
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,7 +18,7 @@ from model.engine.request import Request
 from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingParams, SamplingState, sample
 from model.layers.linear import RowBlock
 from model.layers.quantized_linear import StoredLinear, build_linear
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.collectives import Collectives
 from parallel.errors import NonFiniteError
 from tandem import AutoModel

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.engine.sampling import Choice, SamplingParams, SamplingState, sample
+from model.engine.sampling import NO_TOKEN, Choice, SamplingParams, SamplingState, sample
 from parallel.collectives import Collectives, IdentityCollectives
 from parallel.errors import RequestError
 
@@ -162,8 +162,9 @@ def test_log_probabilities_are_those_of_the_raw_logits(
     options = {"do_sample": do_sample, "logprobs": True, "temperature": 0.7, "top_k": 4, "repetition_penalty": 1.5}
     found = sample_split(logits, lambda: [start_state(seed, penalized=(5, 6), **options) for seed in range(6)], sizes)
     expected = torch.log_softmax(logits.double(), dim=1)
-    for row, (token, logprob, _) in enumerate(found):
+    for row, (token, logprob, _, rank) in enumerate(found):
         assert logprob == pytest.approx(float(expected[row, token]), rel=1e-6, abs=1e-6)
+        assert rank == 1 + int((expected[row] > expected[row, token]).sum())
     alone = sample(logits, [start_state(seed, penalized=(5, 6), **options) for seed in range(6)], [VOCAB], IdentityCollectives())
     assert found == alone, "the same bits for any split"
 
@@ -228,3 +229,53 @@ def test_a_chosen_token_is_penalized_from_then_on() -> None:
 def test_an_option_that_cannot_be_used_is_refused_with_its_value(option: str, value: float, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         SamplingParams(**{"max_new_tokens": 5, option: value})
+
+
+def restrict(logits: list[float], new: tuple[int, ...] = (), allowed: dict[int, Any] | None = None, **options: Any) -> Any:
+    """The choice of a greedy sequence with some new tokens."""
+    state = SamplingState(SamplingParams(max_new_tokens=9, **options), set(), np.random.RandomState(0), end_ids=frozenset({3}))
+    for token in new:
+        state.take(token)
+    (choice,) = sample(torch.tensor([logits]), [state], [len(logits)], IdentityCollectives(), allowed)
+    return choice if choice is None else choice.token_id
+
+
+def test_restrictions_leave_the_best_of_the_other_tokens() -> None:
+    logits = [1.0, 2.0, 3.0, 4.0]
+    assert restrict(logits) == 3
+    assert restrict(logits, allowed_token_ids=(0, 1)) == 1
+    assert restrict(logits, (0,), min_tokens=2) == 2 and restrict(logits, (0, 0), min_tokens=2) == 3
+    assert restrict(logits, bad_words=((3,),)) == 2
+    assert restrict(logits, (1,), bad_words=((1, 3), (0, 2))) == 2 and restrict(logits, (0, 2), bad_words=((1, 3), (0, 2))) == 3
+    mask = np.array([True, True, False, False])
+    assert restrict(logits, allowed={0: mask}, grammar="g") == 1
+    assert restrict(logits, allowed={0: mask}, grammar="g", logprobs=True) == 1
+    assert restrict(logits, allowed={0: mask}, grammar="g", min_tokens=5, bad_words=((1,),)) == 0, "a grammar decides the end"
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_restrictions_that_exclude_every_token_are_told_from_logits_that_are_not_finite(logprobs: bool) -> None:
+    options: dict[str, Any] = {"allowed_token_ids": (0,), "bad_words": ((0,),), "logprobs": logprobs}
+    assert restrict([1.0, 2.0], **options) == NO_TOKEN.token_id
+    for value in (float("nan"), float("inf")):
+        assert restrict([1.0, value], **options) is None
+        assert restrict([1.0, value], allowed={0: np.array([True, False])}, grammar="g", logprobs=logprobs) is None
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 0, "top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.5}], ids=str)
+def test_min_p_leaves_tokens_that_are_likely_enough(options: dict[str, Any]) -> None:
+    logits = make_logits(1, 7) * 0.7
+    probabilities = logits[0].double().softmax(0)
+    likely = set(torch.nonzero(probabilities >= 0.2 * probabilities.max()).flatten().tolist())
+    found = set()
+    for seed in range(300):
+        state = start_state(seed, do_sample=True, min_p=0.2, **options)
+        found.add(sample(logits, [state], [VOCAB], IdentityCollectives())[0].token_id)
+    assert found <= likely
+    assert len(likely) > 1 and (found == likely or "top_p" in options)
+
+
+@pytest.mark.parametrize("fields", [{"min_p": 1.1}, {"min_p": -0.1}, {"min_tokens": 10}, {"min_tokens": -1}])
+def test_restrictions_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="has to be"):
+        SamplingParams(max_new_tokens=9, **fields)

@@ -24,8 +24,9 @@ from model.export.conversion import convert_checkpoint
 from model.layers.batch import Span
 from model.quantization.rounding import quantize_rows
 from model.spec.config import build_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import pack_integers, unpack_integers
-from model.spec.scheme import LinearScheme, Scheme, read_scheme
+from model.spec.scheme import Scheme, read_scheme
 from parallel.errors import CheckpointError, ConfigError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -23,8 +23,10 @@ from model.export import mindspore as mindspore_writing
 from model.export.conversion import convert_checkpoint
 from model.export.mindspore import write_mindspore
 from model.spec.config import build_config
+from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import KV_CACHE_KEY, LinearScheme, Scheme, declare_scheme, read_scheme
+from model.spec.quantization_sections import KV_CACHE_KEY
+from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 

@@ -16,7 +16,7 @@ from model.backends.registry import find_backend
 from model.kernels.library import PackedInt4, find_kernels, kernels_disabled
 from model.layers.linear import ColumnParallelLinear, RowBlock
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear, build_linear
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 
 CPU = torch.device("cpu")
 SCHEMES = {

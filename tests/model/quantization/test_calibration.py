@@ -29,7 +29,7 @@ from model.quantization.recipe import Recipe
 from model.quantization.rounding import quantize_rows
 from model.quantization.work_folder import WorkFolder, describe_samples
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from parallel.collectives import Collectives, IdentityCollectives
 from parallel.errors import ConfigError
 

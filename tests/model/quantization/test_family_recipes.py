@@ -17,7 +17,7 @@ from model.quantization.calibration import quantize_layers
 from model.quantization.recipe import Recipe
 from model.quantization.work_folder import WorkFolder
 from model.spec.config import build_config
-from model.spec.scheme import LinearScheme
+from model.spec.linear_scheme import LinearScheme
 from tests.model.families import MODELS, write_model
 
 SAMPLES = [[(17 * sample + 13 * i + i * i) % 79 for i in range(40)] for sample in range(6)]
@@ -30,7 +30,7 @@ RECIPES: dict[str, tuple[Recipe, float]] = {
     "gptq": (Recipe(approach="gptq-a16w4", linear=INT4, method="gptq"), 0.6),
     "awq": (Recipe(approach="awq-a16w4", linear=replace(INT4, symmetric=False), method="awq"), 0.6),
 }
-NAMES = ("mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
+NAMES = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
 PROMPT = SAMPLES[0][:30]
 
 

@@ -10,8 +10,18 @@ from transformers import LlamaConfig as TransformersConfig
 from model.spec.config import build_config
 from model.spec.config_keys import CONFIG_KEYS
 from model.spec.key_table import KeyTable
-from model.spec.quantization_keys import ARGUMENT_KEYS, AWQ_KEYS, COMPRESSED_KEYS, FLOAT8_KEYS, GPTQ_KEYS, GROUP_KEYS, MODELOPT_KEYS
-from model.spec.scheme import LinearScheme, Scheme, describe_scheme_keys, read_scheme, write_scheme
+from model.spec.linear_scheme import LinearScheme
+from model.spec.quantization_keys import (
+    ARGUMENT_KEYS,
+    AUTO_ROUND_KEYS,
+    AWQ_KEYS,
+    COMPRESSED_KEYS,
+    FLOAT8_KEYS,
+    GPTQ_KEYS,
+    GROUP_KEYS,
+    MODELOPT_KEYS,
+)
+from model.spec.scheme import Scheme, describe_scheme_keys, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SIZES: dict[str, Any] = {
@@ -23,7 +33,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "vocab_size": 8,
 }
-TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS, FLOAT8_KEYS, MODELOPT_KEYS)
+TABLES = (CONFIG_KEYS, COMPRESSED_KEYS, GROUP_KEYS, ARGUMENT_KEYS, GPTQ_KEYS, AWQ_KEYS, AUTO_ROUND_KEYS, FLOAT8_KEYS, MODELOPT_KEYS)
 VALUES = st.one_of(st.booleans(), st.integers(-3, 3), st.floats(0, 2), st.text(max_size=5), st.lists(st.integers(), max_size=2), st.none())
 
 

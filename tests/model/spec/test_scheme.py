@@ -11,8 +11,9 @@ from compressed_tensors.utils.match import match_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.spec.linear_scheme import LinearGroup, LinearScheme
 from model.spec.packing import pack_integers, unpack_integers
-from model.spec.scheme import LinearGroup, LinearScheme, Scheme, read_scheme, write_scheme
+from model.spec.scheme import Scheme, read_scheme, write_scheme
 from parallel.errors import ConfigError
 
 SCHEMES = [
@@ -86,7 +87,8 @@ def test_groups_are_matched_as_compressed_tensors_matches_them(groups: list[Line
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported"),
+        ({"quant_method": "gptq"}, "only the tensors tell what quant_method 'gptq' quantizes: give the checkpoint"),
         ({"config_groups": {}}, "neither config_groups nor kv_cache_scheme"),
         ({"config_groups": {"a": {}, "b": {}}}, "targets None are not supported"),
         ({"format": "marlin-24"}, "format 'marlin-24' is not supported; there are pack-quantized, int-quantized"),
