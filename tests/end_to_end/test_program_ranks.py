@@ -142,10 +142,12 @@ def test_tandem_run_passes_arguments_output_and_success(tandem: "Tandem", checkp
 
 MODULE = """
 import sys
+import time
 import tandem
 
 group = tandem.init()
 print(sys.argv[1:], group)
+time.sleep(group.rank)  # a rank that fails ends the others at once: rank 0 has printed by then
 if "wrong" in sys.argv:
     raise KeyError("missing") if group.rank else SystemExit(0)
 if "model" in sys.argv:
