@@ -10,17 +10,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import AllgatherOptions
-from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.peer_lines import PeerLines
 from parallel.store_waiting import StoreBarrier, StoreBeats
+from parallel.torch_internals import Store, gather_bytes, open_gloo_group
 
 _LOOK = timedelta(seconds=0.5)
-_NEVER = timedelta(days=1000)
-"""Disables gloo's own timeouts, which include time during which this process was frozen."""
 
 
 class Collectives(Protocol):
@@ -90,18 +87,13 @@ class DistributedCollectives:
         me = self._ranks[rank]
         self._beats = StoreBeats(store, me)
         timeout, self._timeout_seconds = timedelta(seconds=timeout_seconds), timeout_seconds
-        self._options = AllgatherOptions()
-        self._options.timeout = _NEVER
         self._group: Any = None
         # Wait until all ranks are present before connecting: only the store's wait can name a late rank.
         self._lines = PeerLines(store, me, self._ranks, address, timeout_seconds)
         self._barrier = StoreBarrier(store, me, self._ranks, timeout_seconds, self._lines.find_gone)
         try:
             if backend == "gloo":
-                options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-                options._timeout = timeout
-                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-                self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+                self._group = open_gloo_group(store, rank, world_size, timeout, address)
             else:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         except RuntimeError as error:
@@ -119,7 +111,7 @@ class DistributedCollectives:
         sent, received = mine.view(torch.uint8), [part.view(torch.uint8) for part in parts]
         try:
             if self._group is not None:
-                self._wait(self._group.allgather([received], [sent], self._options))
+                self._wait(gather_bytes(self._group, received, sent))
             else:
                 dist.all_gather(received, sent)
         except RuntimeError as error:
@@ -149,8 +141,9 @@ class DistributedCollectives:
                 work.wait(_LOOK)
                 return
             except RuntimeError as error:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # perhaps only just: then this returns, or raises what really happened
+                    work.wait(_LOOK)
+                    return
                 if clock.read() > self._timeout_seconds:
                     # Destroying a gloo group waits for its pending work, which may never finish here: leak a reference so that it is never
                     # destroyed.

@@ -6,12 +6,12 @@ Each part crosses between two hosts only once, however many ranks they run.
 from collections.abc import Sequence
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.collectives import DistributedCollectives, IdentityCollectives
 from parallel.peer_lines import PeerLines
 from parallel.shared_memory import SharedMemoryCollectives
 from parallel.store_waiting import StoreBarrier, StoreBeats
+from parallel.torch_internals import PrefixStore, Store
 
 
 def number_nodes(hosts: Sequence[str]) -> list[int]:

@@ -8,11 +8,10 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from torch.distributed.distributed_c10d import Store
-
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.store_waiting import store_errors, wait_for_ranks
+from parallel.torch_internals import Store
 
 _LOOK_SECONDS = 0.2
 _RANK = struct.Struct("!q")

@@ -7,24 +7,18 @@ time spent in them. It stays readable after a rank was killed or stopped.
 import ctypes
 import mmap
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-
-from parallel.collectives import Collectives
-from parallel.shared_memory import SharedSlots, SharesSlots
 
 OPERATIONS = ("starting", "loading", "computing", "gather_columns", "barrier", "done")
 """The operations of a rank, indexed by the code on its line."""
-_CODES = {name: code for code, name in enumerate(OPERATIONS)}
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+"""The code of each operation."""
 WAITING = ("gather_columns", "barrier")
 """The operations in which a rank waits for others."""
 
 _WORDS = 8  # one 64-byte cache line per rank
-_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED = range(5)
+_BEATS, _OPERATION, _ENTERED, _STOP, _GATHERED, _ATTEMPT, _KEEPS, _REJOINS = range(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +31,10 @@ class Standing:
     """An entry of OPERATIONS."""
     entered: int
     """Number of collectives entered: of ranks that wait for each other, the one with the lowest count blocks the rest."""
+    keeps_weights: bool
+    """Whether the rank can take part in another attempt with the weights that it has loaded."""
+    is_rejoining: bool
+    """Whether it has lost a peer, in its last operation, and waits for that attempt."""
 
 
 class ProgressBoard:
@@ -60,7 +58,7 @@ class ProgressBoard:
     def read(self, index: int) -> Standing:
         """Read the current contents of a rank's line."""
         words = self.line(index)
-        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED])
+        return Standing(words[_BEATS], OPERATIONS[words[_OPERATION]], words[_ENTERED], bool(words[_KEEPS]), bool(words[_REJOINS]))
 
     def reset(self) -> None:
         """Reset all lines, for the processes of the next attempt."""
@@ -70,6 +68,10 @@ class ProgressBoard:
     def ask_to_stop(self, index: int) -> None:
         """Ask a rank to stop after its current step."""
         self.line(index)[_STOP] = 1
+
+    def admit(self, index: int, attempt: int) -> None:
+        """Let a rank that is rejoining take part in this attempt."""
+        self.line(index)[_ATTEMPT] = attempt
 
 
 class Progress:
@@ -84,7 +86,7 @@ class Progress:
 
     def set_operation(self, operation: str) -> None:
         """Set the current operation, an entry of OPERATIONS."""
-        self._line[_OPERATION] = _CODES[operation]
+        self._line[_OPERATION] = CODES[operation]
         self._line[_BEATS] += 1
 
     def add_gather(self, nanoseconds: int) -> None:
@@ -121,43 +123,15 @@ class Progress:
         """Set `asked_to_stop`."""
         self._line[_STOP] = 1
 
+    def note_kept_weights(self) -> None:
+        """Record that this rank can take part in another attempt with the weights that it has loaded."""
+        self._line[_KEEPS] = 1
 
-class WatchedCollectives:
-    """Wraps any collectives and updates this rank's line. When a collective fails, the line keeps its name."""
+    def note_rejoining(self) -> None:
+        """Record that this rank has lost a peer and waits for another attempt."""
+        self._line[_REJOINS] = 1
 
-    def __init__(self, inner: Collectives, progress: Progress) -> None:
-        self._inner, self._progress = inner, progress
-        self.name, self.rank, self.world_size = inner.name, inner.rank, inner.world_size
-
-    def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]."""
-        self._progress.enter("gather_columns")
-        started = time.monotonic_ns()
-        whole = self._inner.gather_columns(local, sizes)
-        self._progress.add_gather(time.monotonic_ns() - started)
-        self._progress.set_operation("computing")
-        return whole
-
-    def share_slots(self) -> SharedSlots | None:
-        """Return the slots of the wrapped collectives, with the addresses of this rank's line."""
-        slots = self._inner.share_slots() if isinstance(self._inner, SharesSlots) else None
-        return (
-            None
-            if slots is None
-            else replace(slots, line=self._progress.addresses, gathering=_CODES["gather_columns"], computing=_CODES["computing"])
-        )
-
-    def barrier(self) -> None:
-        """Block until every rank has reached the barrier."""
-        self._progress.enter("barrier")
-        self._inner.barrier()
-        self._progress.set_operation("computing")
-
-    def beat(self) -> None:
-        """Record progress and signal the peers."""
-        self._progress.beat()
-        self._inner.beat()
-
-    def close(self) -> None:
-        """Release the resources of the wrapped collectives."""
-        self._inner.close()
+    @property
+    def admitted_attempt(self) -> int:
+        """The last attempt that a rejoining rank was let into."""
+        return self._line[_ATTEMPT]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
 from parallel.store_waiting import wait_for_ranks
+from parallel.torch_internals import Store
 
 _SLOT_BYTES = 1 << 20
 _FLAG_WORDS = 8  # one 64-byte cache line per rank, to avoid false sharing
@@ -78,7 +78,7 @@ class SharedMemoryCollectives:
         self._sequence = 0
         flag_bytes = world_size * _FLAG_WORDS * 8
         size = flag_bytes + 2 * world_size * _SLOT_BYTES
-        memory = _map_shared(store, rank, self._ranks, size, timeout_seconds)
+        memory, descriptor = _map_shared(store, rank, self._ranks, size, timeout_seconds)
         self._flags = memoryview(memory)[:flag_bytes].cast("q")
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=flag_bytes).view(2, world_size, _SLOT_BYTES)
         self._slots = [[slots[buffer, peer] for peer in range(world_size)] for buffer in range(2)]
@@ -90,7 +90,10 @@ class SharedMemoryCollectives:
         self._clock = ObservedTime()
         self._heard: tuple[int, dict[int, tuple[int, float]]] = (0, {})
         self._watch = _PeerWatch(store, self._peers, self._ranks)
-        self.barrier()
+        try:
+            self.barrier()
+        finally:
+            os.close(descriptor)  # by now the others have opened rank 0's
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)]; many rows take several rounds."""
@@ -228,8 +231,11 @@ class _PeerWatch:
         self._descriptors = {}
 
 
-def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeout_seconds: float) -> mmap.mmap:
-    """Map `size` bytes of anonymous memory, created by rank 0 and opened by the others through /proc. Blocks until all are present."""
+def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeout_seconds: float) -> tuple[mmap.mmap, int]:
+    """Map `size` bytes of anonymous memory, created by rank 0 and opened by the others through /proc. Blocks until all are present.
+
+    Returns the memory and its descriptor, which rank 0 has to keep open until the others have opened it.
+    """
     if rank == 0:
         descriptor = os.memfd_create("tandem")
         os.ftruncate(descriptor, size)
@@ -237,13 +243,10 @@ def _map_shared(store: Store, rank: int, ranks: Sequence[int], size: int, timeou
     store.set(f"pid/{ranks[rank]}", str(os.getpid()))
     wait_for_ranks(store, "pid", ranks, timeout_seconds, "rendezvous")
     if rank == 0:
-        return mmap.mmap(descriptor, size)  # keep the descriptor open: the others open it through /proc
+        return mmap.mmap(descriptor, size), descriptor
     try:
         descriptor = os.open(store.get("shm").decode(), os.O_RDWR)
     except FileNotFoundError:
         first = ranks[0]
         raise PeerError(f"rank {first} died before it met the others", "rendezvous", peer=first, died=True) from None
-    try:
-        return mmap.mmap(descriptor, size)
-    finally:
-        os.close(descriptor)
+    return mmap.mmap(descriptor, size), descriptor

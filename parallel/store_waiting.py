@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import Store
 
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
+from parallel.torch_internals import Store
 
 _POLL_SECONDS = 0.01
 _LOOK_SECONDS = 0.1

@@ -1,6 +1,7 @@
 """The rules that hold the three packages apart, read from the syntax trees: nothing is imported, so half-built modules are checked too."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ LAUNCHER_IMPORTS = {
 """Sub-packages of launcher and those that each may import (docs/architecture.md)."""
 ENVIRONMENT_READER = "launcher/environment"
 ENVIRONMENT_NAMES = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
+TORCH_INTERNALS = "parallel/torch_internals.py"
+"""The only module that may use private names of PyTorch, or those that move between its releases."""
 PROCESS_MODULES = ("subprocess", "multiprocessing", "torch.multiprocessing", "pty")
 PROCESS_NAMES = {"os.system", "os.popen", "os.fork", "os.forkpty", "concurrent.futures.ProcessPoolExecutor"}
 PROCESS_PREFIXES = ("os.exec", "os.spawn", "os.posix_spawn")
@@ -61,6 +64,8 @@ def _module_violations(relative: Path, tree: ast.Module) -> Iterator[tuple[int, 
             yield line, reason
         if name in ENVIRONMENT_NAMES and relative.parent.as_posix() != ENVIRONMENT_READER:
             yield line, f"{name} is used outside {ENVIRONMENT_READER}"
+        if relative.as_posix() != TORCH_INTERNALS and _is_internal_to_torch(name):
+            yield line, f"{name} is used outside {TORCH_INTERNALS}"
         if package != "launcher" and _starts_processes(name):
             yield line, f"{package} uses {name}, which starts processes"
 
@@ -83,6 +88,11 @@ def _floor_violation(own: tuple[str, ...], imported: list[str]) -> str | None:
         if other in allowed
         else f"{package}/{mine} imports {'.'.join(imported)}, but may import {', '.join(allowed) or 'nothing'} only"
     )
+
+
+def _is_internal_to_torch(name: str) -> bool:
+    top, *rest = name.split(".")
+    return top == "torch" and any(re.match("_(?!_)|distributed_c10d$|elastic$", part) for part in rest)
 
 
 def _starts_processes(name: str) -> bool:
@@ -173,6 +183,13 @@ def test_a_tree_that_keeps_the_rules_is_accepted(tmp_path: Path) -> None:
         ("parallel/a.py", "import torch.multiprocessing as mp", "2: parallel uses torch.multiprocessing, which starts processes"),
         ("parallel/a.py", "import os\nos.fork()", "3: parallel uses os.fork, which starts processes"),
         ("parallel/a.py", "import os\nos.execvp('a', ['a'])", "3: parallel uses os.execvp, which starts processes"),
+        (
+            "launcher/worker/a.py",
+            "import torch.distributed as d\nd._x()",
+            "3: torch.distributed._x is used outside parallel/torch_internals",
+        ),
+        ("model/a.py", "from torch._C import x", "2: torch._C.x is used outside parallel"),
+        ("launcher/a.py", "from torch.distributed.elastic import agent", "2: torch.distributed.elastic.agent is used outside parallel"),
         ("model/checkpoint/a.py", "from model.decoder.llama import X", "2: model/checkpoint imports model.decoder.llama.X, but may import"),
         ("model/new/a.py", "import model.spec.config", "2: model/new is in no list of floors"),
         ("launcher/host/a.py", "if TYPE_CHECKING:\n    from launcher.job import job", "3: launcher/host imports launcher.job.job, but may"),

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from launcher.cli.dialects import translate
-from launcher.commands.preparation import prepare
+from launcher.commands.early_start import prepare
 from launcher.commands.refusal import refusal
 from launcher.host.interruption import interruption
 from launcher.host.program_version import read_version

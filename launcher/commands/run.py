@@ -3,8 +3,10 @@
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.commands.early_start import take_starter
 from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
@@ -29,12 +31,12 @@ def run(options: ProgramOptions) -> None:
     job = _build_job(task, decide_world_size(options.workers, read_environment(), None))
     console = ProgramConsole()
 
-    def tell(number: int, cause: str, at_seconds: float) -> None:
+    def tell(number: int, cause: str, at_seconds: float, restarted: Sequence[int]) -> None:
         print(f"{cause}; restart {number} of {options.max_restarts}: all ranks run the program again", file=sys.stderr)
 
     with open_log_folder(options.log_dir, is_first=True, can_move=True) as log_dir, as_run_failure():
         try:
-            spawn_ranks(job, Nodes(local_workers=job.world_size), log_dir, options.max_restarts, console, tell)
+            spawn_ranks(job, Nodes(local_workers=job.world_size), log_dir, options.max_restarts, console, tell, take_starter())
         except RanksFailedError as error:
             try:
                 error.verdict.write(log_dir)

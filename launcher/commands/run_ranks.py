@@ -5,12 +5,14 @@ All input errors are raised here, before any process starts. Depends on no parti
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
+from launcher.commands.early_start import take_starter
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
@@ -28,6 +30,7 @@ from launcher.settings.options import MAX_SECONDS, CheckpointOptions, Collective
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
+from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
@@ -75,6 +78,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    starter: RankStarter | None = None
+    """The process that starts the ranks, if tandem does; it imports PyTorch while this one reads and checks the input."""
 
     @property
     def num_local_ranks(self) -> int:
@@ -135,13 +140,23 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     environment = read_run_environment(options)
     if environment.is_scheduler:
         sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
+    starter = None if environment.is_rank else take_starter(preload=options.preload)
+    try:
+        return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
+    except BaseException:
+        if starter is not None:
+            starter.close()
+        raise
+
+
+def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Callable[[Settings], OpenedModel]) -> Run:
     settings = _override(open_settings(options.config, options.checkpoint), options)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     check_log_folder(_find_log_dir(options, settings))
     world_size = decide_world_size(options.workers, environment, settings.model_parallel)
     nodes = Nodes() if environment.is_rank else plan_run_nodes(options, world_size)
-    opened = opener(settings) if opener else open_model(options, settings, quantized=quantized)
+    opened = opener(settings)
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
@@ -293,20 +308,29 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
-    def tell(number: int, cause: str, at_seconds: float) -> None:
+    def tell(number: int, cause: str, at_seconds: float, reloading: Sequence[int]) -> None:
         observer.note_failure(cause, at_seconds)
         if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
             check_unchanged(job.fingerprint, lambda: _read_again(job))
-        print(f"{cause}; restart {number} of {max_restarts}: all ranks reload and {observer.redone}", file=sys.stderr)
+        print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
-        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell)
+        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell, run.starter)
     except RanksFailedError as error:
         try:
             error.verdict.write(log_dir)
         except OSError as fault:  # a full disk must not hide the original failure
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _say_reloading(ranks: Sequence[int], nodes: Nodes) -> str:
+    """Return the beginning of what happens after a restart; the ranks that do not reload have kept their weights."""
+    if len(ranks) == nodes.local_workers:
+        return "all ranks reload and"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} reloads, then all"
+    return f"ranks {', '.join(map(str, ranks))} reload, then all"
 
 
 def _check_descriptors(world_size: int) -> None:

@@ -18,7 +18,6 @@ CPU_KERNELS = "TANDEM_CPU"
 """The instruction set of the CPU kernels, if --cpu-kernels names none."""
 
 _NONE = "none"
-_AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +100,9 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
     )
 
 
-def keep_signals_from_agent() -> None:
-    """Restrict PyTorch's elastic agent to SIGQUIT: otherwise it would replace our signal handlers, and an ignored SIGHUP, on every start
-    of processes."""
-    os.environ[_AGENT_SIGNALS] = "SIGQUIT"
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process, as if it had been started with them."""
+    os.environ.update(variables)
 
 
 def decide_world_size(workers: int | None, environment: LaunchEnvironment, settings_model_parallel: int | None) -> int:

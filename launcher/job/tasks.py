@@ -29,6 +29,8 @@ class Serve(Struct, frozen=True, kw_only=True, tag=True):
     """Maximum prompt tokens per forward pass."""
     tokenizer: str | None = None
     """Folder or file of the tokenizer, with which rank 0 parses grammars; None refuses structured output."""
+    memory_bytes_per_second: float | None = None
+    """Read bandwidth of memory as measured by an earlier attempt; None to measure it."""
 
 
 class Evaluate(Struct, frozen=True, kw_only=True, tag=True):

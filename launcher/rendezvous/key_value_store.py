@@ -1,25 +1,22 @@
-"""The key-value store for the rendezvous: PyTorch's TCPStore, bound to a single address."""
+"""The key-value stores for the rendezvous: PyTorch's TCPStore, bound to a single address, and its FileStore inside a host."""
 
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from torch._C._distributed_c10d import TCPStore
-
 from launcher.host.loopback import is_loopback
-from parallel.errors import RunError
+from launcher.rendezvous.errors import StoreError
 from parallel.observed_time import ObservedTime
+from parallel.torch_internals import FileStore, Store, TCPStore
 
 _CALL_SECONDS = 30.0
 """Time limit of one request to a reachable store."""
 _RETRY_SECONDS = 0.1
 _NAME_SECONDS = 20.0
-
-
-class StoreError(RunError):
-    """The rendezvous address is unreachable, or another process listens there."""
 
 
 def open_store(address: str, port: int) -> tuple[TCPStore, int]:
@@ -48,6 +45,11 @@ def open_store(address: str, port: int) -> tuple[TCPStore, int]:
     return store, bound_port
 
 
+def open_file_store(path: Path, num_users: int) -> Store:
+    """Open the store of the ranks of one host, a file that the first of its `num_users` creates. It needs no host of its own."""
+    return FileStore(str(path), num_users)
+
+
 def _resolve(address: str, port: int) -> tuple[Any, ...]:
     """Resolve a name to its first address, retrying: names of newly created pods or hosts take seconds to resolve."""
     deadline = time.monotonic() + _NAME_SECONDS
@@ -60,13 +62,20 @@ def _resolve(address: str, port: int) -> tuple[Any, ...]:
             time.sleep(1)
 
 
-def connect_store(address: str, port: int, timeout_seconds: float, *, call_seconds: float = _CALL_SECONDS) -> TCPStore:
+def _nothing() -> None:
+    """Default: no additional check."""
+
+
+def connect_store(
+    address: str, port: int, timeout_seconds: float, *, call_seconds: float = _CALL_SECONDS, check: Callable[[], None] = _nothing
+) -> TCPStore:
     """Connect to the store that another process opens within the timeout; `call_seconds` limits each request to it.
 
-    Raises StoreError.
+    `check` is called while waiting and may raise. Raises StoreError.
     """
     clock, cause = ObservedTime(), "no answer"
     while clock.read() < timeout_seconds:
+        check()
         try:
             # Probe in Python first, where signals can interrupt; the store's own attempts cannot be interrupted.
             socket.create_connection((address, port), timeout=min(2.0, timeout_seconds)).close()

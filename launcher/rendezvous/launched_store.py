@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-
 from launcher.environment.detection import LaunchEnvironment
 from launcher.rendezvous.key_value_store import connect_store, open_store
 from launcher.rendezvous.msrun_scheduler import BEAT_SECONDS, alive_key, bye_key
 from parallel.errors import RunError
+from parallel.torch_internals import PrefixStore, Store
 
 _FAREWELL_SECONDS = 10.0
 _FAILED_FAREWELL_SECONDS = 1.0

@@ -4,11 +4,10 @@ import json
 import sys
 import time
 
-from torch.distributed.distributed_c10d import PrefixStore
-
 from launcher.environment.detection import LaunchEnvironment
 from launcher.rendezvous.key_value_store import open_store
 from parallel.observed_time import ObservedTime
+from parallel.torch_internals import PrefixStore
 
 BEAT_SECONDS = 1.0
 """Heartbeat interval of a rank."""

@@ -1,26 +1,25 @@
-"""Rendezvous of the parents of a run's nodes, once per attempt, for PyTorch's elastic agent.
+"""Rendezvous of the parents of a run's nodes, once per attempt, over the key-value store of the first node.
 
-Unlike the agent's own rendezvous, it orders nodes by --node-rank, listens on a single address, and propagates failures of other nodes. The
-exit of a node's launcher is noticed at once, an unreachable node after --timeout. Attempts are counted across nodes: the one that fails
+The exit of a node's launcher is noticed at once, an unreachable node after --timeout. Attempts are counted across nodes: the one that fails
 starts the next attempt, and the others follow.
 """
 
 import json
-import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed import DistError
 
+from launcher.rendezvous.errors import NodesError, RunOver, StoreError
 from launcher.rendezvous.key_value_store import connect_store, find_own_address, open_store
 from launcher.rendezvous.run_identity import compare_runs
 from parallel.errors import PeerError, RunError
 from parallel.observed_time import ObservedTime
 from parallel.peer_lines import PeerLines
+from parallel.torch_internals import PrefixStore, Store
 
 _BEAT_SECONDS = 0.5
 _CALL_SECONDS = 2.0
@@ -31,25 +30,25 @@ _POLL_SECONDS = 0.05
 _NAMESPACE = "tandem"
 
 
-class NodesError(RunError):
-    """A node did not join, or was lost."""
+class NodeRendezvous:
+    """One node's part in the rendezvous. With `port` 0, node 0 listens on any free one."""
 
-    def __init__(self, message: str, node: int) -> None:
-        super().__init__(message)
-        self.node = node
-        """The node at fault."""
+    def __init__(
+        self,
+        node: int,
+        num_nodes: int,
+        address: str,
+        port: int,
+        timeout_seconds: float,
+        greeting: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`timeout_seconds` limits the wait for a node that does not join or is silent. `check` is called while waiting and may raise.
 
-
-class RunOver(RunError):
-    """Another node has ended the run with a verdict."""
-
-
-class NodeRendezvous(RendezvousHandler):
-    """One node's rendezvous handler. `port` 0 selects any free port, for a single node."""
-
-    def __init__(self, node: int, num_nodes: int, address: str, port: int, timeout_seconds: float, greeting: Mapping[str, Any]) -> None:
-        """`timeout_seconds` limits the wait for a node that does not join or is silent."""
+        Raises StoreError.
+        """
         self.node, self.num_nodes = node, num_nodes
+        self._check = check
         self._timeout_seconds, self._greeting = timeout_seconds, json.dumps(greeting, sort_keys=True)
         self.attempt = -1
         self.first_ranks: list[int] = [0] * num_nodes
@@ -57,7 +56,7 @@ class NodeRendezvous(RendezvousHandler):
         if node == 0:
             raw, port = open_store(address, port)
         else:
-            raw = connect_store(address, port, timeout_seconds)
+            raw = connect_store(address, port, timeout_seconds, check=check)
         self._raw = raw  # the first node's store is the server, and exits with it
         self.address, self.port = address, port
         self.store: Store = PrefixStore(_NAMESPACE, raw)
@@ -66,18 +65,14 @@ class NodeRendezvous(RendezvousHandler):
         if self._pulse is not None:
             self._pulse.start()
 
-    def get_backend(self) -> str:
-        """Return the name that the agent records."""
-        return "tandem"
+    def next_attempt(self) -> int:
+        """Wait for all nodes to join the next attempt and return its number. Raises NodesError if one does not join, DifferentRunError if
+        one belongs to another run, RunOver, and StoreError."""
+        with _answering():
+            self._meet()
+        return self.attempt
 
-    @property
-    def use_agent_store(self) -> bool:
-        """Whether the ranks use this store, too."""
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for all nodes to join the next attempt. Raises NodesError if one does not join, DifferentRunError if one belongs to
-        another run, and RunOver."""
+    def _meet(self) -> None:
         self.attempt = max(self.attempt + 1, self._pulse.furthest if self._pulse else 0)
         prefix, clock = f"attempt_{self.attempt}", ObservedTime()
         self.store.set(f"{prefix}/node_{self.node}", self._greeting)
@@ -97,43 +92,48 @@ class NodeRendezvous(RendezvousHandler):
             self._compare(node, json.loads(self.store.get(f"{prefix}/node_{node}")))
         self._count_ranks(prefix)
         self._connect_parents()
-        store = PrefixStore(prefix, self.store)
-        return RendezvousInfo(store, self.node, self.num_nodes, RendezvousStoreInfo(self.address, self.port))
 
-    def num_nodes_waiting(self) -> int:
-        """Return a positive number if another node has begun a new attempt, which this one must follow. Raises NodesError, RunOver."""
+    def is_behind(self) -> bool:
+        """Return whether another node has begun a new attempt, which this one must follow. Raises NodesError, RunOver."""
         self._check_peers()
-        return int(self._pulse is not None and self._pulse.furthest > self.attempt)
+        return self._pulse is not None and self._pulse.furthest > self.attempt
 
-    def is_closed(self) -> bool:
-        """Return False: a run ends by its verdict, not by a closed rendezvous."""
-        return False
+    def wait_for_end(self, seconds: float) -> bool:
+        """Tell the other nodes that the ranks of this one have ended well, and wait until theirs have, or are lost, for at most `seconds`.
 
-    def set_closed(self) -> None:
-        """Ignored; see `is_closed`."""
+        Returns False if another node has begun a new attempt instead. The first node's store must outlive its users.
+        """
+        with suppress(DistError, RunError):  # the others need this node no longer, or it has ended well all the same
+            prefix, clock = f"attempt_{self.attempt}", ObservedTime()
+            self.store.set(f"{prefix}/ended_{self.node}", "")
+            for node in range(self.num_nodes):
+                while not self.store.check([f"{prefix}/ended_{node}"]) and clock.read() < seconds:
+                    if self.is_behind():
+                        return False
+                    time.sleep(_POLL_SECONDS)
+            if self.node == 0:
+                time.sleep(2 * _POLL_SECONDS)  # the others ask for the last time
+        return True
 
-    def get_run_id(self) -> str:
-        """Return the id shared by the agents."""
-        return _NAMESPACE
-
-    def shutdown(self) -> bool:
+    def shutdown(self) -> None:
         """Stop the heartbeats."""
         if self._pulse is not None:
             self._pulse.end()
         if self._lines is not None:
             self._lines.close()
-        return True
 
     def share(self, key: str, text: str) -> None:
-        """Publish a text for the other nodes."""
-        self.store.set(key, text)
+        """Publish a text for the other nodes. Raises StoreError."""
+        with _answering():
+            self.store.set(key, text)
 
     def wait_for(self, key: str) -> str:
-        """Wait for a text published by another node. Raises NodesError, RunOver."""
-        while not self.store.check([key]):
-            self._check_peers()
-            time.sleep(_POLL_SECONDS)
-        return self.store.get(key).decode()
+        """Wait for a text published by another node. Raises NodesError, RunOver, StoreError."""
+        with _answering():
+            while not self.store.check([key]):
+                self._check_peers()
+                time.sleep(_POLL_SECONDS)
+            return self.store.get(key).decode()
 
     def exchange_verdicts(self, mine: str) -> dict[int, str]:
         """Publish this node's verdict and collect those of the other nodes that are still reachable."""
@@ -168,6 +168,7 @@ class NodeRendezvous(RendezvousHandler):
         }
 
     def _check_peers(self) -> None:
+        self._check()
         pulse = self._pulse
         if pulse is None:
             return
@@ -197,6 +198,15 @@ class NodeRendezvous(RendezvousHandler):
             started = " + ".join(map(str, counts))
             raise NodesError(f"the nodes start {started} ranks, but --workers is {wanted}: set --local-workers", self.node)
         self.first_ranks = [sum(counts[:node]) for node in range(self.num_nodes)]
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Convert the error of a store whose host has ended."""
+    try:
+        yield
+    except DistError as error:
+        raise StoreError(f"the first node no longer answers: {str(error).partition(chr(10))[0]}") from error
 
 
 class _Pulse(threading.Thread):
@@ -254,8 +264,3 @@ class _Pulse(threading.Thread):
             self.furthest = max(self.furthest, int(store.get(f"reached/{other}")))
         if other not in self.verdicts and store.check([f"verdict/{other}"]):
             self.verdicts[other] = store.get(f"verdict/{other}").decode()
-
-
-def host_name() -> str:
-    """Return this host's name."""
-    return socket.gethostname()

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store
-
 from launcher.rendezvous.key_value_store import find_own_address
 from launcher.rendezvous.refused_input import raise_if_refused
 from launcher.rendezvous.run_identity import compare_runs
 from parallel.node_collectives import number_nodes
 from parallel.store_waiting import wait_for_ranks
+from parallel.torch_internals import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

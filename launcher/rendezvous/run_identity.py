@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from launcher.job.job import Job
+from launcher.rendezvous.errors import DifferentRunError
 from model.backends.registry import find_backend
-from parallel.errors import InputError
 
 _PACKAGES = ("tandem", "launcher", "model", "parallel")
 _REMEDIES = {
@@ -24,10 +24,6 @@ _REMEDIES = {
     "kernels": "install tandem the same way on every node, or use nodes with the same CPU features",
 }
 """How to fix a difference; all others are differences of options."""
-
-
-class DifferentRunError(InputError):
-    """Nodes or ranks were started for different runs."""
 
 
 def describe_run(job: Job) -> dict[str, Any]:

@@ -124,7 +124,8 @@ class EngineClient(RunObserver):
     def continue_task(self, task: Task) -> Task:
         """Return every unfinished request with its tokens so far."""
         assert isinstance(task, Serve)
-        return structs.replace(task, requests=self._inflight.list_unfinished())
+        known = self._serving.memory_bytes_per_second if self._serving else None
+        return structs.replace(task, requests=self._inflight.list_unfinished(), memory_bytes_per_second=known)
 
     def note_failure(self, cause: str, at_seconds: float) -> None:
         """Handle a rank failure; all ranks restart."""

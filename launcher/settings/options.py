@@ -145,6 +145,14 @@ class RunOptions(MsrunOptions, CheckpointOptions):
         ),
         also("--cluster_time_out"),
     ] = None
+    preload: Annotated[
+        bool,
+        option(
+            "--preload/--no-preload",
+            help="Fork the ranks from one process that has imported PyTorch, or start each afresh. Default: yes.",
+            panel=PARALLELISM,
+        ),
+    ] = True
     num_nodes: int | None = None
     node_rank: int | None = None
     local_workers: int | None = None

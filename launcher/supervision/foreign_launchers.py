@@ -17,17 +17,16 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from torch.distributed.distributed_c10d import Store
-
 from launcher.environment.detection import LaunchEnvironment
 from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.messages import Command, Event
 from launcher.job.observer import RunObserver
+from launcher.rendezvous.errors import DifferentRunError
 from launcher.rendezvous.launched_store import LaunchedStore
 from launcher.rendezvous.placement import RankPlacement, find_alone, meet
 from launcher.rendezvous.refused_input import RefusedByRankError
-from launcher.rendezvous.run_identity import DifferentRunError, describe_run
+from launcher.rendezvous.run_identity import describe_run
 from launcher.supervision.rank_failure import RankFailure
 from launcher.supervision.rank_watch import STACK_SIGNAL, read_state
 from launcher.supervision.signals import GRACE_SECONDS, StoppedError
@@ -36,6 +35,7 @@ from launcher.worker.rank import StopRequested
 from launcher.worker.run import run_rank
 from parallel.errors import PeerError, RunError
 from parallel.progress import Progress
+from parallel.torch_internals import Store
 
 _SECONDS_FOR_THE_CULPRIT = 2.0
 """A rank that lost a peer gives the peer this long to report the cause first."""

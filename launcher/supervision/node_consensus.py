@@ -5,45 +5,47 @@ Depends on this node's watch and the rendezvous; starts and stops nothing.
 
 import json
 import signal
+import socket
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from typing import TYPE_CHECKING
 
 from launcher.host.control_groups import MemoryGroup, read_memory_group
+from launcher.rendezvous.errors import DifferentRunError, NodesError, RunOver
 from launcher.rendezvous.nodes import Nodes
-from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver, host_name
-from launcher.rendezvous.run_identity import DifferentRunError
-from launcher.supervision.rank_watch import RankWatch
+from launcher.supervision.rank_watch import FirstFailure
 from launcher.supervision.verdict import Verdict, judge_failure
 from model.checkpoint.fingerprint import CheckpointReplacedError
 
+if TYPE_CHECKING:
+    from launcher.rendezvous.nodes_rendezvous import NodeRendezvous
+
 
 class RanksEnded(Exception):
-    """Result of the agent: failed ranks of this node by number, with no restarts left."""
-
-    def __init__(self, failures: Mapping[int, ProcessFailure]) -> None:
-        super().__init__()
-        self.failures = failures
+    """A rank of this node failed, and no restarts are left."""
 
 
 def judge(
-    error: Exception, watch: RankWatch, nodes: Nodes, rendezvous: NodeRendezvous | None, log_dir: Path, before: MemoryGroup
+    error: Exception,
+    failure: FirstFailure | None,
+    nodes: Nodes,
+    rendezvous: "NodeRendezvous | None",
+    attempt: int,
+    log_dir: Path,
+    before: MemoryGroup,
 ) -> tuple[Verdict, bool]:
-    """Return this node's verdict, and whether it only echoes a failure elsewhere. `before` is the control group at the start."""
-    restarts = max(0, rendezvous.attempt) if rendezvous else 0
-    failure = watch.look_again()
+    """Return this node's verdict, and whether it only echoes a failure elsewhere.
+
+    `failure` is the first one of this node's ranks in this attempt, `before` the control group at the start.
+    """
+    restarts, host_name = max(0, attempt), socket.gethostname()
     if failure is not None:
-        assert rendezvous is not None, "a rank has been started"
-        first_rank = rendezvous.first_ranks[nodes.node_rank]
-        if isinstance(error, RanksEnded) and (found := error.failures.get(first_rank + failure.local_rank)) is not None:
-            failure = failure.with_exit_code(found.exitcode)
+        first_rank = rendezvous.first_ranks[nodes.node_rank] if rendezvous else 0
         verdict = judge_failure(
             failure,
             first_rank=first_rank,
-            host=host_name(),
+            host=host_name,
             log_dir=log_dir,
             restarts=restarts,
             before=before,
@@ -55,21 +57,8 @@ def judge(
         return verdict, failure.is_echo
     if isinstance(error, CheckpointReplacedError):  # a rank of another node failed
         return Verdict(
-            first_failed_rank=None, host=host_name(), exception=f"not restarted: {error}", restarts_used=max(0, restarts - 1)
+            first_failed_rank=None, host=host_name, exception=f"not restarted: {error}", restarts_used=max(0, restarts - 1)
         ), False
-    if isinstance(error, RanksEnded):  # the only rank of this node failed, and the agent noticed before the watch
-        rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        code = first.exitcode
-        verdict = Verdict(
-            first_failed_rank=rank,
-            host=host_name(),
-            pid=first.pid,
-            exit_code=code if code >= 0 else None,
-            signal=signal.Signals(-code).name if code < 0 else None,
-            log_file=str(log_dir / f"worker_{rank}.log"),
-            restarts_used=restarts,
-        )
-        return verdict, False
     blamed = error.node if isinstance(error, NodesError) else 0
     # Before the rendezvous, assume that the other nodes start the same number of ranks.
     rank = (rendezvous.first_ranks[blamed] if rendezvous else 0) or blamed * nodes.local_workers
@@ -77,7 +66,7 @@ def judge(
     return verdict, isinstance(error, RunOver)
 
 
-def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Verdict:
+def agree(mine: Verdict, is_echo: bool, rendezvous: "NodeRendezvous | None") -> Verdict:
     """Return the common verdict of all nodes: the first one with a cause, otherwise that a node is gone. Raises DifferentRunError if
     another node has rejected the run."""
     if rendezvous is None or rendezvous.num_nodes == 1:
@@ -106,17 +95,17 @@ def agree(mine: Verdict, is_echo: bool, rendezvous: NodeRendezvous | None) -> Ve
     return mine
 
 
-def announce_stop(rendezvous: NodeRendezvous | None, number: int, nodes: Nodes) -> None:
+def announce_stop(rendezvous: "NodeRendezvous | None", number: int, nodes: Nodes) -> None:
     """Stop the other nodes after a signal has stopped this one."""
     if rendezvous is not None and nodes.num_nodes > 1:
         words = f"node {nodes.node_rank} was stopped by {signal.Signals(number).name}"
-        verdict = Verdict(first_failed_rank=None, host=host_name(), exception=words, restarts_used=max(0, rendezvous.attempt))
+        verdict = Verdict(first_failed_rank=None, host=socket.gethostname(), exception=words, restarts_used=max(0, rendezvous.attempt))
         rendezvous.say_verdict(_write_entry(verdict, False))
 
 
-def refuse(error: DifferentRunError, rendezvous: NodeRendezvous) -> None:
+def refuse(error: DifferentRunError, rendezvous: "NodeRendezvous") -> None:
     """Stop the other nodes, once they can compare: the nodes were started for different runs."""
-    rendezvous.exchange_verdicts(_write_entry(Verdict(first_failed_rank=None, host=host_name()), False, refusal=str(error)))
+    rendezvous.exchange_verdicts(_write_entry(Verdict(first_failed_rank=None, host=socket.gethostname()), False, refusal=str(error)))
 
 
 def _write_entry(verdict: Verdict, is_echo: bool, *, refusal: str | None = None) -> str:

@@ -1,24 +1,24 @@
-"""Watches the ranks of this host: detects the first that fails or blocks the others, and kills the rest at once.
+"""Watches the ranks of this host: detects the first that fails or blocks the others.
 
-Runs as a thread of the parent next to the elastic agent, which starts and restarts processes; this module establishes the order of
-failures. Knows nothing of other hosts.
+Part of the supervisor's loop, which passes it the ends of processes. Starts nothing, and knows nothing of other hosts.
 """
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.supervision.rank_failure import RankFailure, read_failure
+from launcher.supervision.rank_starter import RankEnd, RankHandle
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
 from parallel.progress import WAITING, ProgressBoard
 
-_POLL_SECONDS = 0.05
+_KERNEL_SECONDS = 5.0
+"""How long the kernel may take to end the ranks whose parent has ended."""
 _STACK_SECONDS = 1.0
 """How long a stuck rank may take to write its stack."""
 _START_SECONDS = 60.0
@@ -32,7 +32,8 @@ _STOPPED_STATES = ("T", "t")
 class FirstFailure:
     """How the first of the ranks on this host failed."""
 
-    local_rank: int
+    local_rank: int | None
+    """None if it was the process that starts the ranks."""
     pid: int
     exit_code: int | None
     """None if it was terminated by a signal, or has not exited."""
@@ -48,12 +49,6 @@ class FirstFailure:
     """The current operation of each other rank of this host, by local rank."""
     at_seconds: float
     """time.time() of the failure."""
-
-    def with_exit_code(self, code: int) -> "FirstFailure":
-        """Fill in the exit code that the agent read, negative for a signal, if the agent noticed before the watch."""
-        if self.exit_code is not None or self.signal is not None or self.stuck is not None:
-            return self
-        return replace(self, exit_code=code if code >= 0 else None, signal=signal.Signals(-code).name if code < 0 else None)
 
     def describe(self) -> str:
         """Describe the failure in a few words."""
@@ -71,127 +66,126 @@ class FirstFailure:
         return self.account is not None and self.account.is_echo
 
 
-def error_file(folder: Path, attempt: int, local_rank: int) -> Path:
+def error_file(folder: Path, pid: int) -> Path:
     """Path of a rank's RankFailure."""
-    return folder / f"error_{attempt}_{local_rank}.json"
+    return folder / f"error_{pid}.json"
 
 
-def stack_file(folder: Path, attempt: int, local_rank: int) -> Path:
+def stack_file(folder: Path, pid: int) -> Path:
     """Path of a rank's stack, written on STACK_SIGNAL and on a crash."""
-    return folder / f"stack_{attempt}_{local_rank}.txt"
+    return folder / f"stack_{pid}.txt"
 
 
-class RankWatch(threading.Thread):
-    """Watch thread for all attempts; `follow` sets the processes of each."""
+class RankWatch:
+    """The ranks of this host; `follow` sets the processes of each attempt, by local rank."""
 
     def __init__(self, board: ProgressBoard, folder: Path, timeout_seconds: float) -> None:
-        super().__init__(daemon=True, name="rank watch")
         self._board, self._folder, self._timeout_seconds = board, folder, timeout_seconds
-        self._lock, self._clock = threading.Lock(), ObservedTime()
-        self._closed = threading.Event()
-        self._attempt = 0
-        self._pids: dict[int, int] = {}
-        self._descriptors: dict[int, int] = {}
+        self._clock = ObservedTime()
+        self._ranks: dict[int, RankHandle] = {}
+        self._living: dict[int, RankHandle] = {}
         self._last: dict[int, tuple[int, float]] = {}
-        self._failure: FirstFailure | None = None
+        self._ended_well: dict[int, RankEnd] = {}
         self._is_ending = False
-        self._unread: int | None = None
+        self.failure: FirstFailure | None = None
+        """How the first rank of the current attempt failed, or None."""
 
-    def follow(self, attempt: int, pids: Mapping[int, int]) -> None:
-        """Watch these processes, by local rank, from now on."""
-        with self._lock:
-            self._let_go()
-            self._attempt, self._pids, self._failure, self._is_ending, self._unread = attempt, dict(pids), None, False, None
-            now = self._clock.read()
-            self._last = {rank: (-1, now) for rank in pids}
-            for rank, pid in pids.items():
-                self._descriptors[rank] = os.pidfd_open(pid)  # an exited child is a zombie and can still be opened
+    def follow(self, ranks: Mapping[int, RankHandle]) -> None:
+        """Watch these ranks from now on. Those that are watched already go on."""
+        for rank, handle in self._ranks.items():
+            if ranks.get(rank) != handle:
+                os.close(handle.descriptor)
+        now = self._clock.read()
+        self._ranks, self._living, self._is_ending, self.failure = dict(ranks), dict(ranks), False, None
+        self._last = {rank: (-1, now) for rank in ranks}
+        self._ended_well = {}
 
-    def run(self) -> None:
-        """Watch until `close`."""
-        while not self._closed.is_set():
-            with self._lock:
-                descriptors = dict(self._descriptors)
-            ended = find_ended(descriptors, _POLL_SECONDS)
-            with self._lock:
-                if descriptors == self._descriptors:
-                    self._look(ended)
+    @property
+    def living(self) -> Mapping[int, RankHandle]:
+        """The ranks that have not ended, by local rank."""
+        return self._living
+
+    def look(self, ends: Sequence[RankEnd] = ()) -> FirstFailure | None:
+        """Take the ends of processes since the last look, look for ranks that are stuck, and return the first failure."""
+        failed = []
+        for rank, handle in list(self._living.items()):
+            end = next((end for end in ends if end.pid == handle.pid), None)
+            if end is None:
+                continue
+            del self._living[rank]
+            account = read_failure(error_file(self._folder, handle.pid))
+            if end.exit_code or end.signal or account is not None:
+                failed.append((rank, end, account))
+            else:
+                self._ended_well[rank] = end
+        if self.failure is not None or self._is_ending:
+            return self.failure
+        if not failed and self._ended_well and self.find_rejoining():
+            # It exited with 0, but the others still needed it.
+            failed = [(rank, end, None) for rank, end in self._ended_well.items() if self._board.read(rank).operation != "done"]
+        if failed:
+            # Of several ranks that ended since the last look, prefer one that did not merely lose its peer.
+            rank, end, account = min(failed, key=lambda entry: entry[2] is not None and entry[2].is_echo)
+            self._take(rank, end, account)
+        elif (stuck := self._find_stuck()) is not None:
+            self._take_stuck(*stuck)
+        return self.failure
+
+    def take_starter(self, end: RankEnd, words: str) -> None:
+        """Note that the process that starts the ranks has ended, and all ranks with it. `words` are the last it wrote."""
+        if self.failure is None:
+            self._take(None, end, stack=words or None)
+        deadline = time.monotonic() + _KERNEL_SECONDS
+        while self._living and time.monotonic() < deadline:
+            for rank in find_ended({rank: handle.descriptor for rank, handle in self._living.items()}, 0.1):
+                del self._living[rank]
+        self._living = {}
+
+    def find_keeping(self) -> set[int]:
+        """Return the living ranks that have loaded their weights and can take part in the next attempt with them."""
+        return {rank for rank in self._living if self._board.read(rank).keeps_weights}
+
+    def find_rejoining(self) -> set[int]:
+        """Return the living ranks that wait for the next attempt."""
+        return {rank for rank in self._living if self._board.read(rank).is_rejoining}
+
+    def end(self, ranks: Collection[int] | None = None) -> None:
+        """Kill ranks of this host, by default all. They hold no state: everything worth keeping is in the parent or on disk."""
+        self._is_ending |= ranks is None
+        for rank, handle in self._living.items():
+            if ranks is None or rank in ranks:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle.descriptor, signal.SIGKILL)
 
     def close(self) -> None:
         """Stop watching."""
-        self._closed.set()
-        if self.is_alive():
-            self.join()
-        with self._lock:
-            self._let_go()
+        for handle in self._ranks.values():
+            os.close(handle.descriptor)
+        self._ranks, self._living = {}, {}
 
-    @property
-    def failure(self) -> FirstFailure | None:
-        """Return how the first rank of the current attempt failed, or None."""
-        with self._lock:
-            return self._failure
-
-    def look_again(self) -> FirstFailure | None:
-        """Poll once more and return the failure; the agent may notice before the thread does."""
-        with self._lock:
-            self._look(find_ended(self._descriptors))
-            return self._failure
-
-    def end_all(self) -> None:
-        """Kill every rank of this host. They hold no state: everything worth keeping is in the parent or on disk."""
-        with self._lock:
-            self._is_ending = True
-            self._kill(self._pids)
-
-    def _let_go(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors, self._pids = {}, {}
-
-    def _look(self, ended: set[int]) -> None:
-        failed = []
-        for rank in sorted(ended):
-            code, number = _read_end(self._descriptors[rank])
-            os.close(self._descriptors.pop(rank))
-            account = read_failure(error_file(self._folder, self._attempt, rank))
-            if code or number or account is not None:
-                failed.append((rank, code, number, account))
-            elif code is None:
-                self._unread = rank
-        if failed and self._unread is not None and not any(account for *_, account in failed):
-            failed = [(self._unread, None, None, None)]  # the agent noticed first, and has since killed the other ranks
-        if self._failure is not None or self._is_ending:
-            return
-        if failed:
-            # Of several ranks that exited within one poll, prefer one that did not merely lose its peer.
-            rank, code, number, account = min(failed, key=lambda entry: entry[3] is not None and entry[3].is_echo)
-            self._take(rank, exit_code=code, number=number, account=account)
-        elif (stuck := self._find_stuck()) is not None:
-            self._take_stuck(*stuck)
-
-    def _take(self, rank: int, *, exit_code: int | None, number: int | None, account: RankFailure | None, stuck: str | None = None) -> None:
+    def _take(
+        self, rank: int | None, end: RankEnd, account: RankFailure | None = None, *, stuck: str | None = None, stack: str | None = None
+    ) -> None:
         waiting = {other: self._board.read(other).operation for other in self._last if other != rank}
-        stack = None
         with suppress(OSError):
-            stack = stack_file(self._folder, self._attempt, rank).read_text(encoding="utf-8", errors="replace") or None
-        self._failure = FirstFailure(
+            stack = stack_file(self._folder, end.pid).read_text(encoding="utf-8", errors="replace") or stack
+        self.failure = FirstFailure(
             local_rank=rank,
-            pid=self._pids[rank],
-            exit_code=exit_code,
-            signal=None if number is None else signal.Signals(number).name,
+            pid=end.pid,
+            exit_code=end.exit_code,
+            signal=None if end.signal is None else signal.Signals(end.signal).name,
             account=account,
             stuck=stuck,
             stack=stack,
             waiting=waiting,
             at_seconds=time.time(),
         )
-        self._kill(self._pids)
 
     def _find_stuck(self) -> tuple[int, float, bool] | None:
         """Return a rank that blocks the others, the seconds since its last progress, and whether it was stopped."""
         now = self._clock.read()
         late: dict[int, float] = {}
-        standings = {rank: self._board.read(rank) for rank in self._descriptors}
+        standings = {rank: self._board.read(rank) for rank in self._living}
         for rank, standing in standings.items():
             beats, since = self._last[rank]
             if standing.beats != beats:
@@ -200,7 +194,7 @@ class RankWatch(threading.Thread):
                 late[rank] = now - since
         if not late:
             return None
-        stopped = [rank for rank in late if read_state(self._pids[rank]) in _STOPPED_STATES]
+        stopped = [rank for rank in late if read_state(self._ranks[rank].pid) in _STOPPED_STATES]
         if stopped:
             return stopped[0], late[stopped[0]], True
         furthest = max(standing.entered for standing in standings.values())
@@ -213,36 +207,20 @@ class RankWatch(threading.Thread):
         return None
 
     def _take_stuck(self, rank: int, seconds: float, is_stopped: bool) -> None:
-        operation = self._board.read(rank).operation
+        operation, handle = self._board.read(rank).operation, self._ranks[rank]
         if is_stopped:
             words = f"stopped (process state T) in {operation}: no progress for {seconds:.1f} s, --timeout is {self._timeout_seconds:g} s"
-            self._take(rank, exit_code=None, number=signal.SIGSTOP, account=None, stuck=words)
+            self._take(rank, RankEnd(pid=handle.pid, exit_code=None, signal=signal.SIGSTOP), stuck=words)
             return
-        stack = stack_file(self._folder, self._attempt, rank)
+        stack = stack_file(self._folder, handle.pid)
         deadline = time.monotonic() + _STACK_SECONDS
         with suppress(ProcessLookupError):
-            os.kill(self._pids[rank], STACK_SIGNAL)
+            signal.pidfd_send_signal(handle.descriptor, STACK_SIGNAL)
             while time.monotonic() < deadline and not (stack.exists() and stack.stat().st_size):
                 time.sleep(0.02)
             time.sleep(0.02)  # wait for the rest of the stack
         words = f"no progress for {seconds:.1f} s in {operation}; a longer --timeout than {self._timeout_seconds:g} s allows slower steps"
-        self._take(rank, exit_code=None, number=None, account=None, stuck=words)
-
-    def _kill(self, pids: Mapping[int, int]) -> None:
-        for rank in pids:
-            if rank in self._descriptors:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._descriptors[rank], signal.SIGKILL)
-
-
-def _read_end(descriptor: int) -> tuple[int | None, int | None]:
-    """Return the exit code or signal of an exited child without reaping it, which is left to its parent."""
-    try:
-        end = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:  # the agent has reaped it; its result has the exit code
-        return None, None
-    assert end is not None, "the descriptor said that it has ended"
-    return (end.si_status, None) if end.si_code == os.CLD_EXITED else (None, end.si_status)
+        self._take(rank, RankEnd(pid=handle.pid, exit_code=None, signal=None), stuck=words)
 
 
 def read_state(pid: int) -> str:

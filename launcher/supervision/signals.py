@@ -1,19 +1,17 @@
 """Handling of SIGTERM, SIGINT and SIGHUP: the first signal requests a graceful shutdown, the second exits at once.
 
-SIGHUP stays ignored if it was ignored at startup, as under nohup. SIGINT is handled regardless: shells ignore it in background jobs, and
-`kill -INT` must stop a server there, as it does with uvicorn and torchrun.
+A handler only notes the signal; the supervisor's loop looks at it. SIGHUP stays ignored if it was ignored at startup, as under nohup.
+SIGINT is handled regardless: shells ignore it in background jobs, and `kill -INT` must stop a server there, as it does with uvicorn and
+torchrun.
 """
 
-import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import SignalException
-
-from launcher.environment.detection import keep_signals_from_agent
 from parallel.errors import TandemError
 
 GRACE_SECONDS = 3.0
@@ -30,56 +28,47 @@ class StoppedError(TandemError):
 
 
 class GracefulStop:
-    """Context in which signals first request a graceful shutdown. Exits with the elastic agent's SignalException, which the agent
-    handles."""
+    """Context in which signals, or `request`, first ask for a graceful shutdown. Outside the main thread it handles no signals."""
 
     def __init__(self, ask: Callable[[int], float], takes: Callable[[int], bool] = lambda number: False) -> None:
         """`ask` receives the signal and returns the seconds the shutdown may take. `takes` sees it first and returns True to consume it."""
         self._ask, self._takes = ask, takes
-        self._answered = threading.Event()
-        self._over = False
-        self._lock = threading.Lock()
+        self._answered = False
+        self._deadline: float | None = None
         self.number: int | None = None
         """The first signal received, or None."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
-        keep_signals_from_agent()
-        for number in _SIGNALS:
-            self._before[number] = signal.getsignal(number)
-            if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
-                signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.getsignal(number)
+                if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._lock:
-            self._over = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def answer(self) -> None:
-        """Exit now: the requested shutdown is complete."""
-        self._answered.set()
+        """Note that the requested shutdown is complete."""
+        self._answered = True
 
-    def end_now(self) -> None:
-        """Exit the block from another thread."""
-        with self._lock:  # no signal may arrive after the block has exited
-            if not self._over:
-                self.number = self.number or signal.SIGTERM
-                os.kill(os.getpid(), self.number)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._over:
-            return  # the exit has begun and must not be interrupted
+    def request(self, number: int) -> None:
+        """Ask for the shutdown as this signal would."""
         if self.number is not None:
-            self._over = True
-            raise SignalException(f"signal {number}", signal.Signals(self.number))
-        if self._takes(number):
+            self._answered = True
             return
         self.number = number
-        seconds = self._ask(number)
-        threading.Thread(target=self._wait, args=(seconds,), daemon=True, name="grace").start()
+        self._deadline = time.monotonic() + self._ask(number)
 
-    def _wait(self, seconds: float) -> None:
-        self._answered.wait(seconds)
-        self.end_now()
+    def raise_if_due(self) -> None:
+        """Raise StoppedError if the shutdown is complete, took too long, or was requested twice."""
+        if self.number is not None and (self._answered or (self._deadline is not None and time.monotonic() > self._deadline)):
+            raise StoppedError(self.number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None and self._takes(number):
+            return
+        self.request(number)

@@ -22,7 +22,7 @@ class Verdict:
     """Why a run failed."""
 
     first_failed_rank: int | None
-    """None if no rank failed because the ranks never met."""
+    """None if no rank failed: the ranks never met, or the process that starts them ended."""
     host: str
     pid: int | None = None
     exit_code: int | None = None
@@ -106,8 +106,10 @@ def judge_failure(
 
     `before` and `now` are the control group at the start of the run and after the failure.
     """
-    account, rank = failure.account, first_rank + failure.local_rank
+    account, rank = failure.account, None if failure.local_rank is None else first_rank + failure.local_rank
     exception = failure.stuck or (account.exception if account else None)
+    if rank is None:
+        exception = "the process that starts the ranks ended, and all ranks with it"
     if failure.signal == "SIGKILL" and now.num_kills > before.num_kills:
         limit = f"its limit is {now.limit_bytes / 1e9:.1f} GB" if now.limit_bytes else "the machine's memory was used up"
         exception = f"out of memory: the kernel killed it ({limit}); tandem plan shows the memory of each rank"
@@ -121,6 +123,6 @@ def judge_failure(
         exception=exception,
         traceback_tail=trace,
         others_waiting_in={first_rank + other: words for other, words in sorted(failure.waiting.items())},
-        log_file=str(log_dir / f"worker_{rank}.log"),
+        log_file=None if rank is None else str(log_dir / f"worker_{rank}.log"),
         restarts_used=restarts,
     )

@@ -3,7 +3,6 @@
 import os
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from launcher.job.job import Job
 from launcher.rendezvous.placement import RankPlacement
@@ -12,6 +11,7 @@ from parallel.collectives import Collectives, DistributedCollectives, IdentityCo
 from parallel.errors import RunError
 from parallel.node_collectives import NodeCollectives
 from parallel.shared_memory import SharedMemoryCollectives
+from parallel.torch_internals import Store
 
 
 def connect(job: Job, seat: RankPlacement, store: Store | None, wait_seconds: float) -> Collectives:

@@ -1,11 +1,10 @@
 """The context of a rank for its tasks: job, placement, collectives, and reporting; also loads the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from launcher.host.process_memory import give_back_memory
 from launcher.job.job import Job
@@ -22,12 +21,26 @@ from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from parallel.collectives import Collectives
 from parallel.progress import Progress
+from parallel.shared_memory import SharedMemoryCollectives
+from parallel.torch_internals import Store
+from parallel.watched_collectives import WatchedCollectives
 
 Emit = Callable[[Event], None]
 
 
 class StopRequested(Exception):
     """This rank was asked to stop and has finished its current work."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """What a rank that has lost a peer keeps for the next attempt."""
+
+    collectives: WatchedCollectives | None = None
+    """Those that the model refers to; each attempt gives them other peers."""
+    threads: int = 0
+    model: LlamaForCausalLM | None = None
+    """The loaded model, if the rank can go on with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,7 @@ class Rank:
     seat: RankPlacement
     store: Store | None = None
     """Shared by the ranks; None for a single one."""
+    kept: Kept = field(default_factory=Kept)
 
     def report(self, kind: type[Loading | Working]) -> Callable[[int, int], None]:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
@@ -85,7 +99,11 @@ def open_own_checkpoint(job: Job) -> CheckpointSource:
 
 
 def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaForCausalLM, int]:
-    """Load this rank's part of the checkpoint, or of `source`; returns the model and the number of bytes read."""
+    """Load this rank's part of the checkpoint, or of `source`; returns the model and the number of bytes read, 0 if it was kept."""
+    if me.kept.model is not None:
+        me.progress.note_kept_weights()
+        me.collectives.barrier()
+        return me.kept.model, 0
     give_back_memory()
     me.progress.set_operation("loading")
     job = me.job
@@ -107,5 +125,8 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
         me.emit(RankWarning(absence))
     if not model.backend.is_split_invariant(model.dtype, me.threads):
         me.emit(RankWarning("on this device the last bits of results may differ between numbers of ranks"))
+    if own and me.collectives.name == SharedMemoryCollectives.name:
+        me.kept.model = model
+        me.progress.note_kept_weights()
     me.collectives.barrier()
     return model, read_bytes

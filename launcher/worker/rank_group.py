@@ -10,19 +10,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launcher.host.cores import count_cores, share_cores
 from launcher.job.job import Job
 from launcher.job.messages import Command, Event, RankWarning
+from launcher.rendezvous.errors import DifferentRunError
 from launcher.rendezvous.placement import RankPlacement
-from launcher.rendezvous.run_identity import DifferentRunError, compare_runs
+from launcher.rendezvous.run_identity import compare_runs
 from launcher.worker.collectives import connect
 from launcher.worker.rank import Rank
 from model.backends.registry import find_backend
 from parallel.errors import ConfigError, InputError, RunError
-from parallel.progress import Progress, WatchedCollectives
+from parallel.progress import Progress
 from parallel.store_waiting import wait_for_ranks
+from parallel.torch_internals import PrefixStore, Store
+from parallel.watched_collectives import WatchedCollectives
 
 Result = TypeVar("Result")
 ENDED_KEY = "ended"

@@ -89,7 +89,7 @@ def decode(me: Rank, task: Decode) -> None:
 
 def serve(me: Rank, task: Serve) -> None:
     job, collectives = me.job, me.collectives
-    bandwidth = measure_bandwidth(
+    bandwidth = task.memory_bytes_per_second or measure_bandwidth(
         collectives, me.gather, me.device, len(me.seat.local_ranks), me.threads, block_bytes=_SERVE_BANDWIDTH_BYTES
     )
     model, _ = load_rank(me)

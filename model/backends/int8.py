@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels.library import Kernels
+from parallel.torch_internals import quantize_rows
 
 _EXACT_COLUMNS = 1024
 """128 * 128 * 1024 = 2**24: an integer dot product of this length is exact in float32, in any order."""
@@ -109,9 +110,7 @@ def _pack_fbgemm(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     with warnings.catch_warnings():
         # PyTorch is deprecating quantized tensors in eager mode, but not the operators underneath.
         warnings.simplefilter("ignore")
-        zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
-        quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
-        return torch.ops.quantized.linear_prepack(quantized, None)
+        return torch.ops.quantized.linear_prepack(quantize_rows(weight, scale), None)
 
 
 def _multiply_fbgemm(slices: torch.Tensor, packed: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from chaos_run import PROMPTS, RUN_SECONDS, Run, find_processes, start, wait_for
 
 NO_SPACE = "No space left on device"
 GROWING = """
-import os, sys, threading, time
+import os, sys, time
 
 def grow():
     kept = []
@@ -32,8 +32,18 @@ def grow():
         else:
             time.sleep(0.05)
 
-if "rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
-    threading.Thread(target=grow, daemon=True).start()
+if "launcher.supervision" in " ".join(sys.orig_argv):
+    import threading
+    import launcher.worker.run
+
+    plain = launcher.worker.run.run_task
+
+    def run_task(me):
+        if os.environ["RANK"] == "1":
+            threading.Thread(target=grow, daemon=True).start()
+        plain(me)
+
+    launcher.worker.run.run_task = run_task
 """
 """Rank 1 takes memory without end once a file is there."""
 

@@ -19,6 +19,8 @@ RUN_SECONDS = 180.0
 """A run that takes longer hangs."""
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TANDEM_CHAOS_RUN"
+RANK_NAME = "tandem rank "
+"""The name of a rank's process, before its number."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP)
 
 
@@ -33,13 +35,9 @@ class Run:
     """Rank and signal of each hit."""
 
     def find_ranks(self) -> dict[int, int]:
-        """Process id of every rank that lives and has told its rank to the system."""
-        ranks = {}
-        for pid in find_processes(self.mark):
-            variables = read_environ(pid)
-            if b"rank_process" in read_file(pid, "cmdline") and "RANK" in variables and read_file(pid, "stat").split()[2:3] != [b"Z"]:
-                ranks[int(variables["RANK"])] = pid
-        return ranks
+        """Process id of every rank that lives; a zombie has no environment, and so no mark."""
+        names = {pid: read_file(pid, "comm").decode().strip() for pid in find_processes(self.mark)}
+        return {int(name.removeprefix(RANK_NAME)): pid for pid, name in names.items() if name.startswith(RANK_NAME)}
 
     def hit(self, number: signal.Signals) -> float | None:
         """Send a signal to a random rank; when that was, or None when there is none."""
@@ -84,11 +82,6 @@ def read_file(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
         return b""
-
-
-def read_environ(pid: int) -> dict[str, str]:
-    """The environment of a process."""
-    return dict(entry.split("=", 1) for entry in read_file(pid, "environ").decode(errors="replace").split("\0") if "=" in entry)
 
 
 def find_processes(mark: str) -> list[int]:

@@ -69,10 +69,10 @@ def watch(command: list[str]) -> dict[str, int]:
         while not done.is_set():
             for entry in Path("/proc").iterdir():
                 try:
-                    words = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
+                    words = (entry / "comm").read_bytes() if entry.name.isdecimal() else b""
                 except OSError:
                     continue
-                kind = "parent" if entry.name == str(process.pid) else "rank" if b"launcher.supervision.rank_process" in words else None
+                kind = "parent" if entry.name == str(process.pid) else "rank" if words.startswith(b"tandem rank ") else None
                 if kind:
                     peaks[kind] = max(peaks[kind], read_anonymous(entry / "status"))
             time.sleep(0.01)

@@ -23,6 +23,7 @@ from tests.end_to_end.command_host import ENTRY, CommandHost, HostedProcess
 PROMPTS = ("I love Beijing, because", "LLaMA is a", "Huawei is a company that")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "TANDEM_TEST_RUN"
+RANK_NAME = "tandem rank "
 SECONDS = 180
 
 # What another launcher, a shell or the machine's owner may have set must not decide a test.
@@ -111,13 +112,12 @@ class Running:
 
     def find_ranks(self) -> dict[int, int]:
         """Process id of each rank."""
-        ranks = {}
-        for pid in self.find_processes():
-            if "launcher.supervision.rank_process" in _read(pid, "cmdline"):
-                variables = dict(entry.split("=", 1) for entry in _read(pid, "environ").split("\0") if "=" in entry)
-                if "RANK" in variables:
-                    ranks[int(variables["RANK"])] = pid
-        return ranks
+        names = {pid: _read(pid, "comm").strip() for pid in self.find_processes()}
+        return {int(name.removeprefix(RANK_NAME)): pid for pid, name in names.items() if name.startswith(RANK_NAME)}
+
+    def find_starter(self) -> int | None:
+        """Process id of the process that starts the ranks."""
+        return next((pid for pid in self.find_processes() if _read(pid, "comm").strip() == "tandem starter"), None)
 
     def wait_until_gone(self, seconds: float) -> list[int]:
         """Wait until none of its processes is left; those that still are after `seconds`."""

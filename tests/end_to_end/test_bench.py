@@ -35,7 +35,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 WITHOUT_KERNELS = """
 import sys
 
-if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
+if "launcher.supervision" in " ".join(sys.orig_argv):
     import model.kernels.library
 
     model.kernels.library._disabled = True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -132,7 +133,7 @@ FAULTS = {
 FAULTY = """
 import os, resource, signal, sys
 
-if os.environ.get("RANK") == "1" and "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
+if "launcher.supervision" in " ".join(sys.orig_argv):
     import {module} as module
 
     *owners, name = "{function}".split(".")
@@ -141,7 +142,7 @@ if os.environ.get("RANK") == "1" and "launcher.supervision.rank_process" in " ".
 
     def go_wrong(*arguments, **options):
         calls.append(1)
-        if len(calls) > (3 if owners else 0):
+        if os.environ["RANK"] == "1" and len(calls) > (3 if owners else 0):
             {fault}
         return plain(*arguments, **options)
 
@@ -286,16 +287,18 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
         time.sleep(0.1)
     assert decoding.running.find_ranks() == decoding.ranks, "no restart has been used, and the run is not over"
     os.kill(decoding.ranks[1], signal.SIGKILL)
+    assert _wait_for_new_rank(decoding, 1)[0] == decoding.ranks[0], "rank 0 lives on"
     code, stdout, stderr = decoding.finish(90)
     assert code == 0, stderr
-    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: all ranks reload and continue with the same tokens" in stderr
+    assert "rank 1 failed (ended by SIGKILL); restart 1 of 1: rank 1 reloads, then all continue with the same tokens" in stderr
 
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (decoding.folder / "results.jsonl").read_text() == undisturbed.jsonl
     assert stdout == undisturbed.stdout, "each result is printed once, also where it was decoded twice"
-    assert json.loads((decoding.folder / "stats.json").read_text())["restarts"] == 1
-    assert len(json.loads((decoding.folder / "stats.json").read_text())["recovery_seconds"]) == 1
+    stats = json.loads((decoding.folder / "stats.json").read_text())
+    assert stats["restarts"] == 1 and len(stats["recovery_seconds"]) == 1
     assert undisturbed.stats["restarts"] == 0
+    assert stats["read_bytes"] == [0, undisturbed.stats["read_bytes"][1]], "only the rank that died has read its weights again"
     assert (decoding.folder / "logs" / "worker_1.attempt_0.log").is_file()
     assert not (decoding.folder / "logs" / "verdict.json").exists()
 
@@ -303,23 +306,26 @@ def test_a_slow_rank_is_no_failure_and_a_restart_gives_the_tokens_of_an_undistur
 FATAL = """
 import os, signal, sys
 
-if "launcher.supervision.rank_process" in " ".join(sys.orig_argv):
-    import launcher.worker.rank, parallel.progress
+if "launcher.supervision" in " ".join(sys.orig_argv):
+    import launcher.worker.rank
+    from parallel.watched_collectives import WatchedCollectives
 
-    place = (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"])
-    plain, gather = launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns
+    plain, gather = launcher.worker.rank.load_model, WatchedCollectives.gather_columns
+
+    def place():
+        return os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 
     def load_model(*arguments, **options):
-        if place == ("0", "1"):
+        if place() == ("0", "1"):
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*arguments, **options)
 
     def gather_columns(*arguments, **options):  # for the first time in the first prefill
-        if place == ("1", "0"):
+        if place() == ("1", "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(*arguments, **options)
 
-    launcher.worker.rank.load_model, parallel.progress.WatchedCollectives.gather_columns = load_model, gather_columns
+    launcher.worker.rank.load_model, WatchedCollectives.gather_columns = load_model, gather_columns
 """
 """Rank 1 is killed while the first attempt loads, rank 0 in the first prefill of the second."""
 
@@ -331,24 +337,27 @@ def test_kills_while_loading_and_in_prefill_are_made_up_for(tandem: "Tandem", ch
     result = tandem.run_command(tandem.predict_command(folder, *arguments), cwd=None, **paths)
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
-    for number, rank in ((1, 1), (2, 0)):
-        said = f"rank {rank} failed (ended by SIGKILL); restart {number} of 2: all ranks reload and continue with the same tokens"
-        assert said in result.stderr
+    # Rank 0 may have been loading, or have waited for rank 1 with its weights.
+    said = (
+        r"rank 1 failed \(ended by SIGKILL\); restart 1 of 2: (all ranks reload and|rank 1 reloads, then all) continue with the same tokens"
+    )
+    assert re.search(said, result.stderr), result.stderr
+    assert "rank 0 failed (ended by SIGKILL); restart 2 of 2: rank 0 reloads, then all continue with the same tokens" in result.stderr
     undisturbed = tandem.predict(*_arguments(checkpoints))
     assert (folder / "results.jsonl").read_text() == undisturbed.jsonl
     assert result.stdout == undisturbed.stdout
     stats = json.loads((folder / "stats.json").read_text())
     assert stats["restarts"] == 2
     assert stats["recovery_seconds"] and all(0 < seconds < 60 for seconds in stats["recovery_seconds"])
-    kept = {path.name for path in (folder / "logs").iterdir()}
-    assert kept == {f"worker_{rank}{attempt}.log" for rank in (0, 1) for attempt in (".attempt_0", ".attempt_1", "")}
+    kept = {path.name for path in (folder / "logs").iterdir()} - {"worker_0.attempt_0.log"}
+    assert kept == {"worker_1.attempt_0.log", "worker_1.log", "worker_0.attempt_1.log", "worker_0.log"}, "one log for each process"
 
 
 def test_the_verdict_after_a_restart_names_the_rank_that_failed_last_time(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
     """Rank 1 is killed, and rank 0 of the second attempt: what was noticed in the first attempt must not speak for the second."""
     decoding = _start_decoding(tandem, checkpoints, "--max-restarts", "1")
     os.kill(decoding.ranks[1], signal.SIGKILL)
-    again = _wait_for_new_ranks(decoding)
+    again = _wait_for_new_rank(decoding, 1)
     os.kill(again[0], signal.SIGKILL)
     code, _, stderr = decoding.finish()
     assert code == 1, stderr
@@ -358,17 +367,17 @@ def test_the_verdict_after_a_restart_names_the_rank_that_failed_last_time(tandem
     assert "0" not in verdict["others_waiting_in"]
 
 
-def _wait_for_new_ranks(decoding: Decoding) -> dict[int, int]:
-    """The ranks of the next attempt, once both have mapped their memory and so wait for each other or decode."""
+def _wait_for_new_rank(decoding: Decoding, rank: int) -> dict[int, int]:
+    """The ranks of the next attempt, once the new one has mapped the memory of all, and so waits for the other one or decodes."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         ranks = decoding.running.find_ranks()
-        if len(ranks) == 2 and not set(ranks.values()) & set(decoding.ranks.values()):
-            if all("memfd:tandem" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks.values()):
+        if len(ranks) == 2 and ranks[rank] != decoding.ranks[rank]:
+            if "memfd:tandem " in Path(f"/proc/{ranks[rank]}/maps").read_text():
                 return ranks
         assert decoding.running.process.poll() is None, decoding.running.process.communicate()
         time.sleep(0.02)
-    raise AssertionError("the ranks were not started again")
+    raise AssertionError("the rank was not started again")
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

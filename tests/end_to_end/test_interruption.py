@@ -126,16 +126,29 @@ def test_an_overwritten_folder_is_the_old_one_after_an_interruption(tandem: "Tan
     assert [path.name for path in target.iterdir()] == ["old"] and list(target.parent.iterdir()) == [target]
 
 
-def test_ranks_end_with_a_parent_that_is_killed_while_they_import(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
+def test_fresh_ranks_end_with_a_parent_that_is_killed_while_they_import(
+    tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path
+) -> None:
     """Each rank stops at its import of PyTorch; it has raised its score for the OOM killer by then."""
     variables = plant(tmp_path, SLOW.format(where="launcher.supervision.rank_process", module="torch"))
-    options = ("--workers", "2", "--prompt", "a", "--log-dir", tmp_path / "log")
+    options = ("--workers", "2", "--prompt", "a", "--no-preload", "--log-dir", tmp_path / "log")
     running = tandem.start([sys.executable, "-m", "launcher", "predict", "--checkpoint", checkpoints.float, *options], **variables)
     logs = [tmp_path / "log" / f"worker_{rank}.log" for rank in (0, 1)]
     wait_until(lambda: all(log.exists() and "reached" in log.read_text() for log in logs), "both ranks at their import")
     scores = {pid: int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (running.process.pid, *running.find_ranks().values())}
     own = scores.pop(running.process.pid)
     assert list(scores.values()) == [min(1000, own + 500)] * 2
+    running.process.kill()
+    assert running.wait_until_gone(1) == []
+
+
+def test_the_process_that_starts_ranks_ends_with_a_parent_that_is_killed_while_it_imports(
+    tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path
+) -> None:
+    variables = plant(tmp_path, SLOW.format(where="launcher.supervision.starter_process", module="torch"))
+    options = ("--workers", "2", "--prompt", "a", "--log-dir", tmp_path / "log")
+    running = tandem.start([sys.executable, "-m", "launcher", "predict", "--checkpoint", checkpoints.float, *options], **variables)
+    wait_until(running.find_starter, "the process that starts the ranks")
     running.process.kill()
     assert running.wait_until_gone(1) == []
 

@@ -31,7 +31,7 @@ POISON = (7, 7, 7)
 POISONED = """
 import os, signal, sys
 
-if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ.get("RANK") == "1":
+if "launcher.supervision" in " ".join(sys.orig_argv):
     from model.engine.generation import Engine
 
     add, step, poisoned = Engine.add, Engine.step, []
@@ -42,7 +42,7 @@ if "launcher.supervision.rank_process" in " ".join(sys.orig_argv) and os.environ
         return add(self, request)
 
     def step_or_die(self):
-        if poisoned:
+        if poisoned and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self)
 
@@ -134,7 +134,8 @@ def test_streams_go_on_with_the_same_tokens_when_a_rank_is_killed(server: Server
     status = server.status
     assert status["restarts"] == before + 1 and status["last_failure"] == f"rank {victim} failed (ended by SIGKILL)"
     assert f"tandem_restarts_total {before + 1:.1f}".encode() in server.ask("GET", "/metrics")[2]
-    assert f"rank {victim} failed (ended by SIGKILL); restart {before + 1} of 1000: all ranks reload" in server.stderr
+    said = f"restart {before + 1} of 1000: rank {victim} reloads, then all in-flight requests resume"
+    assert f"rank {victim} failed (ended by SIGKILL); {said}" in server.stderr
     server.wait_until_idle()
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from launcher.host.loopback import is_loopback
 from launcher.rendezvous import nodes_rendezvous as rendezvous
-from launcher.rendezvous.key_value_store import StoreError, connect_store, find_own_address, open_store
-from launcher.rendezvous.nodes_rendezvous import NodeRendezvous, NodesError, RunOver
-from launcher.rendezvous.run_identity import DifferentRunError
+from launcher.rendezvous.errors import DifferentRunError, NodesError, RunOver, StoreError
+from launcher.rendezvous.key_value_store import connect_store, find_own_address, open_store
+from launcher.rendezvous.nodes_rendezvous import NodeRendezvous
 
 GREETING = {"world_size": 2, "local_workers": 1, "dtype": "float32"}
 
@@ -31,7 +31,7 @@ def listening_addresses(port: int) -> set[str]:
 
 def meet(nodes: list[NodeRendezvous]) -> list[Any]:
     with ThreadPoolExecutor(len(nodes)) as pool:
-        return list(pool.map(lambda node: node.next_rendezvous(), nodes))
+        return list(pool.map(lambda node: node.next_attempt(), nodes))
 
 
 def make_nodes(count: int, *, timeout_seconds: float = 20, greetings: list[dict[str, Any]] | None = None) -> list[NodeRendezvous]:
@@ -75,28 +75,35 @@ def test_own_address_towards_a_host() -> None:
         assert not is_loopback(address)
 
 
-def test_one_node_meets_itself() -> None:
-    (node,) = make_nodes(1)
-    found = node.next_rendezvous()
-    assert (found.rank, found.world_size, node.attempt, node.num_nodes_waiting()) == (0, 1, 0, 0)
-    node.next_rendezvous()
-    assert node.attempt == 1
-    assert node.shutdown()
-
-
 def test_nodes_keep_their_numbers_and_follow_each_other_into_the_next_attempt() -> None:
     nodes = make_nodes(3)
     try:
-        assert [(found.rank, found.world_size) for found in meet(nodes)] == [(0, 3), (1, 3), (2, 3)]
-        assert [node.num_nodes_waiting() for node in nodes] == [0, 0, 0]
-        again = threading.Thread(target=nodes[1].next_rendezvous)
+        assert meet(nodes) == [0, 0, 0] and [node.first_ranks for node in nodes] == [[0, 1, 2]] * 3
+        assert not any(node.is_behind() for node in nodes)
+        again = threading.Thread(target=nodes[1].next_attempt)
         again.start()
         for node in (nodes[0], nodes[2]):
-            while not node.num_nodes_waiting():
+            while not node.is_behind():
                 pass
         meet([nodes[0], nodes[2]])
         again.join()
         assert [node.attempt for node in nodes] == [1, 1, 1]
+    finally:
+        for node in nodes:
+            node.shutdown()
+
+
+def test_nodes_wait_for_each_others_ends_and_follow_one_that_restarts() -> None:
+    nodes = make_nodes(2)
+    try:
+        meet(nodes)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(nodes[0].wait_for_end, 20)
+            again = pool.submit(nodes[1].next_attempt)
+            assert waiting.result(10) is False, "node 1 needs another attempt"
+            assert (nodes[0].next_attempt(), again.result(10)) == (1, 1)
+            assert list(pool.map(lambda node: node.wait_for_end(20), nodes)) == [True, True]
+        assert nodes[0].wait_for_end(0)
     finally:
         for node in nodes:
             node.shutdown()
@@ -120,7 +127,7 @@ def test_a_node_that_does_not_come_is_named() -> None:
         with pytest.raises(
             NodesError, match=r"node 1 did not join within 0.5 s \(--timeout\): 1 of 2 nodes have joined at 127.0.0.1"
         ) as refused:
-            first.next_rendezvous()
+            first.next_attempt()
         assert refused.value.node == 1
     finally:
         first.shutdown()
@@ -156,7 +163,7 @@ def test_a_node_that_falls_silent_is_missed(monkeypatch: pytest.MonkeyPatch) -> 
         nodes[1]._pulse.end()
         with pytest.raises(NodesError, match=r"node 1 was lost: no heartbeat for 2 s \(--timeout\)"):
             while True:
-                nodes[0].num_nodes_waiting()
+                nodes[0].is_behind()
     finally:
         for node in nodes:
             node.shutdown()
@@ -170,7 +177,7 @@ def test_a_node_whose_launcher_ends_is_missed_at_once() -> None:
         nodes[1].shutdown()
         with pytest.raises(NodesError, match="node 1 was lost: its launcher exited"):
             while True:
-                nodes[0].num_nodes_waiting()
+                nodes[0].is_behind()
     finally:
         nodes[0].shutdown()
 
@@ -184,7 +191,7 @@ def test_a_verdict_ends_the_run_on_every_node(monkeypatch: pytest.MonkeyPatch) -
             said = pool.submit(nodes[1].exchange_verdicts, json.dumps("rank 1"))
             with pytest.raises(RunOver):
                 while True:
-                    nodes[0].num_nodes_waiting()
+                    nodes[0].is_behind()
             assert nodes[0].exchange_verdicts(json.dumps("echo")) == {0: '"echo"', 1: '"rank 1"'} == said.result(15)
     finally:
         for node in nodes:

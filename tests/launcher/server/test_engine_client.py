@@ -175,7 +175,8 @@ def test_hopeless_requests_get_an_error(front: EngineClient) -> None:
     ticket = front.loop.run_until_complete(submit(front))
     task = Serve(requests=(), num_blocks=9, prefill_tokens=16)
     front.note_failure("rank 0 failed", 0.0)
-    assert front.continue_task(task) == Serve(requests=(Request(0, (1, 2), PARAMS),), num_blocks=9, prefill_tokens=16)
+    again = Serve(requests=(Request(0, (1, 2), PARAMS),), num_blocks=9, prefill_tokens=16, memory_bytes_per_second=1e9)
+    assert front.continue_task(task) == again, "the bandwidth is not measured again"
     become_ready(front)
     for _ in range(2):
         fail(front)

@@ -7,162 +7,206 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from launcher.host.control_groups import MemoryGroup
 from launcher.supervision.rank_failure import RankFailure, read_failure
+from launcher.supervision.rank_starter import RankEnd, RankHandle
 from launcher.supervision.rank_watch import STACK_SIGNAL, FirstFailure, RankWatch, error_file, stack_file
 from launcher.supervision.verdict import Verdict, judge_failure, shorten_stack
 from parallel.errors import PeerError, RequestError
 from parallel.progress import OPERATIONS, Progress, ProgressBoard
 
 SLEEP = "import time; time.sleep(60)"
-Start = Callable[..., tuple[RankWatch, ProgressBoard, list["subprocess.Popen[bytes]"]]]
+
+
+@dataclass
+class Watched:
+    """Processes that are watched as ranks."""
+
+    watch: RankWatch
+    board: ProgressBoard
+    processes: list["subprocess.Popen[bytes]"]
+
+    def look(self) -> FirstFailure | None:
+        """Tell the watch which processes have ended since the last look, and look."""
+        ends = []
+        for handle in self.watch.living.values():
+            process = next(process for process in self.processes if process.pid == handle.pid)
+            if (code := process.poll()) is not None:
+                ends.append(RankEnd(pid=handle.pid, exit_code=code if code >= 0 else None, signal=-code if code < 0 else None))
+        return self.watch.look(ends)
+
+    def wait_for_failure(self, seconds: float = 20) -> FirstFailure:
+        """Look until something has failed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (failure := self.look()) is not None:
+                return failure
+            time.sleep(0.01)
+        raise AssertionError("nothing was seen")
+
+
+Start = Callable[..., Watched]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts one process for each program and watches them."""
-    watches: list[RankWatch] = []
-    processes: list[subprocess.Popen[bytes]] = []
+    started: list[Watched] = []
 
-    def run(*programs: str, timeout_seconds: float = 60) -> tuple[RankWatch, ProgressBoard, list["subprocess.Popen[bytes]"]]:
+    def run(*programs: str, timeout_seconds: float = 60) -> Watched:
         board = ProgressBoard(tmp_path / "board", len(programs), create=True)
         for index in range(len(programs)):
             Progress(board.line(index)).set_operation("computing")
         watch = RankWatch(board, tmp_path, timeout_seconds)
-        processes.extend(subprocess.Popen([sys.executable, "-c", program]) for program in programs)
-        watch.start()
-        watch.follow(0, {index: process.pid for index, process in enumerate(processes)})
-        watches.append(watch)
-        return watch, board, processes
+        processes = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+        watch.follow({index: RankHandle(process.pid, os.pidfd_open(process.pid)) for index, process in enumerate(processes)})
+        started.append(Watched(watch, board, processes))
+        return started[-1]
 
     yield run
-    for watch in watches:
-        watch.close()
-    for process in processes:
-        process.kill()
-        process.wait()
+    for watched in started:
+        watched.watch.close()
+        for process in watched.processes:
+            process.kill()
+            process.wait()
 
 
-def wait_for_failure(watch: RankWatch, seconds: float = 20) -> FirstFailure:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if watch.failure is not None:
-            return watch.failure
-        time.sleep(0.01)
-    raise AssertionError("nothing was seen")
-
-
-def test_a_killed_rank_is_the_first_and_the_others_are_ended(start: Start) -> None:
-    watch, board, processes = start(SLEEP, SLEEP, SLEEP)
-    Progress(board.line(2)).enter("gather_columns")
-    processes[1].kill()
-    failure = wait_for_failure(watch)
-    assert (failure.local_rank, failure.pid, failure.signal, failure.exit_code) == (1, processes[1].pid, "SIGKILL", None)
+def test_a_killed_rank_is_the_first_and_the_others_can_be_ended(start: Start) -> None:
+    ranks = start(SLEEP, SLEEP, SLEEP)
+    Progress(ranks.board.line(2)).enter("gather_columns")
+    ranks.processes[1].kill()
+    failure = ranks.wait_for_failure()
+    assert (failure.local_rank, failure.pid, failure.signal, failure.exit_code) == (1, ranks.processes[1].pid, "SIGKILL", None)
     assert failure.waiting == {0: "computing", 2: "gather_columns"} and not failure.is_echo and failure.stuck is None
-    assert [process.wait(5) for process in processes] == [-signal.SIGKILL] * 3
+    assert sorted(ranks.watch.living) == [0, 2]
+    ranks.watch.end([2])
+    assert ranks.processes[2].wait(5) == -signal.SIGKILL and ranks.processes[0].poll() is None
+    ranks.watch.end()
+    assert [process.wait(5) for process in ranks.processes] == [-signal.SIGKILL] * 3
+    assert ranks.look() is failure and not ranks.watch.living, "the first stays the first"
 
 
 def test_an_exit_code_is_told(start: Start) -> None:
-    watch, _, processes = start(SLEEP, "import os; os._exit(3)")
-    failure = wait_for_failure(watch)
+    failure = start(SLEEP, "import os; os._exit(3)").wait_for_failure()
     assert (failure.local_rank, failure.exit_code, failure.signal) == (1, 3, None)
-    assert processes[0].wait(5) == -signal.SIGKILL
 
 
 def test_ranks_that_end_well_are_no_failure(start: Start) -> None:
-    watch, _, processes = start("pass", "pass")
-    for process in processes:
+    ranks = start("pass", "pass")
+    for process in ranks.processes:
         assert process.wait(10) == 0
-    assert watch.look_again() is None
+    assert ranks.look() is None and not ranks.watch.living
 
 
-def test_a_rank_whose_end_the_agent_has_read_is_the_first_though_the_others_were_ended_since(tmp_path: Path) -> None:
-    watch = RankWatch(ProgressBoard(tmp_path / "board", 2, create=True), tmp_path, 60)
-    processes = [subprocess.Popen([sys.executable, "-c", program]) for program in (SLEEP, "import os; os._exit(7)")]
-    watch.follow(0, {rank: process.pid for rank, process in enumerate(processes)})
-    assert processes[1].wait(10) == 7
-    processes[0].terminate()
-    os.waitid(os.P_PID, processes[0].pid, os.WEXITED | os.WNOWAIT)
-    failure = watch.look_again()
-    assert failure is not None and (failure.local_rank, failure.exit_code, failure.signal) == (1, None, None)
-    assert failure.with_exit_code(7).exit_code == 7 and failure.with_exit_code(-9).signal == "SIGKILL"
-    watch.close()
-    assert processes[0].wait() == -signal.SIGTERM
+def test_a_rank_that_exits_with_0_while_another_needs_it_is_a_failure(start: Start) -> None:
+    ranks = start(SLEEP, "pass")
+    Progress(ranks.board.line(1)).enter("gather_columns")
+    assert ranks.processes[1].wait(10) == 0
+    assert ranks.look() is None, "it may have done all that it had to"
+    Progress(ranks.board.line(0)).note_rejoining()
+    failure = ranks.wait_for_failure()
+    assert (failure.local_rank, failure.exit_code, failure.describe()) == (1, 0, "ended with exit code 0")
 
 
 def test_ranks_that_were_told_to_end_are_no_failure(start: Start) -> None:
-    watch, _, processes = start(SLEEP, SLEEP)
-    watch.end_all()
-    assert [process.wait(5) for process in processes] == [-signal.SIGKILL] * 2
-    assert watch.look_again() is None
+    ranks = start(SLEEP, SLEEP)
+    ranks.watch.end()
+    assert [process.wait(5) for process in ranks.processes] == [-signal.SIGKILL] * 2
+    assert ranks.look() is None and not ranks.watch.living
 
 
 def test_a_rank_that_only_lost_its_peer_is_not_the_first(start: Start, tmp_path: Path) -> None:
-    RankFailure.of(PeerError("rank 1 died while rank 0 waited for it in barrier", "barrier")).write(error_file(tmp_path, 0, 0))
-    # Both have ended before the watch looks.
-    watch = RankWatch(ProgressBoard(tmp_path / "other", 2, create=True), tmp_path, 60)
-    processes = [subprocess.Popen([sys.executable, "-c", f"import os; os._exit({code})"]) for code in (1, 7)]
-    for process in processes:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    watch.follow(0, {0: processes[0].pid, 1: processes[1].pid})
-    failure = watch.look_again()
+    ranks = start("import os; os._exit(1)", "import os; os._exit(7)")
+    lost = PeerError("rank 1 died while rank 0 waited for it in barrier", "barrier")
+    RankFailure.of(lost).write(error_file(tmp_path, ranks.processes[0].pid))
+    for process in ranks.processes:  # both have ended before the watch looks
+        process.wait(10)
+    failure = ranks.look()
     assert failure is not None and (failure.local_rank, failure.exit_code) == (1, 7)
-    watch.close()
-    assert [process.wait() for process in processes] == [1, 7]
+
+
+def test_an_attempt_is_judged_by_itself_and_a_rank_that_goes_on_is_watched_again(start: Start) -> None:
+    ranks = start(SLEEP, SLEEP)
+    ranks.processes[1].kill()
+    assert ranks.wait_for_failure().local_rank == 1
+    ranks.processes.append(subprocess.Popen([sys.executable, "-c", SLEEP]))
+    again = RankHandle(ranks.processes[2].pid, os.pidfd_open(ranks.processes[2].pid))
+    ranks.watch.follow({0: ranks.watch.living[0], 1: again})
+    assert ranks.look() is None and ranks.watch.failure is None
+    ranks.processes[0].kill()
+    assert ranks.wait_for_failure().local_rank == 0
+
+
+def test_the_end_of_the_process_that_starts_the_ranks_is_no_ranks_fault(start: Start) -> None:
+    ranks = start(SLEEP, SLEEP)
+    for process in ranks.processes:  # the kernel does it
+        process.kill()
+    ranks.watch.take_starter(RankEnd(pid=5, exit_code=None, signal=signal.SIGKILL), "")
+    failure = ranks.look()
+    assert failure is not None and (failure.local_rank, failure.pid, failure.signal) == (None, 5, "SIGKILL")
+    assert not ranks.watch.living
+    verdict = judge(failure)
+    assert (verdict.first_failed_rank, verdict.log_file) == (None, None)
+    words = "the run failed (pid 5 on h): ended by SIGKILL: the process that starts the ranks ended, and all ranks with it"
+    assert verdict.describe().splitlines()[0] == words
 
 
 def test_a_rank_that_computes_for_ever_is_named_with_its_stack(start: Start, tmp_path: Path) -> None:
     program = (
-        f"import faulthandler\nfaulthandler.register({int(STACK_SIGNAL)}, open({str(stack_file(tmp_path, 0, 1))!r}, 'w'))\n"
+        f"import faulthandler, os\nfaulthandler.register({int(STACK_SIGNAL)}, open(f'{tmp_path}/stack_{{os.getpid()}}.txt', 'w'))\n"
         "def spin_for_ever():\n    while True: pass\nspin_for_ever()"
     )
-    watch, board, _ = start(SLEEP, program, timeout_seconds=1.5)
-    Progress(board.line(0)).enter("gather_columns")
-    failure = wait_for_failure(watch)
+    ranks = start(SLEEP, program, timeout_seconds=1.5)
+    assert stack_file(tmp_path, ranks.processes[1].pid).name == f"stack_{ranks.processes[1].pid}.txt"
+    Progress(ranks.board.line(0)).enter("gather_columns")
+    failure = ranks.wait_for_failure()
     assert failure.local_rank == 1 and failure.signal is None and failure.waiting == {0: "gather_columns"}
     assert failure.stuck is not None and "in computing" in failure.stuck and "--timeout than 1.5 s" in failure.stuck
     assert failure.stack is not None and "in spin_for_ever" in (shorten_stack(failure.stack) or "")
 
 
 def test_a_stopped_rank_is_named_though_it_waits(start: Start) -> None:
-    watch, board, processes = start(SLEEP, SLEEP, timeout_seconds=0.5)
+    ranks = start(SLEEP, SLEEP, timeout_seconds=0.5)
     for index in range(2):
-        Progress(board.line(index)).enter("gather_columns")
-    processes[0].send_signal(signal.SIGSTOP)
-    failure = wait_for_failure(watch)
+        Progress(ranks.board.line(index)).enter("gather_columns")
+    ranks.processes[0].send_signal(signal.SIGSTOP)
+    failure = ranks.wait_for_failure()
     assert (failure.local_rank, failure.signal) == (0, "SIGSTOP") and failure.stuck is not None and "stopped" in failure.stuck
 
 
 def test_of_ranks_that_wait_the_one_behind_holds_up_the_rest(start: Start) -> None:
-    watch, board, _ = start(SLEEP, SLEEP, timeout_seconds=0.5)
-    ahead, behind = Progress(board.line(0)), Progress(board.line(1))
+    ranks = start(SLEEP, SLEEP, timeout_seconds=0.5)
+    ahead, behind = Progress(ranks.board.line(0)), Progress(ranks.board.line(1))
     for _ in range(3):
         ahead.enter("gather_columns")
     behind.enter("gather_columns")
-    assert wait_for_failure(watch).local_rank == 1
+    assert ranks.wait_for_failure().local_rank == 1
 
 
 def test_a_rank_that_gets_on_slowly_is_left_alone(start: Start) -> None:
-    watch, board, _ = start(SLEEP, SLEEP, timeout_seconds=0.6)
-    waiting, slow = Progress(board.line(0)), Progress(board.line(1))
+    ranks = start(SLEEP, SLEEP, timeout_seconds=0.6)
+    waiting, slow = Progress(ranks.board.line(0)), Progress(ranks.board.line(1))
     waiting.enter("barrier")
     slow.set_operation("loading")
     for _ in range(8):
         time.sleep(0.25)
         slow.beat()
-    assert watch.failure is None
+        assert ranks.look() is None
 
 
 def test_a_rank_that_still_starts_is_left_alone(start: Start) -> None:
-    watch, board, _ = start(SLEEP, SLEEP, timeout_seconds=0.3)
-    board.reset()
-    assert board.read(0).operation == OPERATIONS[0] == "starting"
-    time.sleep(1)
-    assert watch.failure is None
+    ranks = start(SLEEP, SLEEP, timeout_seconds=0.3)
+    ranks.board.reset()
+    assert ranks.board.read(0).operation == OPERATIONS[0] == "starting"
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        assert ranks.look() is None
+        time.sleep(0.05)
 
 
 def test_an_account_is_a_sentence_for_our_errors_and_names_the_type_of_others(tmp_path: Path) -> None:
