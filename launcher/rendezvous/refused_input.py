@@ -6,12 +6,11 @@ Other launchers end all ranks when one has ended.
 import json
 from contextlib import suppress
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-
 from launcher.environment.detection import LaunchEnvironment
 from launcher.rendezvous.key_value_store import connect_store
 from launcher.rendezvous.msrun_scheduler import REFUSED_KEY, bye_key
 from parallel.errors import InputError, RunError
+from parallel.torch_internals import PrefixStore, Store
 
 
 class RefusedByRankError(InputError):
