@@ -27,10 +27,10 @@ class Serve(Struct, frozen=True, kw_only=True, tag=True):
     """Number of KV cache blocks; the same on every host, whatever its memory."""
     prefill_tokens: int
     """Maximum prompt tokens per forward pass."""
-    tokenizer: str | None = None
-    """Folder or file of the tokenizer, with which rank 0 parses grammars; None refuses structured output."""
     memory_bytes_per_second: float | None = None
     """Read bandwidth of memory as measured by an earlier attempt; None to measure it."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, with which rank 0 parses grammars; None refuses structured output."""
 
 
 class Evaluate(Struct, frozen=True, kw_only=True, tag=True):
