@@ -17,12 +17,13 @@ from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, l
 from parallel.layout import TILE_ROWS, count_tiled_rows, plan_heads
 
 PROCESS_BYTES: Mapping[str, tuple[int, int]] = {
-    "float32": (254_000_000, 263_000_000),
-    "bfloat16": (268_000_000, 280_000_000),
-    "float16": (268_000_000, 280_000_000),
+    "float32": (200_000_000, 209_000_000),
+    "bfloat16": (200_000_000, 222_000_000),
+    "float16": (200_000_000, 212_000_000),
 }
 """By compute dtype, memory of a rank without weights, with native kernels or floats, and with PyTorch's int8 matmul: Python, PyTorch 2.13
-(CPU build), and the first kernel calls. Measured.
+(CPU build), and the first kernel calls. Measured for ranks forked from the starter, including the about 150 MB that they share with it; a
+rank of another launcher needs 55 to 70 MB more.
 """
 _DEQUANTIZER_BYTES = 12_000_000
 """The gguf library, and its copies of the rows that it dequantizes. Measured."""
