@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.cli import main as cli
 from launcher.settings.approaches import APPROACHES
+from model.kernels.library import find_kernels
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Outcome, Tandem
