@@ -131,7 +131,9 @@ class GgufFile:
                 out[target] = (file, part)
         bias = next((name for name in out if name.endswith(".bias") and name.split(".", 3)[-1] not in self._names.layer.values()), None)
         if bias is not None:
-            raise CheckpointError(f"{self.path} holds {bias}, but {self._family.model_type} models have no such bias here")
+            raise CheckpointError(
+                f"{self.path} holds {bias}, but biases are not supported in GGUF files of {self._family.model_type} models"
+            )
         return out
 
     def _find_targets(self, name: str, tensor: StoredTensor) -> list[tuple[str, StoredTensor]]:

@@ -3,7 +3,7 @@
 The last configuration is kept, because scripts load a tokenizer by the model's name alone.
 """
 
-from launcher.environment.detection import read_environment
+from launcher.environment.detection import LaunchEnvironment, read_environment
 from launcher.settings.yaml_settings import Settings, build_settings
 from launcher.worker.rank_group import RankGroup, find_group
 from parallel.errors import ConfigError
@@ -20,18 +20,21 @@ def build_context(config: MindFormerConfig) -> MindFormerConfig:
     Raises ConfigError for a key or value that a run cannot use, on every rank, and for a process that MS_WORKER_NUM makes one of several
     although no launcher has started it.
     """
-    environment = read_environment()
-    is_alone = find_group() is None and not environment.is_rank and not environment.is_scheduler
-    if is_alone and (environment.worker_num or 1) > 1:
-        raise ConfigError(
-            f"MS_WORKER_NUM is {environment.worker_num}, but no launcher made this process a rank: each process would load the whole "
-            "model: start the script with msrun, torchrun or tandem run, or unset MS_WORKER_NUM"
-        )
+    if find_group() is None:
+        _check_alone(read_environment())
     group = init()
     group.agree(lambda: check_config(config), lambda settings: {})
     _check_parallel(config, group)
     _contexts[:] = [config]
     return config
+
+
+def _check_alone(environment: LaunchEnvironment) -> None:
+    if not environment.is_rank and not environment.is_scheduler and (environment.worker_num or 1) > 1:
+        raise ConfigError(
+            f"MS_WORKER_NUM is {environment.worker_num}, but no launcher made this process a rank: each process would load the whole "
+            "model: start the script with msrun, torchrun or tandem run, or unset MS_WORKER_NUM"
+        )
 
 
 def build_parallel_config(config: MindFormerConfig) -> MindFormerConfig:

@@ -90,7 +90,11 @@ class HostedProcess:
         self.send_signal(signal.SIGTERM)
 
     def _look(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+        if self.returncode is not None:
+            return self.returncode
+        waiting = select.poll()  # select() takes no descriptors above 1023
+        waiting.register(self._status, select.POLLIN)
+        if waiting.poll(None if timeout is None else int(timeout * 1000)):
             told = os.read(self._status, 64)
             assert told, "the command host has ended"
             self.returncode = int(told)

@@ -68,7 +68,7 @@ STOPS: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["<|eot|> She loved"]}, TEXT),
     ({"stop_token_ids": [426]}, TEXT),
     ({"stop_token_ids": [426], "ignore_eos": True}, TEXT),
-    ({"stop_token_ids": [317]}, TEXT),
+    ({"stop_token_ids": [317]}, TEXT.removesuffix(" Lily")),
 ]
 
 

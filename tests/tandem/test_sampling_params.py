@@ -28,7 +28,7 @@ from tandem import InputError, SamplingParams
         ({"stop": ["a", ""]}, r"stop is \['a', ''\], but texts that are not empty are needed"),
         ({"min_p": 1.5}, "min_p is 1.5, but has to be from 0 to 1"),
         ({"min_tokens": 17}, "min_tokens is 17, but has to be from 0 to max_tokens"),
-        ({"bad_words": ["no"]}, "bad_words is ['no'], but tandem does not support bad_words: leave it out"),
+        ({"bad_words": ["no"]}, r"bad_words is \['no'\], but tandem does not support bad_words: leave it out"),
         ({"best_of": 2}, "best_of is 2, but tandem does not support best_of: leave it out"),
         ({"skip_special_tokens": False}, "skip_special_tokens is False, but tandem does not support"),
     ],

@@ -121,7 +121,7 @@ def read_bits(sequences: Sequences) -> list[torch.Tensor]:
     for cache in sequences.caches:
         store = cache.store
         for memory in (store.data[LAYER], *(() if store.scales is None else (store.scales[LAYER].unsqueeze(4),))):
-            found.append(cache._join(memory, cache.length).contiguous().view(torch.uint8))
+            found.append(cache._join(memory, 0, cache.length).contiguous().view(torch.uint8))
     return found
 
 
@@ -234,7 +234,7 @@ def test_values_beyond_a_stored_scale_are_cut_at_its_ends_with_their_sign() -> N
     native.fixed = plain.fixed = torch.full((2, 2, 1, 24), 1e-12)
     native.run(inputs, whole())
     values = inputs[0][:, 4 * 24 :].view(-1, 2, 24)
-    kept = native.caches[0]._join(native.stores[0].data[LAYER], LENGTHS[0])[1].transpose(0, 1)
+    kept = native.caches[0]._join(native.stores[0].data[LAYER], 0, LENGTHS[0])[1].transpose(0, 1)
     assert torch.equal(kept, torch.where(values > 0, 127, -128).to(torch.int8))
 
 

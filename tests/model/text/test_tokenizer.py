@@ -353,7 +353,7 @@ def test_llama_bpe_begins_with_bos_unless_the_metadata_say_no(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "tekken"}, "'tekken', but only default, gpt-2, smollm, llama-bpe"),
+        ({"pre": "tekken"}, "'tekken', but only default, gpt-2, smollm, qwen2, llama-bpe"),
         ({"model": "bert"}, "'bert', but only 'llama' and 'gpt2'"),
         ({"merges": ["qq zz"]}, "do not fit together"),
         ({"model": "llama"}, r"lack tokenizer\.ggml\.scores"),
