@@ -289,5 +289,5 @@ def test_unknown_keys_are_told_and_biases_are_refused_by_name(tmp_path: Path) ->
     path = write_gguf(tmp_path / "m.gguf", make_weights(), **{"llama.new_thing": 3, "acme.note": "x", "general.name": "n"})
     assert [note.rsplit(": ", 1)[1] for note in GgufFile(path).notes] == ["llama.new_thing, acme.note"]
     bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(HEADS * HEAD_DIM, dtype=np.float32)}
-    with pytest.raises(CheckpointError, match=r"q.*\.bias, but llama models have no such bias"):
+    with pytest.raises(CheckpointError, match=r"q.*\.bias, but biases are not supported in GGUF files of llama models"):
         GgufFile(write_gguf(tmp_path / "b.gguf", make_weights() | bias))
