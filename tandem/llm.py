@@ -276,7 +276,9 @@ def _require_program() -> None:
     """Raise ConfigError in a rank: each rank would start more ranks."""
     groups = sys.modules.get("launcher.worker.rank_group")  # not loaded: this process has not joined, and PyTorch need not be imported
     group = groups.find_group() if groups is not None else None
-    launcher = group.launcher if group is not None else read_environment().launcher
+    launcher = group.launcher if group is not None else "none"
+    if launcher == "none":
+        launcher = read_environment().launcher
     if launcher != "none":
         raise ConfigError(
             f"LLM starts its own ranks, but {launcher} started this process as one of several: use AutoModel, or start the program alone"
