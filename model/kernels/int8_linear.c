@@ -50,8 +50,6 @@ INLINE void multiply_tile(const Product *p, size_t slice, size_t row, const size
 #pragma GCC unroll 8
             for (size_t j = 0; j < INT_ROWS; j++) sums[i][j] = no_sums();
         const int8_t *s = p->slices + slice * p->padded;
-        /* The earlier groups' results wait in memory, so that all registers are left for the sums. */
-        __asm__("" : "+m"(product));
         for (; column + WIDTH <= stop; column += WIDTH) {
             weights weight[INT_ROWS];
 #pragma GCC unroll 8
