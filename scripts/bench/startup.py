@@ -51,7 +51,7 @@ def measure_first_token(tree: Path, checkpoint: Path, workers: int, folder: Path
     """Run one prompt to its first token."""
     options = ("--workers", workers, "--prompt", "The capital of France is", "--max-new-tokens", 1, "--log-dir", folder / "log")
     began = time.perf_counter()
-    process = start(tree, "predict", checkpoint, *options, stdout=subprocess.PIPE)
+    process = start(tree, "predict", "--checkpoint", checkpoint, *options, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         first = process.stdout.read(1)
@@ -67,15 +67,15 @@ def measure_refusal(tree: Path, checkpoint: Path, workers: int, folder: Path) ->
     """Run commands that start nothing."""
     commands = {
         "--help": ("--help",),
-        "no such path": ("predict", folder / "nothing", "--prompt", "a"),
-        "too many ranks": ("predict", checkpoint, "--prompt", "a", "--workers", 100_000),
+        "no such path": ("predict", "--checkpoint", folder / "nothing", "--prompt", "a"),
+        "too many ranks": ("predict", "--checkpoint", checkpoint, "--prompt", "a", "--workers", 100_000),
     }
     return {f"{name}, CPU s": wait(start(tree, *command)) for name, command in commands.items()}
 
 
 def measure_memory(tree: Path, checkpoint: Path, workers: int, folder: Path) -> dict[str, float]:
     """Serve until the ranks are idle, and read their memory."""
-    process = start(tree, "serve", checkpoint, "--workers", workers, "--port", 0, "--num-blocks", 16, "--log-dir", folder / "log",
+    process = start(tree, "serve", "--checkpoint", checkpoint, "--workers", workers, "--port", 0, "--num-blocks", 16, "--log-dir", folder / "log",
                     stderr=subprocess.PIPE)  # fmt: skip
     assert process.stderr is not None
     try:
@@ -129,7 +129,7 @@ def measure_recovery(tree: Path, checkpoint: Path, workers: int, folder: Path) -
     """Kill a rank of a run that decodes."""
     stats = folder / "stats.json"
     options = ("--workers", workers, "--prompt", "Once upon a time", "--max-new-tokens", 400, "--ignore-eos", "--threads-per-rank", 1)
-    process = start(tree, "predict", checkpoint, *options, "--stats", stats, "--log-dir", folder / "log", stdout=subprocess.PIPE)
+    process = start(tree, "predict", "--checkpoint", checkpoint, *options, "--stats", stats, "--log-dir", folder / "log", stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         process.stdout.read(40)
