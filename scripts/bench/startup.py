@@ -75,8 +75,8 @@ def measure_refusal(tree: Path, checkpoint: Path, workers: int, folder: Path) ->
 
 def measure_memory(tree: Path, checkpoint: Path, workers: int, folder: Path) -> dict[str, float]:
     """Serve until the ranks are idle, and read their memory."""
-    process = start(tree, "serve", "--checkpoint", checkpoint, "--workers", workers, "--port", 0, "--num-blocks", 16, "--log-dir", folder / "log",
-                    stderr=subprocess.PIPE)  # fmt: skip
+    options = ("--workers", workers, "--port", 0, "--num-blocks", 16, "--log-dir", folder / "log")
+    process = start(tree, "serve", "--checkpoint", checkpoint, *options, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
         address = ""
@@ -129,7 +129,9 @@ def measure_recovery(tree: Path, checkpoint: Path, workers: int, folder: Path) -
     """Kill a rank of a run that decodes."""
     stats = folder / "stats.json"
     options = ("--workers", workers, "--prompt", "Once upon a time", "--max-new-tokens", 400, "--ignore-eos", "--threads-per-rank", 1)
-    process = start(tree, "predict", "--checkpoint", checkpoint, *options, "--stats", stats, "--log-dir", folder / "log", stdout=subprocess.PIPE)
+    process = start(
+        tree, "predict", "--checkpoint", checkpoint, *options, "--stats", stats, "--log-dir", folder / "log", stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     with process.stdout:
         process.stdout.read(40)
