@@ -29,14 +29,20 @@ class LaunchedStore:
         # The agent's store survives a restart; a prefix hides the keys of earlier attempts.
         self._prefix = f"tandem/attempt_{environment.restart_count}"
         self.store = PrefixStore(self._prefix, self._raw)
+        self._ended = threading.Event()
+        self._heartbeats: threading.Thread | None = None
         if environment.store_host == "scheduler":
-            threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats").start()
+            self._heartbeats = threading.Thread(target=self._show_life, args=(address, port), daemon=True, name="heartbeats")
+            self._heartbeats.start()
 
     def announce_exit(self, code: int, *, waits: bool, is_over: Callable[[int], bool] = lambda rank: False) -> None:
         """Tell the store's host that this rank no longer needs the store.
 
         The host itself then waits for the other ranks if `waits`, except those for which `is_over` returns True.
         """
+        self._ended.set()
+        if self._heartbeats is not None:  # the interpreter's exit would abort a thread inside of a call
+            self._heartbeats.join(_FAILED_FAREWELL_SECONDS)
         store, count = self.store, self._environment.world_size or 0
         with suppress(RuntimeError):
             store.set(bye_key(self._rank), str(code))
@@ -50,7 +56,6 @@ class LaunchedStore:
         beats = 0
         with suppress(RuntimeError, RunError):
             store = PrefixStore(self._prefix, connect_store(address, port, self._timeout_seconds))
-            while True:
+            while not self._ended.wait(BEAT_SECONDS if beats else 0):
                 beats += 1
                 store.set(alive_key(self._rank), str(beats))
-                time.sleep(BEAT_SECONDS)

@@ -245,8 +245,10 @@ class _Pulse(threading.Thread):
             self._answered = self._clock.read()
 
     def end(self) -> None:
-        """Stop the heartbeats."""
+        """Stop the heartbeats and wait for the call at work: the interpreter's exit would abort a thread inside of it."""
         self._ended.set()
+        if self.is_alive():
+            self.join(2 * _CALL_SECONDS)
 
     def find_silent(self) -> list[int]:
         """Return nodes without a heartbeat for too long; if the store itself does not respond, its host."""

@@ -196,7 +196,7 @@ def test_ctrl_c_ends_the_call_and_the_next_one_works(llm: LLM) -> None:
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([PROMPTS[0]] * 100, LONG)
+        llm.generate([PROMPTS[0]] * 1000, LONG)
     timer.join()
     for number, _ in enumerate(llm.generate(PROMPTS[1], LONG, stream=True)):
         if number == 3:
@@ -245,7 +245,8 @@ def test_closing_again_and_again_leaves_nothing(start: Callable[..., LLM], llm: 
             other.close()
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         state = len(os.listdir("/proc/self/fd")), threading.active_count(), sorted(os.listdir("/dev/shm"))
-        assert before in (None, state)
+        # Fewer descriptors: what earlier tests left has been collected.
+        assert before is None or (state[0] <= before[0] and state[1:] == before[1:]), (before, state)
         before = state
 
 
