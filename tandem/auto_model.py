@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from launcher.commands.opened_model import open_model
 from launcher.commands.preparation import locate_model
-from launcher.commands.run_ranks import Run, build_job, open_model
+from launcher.commands.run_ranks import Run, build_job
 from launcher.environment.detection import LaunchEnvironment, decide_world_size
 from launcher.job.job import Job
 from launcher.job.tasks import Decode
@@ -31,7 +32,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request, plan_blocks
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import DEFAULT_BLOCK_SIZE
 from model.text.tokenizer import Tokenizer
 from parallel.errors import ConfigError, InputError, NonFiniteError, RequestError, RunError

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import first_not_none, open_run, run_job
+from launcher.commands.run_ranks import open_run, run_job
 from launcher.commands.serve import DEFAULT_MAX_RESTARTS, Follower, plan_engine
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.batch_results import BatchResults
@@ -18,6 +18,7 @@ from launcher.reporting.results import hold_results
 from launcher.settings.api_batch import BatchLine, read_batch
 from launcher.settings.decode_options import BatchOptions
 from launcher.settings.options import MAX_SECONDS
+from launcher.settings.precedence import first_not_none
 from launcher.supervision.signals import StoppedError
 from parallel.errors import RequestError, RunError
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.env import read_processor
+from launcher.commands.opened_model import OpenedModel, open_model
 from launcher.commands.preparation import writes_results
 from launcher.commands.profile_report import build_trace, print_profile
-from launcher.commands.run_ranks import OpenedModel, Run, build_job, first_not_none, open_model, open_run, run_to_result
+from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
@@ -26,6 +27,7 @@ from launcher.job.tasks import Bench
 from launcher.settings.approaches import APPROACHES, check_words, plan_recipe
 from launcher.settings.checkpoint_options import QuantizeOptions
 from launcher.settings.measure_options import BenchOptions
+from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
 from launcher.worker.speculation_bench import describe_row, encode_prompts
 from model.checkpoint.first_layers import FirstLayers, check_num_layers

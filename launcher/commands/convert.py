@@ -8,8 +8,8 @@ import time
 from dataclasses import fields
 
 from launcher.commands.checkpoint_target import claim_target, tell_written
+from launcher.commands.opened_model import open_model
 from launcher.commands.quantize import quantize
-from launcher.commands.run_ranks import open_model
 from launcher.host.file_errors import as_run_failure
 from launcher.reporting.console import ByteProgress
 from launcher.settings.checkpoint_options import ConvertOptions, QuantizeOptions, ReshardOptions

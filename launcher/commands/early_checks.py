@@ -1,7 +1,7 @@
 """Checks of a model's small files before PyTorch is imported: number of ranks, tokenizer, device.
 
-They repeat what is checked again with the headers, so that a mistake is reported in a fraction of a second. They say nothing where they
-cannot tell: other formats, and files that are reported in other words later.
+The same checks run again once the headers are read; these report a mistake in a fraction of a second. They skip formats and files that
+they cannot judge, which are reported later.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_model(options: RunOptions, settings: Settings, world_size: int) -> None:
-    """Check what the small files of the model tell. Raises LayoutError for too many ranks, CheckpointError without a tokenizer, ConfigError
+    """Check the small files of the model. Raises LayoutError for too many ranks, CheckpointError without a tokenizer, ConfigError
     for a tokenizer that the YAML names in vain and for a device that this PyTorch was built without.
     """
     _check_device(options.device or settings.tandem.device or "auto")
@@ -51,7 +51,7 @@ def _read_config(place: Path | None) -> LlamaConfig | None:
 
 
 def _check_device(word: str) -> None:
-    """Raise ConfigError if PyTorch is known not to support a device; what it says itself comes later."""
+    """Raise ConfigError if PyTorch is known not to support a device. PyTorch itself is asked later."""
     try:
         is_cpu_build = version("torch").endswith("+cpu")
     except PackageNotFoundError:

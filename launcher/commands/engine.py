@@ -37,7 +37,7 @@ from launcher.settings.python_options import read_options
 from launcher.supervision.signals import StoppedError
 from launcher.supervision.verdict import RanksFailedError
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import PREFILL_TOKENS
 from parallel.errors import InputError, RequestError, TandemError
 

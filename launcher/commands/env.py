@@ -15,6 +15,7 @@ from launcher.host.cores import count_cores
 from launcher.host.program_version import read_version
 from launcher.host.streams import require_stdout
 from launcher.settings.measure_options import EnvOptions
+from model.kernels.instruction_set import read_processor_flags
 from model.spec.quoting import quote_name
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "fastapi", "uvicorn")
@@ -38,7 +39,12 @@ def describe_machine() -> dict[str, Any]:
     group, memory = read_memory_group(), _read_memory()
     return {
         "versions": {"tandem": read_version(), "python": platform.python_version(), "system": platform.platform(), **_read_versions()},
-        "cpu": {"model": read_processor(), "cores": os.cpu_count(), "usable_cores": count_cores(), "features": _read_features()},
+        "cpu": {
+            "model": read_processor(),
+            "cores": os.cpu_count(),
+            "usable_cores": count_cores(),
+            "features": _list_features(),
+        },
         **_describe_backend(),
         "memory": {
             "total_bytes": memory.get("MemTotal"),
@@ -96,14 +102,8 @@ def _read_versions() -> dict[str, str | None]:
     return versions
 
 
-def _read_features() -> list[str]:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, flags = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                found = set(flags.split())
-                return [feature for feature in _FEATURES if feature in found]
-    return []
+def _list_features() -> list[str]:
+    return [feature for feature in _FEATURES if feature in read_processor_flags()]
 
 
 def _read_memory() -> dict[str, int]:

@@ -71,7 +71,7 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
     """Return the model's config, its quantization scheme, and the stored forms of the checkpoint's tensors."""
     stored: dict[str, StoredForm] = {}
     if options.checkpoint or (settings.load_checkpoint and not options.model_config):
-        from launcher.commands.run_ranks import open_model
+        from launcher.commands.opened_model import open_model
 
         opened = open_model(options, settings, quantized=not options.quantization)
         config, scheme = opened.config, opened.scheme

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
+from launcher.commands.run_ranks import Run, build_job, open_run, run_job
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.console import RunConsole
@@ -16,9 +16,10 @@ from launcher.reporting.printed_results import build_printer
 from launcher.reporting.results import ResultsFile, hold_results, read_results
 from launcher.settings.decode_options import PredictOptions
 from launcher.settings.options import SamplingOptions
+from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError, RunError
 

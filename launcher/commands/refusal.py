@@ -1,6 +1,6 @@
 """Input that this rank refuses: before it joins the others, they are told the reason.
 
-Does not import PyTorch unless there is somebody to tell.
+Imports PyTorch only if there are other ranks to tell.
 """
 
 from launcher.environment.detection import LaunchEnvironment
@@ -9,7 +9,7 @@ _TELLING_SECONDS = 60.0
 
 
 class Refusal:
-    """Whom this process has to tell about input that it refuses."""
+    """The ranks that have to be told about input that this process refuses."""
 
     def __init__(self) -> None:
         self._environment: LaunchEnvironment | None = None
@@ -20,7 +20,7 @@ class Refusal:
             self._environment = environment
 
     def end(self) -> None:
-        """Tell nobody from now on: the ranks meet, and each hears of the others' errors."""
+        """Stop telling: the ranks have met and exchange their errors."""
         self._environment = None
 
     def tell(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Logic shared by all commands that run ranks: open the checkpoint, plan the job, start the ranks or become one.
+"""Running ranks, for all commands: read the inputs of a run, plan the job, start the ranks or become one.
 
 All input errors are raised here, before any process starts. Depends on no particular task, nor on typer.
 """
@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.early_start import take_starter
+from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
@@ -25,8 +26,9 @@ from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
-from launcher.reporting.console import ByteProgress, WorkConsole
-from launcher.settings.options import MAX_SECONDS, CheckpointOptions, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.reporting.console import WorkConsole
+from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
 from launcher.supervision.foreign_launchers import join_ranks
@@ -36,35 +38,18 @@ from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
 from model.backends.registry import find_backend
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
-from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
-from model.checkpoint.notes import list_notes, name_settings
-from model.checkpoint.source import CheckpointSource
-from model.checkpoint.stored_facts import check_facts
-from model.checkpoint.verification import require_intact
-from model.decoder.loading import check_checkpoint
+from model.checkpoint.formats import open_checkpoint
 from model.kernels.library import choose_kernels
-from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
-from model.spec.scheme import Scheme, read_scheme
+from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
+from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
-from model.text.tokenizer import Tokenizer, read_tokenizer
-from parallel.errors import CheckpointError, ConfigError, RunError
-from parallel.regular_file import open_regular
+from model.text.tokenizer import Tokenizer
+from parallel.errors import ConfigError, RunError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Minimum number of file descriptors and processes a run uses, per run and per rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedModel:
-    """A checkpoint whose headers match its config and the YAML."""
-
-    source: CheckpointSource
-    config: LlamaConfig
-    scheme: Scheme
-    opening: OpenOptions
-    """The options it was opened with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +101,6 @@ class Run:
         return locate_tokenizer(self.settings, source.tokenizer_path()) or source.path
 
 
-def read_tokenizer_of(path: Path, config: LlamaConfig, settings: Settings) -> Tokenizer:
-    """Read the tokenizer in `path` with the settings of the YAML.
-
-    Raises CheckpointError if it is missing or unreadable, or if its ids do not match the model.
-    """
-    ends = {"add_bos": settings.add_bos_token, "add_eos": settings.add_eos_token}
-    tokenizer = read_tokenizer(path, **ends, chat_template=settings.chat_template)
-    # Added tokens may exceed the vocabulary: many checkpoints add a padding token without an embedding row. Prompts are checked separately.
-    if tokenizer.base_size > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {path} has {tokenizer.base_size} tokens, but the model's vocabulary has {config.vocab_size}; "
-            "use the tokenizer that belongs to this model"
-        )
-    return tokenizer
-
-
 def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[Settings], OpenedModel] | None = None) -> Run:
     """Read all inputs of a run. Raises InputError. See `open_model` for `quantized`; `opener` replaces it.
 
@@ -170,50 +139,6 @@ def _override(settings: Settings, options: RunOptions) -> Settings:
         vocab_file=str(options.vocab_file) if options.vocab_file else settings.vocab_file,
         seq_length=first_not_none(options.seq_length, settings.seq_length),
     )
-
-
-def plan_opening(options: CheckpointOptions, settings: Settings) -> OpenOptions:
-    """Return the options for opening the checkpoint."""
-    key_file = str(options.key_file.absolute()) if options.key_file else None
-    if options.key_file:
-        try:
-            open_regular(options.key_file).close()
-        except OSError as error:
-            raise ConfigError(f"--key-file cannot be read: {describe_os_error(error)}") from None
-    fused_order = first_not_none(options.fused_order, settings.tandem.fused_order)
-    values = settings.build_model_values()
-    if values is None and settings.pretrained_model_dir and (folder := Path(settings.pretrained_model_dir)).is_dir():
-        values = read_config(folder / "config.json")
-    return OpenOptions(format=options.format, key_file=key_file, follow_links=options.follow_links, values=values, fused_order=fused_order)
-
-
-def find_checkpoint(option: str | Path | None, settings: Settings) -> Path:
-    """Return the checkpoint of the command line, otherwise the YAML's. Raises ConfigError if neither names one."""
-    path = option or settings.load_checkpoint
-    if not path:
-        raise ConfigError("no checkpoint: give --checkpoint")
-    return Path(path)
-
-
-def open_model(options: CheckpointOptions, settings: Settings, *, quantized: bool = True) -> OpenedModel:
-    """Open a checkpoint and validate it against its config.json, the YAML and, on request, its checksums. Raises InputError.
-
-    `quantized`: whether the YAML's quantization_config describes this checkpoint, rather than one yet to be written.
-    """
-    path = find_checkpoint(options.checkpoint, settings)
-    opening = plan_opening(options, settings)
-    source = open_checkpoint(path, opening)
-    config, scheme = build_config(source.config, str(name_settings(source))), read_scheme(source.config)
-    settings.compare_model_config(config, str(path))
-    for note in list_notes(source, config):
-        print(note if note.startswith("warning: ") else f"note: {note}", file=sys.stderr)
-    if quantized and settings.quantization is not None:
-        settings.quantization.check_scheme(scheme, config, str(path), settings.source)
-    check_checkpoint(source, config, scheme)
-    check_facts(source, config, scheme)
-    if options.verify:
-        require_intact(source, ByteProgress("verifying"))
-    return OpenedModel(source, config, scheme, settle_options(source, opening))
 
 
 def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Job:
@@ -373,11 +298,6 @@ def _parse_flag(name: str, word: str | None) -> bool:
     if found is None:
         raise ConfigError(f"{name} is {word!r}, but True or False is needed")
     return found
-
-
-def first_not_none(*values: Any) -> Any:
-    """Return the first value that is not None."""
-    return next((value for value in values if value is not None), None)
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

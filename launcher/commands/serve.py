@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import structs
 
-from launcher.commands.run_ranks import Run, build_job, first_not_none, open_run, run_job
+from launcher.commands.run_ranks import Run, build_job, open_run, run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
 from launcher.host.program_version import read_version
@@ -25,6 +25,7 @@ from launcher.job.tasks import Serve
 from launcher.server.listening import listen, read_keys
 from launcher.server.request_log import configure_log, log_throughput
 from launcher.settings.decode_options import ApiOptions, ServeOptions
+from launcher.settings.precedence import first_not_none
 from launcher.supervision.signals import StoppedError
 from model.backends.registry import find_backend
 from model.planning import RankPlan, Workload, plan_ranks

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.run_ranks import find_checkpoint, plan_opening, read_tokenizer_of
+from launcher.commands.opened_model import find_checkpoint, plan_opening, read_tokenizer_of
 from launcher.host.cores import count_cores
 from launcher.reporting.console import ByteProgress
 from launcher.settings.checkpoint_options import VerifyOptions

@@ -70,5 +70,5 @@ def _describe_kernels(device: str) -> str:
     """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them, except for products of bfloat16
     pairs; PyTorch's depend on the instruction set."""
     if (kernels := find_backend(device).kernels) is not None:
-        return "native" + (" (bfloat16 pairs)" if kernels.name == "avx512_bf16" else "")
+        return "native" + (" (bfloat16 pairs)" if kernels.instruction_set.adds_pairs else "")
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from launcher.server.chat_messages import Message, NamedChoice, Tool, check_tools
 from launcher.server.structured_output import ResponseFormat, StructuredOutputs, combine
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 MAX_CHOICES = 16
 MAX_STOPS = 16

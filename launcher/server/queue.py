@@ -25,7 +25,7 @@ from launcher.server.inflight_requests import InflightRequests, NewToken, Prompt
 from launcher.server.metrics import ServeMetrics
 from model.engine.events import SequenceFailure
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 _USUAL_SECONDS = 5.0
 """Assumed duration of an answer before any has been measured."""

@@ -21,7 +21,7 @@ from launcher.server.responses_requests import ResponsesRequest
 from launcher.server.token_requests import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, build_tokens
 from model.engine.grammar import Grammars
 from model.engine.request import Request, check_length, check_memory, check_request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError
 

@@ -16,7 +16,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "a mixture of experts": ("moe", "mixtral", "deepseekv2", "deepseekv3"),
     "an encoder": ("bert", "t5"),
 }
-"""Parts of lower-case class names, by what the model is."""
+"""Parts of lower-case class names, by the kind of model."""
 _IMAGE_KEYS = ("vision_model", "vision_config", "vision_encoder", "llm_model", "text_model")
 _EXPERT_KEYS = ("expert_num", "num_experts", "num_local_experts", "n_routed_experts", "routed_expert_num", "shared_expert_num")
 

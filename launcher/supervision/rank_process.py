@@ -25,7 +25,7 @@ _HOME = str(Path(__file__).resolve().parents[2])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOrder:
-    """What a rank has to know to start."""
+    """The data that a rank needs to start."""
 
     folder: str
     """The folder of the run."""

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _preload() -> bool:
-    """Import what every rank needs; returns whether ranks can be forked from here."""
+    """Import the modules of a rank; returns whether ranks can be forked from here."""
     try:
         import launcher.supervision.spawned_rank  # noqa: F401
     except Exception:  # a rank that tries again reports it

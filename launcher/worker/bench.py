@@ -23,7 +23,7 @@ from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, step_all
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.collectives import Collectives
 
 SHORT_TOKENS = 16

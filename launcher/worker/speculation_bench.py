@@ -11,7 +11,7 @@ from typing import Any
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, generate
 from model.engine.request import Request, check_request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.text.tokenizer import Tokenizer
 from parallel.collectives import Collectives
 from parallel.errors import RunError

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import count_blocks
 from parallel.errors import RequestError
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet
+from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read_processor_flags
+from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
 
 _INTERFACE = 5
@@ -26,8 +27,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Type codes, as in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """More columns could overflow the 32-bit accumulators."""
-_ROWS_A_TILE, _COLUMNS_A_STEP, _BYTES_A_STEP = 16, 8, 64
-"""Packed 4-bit weights, as in model/kernels/int4_linear.c."""
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
@@ -84,11 +83,16 @@ class PackedInt4:
 class Kernels:
     """The C functions, on contiguous CPU tensors. Each call uses PyTorch's number of threads."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self._library, self.name = library, name
+    def __init__(self, library: ctypes.CDLL, instruction_set: InstructionSet) -> None:
+        self._library, self.instruction_set = library, instruction_set
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
+
+    @property
+    def name(self) -> str:
+        """Name of the instruction set."""
+        return self.instruction_set.name
 
     @property
     def run_layers(self) -> Any:
@@ -144,16 +148,16 @@ class Kernels:
         """Pack weight int8 [rows, columns] with scale float32 [rows, groups]; None if the integers of a row and group span over 4 bits."""
         weight = weight.contiguous()
         (rows, columns), groups = weight.shape, starts.shape[0] - 1
-        tiles, steps = -(-rows // _ROWS_A_TILE), sum(-(-size // _COLUMNS_A_STEP) for size in starts.diff().tolist())
-        packed = torch.empty((tiles, steps, _BYTES_A_STEP), dtype=torch.uint8)
-        zeros = torch.empty((tiles, groups, _ROWS_A_TILE), dtype=torch.int8)
+        tiles, steps = -(-rows // TILE_ROWS), sum(-(-size // STEP_COLUMNS) for size in starts.diff().tolist())
+        packed = torch.empty((tiles, steps, STEP_BYTES), dtype=torch.uint8)
+        zeros = torch.empty((tiles, groups, TILE_ROWS), dtype=torch.int8)
         if self._library.tandem_pack_int4(
             weight.data_ptr(), rows, columns, starts.data_ptr(), groups, packed.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
         ):
             return None
-        scales = torch.zeros((tiles * _ROWS_A_TILE, groups))
+        scales = torch.zeros((tiles * TILE_ROWS, groups))
         scales[:rows] = scale
-        scales = scales.view(tiles, _ROWS_A_TILE, groups).transpose(1, 2).contiguous()
+        scales = scales.view(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous()
         return PackedInt4(packed, scales, zeros, starts, rows)
 
     def float_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -226,17 +230,8 @@ def explain_absence() -> str | None:
 
 def _list_supported() -> list[InstructionSet]:
     """Return the instruction sets of this CPU, fastest first."""
-    flags = _read_processor_flags()
+    flags = read_processor_flags()
     return [one for one in INSTRUCTION_SETS if one.machine == platform.machine() and one.flags <= flags]
-
-
-@functools.cache
-def _read_processor_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 _disabled = False
@@ -297,7 +292,7 @@ def _load(name: str) -> Kernels | None:
         path = Path(__file__).with_name(f"_kernels_{name}{suffix}")
         if path.exists():
             try:
-                kernels = Kernels(ctypes.CDLL(str(path)), name)
+                kernels = Kernels(ctypes.CDLL(str(path)), next(one for one in INSTRUCTION_SETS if one.name == name))
             except (OSError, AttributeError) as error:
                 warnings.warn(f"{path.name} cannot be used and PyTorch's slower products are: {error}; install again", stacklevel=2)
                 return None

@@ -2,7 +2,7 @@
 
 from model.spec.linear_scheme import LinearScheme
 
-_TILE_ROWS, _STEP_COLUMNS, _STEP_BYTES = 16, 8, 64
+TILE_ROWS, STEP_COLUMNS, STEP_BYTES = 16, 8, 64
 """Packed 4-bit weights, as in model/kernels/int4_linear.c."""
 
 
@@ -16,5 +16,5 @@ def count_linear_bytes(rows: int, columns: int, scheme: LinearScheme, *, own_ker
     if scheme.bits != 4 or not own_kernels:
         return rows * (columns + 4 * groups)
     size = columns if scheme.group_size is None else scheme.group_size
-    steps = sum(-(-min(size, columns - first) // _STEP_COLUMNS) for first in range(0, columns, size))
-    return -(-rows // _TILE_ROWS) * (steps * _STEP_BYTES + groups * _TILE_ROWS * 5)
+    steps = sum(-(-min(size, columns - first) // STEP_COLUMNS) for first in range(0, columns, size))
+    return -(-rows // TILE_ROWS) * (steps * STEP_BYTES + groups * TILE_ROWS * 5)

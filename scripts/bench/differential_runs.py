@@ -27,7 +27,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import check_checkpoint, load_model
 from model.engine.generation import Engine, step_all
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.kernels.library import kernels_disabled
 from model.layers.batch import Span
 from model.spec.config import build_config, count_blocks

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from launcher.commands.predict import DEFAULT_MAX_LENGTH
 from launcher.settings.yaml_settings import Settings
 from model.engine.request import Request, check_request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import LlamaConfig
 from parallel.errors import RequestError
 from tandem.auto_model import strip_padding

@@ -296,7 +296,7 @@ def _start_starter(command: Sequence[str], **options: Any) -> "_ForkedStarter | 
 
 def _import_commands() -> None:
     """Import what commands import; nothing may have started a thread."""
-    import importlib.util
+    import importlib
     import pkgutil
 
     import launcher.cli.main
@@ -305,9 +305,8 @@ def _import_commands() -> None:
     for module in pkgutil.iter_modules(launcher.commands.__path__):
         importlib.import_module(f"launcher.commands.{module.name}")
     importlib.import_module("launcher.supervision.spawned_rank")
-    if importlib.util.find_spec("launcher.supervision.rank_starter"):  # otherwise each rank is started by itself
-        starter = importlib.import_module("launcher.supervision.rank_starter")
-        starter.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _start_starter})  # type: ignore[attr-defined]
+    starter = importlib.import_module("launcher.supervision.rank_starter")
+    starter.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _start_starter})  # type: ignore[attr-defined]
     assert len(os.listdir("/proc/self/task")) == 1, "a thread runs, which no fork would have"
     # What is collected is not copied into each fork.
     gc.collect()

@@ -28,7 +28,8 @@ from launcher.job.messages import (
 from launcher.job.tasks import Decode
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import Choice, SamplingParams
+from model.engine.sampling import Choice
+from model.engine.sampling_params import SamplingParams
 
 NUMBERS = st.floats(allow_nan=False)
 IDS = st.integers(0, 2**31)

@@ -12,7 +12,7 @@ from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.quantization.recipe import Recipe
 from model.spec.linear_scheme import LinearScheme
 

@@ -14,7 +14,7 @@ from launcher.reporting.printed_results import build_printer
 from launcher.reporting.results import Record, ResultsFile, read_results
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 PROMPTS = ["ab", "c", "de"]
 STATS = Stats(

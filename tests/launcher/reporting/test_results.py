@@ -11,7 +11,7 @@ import pytest
 
 from launcher.reporting.results import Record, ResultsFile, read_results
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.errors import RequestError
 
 VOCAB_SIZE = 50

@@ -11,7 +11,7 @@ from launcher.server.api_requests import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKE
 from launcher.server.chat_messages import NamedChoice
 from launcher.server.errors import ServiceError
 from launcher.server.request_body import BodyReader
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 COMPLETIONS, CHATS = BodyReader(CompletionRequest, None), BodyReader(ChatRequest, None)
 

@@ -10,7 +10,7 @@ from launcher.job.tasks import Serve
 from launcher.server.chat_front import ChatEngineClient
 from launcher.server.inflight_requests import MAX_FAILURES
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.errors import RunError
 from tests.launcher.server.rank_events import SERVING, tokens
 

@@ -13,7 +13,7 @@ from launcher.job.tasks import Serve
 from launcher.server.engine_client import MAX_FAILED_STARTS, EngineClient, Served
 from model.engine.events import SequenceFailure
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import LlamaConfig
 from tests.launcher.server.rank_events import REPORT, SERVING, tokens
 

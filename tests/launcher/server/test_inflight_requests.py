@@ -6,7 +6,8 @@ from launcher.job.messages import Add, Cancel, Command, End
 from launcher.server.inflight_requests import MAX_FAILURES, InflightRequests
 from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import Choice, SamplingParams
+from model.engine.sampling import Choice
+from model.engine.sampling_params import SamplingParams
 from tests.launcher.server.rank_events import token
 
 PARAMS = SamplingParams(max_new_tokens=9, logit_bias=((3, -2.5),), stop_token_ids=(4, 5))

@@ -10,7 +10,7 @@ from launcher.server.inflight_requests import MAX_FAILURES
 from launcher.server.local_engine import LocalEngine
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 TASK = Serve(requests=(), num_blocks=8, prefill_tokens=16)
 READY = Serving(

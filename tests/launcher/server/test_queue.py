@@ -12,7 +12,7 @@ from launcher.server.errors import ServiceError
 from launcher.server.inflight_requests import InflightRequests, NewToken
 from launcher.server.metrics import ServeMetrics
 from launcher.server.queue import Dispatcher, Ticket
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=4)
 LONG_SECONDS = 600.0

@@ -9,7 +9,7 @@ import torch
 from launcher.job.messages import Add, Command, End, Event, Refused
 from launcher.worker.service import RankService
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.collectives import IdentityCollectives
 from parallel.errors import RequestError
 

@@ -15,7 +15,8 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
-from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingParams, SamplingState, sample
+from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingState, sample
+from model.engine.sampling_params import SamplingParams
 from model.layers.linear import RowBlock
 from model.layers.quantized_linear import StoredLinear, build_linear
 from model.spec.linear_scheme import LinearScheme

@@ -14,7 +14,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import Engine, EngineTimes, generate
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.layers.batch import Span
 from model.spec.config import PREFILL_TOKENS
 from parallel.errors import RequestError

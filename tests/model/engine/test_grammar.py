@@ -25,7 +25,7 @@ from model.engine.grammar import (
     share_masks,
 )
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

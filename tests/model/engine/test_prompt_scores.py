@@ -12,7 +12,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import PromptScore, TokenEvent
 from model.engine.generation import Engine
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request, plan_blocks
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.spec.config import PREFILL_TOKENS
 from parallel.errors import ConfigError, RequestError
 

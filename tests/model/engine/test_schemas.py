@@ -16,7 +16,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine
 from model.engine.grammar import Grammars, grammar_of_schema
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from parallel.errors import RequestError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

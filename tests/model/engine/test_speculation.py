@@ -11,7 +11,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.engine.speculation import MAX_DRAFT, PromptLookup
 
 pytestmark = pytest.mark.usefixtures("one_thread")

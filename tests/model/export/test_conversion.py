@@ -19,7 +19,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import check_checkpoint
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
-from model.engine.sampling import SamplingParams
+from model.engine.sampling_params import SamplingParams
 from model.export.conversion import convert_checkpoint
 from model.layers.batch import Span
 from model.quantization.rounding import quantize_rows

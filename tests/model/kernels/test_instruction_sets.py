@@ -6,10 +6,12 @@ import subprocess
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from launcher.settings.options import CpuKernels
 from model.backends.int8 import PLAIN, Part, sliced_linear
 from model.kernels.instruction_set import INSTRUCTION_SETS
 from model.kernels.library import Kernels, choose_kernels, find_kernels, kernels_chosen, list_kernels
@@ -121,6 +123,10 @@ def test_a_choice_holds_for_models_built_in_it() -> None:
             assert chosen is not None and chosen.name == kernels.name
     with kernels_chosen("none"):
         assert find_kernels() is None
+
+
+def test_the_command_line_knows_every_set() -> None:
+    assert get_args(CpuKernels) == ("auto", *(one.name for one in INSTRUCTION_SETS), "none")
 
 
 def test_a_set_of_another_machine_is_refused() -> None:
