@@ -46,7 +46,7 @@ def test_three_ranks_decode_the_tokens_of_transformers(tandem: "Tandem", shared_
 def test_an_error_that_only_a_rank_finds_ends_the_run_once_with_exit_code_2(tandem: "Tandem", shared_dir: Path) -> None:
     case = find_case(shared_dir, "12d-gptq-v1-name-v2-zeros")
     # Stands for a linear that the sample before the start of the ranks does not hold.
-    program = "import sys, launcher.commands.run_ranks as r; r.check_facts = lambda *a: None; from launcher.cli.main import main; main()"
+    program = "import sys, launcher.commands.opened_model as m; m.check_facts = lambda *a: None; from launcher.cli.main import main; main()"
     folder = tandem.new_folder()
     command = tandem.predict_command(folder, "--checkpoint", case, "--workers", "2", "--prompt", "Once", module=("-c", program))
     result = tandem.run_command([sys.executable, *command[1:]])
