@@ -3,15 +3,16 @@
 `model/checkpoint/formats.py` holds the registry of formats.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from model.spec.tensor_info import TensorInfo
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 PIECE_BYTES = 64 << 20
 """Bytes of a tensor in memory at a time when processing whole checkpoints."""

@@ -3,6 +3,8 @@
 Does not depend on formats or the config; `model/spec/weights.py` checks whether tensors match a model.
 """
 
+from __future__ import annotations
+
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.checkpoint.source import CheckpointSource, Checksum, read_pieces
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 from parallel.regular_file import open_regular
 
 _CHUNK_BYTES = 16 << 20

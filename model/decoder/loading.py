@@ -202,7 +202,7 @@ class ModelLoader:
         """Read this rank's rows of several tensors, concatenated, converted to `dtype`."""
         source, rows = self._source, [self._rows(name) for name in names]
         located = [source.locate_rows(name, *interval) for name, interval in zip(names, rows, strict=True)]
-        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype == dtype):
+        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype.torch_dtype == dtype):
             return convert(self.read(names[0])) if convert else self.read(names[0])
         out = torch.empty((sum(stop - start for start, stop in rows), columns), dtype=dtype)
         ask_for_huge_pages(out)
@@ -214,7 +214,7 @@ class ModelLoader:
                 continue
             info = source.tensors[name]
             # Convert rows of another dtype in small batches, so that two full copies never exist.
-            step = max(1, stop - start) if convert or info.dtype == dtype else info.count_step_rows(_PART_BYTES)
+            step = max(1, stop - start) if convert or info.dtype.torch_dtype == dtype else info.count_step_rows(_PART_BYTES)
             for first in range(start, stop, step):
                 found = source.read_rows(self.reader, name, first, min(first + step, stop))
                 place[first - start : first - start + len(found)] = convert(found) if convert else found

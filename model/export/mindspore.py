@@ -37,6 +37,7 @@ from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from model.text.tokenizer_files import write_tokenizer
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -131,15 +132,15 @@ def _list_entries(source: CheckpointSource, reader: FileReader, config: LlamaCon
         form = None if plain else scheme.find_linear(full)
         tag = f"{prefix}{MINDFORMERS_NAMES.get(short, short)}."
         if form is None:
-            kind = getattr(torch, dtype) if dtype else info.dtype
+            kind = ElementType.named(dtype) if dtype else info.dtype
             tag = prefix + plain if plain else tag + part
-            yield _Entry(tag, TensorInfo(info.shape, kind), read(name, _cast_to(kind)))
+            yield _Entry(tag, TensorInfo(info.shape, kind), read(name, _cast_to(kind.torch_dtype)))
         elif part == "weight_scale":
             rows, columns = (config.vocab_size, config.hidden_size) if full == "lm_head" else linear_shape(config, short)
             weight = f"{full}.weight_packed" if form.packed else f"{full}.weight"
             unpack = _unpack_to(columns) if form.packed else _cast_to(torch.int8)
             scale = TensorInfo((rows,), info.dtype)
-            yield _Entry(tag + RTN_NAMES["weight"], TensorInfo((rows, columns), torch.int8), read(weight, unpack))
+            yield _Entry(tag + RTN_NAMES["weight"], TensorInfo((rows, columns), ElementType.INT8), read(weight, unpack))
             yield _Entry(tag + RTN_NAMES["weight_scale"], scale, read(name, lambda piece: piece.flatten()))
             yield _Entry(tag + RTN_NAMES["weight_zero"], scale, read(name, lambda piece: torch.zeros_like(piece.flatten())))
 
@@ -170,7 +171,7 @@ class _Writer:
         self._path, self._temporary = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
         self._file = self._temporary.open("wb", buffering=0)
         self._crc = 0
-        self._tag, self._info, self._left, self._slice_left = "", TensorInfo((0,), torch.int8), 0, 0
+        self._tag, self._info, self._left, self._slice_left = "", TensorInfo((0,), ElementType.INT8), 0, 0
 
     def begin(self, tag: str, info: TensorInfo) -> None:
         """Start the next tensor."""
@@ -179,7 +180,7 @@ class _Writer:
 
     def write(self, rows: torch.Tensor) -> None:
         """Append any number of rows of the tensor."""
-        assert rows.dtype == self._info.dtype, (self._tag, rows.dtype, self._info)
+        assert rows.dtype == self._info.dtype.torch_dtype, (self._tag, rows.dtype, self._info)
         data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert len(data) <= self._left, (self._tag, rows.shape, self._info)
         while data:

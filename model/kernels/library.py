@@ -4,6 +4,8 @@ Each output row depends only on its own inputs, accumulated in a fixed order: no
 kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import platform
@@ -15,11 +17,10 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read_processor_flags
 from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
+from parallel.lazy_torch import torch
 
 _INTERFACE = 5
 """Interface version, as in model/kernels/supported.c."""

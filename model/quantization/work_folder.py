@@ -21,6 +21,7 @@ from safetensors import safe_open
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
 
 _RECIPE_FILE = "recipe.json"
 
@@ -86,7 +87,7 @@ class WorkFolder:
                 ranks.append({name: file.get_tensor(name) for name in file.keys()})
         return ranks
 
-    def read_dtypes(self, layer: int) -> dict[str, torch.dtype]:
+    def read_dtypes(self, layer: int) -> dict[str, ElementType]:
         """Return the dtypes of a layer's tensors."""
         return {name: stored.info.dtype for name, stored in read_header(self._rank_file(layer, 0)).items()}
 
@@ -110,7 +111,7 @@ def describe_samples(samples: list[tuple[int, ...]]) -> str:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, infos) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

@@ -324,7 +324,7 @@ class Checkpoint:
             try:
                 for name, info in source.tensors.items():
                     rows = source.read_rows(reader, name, 0, info.shape[0] if info.shape else 1)
-                    assert (tuple(rows.shape) == (info.shape or (1,))) and rows.dtype == info.dtype, name
+                    assert (tuple(rows.shape) == (info.shape or (1,))) and rows.dtype == info.dtype.torch_dtype, name
             finally:
                 reader.close()
         except InputError as error:
