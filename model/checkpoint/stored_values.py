@@ -29,7 +29,8 @@ def read_values(source: CheckpointSource, reader: FileReader, name: str, start: 
 def decode_values(stored: NDArray[np.uint8], dtype: ElementType) -> NDArray[Any]:
     """Decode little-endian bytes [rows, bytes of a row] to values [rows, elements]; floats of less than 32 bits become float32."""
     if dtype == ElementType.BFLOAT16:  # the upper half of a float32
-        return (stored.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide: NDArray[np.uint32] = stored.view("<u2").astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
     if dtype == ElementType.FLOAT8_E4M3FN:
         return np.asarray(_FLOAT8[stored])
     found: NDArray[Any] = stored.view(np.dtype(dtype.label).newbyteorder("<"))

@@ -11,30 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
-from model.spec.config import LlamaConfig
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import Scheme, read_scheme
-from model.spec.weights import compare_tensors, list_fused, list_norms, plan_weights
-from parallel.errors import CheckpointError
+from model.spec.scheme import read_scheme
+from model.spec.weights import list_fused, list_norms, plan_weights
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
 _PART_BYTES = 8 << 20
-
-
-def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
-    """Raise CheckpointError unless the checkpoint holds exactly the tensors that the model needs; list up to ten
-    differences of each kind.
-    """
-    report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    words = report.describe(config)
-    if words:
-        raise CheckpointError(f"{source.path} does not fit its config: {words}")
 
 
 def load_model(

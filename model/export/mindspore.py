@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.folder_writing import check_target, sync, write_folder, write_json
 from model.checkpoint.mindspore_header import (
     BYTES,
@@ -29,7 +30,6 @@ from model.checkpoint.mindspore_header import (
 )
 from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
 from model.checkpoint.source import CheckpointSource, read_pieces
-from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers

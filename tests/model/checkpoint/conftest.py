@@ -13,9 +13,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors.torch import save_file
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
-from model.decoder.loading import check_checkpoint
 from model.export.mindspore import write_mindspore
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.random_source import RandomSource
-from model.decoder.loading import check_checkpoint
 from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme
 from model.spec.scheme import Scheme, declare_scheme, read_scheme
