@@ -1,5 +1,6 @@
 """The values of small tensors as NumPy arrays, read without PyTorch where a format stores them as they are."""
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from model.checkpoint.source import CheckpointSource
 from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 
 def read_values(source: CheckpointSource, reader: FileReader, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -17,17 +19,20 @@ def read_values(source: CheckpointSource, reader: FileReader, name: str, start: 
     """
     info = source.tensors[name]
     stop = (info.shape[0] if info.shape else 1) if stop is None else stop
+    return decode_values(read_stored(source, reader, name, start, stop), info.dtype).reshape(stop - start, *info.shape[1:])
+
+
+def read_stored(source: CheckpointSource, reader: FileReader, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    """Return rows [start, stop) of a tensor as bytes [rows, bytes of a row]. Raises CheckpointError when a file is truncated."""
     if parts := source.locate_rows(name, start, stop):
-        return decode_values(reader.read_stored(parts, start, stop), info.dtype).reshape(stop - start, *info.shape[1:])
-    rows = source.read_rows(reader, name, start, stop)
-    if rows.is_floating_point() and rows.dtype.itemsize < 4:
-        rows = rows.float()
-    values: NDArray[Any] = rows.numpy()
-    return values
+        return reader.read_stored(parts, start, stop)
+    info = source.tensors[name]
+    rows = source.read_rows(reader, name, start, stop).contiguous().reshape(-1).view(torch.uint8)
+    return np.asarray(rows.numpy()).reshape(stop - start, prod(info.shape[1:]) * info.dtype.itemsize)
 
 
 def decode_values(stored: NDArray[np.uint8], dtype: ElementType) -> NDArray[Any]:
-    """Decode little-endian bytes [rows, bytes of a row] to values [rows, elements]; floats of less than 32 bits become float32."""
+    """Decode little-endian bytes [..., bytes of a row] to values [..., elements]; floats of less than 32 bits become float32."""
     if dtype == ElementType.BFLOAT16:  # the upper half of a float32
         wide: NDArray[np.uint32] = stored.view("<u2").astype(np.uint32) << np.uint32(16)
         return wide.view(np.float32)

@@ -1,10 +1,10 @@
 """Convert a checkpoint to a Hugging Face folder, tensor by tensor, optionally to another float dtype."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
 from model.checkpoint.source import CheckpointSource, read_pieces
@@ -13,6 +13,7 @@ from model.spec.weights import FLOAT_DTYPES
 from model.text.tokenizer_files import write_tokenizer
 from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 Progress = Callable[[int, int], None]
 

@@ -4,14 +4,14 @@ Linears are written separately (qkv_concat: False), so the row order of fused we
 Only one piece of a tensor is in memory at a time. See `mindspore_header.py` for the format.
 """
 
+from __future__ import annotations
+
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.folder_writing import check_target, sync, write_folder, write_json
@@ -40,6 +40,7 @@ from model.text.tokenizer_files import write_tokenizer
 from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 SUFFIX = ".ckpt"
 SLICE_BYTES = 512 << 20
@@ -193,7 +194,7 @@ class _Writer:
             self._left -= len(part)
             data = data[len(part) :]
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

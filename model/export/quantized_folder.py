@@ -1,10 +1,10 @@
 """Combine the quantized layers in a work folder with the tensors that stay float, into a Hugging Face folder."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.hf_folder import HuggingFaceFolder
@@ -19,6 +19,7 @@ from model.spec.tensor_info import TensorInfo
 from model.spec.weights import WeightSpec, plan_weights
 from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 REPORT_FILE = "quantization_report.json"
 

@@ -8,6 +8,8 @@
 All writes are atomic. Does not depend on the contents of the files.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil
@@ -15,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
 from model.spec.tensor_info import TensorInfo
 from parallel.element_type import ElementType
+from parallel.lazy_torch import torch
 
 _RECIPE_FILE = "recipe.json"
 
