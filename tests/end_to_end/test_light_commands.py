@@ -10,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from launcher.host.accelerators import may_have_accelerator
+from tests.end_to_end.servers import Server
 from tests.end_to_end.test_help import COMMANDS
 from tests.model.gguf_blocks import write_blocks
 
@@ -117,6 +118,18 @@ def test_the_environment_is_shown_without_pytorch(tandem: "Tandem") -> None:
 def test_the_parent_of_ranks_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints", words: tuple[str, ...]) -> None:
     code, written, heavy = list_imports(tandem, words[0], checkpoints.int8, *words[1:], "--log-dir", tandem.new_folder())
     assert (code, "torch" in heavy) == (0, False) and written
+
+
+def test_the_parent_of_a_server_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    """A new interpreter, with an option that the command host does not take."""
+    server = Server(tandem, checkpoints.int8, "--workers", "2", "--threads-per-rank", "1", module=("-X", "utf8", "-m", "launcher"))
+    try:
+        server.wait_until_ready()
+        assert server.complete("abc", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert "libtorch" not in Path(f"/proc/{server.running.process.pid}/maps").read_text()
+        assert "libtorch" in Path(f"/proc/{server.running.find_ranks()[0]}/maps").read_text()
+    finally:
+        server.end()
 
 
 def test_what_reads_tensors_is_seen_to_import_pytorch(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
