@@ -106,6 +106,7 @@ class Chat {
     const answer = new Answer(this.#log);
     this.#last = answer;
     this.#follow(true);
+    let below = true;
     try {
       const response = await fetch("v1/chat/completions", {
         method: "POST",
@@ -115,15 +116,13 @@ class Chat {
       });
       if (!response.ok) throw await readRefusal(response);
       for await (const event of readEvents(response)) {
-        const below = this.#isAtEnd();
+        below = this.#isAtEnd();
         answer.take(event, () => this.#follow(below));
       }
       answer.end(null);
     } catch (error) {
-      const below = this.#isAtEnd();
       if (request.signal.aborted) answer.end("stopped");
       else answer.end(error instanceof ServerError ? error.message : "The connection to the server was lost.", true);
-      this.#follow(below);
       if (error.status === 401) this.#askForKey();
     } finally {
       request.abort(); // What is still open of a stream that ended with an error.
@@ -131,7 +130,6 @@ class Chat {
     if (this.#request !== request) return null; // Cleared.
     this.#request = null;
     this.#showBusy(false);
-    const below = this.#isAtEnd();
     answer.offer({ regenerate: () => this.#regenerate(), sendResults: () => this.#sendResults() });
     this.#follow(below);
     return answer;

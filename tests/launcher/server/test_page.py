@@ -379,5 +379,5 @@ def test_the_keyboard_reaches_every_control_in_order(page: Page) -> None:
         reached.append(active.get_attribute("id") or active.text)
         if active.get_attribute("id") == "view":
             break
-    controls = ["Regenerate", "system", "temperature", "max-tokens", "seed", "stop-texts", "tools", "prompt", "send", "view"]
+    controls = ["Regenerate", "system", "temperature", "top-p", "max-tokens", "seed", "stop-texts", "tools", "prompt", "send", "view"]
     assert [name for name in reached if name in controls] == controls
