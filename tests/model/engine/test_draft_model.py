@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_tokens_are_those_of_plain_decoding(model: LlamaForCausalLM, drafter: Ll
     expected, plain = run(model, requests)
     found, engine = run(model, requests, draft_model=drafter)
     assert tokens_of(found) == tokens_of(expected)
-    for event, other in zip(sum(found, []), sum(expected, []), strict=True):
+    for event, other in zip(chain(*found), chain(*expected), strict=True):
         assert (event.logprob is None) == (other.logprob is None)
         if other.logprob is not None:
             assert event.logprob == pytest.approx(other.logprob, abs=1e-4)
