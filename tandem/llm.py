@@ -27,6 +27,7 @@ from model.text.tokenizer import LlamaTokenizer, Tokenizer, read_tokenizer
 from parallel.errors import CheckpointError, ConfigError, RequestError
 from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
 from tandem.sampling_params import SamplingParams
+from tandem.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
     from launcher.server.inflight_requests import NewToken
@@ -44,12 +45,12 @@ class LLM:
         """Start `workers` ranks and load the model: a path of any supported format, or a Hugging Face id.
 
         `options` are those of `tandem serve` that describe the model and its ranks, with underscores: `dtype`, `max_batch_size`,
-        `kv_cache_dtype`, `log_dir`, `max_restarts`, `threads_per_rank`, ... `workers` defaults to MS_WORKER_NUM, then to the YAML's
-        model_parallel, then to 1.
+        `kv_cache_dtype`, `log_dir`, `max_restarts`, `threads_per_rank`, `draft_model`, ... `workers` defaults to MS_WORKER_NUM, then to
+        the YAML's model_parallel, then to 1. vLLM's `speculative_config` is understood.
 
         Raises InputError before anything starts, RanksFailedError if the ranks fail.
         """
-        given = {"checkpoint": os.fspath(model), "workers": workers, **options}
+        given = {"checkpoint": os.fspath(model), "workers": workers, **read_speculative_config(options)}
         self._engine: EngineProcess | None = None
         asked = read_options(EngineOptions, given, "LLM")
         _require_program()

@@ -16,9 +16,6 @@ from model.engine.speculation import DraftPace
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 
-DEFAULT_DRAFT_TOKENS = 4
-"""Maximum draft tokens per pass, unless specified."""
-
 
 class DraftModel:
     """The draft model of one engine."""

@@ -17,14 +17,14 @@ import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
-from model.engine.draft_model import DEFAULT_DRAFT_TOKENS, DraftModel
+from model.engine.draft_model import DraftModel
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.grammar import Grammars, share_masks
 from model.engine.request import Request, check_memory, check_request
 from model.engine.sampling import NO_TOKEN, Choice, RandomNumbers, SamplingState, sample, score
 from model.engine.scheduling import Scheduler, SchedulerCounts
 from model.engine.sequence import LiveSequence, Part
-from model.engine.speculation import PromptLookup
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS, PromptLookup
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 from model.spec.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks

@@ -5,7 +5,9 @@ draft tokens are rejected drafts fewer, and less often.
 """
 
 MAX_DRAFT = 8
-"""Maximum draft tokens per pass."""
+"""Maximum draft tokens per pass of prompt lookup."""
+DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 4, 32
+"""Maximum draft tokens per pass of a draft model: unless specified, and the largest that may be."""
 _LENGTHS = (3, 2, 1)
 """Suffix lengths to match, longest first."""
 _FREE_MISSES, _LONGEST_PAUSE = 2, 16
