@@ -26,12 +26,10 @@ LogLevel = Literal["error", "warning", "info", "debug"]
 DRAFT_MODEL = option(
     "--draft-model",
     metavar="MODEL",
-    help="Speculative decoding with a smaller model of the same vocabulary; the output is unchanged. Default: none.",
+    help="Smaller model that drafts tokens; same output. Default: none.",
     panel=GENERATION,
 )
-DRAFT_TOKENS = option(
-    "--draft-tokens", help="Maximum draft tokens per pass of --draft-model. Default: 4.", panel=GENERATION, min=1, max=MAX_DRAFT_TOKENS
-)
+DRAFT_TOKENS = option("--draft-tokens", help="Maximum draft tokens per pass. Default: 4.", panel=GENERATION, min=1, max=MAX_DRAFT_TOKENS)
 DRAFT_TOKENS_ALIASES = also("--num-speculative-tokens")
 
 

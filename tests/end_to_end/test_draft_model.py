@@ -55,7 +55,7 @@ def test_ranks_with_a_draft_model_write_what_one_without_it_writes(
 def test_a_killed_rank_changes_no_token(tandem: "Tandem", stories: Path, draft: Path) -> None:
     options = ("--checkpoint", stories, "--max-batch-size", "1", "--max-new-tokens", "100", "--ignore-eos", "--dtype", "float32", *SAMPLED)
     prompts = [word for prompt in BEGINS[:3] for word in ("--prompt", prompt)]
-    plain = tandem.predict(*options, *prompts, "--workers", "1")
+    plain = tandem.predict(*options, *prompts, "--workers", "1", "--threads-per-rank", "1")
     folder = tandem.new_folder()
     arguments = ("--workers", "2", "--threads-per-rank", "1", "--draft-model", draft, "--max-restarts", "1")
     running = tandem.start(tandem.predict_command(folder, *options, *prompts, *arguments))
