@@ -1,11 +1,12 @@
 """Fields of a request that limit the form of its text, and their translation to a grammar: OpenAI's `response_format`, vLLM's
-`structured_outputs`, and the older `guided_...` fields. PyTorch is imported only when a grammar is built."""
+`structured_outputs`, and the older `guided_...` fields."""
 
 import json
 from typing import Any
 
 from msgspec import Struct
 
+from model.engine.grammar import grammar_of_choices, grammar_of_regex, grammar_of_schema, grammar_of_text, require_grammars
 from parallel.errors import RequestError
 
 _MAX_CHOICES = 1000
@@ -64,8 +65,6 @@ class StructuredOutputs(Struct, frozen=True, kw_only=True):
         """Build the grammar. Raises RequestError, also if the library is missing."""
         if self.is_empty:
             return ""
-        from model.engine.grammar import grammar_of_choices, grammar_of_regex, grammar_of_text, require_grammars
-
         require_grammars()
         if self.regex is not None:
             return grammar_of_regex(self.regex)
@@ -85,8 +84,6 @@ class StructuredOutputs(Struct, frozen=True, kw_only=True):
             raise RequestError("the JSON schema has to be an object")
         if self.disable_additional_properties and "additionalProperties" not in schema:
             schema = {**schema, "additionalProperties": False}
-        from model.engine.grammar import grammar_of_schema
-
         if self.disable_any_whitespace:
             return grammar_of_schema(schema, {"whitespace_flexible": False})
         return grammar_of_schema(schema, {"whitespace_pattern": self.whitespace_pattern} if self.whitespace_pattern else None)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.block_pool import BlockPool
-from model.engine.sampling import NO_TOKEN, SamplingState, sample
+from model.engine.choice import NO_TOKEN
+from model.engine.sampling import SamplingState, sample
 from model.engine.sequence import LiveSequence, ModelDraft, Part
 from model.engine.speculation import DraftPace
 from model.layers.batch import Span

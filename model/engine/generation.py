@@ -17,11 +17,13 @@ import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
+from model.engine.choice import NO_TOKEN, Choice
 from model.engine.draft_model import DraftModel
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
-from model.engine.grammar import Grammars, share_masks
+from model.engine.grammar import Grammars
+from model.engine.grammar_masks import share_masks
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import NO_TOKEN, Choice, RandomNumbers, SamplingState, sample, score
+from model.engine.sampling import RandomNumbers, SamplingState, sample, score
 from model.engine.scheduling import Scheduler, SchedulerCounts
 from model.engine.sequence import LiveSequence, Part
 from model.engine.speculation import DEFAULT_DRAFT_TOKENS, PromptLookup
