@@ -61,6 +61,12 @@ INLINE floats load_floats(const void *data, int dtype, size_t index, size_t coun
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+/* The first, or second, values of 16 pairs of bfloat16. */
+INLINE floats load_firsts(const uint16_t *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+INLINE floats load_seconds(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32((int)0xffff0000u)));
+}
+
 /* Round to the nearest bfloat16, ties to even, preserving denormals and NaN: as PyTorch rounds. */
 INLINE __m256i to_bfloat16(floats value) {
     __m512i bits = _mm512_castps_si512(value);
@@ -201,6 +207,18 @@ typedef __m512i pairs;
 INLINE pairs load_pairs(const void *row, size_t column, size_t left) {
     __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
     return _mm512_maskz_loadu_epi16(mask, (const uint16_t *)row + column);
+}
+INLINE pairs spread_pair(const uint16_t *from) {
+    int32_t both;
+    memcpy(&both, from, 4);
+    return _mm512_set1_epi32(both);
+}
+INLINE pairs keep_halves(pairs a, uint32_t halves) { return _mm512_and_si512(a, _mm512_set1_epi32((int)halves)); }
+/* Rounded to the nearest bfloat16, denormals to zero, and back. */
+INLINE floats store_pairs(uint16_t *to, floats value) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    _mm256_storeu_si256((__m256i *)to, half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 INLINE void add_pair_products(floats *sum, pairs a, pairs b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b)); }
 #endif

@@ -61,7 +61,7 @@ class Sequences:
         blocks = list(range(sum(counts) + 2))
         random.Random(3).shuffle(blocks)
         self.stores = [
-            KeyValueStore(LAYER + 1, len(blocks), case.block_size, case.kv_heads, case.head_dim, case.dtype, CPU, case.kind)
+            KeyValueStore(LAYER + 1, len(blocks), case.block_size, case.kv_heads, case.head_dim, case.dtype, CPU, case.kind, for_kernels=True)
             for _ in range(num_stores)
         ]
         for store in self.stores:
