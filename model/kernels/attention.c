@@ -275,7 +275,7 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
         if (converts) convert_chunk(&here, kind, padded, keys, values);
         if (converts || is_last) memcpy(here.next_keys, here.keys, sizeof here.keys), memcpy(here.next_values, here.values, sizeof here.values);
         else find_blocks(c, s, kv_head, chunk + CHUNK, smaller(CHUNK, last + 1 - chunk - CHUNK), here.next_keys, here.next_values, NULL);
-        int now = converts ? FLOAT32 : kind;
+        int now = converts ? CONVERTED : kind;
         for (size_t row = 0; row < rows; row += together) {
             float factors[TOGETHER] = {1, 1, 1, 1};
             size_t from[TOGETHER], to[TOGETHER], valid = smaller(together, count - row), seen = 0;

@@ -16,8 +16,9 @@
 
 enum { CHUNK = 64, BLOCK = 16, BLOCKS = CHUNK / BLOCK, TOGETHER = 4 };
 
-/* How a cache's elements are multiplied: converted to float32, or as pairs of bfloat16. The first three are also types. */
-enum { INT8 = 3, PAIRS = 4 };
+/* How a cache's elements are multiplied, beside the types: converted to float32, also before (float32 blocks that are in the CPU's cache
+   already), or as pairs of bfloat16. */
+enum { INT8 = 3, CONVERTED = 4, PAIRS = 5 };
 
 typedef struct {
     const char *keys[BLOCKS], *values[BLOCKS];
@@ -26,14 +27,14 @@ typedef struct {
     size_t stride; /* elements from a token's values to the next token's */
 } Chunk;
 
-INLINE size_t kind_bytes(const int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+INLINE size_t kind_bytes(const int kind) { return kind == INT8 ? 1 : kind == BFLOAT16 || kind == FLOAT16 ? 2 : 4; }
 
 /* Whether element `at` begins a line of the cache, so that the same line of the next chunk is prefetched. */
-INLINE int begins_line(const int kind, size_t at) { return at * kind_bytes(kind) % 64 == 0; }
+INLINE int begins_line(const int kind, size_t at) { return kind != CONVERTED && at * kind_bytes(kind) % 64 == 0; }
 
 /* 16 elements from `at` on; in bfloat16 the first or second ones of 16 pairs. */
 INLINE floats read_lanes(const char *from, const int kind, size_t at, const int second) {
-    if (kind == FLOAT32) return load_part((const float *)from + at, 16, spread(0.0f));
+    if (kind == FLOAT32 || kind == CONVERTED) return load_part((const float *)from + at, 16, spread(0.0f));
     if (kind == INT8) return load_bytes((const int8_t *)from + at, 16);
     if (kind == FLOAT16) return load_floats(from, FLOAT16, at, 16);
     return second ? load_seconds((const uint16_t *)from + at) : load_firsts((const uint16_t *)from + at);
@@ -178,6 +179,7 @@ static void score_rows(const void *query, size_t stride, const Chunk *c, int kin
         case BFLOAT16: SCORE(BFLOAT16); break;
         case FLOAT16: SCORE(FLOAT16); break;
         case INT8: SCORE(INT8); break;
+        case CONVERTED: SCORE(CONVERTED); break;
 #ifdef HAS_PAIRS
         case PAIRS:
             if (rows == 1) score_pairs(query, stride, c, 1, scores);
@@ -198,6 +200,7 @@ INLINE void add_columns(const void *weights, const Chunk *c, int kind, int rows,
         case BFLOAT16: ADD(BFLOAT16); break;
         case FLOAT16: ADD(FLOAT16); break;
         case INT8: ADD(INT8); break;
+        case CONVERTED: ADD(CONVERTED); break;
 #ifdef HAS_PAIRS
         case PAIRS:
             if (rows == 1) add_pairs(weights, c, 1, width, column, from, to, factors, out, out_stride);
