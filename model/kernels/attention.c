@@ -109,8 +109,10 @@ static void keep_row(const Call *c, const Span *s, size_t position, size_t side,
 
 /* How the scores of a chunk become weights. */
 typedef struct {
+    int has_scales;                                /* of tokens: of an int8 cache */
     float scale, softcap;
-    const float *key_scales[BLOCKS], *value_scales[BLOCKS]; /* of the tokens of each block; NULL: none */
+    float keys[CHUNK] __attribute__((aligned(64))); /* factors of the scores of each token, `scale` included */
+    float values[CHUNK] __attribute__((aligned(64)));
 } Weighing;
 
 /* Where the blocks of a chunk of which `count` tokens are there begin; blocks behind the last token are replaced by the first. */
@@ -121,9 +123,9 @@ static void find_blocks(const Call *c, const Span *s, size_t head, size_t chunk,
         size_t key = find_place(c, s, position, 0, head), value = find_place(c, s, position, 1, head);
         keys[b] = c->cache + key * bytes;
         values[b] = c->cache + value * bytes;
-        if (w) {
-            w->key_scales[b] = c->token_scales ? c->token_scales + key : NULL;
-            w->value_scales[b] = c->token_scales ? c->token_scales + value : NULL;
+        if (w && w->has_scales) {
+            store(w->keys + b * BLOCK, multiply(load_near(c->token_scales + key), spread(w->scale)));
+            store(w->values + b * BLOCK, load_near(c->token_scales + value));
         }
     }
 }
@@ -178,16 +180,16 @@ static floats tanh_floats(floats x) {
 static float weigh_row(const Weighing *w, float *scores, uint16_t *pairs, size_t from, size_t to, float *most, floats *sum) {
     floats score[BLOCKS], most_here = spread(-INFINITY), scale = spread(w->scale);
     for (size_t b = 0; b < BLOCKS; b++) {
-        floats value = multiply(load(scores + BLOCK * b), scale);
-        if (w->key_scales[b]) value = multiply(value, load_part(w->key_scales[b], 16, scale));
-        if (w->softcap != 0) value = multiply(spread(w->softcap), tanh_floats(divide(value, spread(w->softcap))));
-        store(scores + BLOCK * b, value);
+        score[b] = multiply(load(scores + BLOCK * b), w->has_scales ? load(w->keys + BLOCK * b) : scale);
+        if (w->softcap != 0) score[b] = multiply(spread(w->softcap), tanh_floats(divide(score[b], spread(w->softcap))));
     }
-    for (size_t token = 0; token < from; token++) scores[token] = -INFINITY;
-    for (size_t b = 0; b < BLOCKS; b++) {
-        score[b] = load_part(scores + BLOCK * b, to <= BLOCK * b ? 0 : to - BLOCK * b, spread(-INFINITY));
-        most_here = maximum(most_here, score[b]);
+    if (from > 0 || to < CHUNK) {
+        for (size_t b = 0; b < BLOCKS; b++) store(scores + BLOCK * b, score[b]);
+        for (size_t token = 0; token < from; token++) scores[token] = -INFINITY;
+        for (size_t b = 0; b < BLOCKS; b++)
+            score[b] = load_part(scores + BLOCK * b, to <= BLOCK * b ? 0 : to - BLOCK * b, spread(-INFINITY));
     }
+    for (size_t b = 0; b < BLOCKS; b++) most_here = maximum(most_here, score[b]);
     float before = *most, now = largest(most_here), factor = 1;
     if (before > now) now = before;
     if (!(now <= before)) {
@@ -204,7 +206,7 @@ static float weigh_row(const Weighing *w, float *scores, uint16_t *pairs, size_t
             continue;
         }
 #endif
-        store(scores + BLOCK * b, w->value_scales[b] ? multiply(score[b], load_part(w->value_scales[b], 16, scale)) : score[b]);
+        store(scores + BLOCK * b, w->has_scales ? multiply(score[b], load(w->values + BLOCK * b)) : score[b]);
     }
     floats here = add(add(score[0], score[1]), add(score[2], score[3]));
     *sum = add(multiply(*sum, spread(factor)), here);
@@ -214,12 +216,13 @@ static float weigh_row(const Weighing *w, float *scores, uint16_t *pairs, size_t
 /* Up to TOGETHER rows, each of which sees tokens [from, to) of the chunk: those that all see together, those before and behind row by row. */
 static void add_seen(const void *weights, size_t weight_bytes, const Chunk *chunk, int kind, int rows, int valid, const size_t *from,
                      const size_t *to, float *factors, float *out, size_t stride) {
-    size_t low = from[0], high = to[0];
+    size_t low = from[0], high = to[0], alike = 1;
     for (int r = 1; r < valid; r++) {
+        alike &= from[r] == from[0] && to[r] == to[0];
         if (from[r] > low) low = from[r];
         if (to[r] < high) high = to[r];
     }
-    low = (low + 1) / 2 * 2, high = high / 2 * 2;
+    if (!alike && kind == PAIRS) low = (low + 1) / 2 * 2, high = high / 2 * 2; /* all rows see both halves */
     if (rows == 1 || low >= high) low = high = 0;
 #define ALONE(begin, end) add_values((const char *)weights + r * CHUNK * weight_bytes, chunk, kind, 1, begin, end, factors + r, out + r * stride, stride), factors[r] = 1
     for (int r = 0; r < valid; r++)
@@ -267,7 +270,7 @@ static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t firs
     }
     size_t lowest = s->before + first / group, last = s->before + (first + count - 1) / group;
     size_t begin = c->window && lowest >= c->window ? (lowest + 1 - c->window) / CHUNK * CHUNK : 0;
-    Weighing w = {.scale = 1.0f / sqrtf((float)c->head_dim), .softcap = c->softcap};
+    Weighing w = {.has_scales = c->token_scales != NULL, .scale = 1.0f / sqrtf((float)c->head_dim), .softcap = c->softcap};
     for (size_t chunk = begin; chunk <= last; chunk += CHUNK) {
         Chunk here = {.head_dim = c->head_dim, .stride = c->head_dim};
         find_blocks(c, s, kv_head, chunk, smaller(CHUNK, last + 1 - chunk), here.keys, here.values, &w);

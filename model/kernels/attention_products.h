@@ -34,7 +34,7 @@ INLINE int begins_line(const int kind, size_t at) { return kind != CONVERTED && 
 
 /* 16 elements from `at` on; in bfloat16 the first or second ones of 16 pairs. */
 INLINE floats read_lanes(const char *from, const int kind, size_t at, const int second) {
-    if (kind == FLOAT32 || kind == CONVERTED) return load_part((const float *)from + at, 16, spread(0.0f));
+    if (kind == FLOAT32 || kind == CONVERTED) return load_near((const float *)from + at);
     if (kind == INT8) return load_bytes((const int8_t *)from + at, 16);
     if (kind == FLOAT16) return load_floats(from, FLOAT16, at, 16);
     return second ? load_seconds((const uint16_t *)from + at) : load_firsts((const uint16_t *)from + at);
@@ -73,26 +73,26 @@ INLINE void score_floats(const float *query, size_t stride, const Chunk *c, cons
 }
 
 /* out [rows][stride of `out`] *= factors, then += weights [rows][CHUNK] times values of tokens [from, to) of the chunk, in `width` vectors from
-   `column` on. With several rows, `from` and `to` are even. */
+   `column` on. */
 INLINE void add_floats(const float *weights, const Chunk *c, const int kind, const int rows, const int width, size_t column, size_t from,
                        size_t to, const float *factors, float *out, size_t out_stride) {
-    const int step = rows == 1 ? 1 : 2;
+    const int step = kind == BFLOAT16 ? 2 : 1;
     floats acc[TOGETHER][KEYS_AT_ONCE];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int k = 0; k < width; k++) acc[r][k] = multiply(load(out + r * out_stride + column + 16 * k), spread(factors[r]));
-    for (size_t token = from; token < to; token += step)
+    for (size_t token = from / step * step; token < to; token += step)
 #pragma GCC unroll 2
         for (int j = 0; j < step; j++) {
+            if (step > 1 && (token + j < from || token + j >= to)) continue;
             size_t row = (token + j) % BLOCK;
-            const int second = rows == 1 ? row & 1 : j;
             const char *block = c->values[token / BLOCK], *next = c->next_values[token / BLOCK];
             floats value[KEYS_AT_ONCE];
 #pragma GCC unroll 4
             for (int k = 0; k < width; k++) {
                 size_t at = kind == BFLOAT16 ? (row / 2 * c->stride + column + 16 * k) * 2 : row * c->stride + column + 16 * k;
-                value[k] = read_lanes(block, kind, at, second);
+                value[k] = read_lanes(block, kind, at, j);
                 if (begins_line(kind, at)) __builtin_prefetch(next + at * kind_bytes(kind));
             }
 #pragma GCC unroll 4
@@ -136,6 +136,26 @@ INLINE void score_pairs(const uint16_t *query, size_t stride, const Chunk *c, co
         for (int k = 0; k < BLOCKS; k++) store(scores + r * CHUNK + BLOCK * k, acc[r][k]);
 }
 
+/* The pair that begins at `token`, of which only `halves` take part if it is cut. */
+INLINE void add_pair(floats acc[TOGETHER][BLOCKS], const uint16_t *weights, const Chunk *c, const int rows, const int width, size_t column,
+                     size_t token, const int is_cut, uint32_t halves) {
+    const char *block = c->values[token / BLOCK], *next = c->next_values[token / BLOCK];
+    pairs value[BLOCKS];
+#pragma GCC unroll 4
+    for (int k = 0; k < width; k++) {
+        size_t at = (token % BLOCK / 2 * c->stride + column + 16 * k) * 2;
+        value[k] = load_pairs(block, at, 2 * (c->head_dim - column) - 32 * k);
+        if (is_cut) value[k] = keep_halves(value[k], halves);
+        __builtin_prefetch(next + at * 2);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        pairs weight = spread_pair(weights + r * CHUNK + token);
+#pragma GCC unroll 4
+        for (int k = 0; k < width; k++) add_pair_products(&acc[r][k], value[k], weight);
+    }
+}
+
 /* A pair that is cut by an odd `from` or `to` takes part with one half, as in any other call that cuts it so. */
 INLINE void add_pairs(const uint16_t *weights, const Chunk *c, const int rows, const int width, size_t column, size_t from, size_t to,
                       const float *factors, float *out, size_t out_stride) {
@@ -144,24 +164,13 @@ INLINE void add_pairs(const uint16_t *weights, const Chunk *c, const int rows, c
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int k = 0; k < width; k++) acc[r][k] = multiply(load(out + r * out_stride + column + 16 * k), spread(factors[r]));
-    for (size_t token = from / 2 * 2; token < to; token += 2) {
-        const char *block = c->values[token / BLOCK], *next = c->next_values[token / BLOCK];
-        uint32_t halves = (token < from ? 0 : 0xffffu) | (token + 1 < to ? 0xffff0000u : 0);
-        pairs value[BLOCKS];
-#pragma GCC unroll 4
-        for (int k = 0; k < width; k++) {
-            size_t at = (token % BLOCK / 2 * c->stride + column + 16 * k) * 2;
-            value[k] = load_pairs(block, at, 2 * (c->head_dim - column) - 32 * k);
-            if (rows == 1) value[k] = keep_halves(value[k], halves);
-            __builtin_prefetch(next + at * 2);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            pairs weight = spread_pair(weights + r * CHUNK + token);
-#pragma GCC unroll 4
-            for (int k = 0; k < width; k++) add_pair_products(&acc[r][k], value[k], weight);
-        }
+    size_t token = from / 2 * 2;
+    if (from % 2) {
+        add_pair(acc, weights, c, rows, width, column, token, 1, 0xffff0000u);
+        token += 2;
     }
+    for (; token + 2 <= to; token += 2) add_pair(acc, weights, c, rows, width, column, token, 0, 0);
+    if (token < to) add_pair(acc, weights, c, rows, width, column, token, 1, 0xffffu);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4

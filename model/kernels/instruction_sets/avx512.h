@@ -9,6 +9,7 @@ INLINE __mmask16 first_lanes(size_t count) { return count >= 16 ? (__mmask16)0xf
 INLINE floats spread(float value) { return _mm512_set1_ps(value); }
 INLINE floats load(const float *from) { return _mm512_load_ps(from); }
 INLINE void store(float *to, floats value) { _mm512_store_ps(to, value); }
+INLINE floats load_near(const float *from) { return _mm512_loadu_ps(from); }
 INLINE floats load_part(const float *from, size_t count, floats other) { return _mm512_mask_loadu_ps(other, first_lanes(count), from); }
 
 INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
@@ -45,7 +46,8 @@ INLINE ints multiply_ints(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 INLINE ints load_ints(const int32_t *from) { return _mm512_load_si512(from); }
 
 INLINE floats load_bytes(const int8_t *from, size_t count) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from)));
+    __m128i bytes = count >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(first_lanes(count), from);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 INLINE void store_bytes(int8_t *to, ints value, size_t count) {
     if (count >= 16) _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(value));

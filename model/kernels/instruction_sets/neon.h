@@ -38,6 +38,7 @@ INLINE floats load(const float *from) {
 INLINE void store(float *to, floats value) {
     FOR_PARTS vst1q_f32(to + 4 * k, value.part[k]);
 }
+INLINE floats load_near(const float *from) { return load(from); }
 INLINE floats load_part(const float *from, size_t count, floats other) {
     if (count >= 16) return load(from);
     float all[16];
