@@ -188,6 +188,16 @@ def test_a_prompt_token_by_token_in_parts_and_beside_others_has_the_same_bits(ca
     hold_equal(read_bits(two), kept)
 
 
+@pytest.mark.parametrize("name", [one.name for one in list_kernels()[1:]])
+@pytest.mark.parametrize("case", [Case(8, 2, 64, dtype=torch.bfloat16), Case(9, 3, 24, dtype=torch.bfloat16, window=33)], ids=str)
+def test_other_instruction_sets_have_the_same_bits_in_parts_too(case: Case, name: str) -> None:
+    inputs = make_inputs(case)
+    with kernels_chosen(name):
+        expected = Sequences(case).run(inputs, whole())
+        for passes in (in_chunks(1), in_chunks(7)):
+            hold_equal(Sequences(case).run(inputs, passes), expected)
+
+
 @pytest.mark.parametrize("case", [*KEPT[::2], Case(9, 3, 16), Case(8, 4, 8, kind="token"), *LIMITED[::4]], ids=str)
 def test_every_split_of_the_heads_gives_the_same_bits(case: Case) -> None:
     inputs = make_inputs(case)
