@@ -83,7 +83,7 @@ class _Link:
 
 
 def main() -> None:
-    """Run with the arguments DESCRIPTOR PROGRAM_PID."""
+    """Run with the arguments DESCRIPTOR PROGRAM_PID, of `launcher/commands/engine_start.py`."""
     prepare_streams()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the program
     try:

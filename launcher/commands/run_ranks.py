@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from launcher.commands.begun_starter import take_starter
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
-from launcher.commands.early_start import take_starter
 from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
