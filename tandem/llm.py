@@ -25,6 +25,7 @@ from launcher.settings.options import EngineOptions
 from launcher.settings.python_options import read_options
 from model.text.tokenizer import LlamaTokenizer, Tokenizer, read_tokenizer
 from parallel.errors import CheckpointError, ConfigError, RequestError
+from tandem.lora import LoRARequest, read_adapters
 from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
 from tandem.sampling_params import SamplingParams
 
@@ -35,6 +36,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}."""
 Message = Mapping[str, Any]
 """One message of a conversation: {"role": ..., "content": ...}."""
+Adapters = LoRARequest | Sequence[LoRARequest | None] | None
+"""The LoRA adapter of all prompts of a call, or of each."""
 
 
 class LLM:
@@ -45,11 +48,12 @@ class LLM:
 
         `options` are those of `tandem serve` that describe the model and its ranks, with underscores: `dtype`, `max_batch_size`,
         `kv_cache_dtype`, `log_dir`, `max_restarts`, `threads_per_rank`, ... `workers` defaults to MS_WORKER_NUM, then to the YAML's
-        model_parallel, then to 1.
+        model_parallel, then to 1. `lora` maps the names of LoRA adapters to their folders; `generate` and `chat` choose one with
+        `lora_request`.
 
         Raises InputError before anything starts, RanksFailedError if the ranks fail.
         """
-        given = {"checkpoint": os.fspath(model), "workers": workers, **options}
+        given = {"checkpoint": os.fspath(model), "workers": workers, **read_adapters(options)}
         self._engine: EngineProcess | None = None
         asked = read_options(EngineOptions, given, "LLM")
         _require_program()
@@ -60,6 +64,7 @@ class LLM:
         """Number of ranks."""
         self.context_tokens = opened.context_tokens
         """Maximum tokens of a prompt and its answer."""
+        self._adapters = opened.adapters
         self._name, self._tokenizer_path = opened.name, Path(opened.tokenizer_path)
         self._tokenizer = read_tokenizer(
             self._tokenizer_path, add_bos=opened.add_bos, add_eos=opened.add_eos, chat_template=opened.chat_template
@@ -73,6 +78,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[False] = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -82,6 +88,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[True],
+        lora_request: Adapters = None,
     ) -> Iterator[StreamedToken]: ...
 
     def generate(
@@ -90,17 +97,19 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         """Continue one or many prompts; returns their answers in order, or yields single tokens as they are decoded if `stream`.
 
-        `sampling_params` holds for all prompts, or is a list with one entry for each. Ctrl-C and leaving the stream cancel the rest of
+        `sampling_params` holds for all prompts, or is a list with one entry for each; so does `lora_request`, one of the adapters given as
+        `lora` when this LLM was created. Ctrl-C and leaving the stream cancel the rest of
         the call; later calls are not affected.
 
         Raises InputError for a prompt or parameter that cannot be used, RanksFailedError if the ranks failed and no restart is left,
         RunError if the LLM is closed or a sequence cannot be continued.
         """
         asked = [self._read_prompt(number, prompt) for number, prompt in enumerate(_list_prompts(prompts))]
-        return self._run(asked, sampling_params, stream=stream)
+        return self._run(asked, sampling_params, lora_request, stream=stream)
 
     @overload
     def chat(
@@ -109,6 +118,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[False] = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -118,6 +128,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[True],
+        lora_request: Adapters = None,
     ) -> Iterator[StreamedToken]: ...
 
     def chat(
@@ -126,6 +137,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         """Answer one or many conversations with the model's chat template; as `generate` otherwise.
 
@@ -134,7 +146,7 @@ class LLM:
         self._require_open()
         texts = [self._render(number, conversation) for number, conversation in enumerate(_list_conversations(messages))]
         asked = [_Prompt(text, tuple(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts]
-        return self._run(asked, sampling_params, stream=stream)
+        return self._run(asked, sampling_params, lora_request, stream=stream)
 
     def get_tokenizer(self) -> LlamaTokenizer:
         """Return the model's tokenizer, with `encode` and `decode`."""
@@ -187,15 +199,21 @@ class LLM:
         return self._renderer.render([_read_message(number, place, message) for place, message in enumerate(messages)])
 
     def _run(
-        self, prompts: "list[_Prompt]", sampling_params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+        self,
+        prompts: "list[_Prompt]",
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: Adapters,
+        *,
+        stream: bool,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         engine = self._require_open()
         params = _spread_params(sampling_params, len(prompts))
+        adapters = self._spread_adapters(lora_request, len(prompts))
         sequences: list[engine_messages.Sequence] = []
         answers: list[_Answer] = []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             for choice, planned in enumerate(one.plan_choices(self._plan_length(number, prompt, one))):
-                sequences.append(engine_messages.Sequence(number, list(prompt.ids), planned))
+                sequences.append(engine_messages.Sequence(number, list(prompt.ids), planned, adapters[number]))
                 answers.append(_Answer(number, choice, prompt, one, self._tokenizer))
         tokens = self._follow(engine, sequences, answers)
         if stream:
@@ -222,6 +240,13 @@ class LLM:
                 if streamed.finish_reason:
                     call.stop(number)
                 yield streamed
+
+    def _spread_adapters(self, lora_request: Adapters, count: int) -> list[str | None]:
+        """Return the adapter of each prompt. Raises RequestError for one that is not loaded."""
+        several = [lora_request] * count if lora_request is None or isinstance(lora_request, LoRARequest) else list(lora_request)
+        if len(several) != count:
+            raise RequestError(f"lora_request has {len(several)} entries, but there are {count} prompts")
+        return [None if one is None else one.find_name(self._adapters) for one in several]
 
     def _plan_length(self, number: int, prompt: "_Prompt", params: SamplingParams) -> int:
         room = self.context_tokens - len(prompt.ids)

@@ -5,21 +5,21 @@ All input errors are raised here, before any process starts. Depends on no parti
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.early_start import take_starter
-from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
+from launcher.commands.opened_model import OpenedModel, open_adapters, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
-from launcher.job.job import Job
+from launcher.job.job import Adapter, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
@@ -27,7 +27,7 @@ from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
-from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, EngineOptions, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
@@ -37,10 +37,12 @@ from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
 from model.backends.registry import find_backend
-from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.lora_folder import LoraFolder
 from model.kernels.library import choose_kernels
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
+from model.spec.lora_updates import LoraUpdate
 from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
 from model.text.tokenizer import Tokenizer
@@ -63,6 +65,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    adapters: Mapping[str, LoraFolder] = field(default_factory=dict)
+    """The LoRA adapters by name."""
     starter: RankStarter | None = None
     """The process that starts the ranks, if tandem does; it imports PyTorch while this one reads and checks the input."""
 
@@ -77,6 +81,10 @@ class Run:
         """Maximum sequence length: the checkpoint's, or a lower limit from the YAML."""
         longest = self.opened.config.max_position_embeddings
         return min(longest, self.settings.seq_length or longest)
+
+    def list_updates(self) -> list[Mapping[str, LoraUpdate]]:
+        """Return the updates of each adapter, for plans of memory."""
+        return [folder.updates for folder in self.adapters.values()]
 
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.
@@ -129,7 +137,8 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    return Run(options, settings, environment, world_size, nodes, opened)
+    adapters = open_adapters(options.lora, opened, follow_links=options.follow_links) if isinstance(options, EngineOptions) else {}
+    return Run(options, settings, environment, world_size, nodes, opened, adapters)
 
 
 def _override(settings: Settings, options: RunOptions) -> Settings:
@@ -183,6 +192,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         prefix_cache=first_not_none(options.prefix_cache, own.prefix_cache, True),
         speculate=first_not_none(options.speculate, own.speculate, False),
         task=task,
+        adapters=tuple(Adapter(name, str(folder.path.absolute()), folder.fingerprint) for name, folder in run.adapters.items()),
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
@@ -228,7 +238,7 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
     opened = run.opened
     stored = {name: info.form for name, info in opened.source.tensors.items()}
-    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers, run.list_updates()):
         print(f"warning: {warning}", file=sys.stderr)
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
@@ -237,6 +247,8 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         observer.note_failure(cause, at_seconds)
         if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
             check_unchanged(job.fingerprint, lambda: _read_again(job))
+            for adapter, folder in zip(job.adapters, run.adapters.values(), strict=True):
+                check_unchanged(adapter.fingerprint, partial(read_state, folder))
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:

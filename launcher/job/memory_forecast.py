@@ -1,5 +1,6 @@
 """Warning, before a run starts, that its ranks will not fit in this host's memory."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,11 +11,19 @@ from launcher.job.tasks import Bench, Decode, Serve
 from model.backends.registry import find_backend
 from model.planning import Workload, plan_ranks
 from model.spec.config import LlamaConfig
+from model.spec.lora_updates import LoraUpdate
 from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 
 
-def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, StoredForm], local_workers: int) -> str | None:
+def forecast_memory(
+    job: Job,
+    config: LlamaConfig,
+    scheme: Scheme,
+    stored: dict[str, StoredForm],
+    local_workers: int,
+    adapters: Sequence[Mapping[str, LoraUpdate]] = (),
+) -> str | None:
     """Return a warning if decoding on this host's ranks is expected to exceed the available memory, otherwise None."""
     available = read_available_bytes()
     sequences, backend = _plan_sequences(job), find_backend(job.device)
@@ -30,7 +39,9 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         block_size=job.block_size,
         num_blocks=job.task.num_blocks if isinstance(job.task, Serve) else job.num_blocks,
     )
-    needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
+    needed = sum(
+        sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored, adapters))[-local_workers:]
+    )
     if needed <= available:
         return None
     return (

@@ -113,6 +113,8 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     """Draft tokens that were accepted."""
     weight_bytes: list[int]
     """Bytes of weights in memory."""
+    adapter_bytes: list[int]
+    """Bytes of LoRA adapters in memory."""
     read_bytes: list[int]
     """Bytes read from the checkpoint."""
     peak_rss_bytes: list[int]

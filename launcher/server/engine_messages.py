@@ -24,6 +24,8 @@ class Sequence(Struct, frozen=True):
     prompt_ids: list[int]
     params: dict[str, Any]
     """Fields of `model.engine.sampling.SamplingParams`."""
+    adapter: str | None = None
+    """Name of its LoRA adapter."""
 
 
 class Submit(Struct, frozen=True, tag=True):
@@ -59,6 +61,8 @@ class Opened(Struct, frozen=True, tag=True):
     """Whether texts end with the end token."""
     chat_template: str | None = None
     """Of the YAML, if it has one."""
+    adapters: dict[str, str] = {}
+    """Absolute path of each LoRA adapter, by its name."""
 
 
 class Ready(Struct, frozen=True, tag=True):

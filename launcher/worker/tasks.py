@@ -67,7 +67,9 @@ def decode(me: Rank, task: Decode) -> None:
         if engine.failures:
             emit(Failures(tuple(engine.failures)))
         me.raise_if_stopping()
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
+    everyone = me.gather(
+        [model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token, model.adapter_bytes]
+    )
     times = engine.times
     emit(
         Stats(
@@ -79,6 +81,7 @@ def decode(me: Rank, task: Decode) -> None:
             speculated_tokens=times.speculated_tokens,
             accepted_tokens=times.accepted_tokens,
             weight_bytes=[row[0] for row in everyone],
+            adapter_bytes=[row[4] for row in everyone],
             read_bytes=[row[1] for row in everyone],
             peak_rss_bytes=[row[2] for row in everyone],
             kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,

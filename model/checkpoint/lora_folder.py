@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -94,12 +94,13 @@ class LoraFolder:
         """Return where the rows are stored."""
         return [self._stored[name].stored_rows(self.files[0])]
 
-    def _refuse_tensor(self, name: str) -> Any:
+    def _refuse_tensor(self, name: str) -> NoReturn:
         words = next((words for part, words in _UNSUPPORTED.items() if part in name), "only lora_A and lora_B of linears are supported")
         raise CheckpointError(f"{self.files[0]} holds {quote_name(name)}, but {words}: merge the adapter into its base model instead")
 
     def _plan_updates(self) -> dict[str, LoraUpdate]:
-        specs, updates = plan_linears(self._base), {}
+        specs = plan_linears(self._base)
+        updates: dict[str, LoraUpdate] = {}
         fused = {one: parts for family in list_architectures().values() for one, parts in family.fused.items()}
         for stored in sorted({name.rpartition(".")[0] for name in self._stored}):
             prefix, short = stored.rsplit(".", 2)[0], ".".join(stored.split(".")[-2:])
@@ -108,7 +109,9 @@ class LoraFolder:
             if unknown is not None:
                 if ".experts." in stored or short.endswith(".gate"):
                     self._refuse_tensor(f"{stored}.")
-                raise CheckpointError(f"{self.files[0]} changes {quote_name(stored)}, which the base model does not have{self._name_base()}")
+                raise CheckpointError(
+                    f"{self.files[0]} changes {quote_name(stored)}, which the base model does not have{self._name_base()}"
+                )
             self._check_shapes(stored, [specs[name] for name in names])
             first, scale, rank = 0, self.settings.find_scale(stored), self.settings.find_rank(stored)
             for name in names:
@@ -125,9 +128,11 @@ class LoraFolder:
             if info is None:
                 raise CheckpointError(f"{self.files[0]} lacks lora_{letter} of {stored}: copy it again")
             if info.dtype_name not in DTYPES:
-                raise CheckpointError(f"{self.files[0]}: lora_{letter} of {stored} is {info.dtype_name}, but {' or '.join(DTYPES)} is needed")
+                raise CheckpointError(
+                    f"{self.files[0]}: lora_{letter} of {stored} is {info.dtype_name}, but {' or '.join(DTYPES)} is needed"
+                )
             if info.shape != shape:
-                words = "" if info.shape[: 2] != shape and rank not in info.shape else self._name_base()
+                words = "" if info.shape[:2] != shape and rank not in info.shape else self._name_base()
                 reason = f"rank {rank} and the base model need {list(shape)}"
                 raise CheckpointError(f"{self.files[0]}: lora_{letter} of {stored} has shape {list(info.shape)}, but {reason}{words}")
 
@@ -155,5 +160,5 @@ class LoraFolder:
 
 def _explain_absence(path: Path) -> str:
     if (path / _PICKLE_FILE).is_file():
-        return f"{path} holds {_PICKLE_FILE}, a pickle: load it with PEFT and save it with safe_serialization=True, which writes {WEIGHTS_FILE}"
+        return f"{path} holds {_PICKLE_FILE}, a pickle: load it with PEFT and save it again, which writes {WEIGHTS_FILE}"
     return f"{path} has no {WEIGHTS_FILE}, which PEFT's save_pretrained writes"

@@ -34,4 +34,3 @@ def load_adapter(model: LlamaForCausalLM, name: str, folder: LoraFolder) -> int:
     reader.close()
     model.add_adapter(name, layers)
     return reader.read_bytes
-

@@ -16,14 +16,14 @@ from parallel.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 1024
-_READ = frozenset(
-    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
-    + ("layers_to_transform", "layers_pattern", "base_model_name_or_path")
-)
-_HARMLESS = frozenset(
-    ("auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core", "loftq_config", "eva_config")
-    + ("runtime_config", "qalora_group_size", "ensure_weight_tying")
-)
+_READ = (
+    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern "
+    "base_model_name_or_path task_type init_lora_weights"
+).split()
+_HARMLESS = (
+    "auto_mapping peft_version revision inference_mode lora_dropout megatron_core loftq_config eva_config runtime_config "
+    "qalora_group_size ensure_weight_tying"
+).split()
 """Keys that do not change what an adapter computes after training."""
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA is not supported",
@@ -67,11 +67,13 @@ class LoraConfig:
 
     def find_rank(self, name: str) -> int:
         """Return the rank of a linear, by its full name."""
-        return _find(self.ranks, name, self.rank)
+        rank: int = _find(self.ranks, name, self.rank)
+        return rank
 
     def find_scale(self, name: str) -> float:
         """Return the factor of a linear's update."""
-        rank, alpha = self.find_rank(name), _find(self.alphas, name, self.alpha)
+        rank = self.find_rank(name)
+        alpha: float = _find(self.alphas, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def changes(self, name: str) -> bool | None:
@@ -121,7 +123,7 @@ def _refuse(path: Path, values: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights is {quote(way)}, which changes the base model's weights: save the adapter with "
             "path_initial_model_for_weight_conversion, or merge it into its base model"
         )
-    known = {*_READ, *_HARMLESS, *_REFUSED, "task_type", "init_lora_weights"}
+    known = {*_READ, *_HARMLESS, *_REFUSED}
     unknown = next((key for key, value in values.items() if key not in known and not _is_unset(value)), None)
     if unknown is not None:
         raise CheckpointError(f"{path}: {quote_name(unknown)} is {quote(values[unknown])}, but this key of PEFT is not supported")
