@@ -148,8 +148,10 @@ class LoraFolder:
                 raise CheckpointError(f"{self.files[0]} changes {name}, which the target_modules of {file} do not name")
         if settings.targets is None:
             return
-        # The names by which the base model of the adapter may know its linears.
-        known = {name for name in plan_linears(self._base) if name not in self.updates} | changed
+        # The adapter may know several linears as one.
+        fused = {".".join(name.split(".")[3:]) for name in changed - self.updates.keys()}
+        known = {f"model.layers.{layer}.{name}" for layer in range(self._base.num_hidden_layers) for name in fused}
+        known |= {name for name in plan_linears(self._base) if name not in self.updates}
         missing = next((name for name in sorted(known) if settings.changes(name) and name not in changed), None)
         if missing is not None:
             raise CheckpointError(f"{self.files[0]} holds no update of {missing}, which the target_modules of {file} name: copy it again")
