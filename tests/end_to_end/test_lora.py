@@ -132,13 +132,13 @@ def test_llm_chooses_by_lora_request(
         assert [out.outputs[0].token_ids for out in found] == [expected["red"], expected[None], expected["blue"]]
         (one,) = llm.generate(PROMPT, GREEDY, lora_request=LoRARequest("blue"))
         assert one.outputs[0].token_ids == expected["blue"]
-        with pytest.raises(InputError, match="there is no adapter 'green': the adapters are red, blue"):
+        with pytest.raises(InputError, match=r"there is no adapter 'green': the adapters are red, blue"):
             llm.generate(PROMPT, GREEDY, lora_request=LoRARequest("green", 3, "/green"))
-        with pytest.raises(InputError, match="lora_path of 'red' is /elsewhere, but .* was loaded"):
+        with pytest.raises(InputError, match=r"lora_path of 'red' is /elsewhere, but .* was loaded"):
             llm.generate(PROMPT, GREEDY, lora_request=LoRARequest("red", 1, "/elsewhere"))
-        with pytest.raises(InputError, match="lora_request has 1 entries, but there are 2 prompts"):
+        with pytest.raises(InputError, match=r"lora_request has 1 entries, but there are 2 prompts"):
             llm.generate([PROMPT] * 2, GREEDY, lora_request=[red])
-    with pytest.raises(InputError, match="LLM loads adapters when it is created"):
+    with pytest.raises(InputError, match=r"LLM loads adapters when it is created"):
         LLM(checkpoints.float, enable_lora=True)
 
 
