@@ -19,24 +19,22 @@ from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
+from launcher.host.shared_memory import shared_memory_works
 from launcher.job.job import Adapter, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Task
-from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
 from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, EngineOptions, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
-from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
-from launcher.worker.collectives import shared_memory_works
-from model.backends.registry import find_backend
+from model.backends.device_types import is_host_memory
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.lora_folder import LoraFolder
@@ -116,7 +114,11 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     """
     environment = read_run_environment(options)
     if environment.is_scheduler:
+        from launcher.rendezvous.msrun_scheduler import serve_ranks  # with PyTorch
+
         sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
+    if environment.is_rank:
+        import launcher.supervision.foreign_launchers  # noqa: F401  # with PyTorch, which comes before the native kernels
     starter = None if environment.is_rank else take_starter(preload=options.preload)
     try:
         return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
@@ -203,7 +205,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
     check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
+    if job.collectives == "shm" and (not is_host_memory(job.device) or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
@@ -227,6 +229,8 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
     with folder as log_dir, as_run_failure():
         if environment.is_rank:
+            from launcher.supervision.foreign_launchers import join_ranks
+
             refusal.end()
             join_ranks(environment, job, log_dir, observer)
             return environment.restart_count

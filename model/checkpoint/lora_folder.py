@@ -3,13 +3,13 @@
 Every tensor of the file has to belong to a linear of the base model, and every linear that the config names has to have its tensors.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 from model.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from model.checkpoint.hf_folder import check_link
@@ -23,6 +23,7 @@ from model.spec.tensor_info import TensorInfo
 from model.spec.weights import WeightSpec
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
