@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
     from tandem.ranks import init
     from tandem.sampling_params import SamplingParams
+    from tandem.structured_outputs import StructuredOutputsParams
 
     __version__: str
 
@@ -33,6 +34,7 @@ __all__ = [
     "RunError",
     "SamplingParams",
     "StreamedToken",
+    "StructuredOutputsParams",
     "__version__",
     "init",
 ]
@@ -42,6 +44,7 @@ _PLACES = {
     "LLM": "tandem.llm",
     "LoRARequest": "tandem.lora",
     "SamplingParams": "tandem.sampling_params",
+    "StructuredOutputsParams": "tandem.structured_outputs",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "StreamedToken"), "tandem.outputs"),
     "LlamaTokenizer": "model.text.tokenizer",
     "RanksFailedError": "launcher.supervision.verdict",
