@@ -110,8 +110,9 @@ def find_pid(process: TemplateProcess) -> int:
 @pytest.mark.slow
 def test_every_hostile_template_ends_with_a_sentence_or_a_text(process: TemplateProcess) -> None:
     refused, peak = 0, 0
-    for number in range(NUM_TEMPLATES):
-        source = make_hostile(number)
+    sources = list(dict.fromkeys(make_hostile(number) for number in range(NUM_TEMPLATES)))
+    assert len(sources) > NUM_TEMPLATES * 0.4, "many are drawn more than once"
+    for number, source in enumerate(sources):
         start = time.monotonic()
         try:
             assert len(process.render(source, "here", VARIABLES)) <= 1_000_000
@@ -122,7 +123,7 @@ def test_every_hostile_template_ends_with_a_sentence_or_a_text(process: Template
         if number % 20 == 0 and process._process is not None:
             status = Path(f"/proc/{find_pid(process)}/status").read_text()
             peak = max(peak, int(status.split("VmHWM:")[1].split()[0]))
-    assert NUM_TEMPLATES * 0.5 < refused < NUM_TEMPLATES * 0.95
+    assert len(sources) * 0.5 < refused < len(sources) * 0.95
     assert 5_000 < peak < 200_000, "kilobytes"
     assert process.render("{{ messages[0].content }}", "here", VARIABLES) == "Hi é 😀"
 
