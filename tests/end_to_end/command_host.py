@@ -1,8 +1,9 @@
 """A process that has imported the launcher, and that forks for each command: tests pay once for what the parent of a command imports.
 
 A fork has what a new process would have: arguments, environment (in /proc too), current folder, standard streams, signal handlers. The
-process that starts its ranks is forked from the command for the same reason. Commands that show how the program itself starts are not run
-here.
+process that starts its ranks is forked from the command for the same reason. A sitecustomize.py that a test has put in front of PYTHONPATH
+runs in both, and what it replaces is replaced wherever it has been imported by name. Commands that show how the program itself starts are
+not run here.
 
 As a module this is the tests' side; as a program, with the descriptor of a socket, it is the host.
 """
@@ -23,7 +24,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 ENTRY = (sys.executable, "-m", "launcher")
@@ -35,6 +36,7 @@ _READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 """NumPy would start threads when it is imported; a process that forks must have none."""
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_CLONE_NEWNET = 0x40000000
 
 
 class HostedProcess:
@@ -117,19 +119,39 @@ class CommandHost:
         self._process: subprocess.Popen[bytes] | None = None
 
     def takes(self, command: Sequence[str], environment: Mapping[str, str]) -> bool:
-        """Whether a command is `python -m launcher`, and has the variables with which the host was started."""
-        return tuple(command[:3]) == ENTRY and _pick(environment) == self._at_start
+        """Whether a command is `python -m launcher`, and has the variables with which the host was started, but for a planted file."""
+        found = _pick(environment)
+        if self._find_plant(environment) is not None:
+            found["PYTHONPATH"] = self._at_start["PYTHONPATH"]
+        return tuple(command[:3]) == ENTRY and found == self._at_start
+
+    def _find_plant(self, environment: Mapping[str, str]) -> Path | None:
+        """The sitecustomize.py of a folder in front of the PYTHONPATH of the host."""
+        folder, _, others = environment.get("PYTHONPATH", "").partition(os.pathsep)
+        file = Path(folder, "sitecustomize.py")
+        return file if others == self._at_start.get("PYTHONPATH") and file.is_file() else None
 
     def start(
-        self, command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, stdin: int, stderr: int | None = None
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        cwd: Path,
+        stdin: int,
+        stderr: int | None = None,
+        network: Path | None = None,
     ) -> HostedProcess:
-        """Start a command. Without a descriptor for standard error it goes into a pipe, as standard output does."""
+        """Start a command. Without a descriptor for standard error it goes into a pipe, as standard output does.
+
+        `network`: the file of the network namespace that it is to run in, instead of that of the tests.
+        """
         connection = self._socket or self._launch()
         stdout_read, stdout = os.pipe()
         stderr_read, stderr_written = os.pipe() if stderr is None else (None, os.dup(stderr))
         status, status_written = os.pipe()
         request = os.memfd_create("request")
-        os.write(request, pickle.dumps({"command": list(command), "environment": dict(environment), "cwd": str(cwd)}))
+        asked = {"command": list(command), "environment": dict(environment), "cwd": str(cwd), "network": network}
+        os.write(request, pickle.dumps({**asked, "plant": self._find_plant(environment)}))
         given = (stdout, stderr_written, status_written, request)
         socket.send_fds(connection, [b"."], [stdin, *given])
         for descriptor in given:
@@ -167,9 +189,9 @@ class _Host:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        libc = ctypes.CDLL(None)
-        libc.getenv.restype = ctypes.c_void_p
-        self._room: int = libc.getenv(_ROOM.encode())
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.getenv.restype = ctypes.c_void_p
+        self._room: int = self._libc.getenv(_ROOM.encode())
         self._interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
         self._selector = selectors.PollSelector()
         self._selector.register(connection, selectors.EVENT_READ)
@@ -221,6 +243,8 @@ class _Host:
         self._connection.detach()
         os.closerange(3, 1 + max(int(name) for name in os.listdir("/proc/self/fd")))
         os.chdir(asked["cwd"])
+        if asked["network"] is not None:
+            self._enter(asked["network"])
         os.environ.clear()
         os.environ.update(asked["environment"])
         block = b"\0" + b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in asked["environment"].items())
@@ -228,12 +252,24 @@ class _Host:
         ctypes.memmove(self._room, block.ljust(_ROOM_BYTES, b"\0"), _ROOM_BYTES)
         signal.signal(signal.SIGINT, self._interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-        command: list[str] = asked["command"]
-        return command
+        sys.orig_argv = asked["command"]
+        if asked["plant"] is not None:
+            sys.path.insert(0, str(asked["plant"].parent))
+            _run_plant(asked["plant"])
+            _ForkedStarter.plant = asked["plant"]
+        return sys.orig_argv
+
+    def _enter(self, network: Path) -> None:
+        with open(network, "rb") as file:
+            if self._libc.setns(file.fileno(), _CLONE_NEWNET):  # os.setns() came with Python 3.12
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(network))
 
 
 class _ForkedStarter:
     """The process that starts the ranks, forked from the command; used like the `subprocess.Popen` that it stands for."""
+
+    plant: ClassVar[Path | None] = None
 
     def __init__(self, command: Sequence[str], *, stderr: int, pass_fds: Sequence[int], **others: object) -> None:
         self.returncode: int | None = None
@@ -279,7 +315,9 @@ class _ForkedStarter:
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             sys.stdout = open(1, "w", closefd=False)
             sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-            sys.argv = ["-c", *command[3:]]
+            sys.argv, sys.orig_argv = ["-c", *command[3:]], list(command)
+            if self.plant is not None:
+                _run_plant(self.plant)
             from launcher.supervision.starter_process import main
 
             main()
@@ -292,6 +330,16 @@ class _ForkedStarter:
 
 def _start_starter(command: Sequence[str], **options: Any) -> "_ForkedStarter | subprocess.Popen[bytes]":
     return _ForkedStarter(command, **options) if command[-1] == "preload" else subprocess.Popen(command, **options)
+
+
+def _run_plant(file: Path) -> None:
+    """Run a sitecustomize.py. Functions that it replaces in a module are replaced in those too that have imported them by name."""
+    modules = [vars(module) for name, module in sys.modules.items() if name.partition(".")[0] in ("launcher", "model", "parallel")]
+    before = [dict(module) for module in modules]
+    exec(compile(file.read_text(), file, "exec"), {"__name__": "sitecustomize", "__file__": str(file)})
+    new = {id(old): now[name] for was, now in zip(before, modules, strict=True) for name, old in was.items() if now[name] is not old}
+    for was, now in zip(before, modules, strict=True):
+        now.update({name: new[id(old)] for name, old in was.items() if id(old) in new})
 
 
 def _import_commands() -> None:
@@ -321,5 +369,5 @@ if __name__ == "__main__":
         import tempfile
 
         tempfile.tempdir = None  # another TMPDIR may hold now
-        sys.argv, sys.orig_argv = [str(PROJECT_ROOT / "launcher" / "__main__.py"), *command[3:]], command
+        sys.argv = [str(PROJECT_ROOT / "launcher" / "__main__.py"), *command[3:]]
         runpy.run_module("launcher", run_name="__main__", alter_sys=True)

@@ -197,11 +197,13 @@ class Tandem:
         stdin: Path | None = None,
         stderr: Path | None = None,
         fresh: bool = False,
+        network: Path | None = None,
         **variables: str,
     ) -> Running:
         """Start a command and go on. `python -m launcher` is forked from the command host, unless it is to be `fresh`.
 
-        `stdin` and `stderr` are files; without them standard input is empty and standard error a pipe.
+        `stdin` and `stderr` are files; without them standard input is empty and standard error a pipe. `network` is the file of the
+        network namespace in which the host is to run the command.
         """
         mark = uuid.uuid4().hex
         words = [str(word) for word in command]
@@ -210,8 +212,11 @@ class Tandem:
         with open(stdin or os.devnull, "rb") as given, open(stderr or os.devnull, "wb") as errors:
             where = errors.fileno() if stderr else None
             if not fresh and self.host.takes(words, environment):
-                process = self.host.start(words, environment=environment, cwd=cwd or self.folder, stdin=given.fileno(), stderr=where)
+                process = self.host.start(
+                    words, environment=environment, cwd=cwd or self.folder, stdin=given.fileno(), stderr=where, network=network
+                )
             else:
+                assert network is None, "only the host enters a network namespace"
                 process = subprocess.Popen(
                     words,
                     stdin=given,

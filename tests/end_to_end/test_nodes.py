@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 SECONDS = 90
 PORT = "8118"
 IP = shutil.which("ip", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+NAMESPACES = Path("/run/netns")
 LISTENING = "0A"
 """A state in /proc/PID/net/tcp."""
 
 
 def _arguments(checkpoints: "Checkpoints", *options: str) -> list[str | Path]:
     # One prompt after the other: the line of the first tells that the second is being decoded.
-    plain = ("--max-batch-size", "1", "--max-new-tokens", "60", "--ignore-eos", "--dtype", "float32", "--threads-per-rank", "1")
+    plain = ("--max-batch-size", "1", "--max-new-tokens", "40", "--ignore-eos", "--dtype", "float32", "--threads-per-rank", "1")
     return ["--checkpoint", checkpoints.float, *plain, *options]
 
 
@@ -106,8 +107,8 @@ def alone(tandem: "Tandem", checkpoints: "Checkpoints") -> "Outcome":
 def _start_node(tandem: "Tandem", number: int, address: str, port: str, *words: str | Path, namespace: str | None = None) -> Node:
     folder = tandem.new_folder()
     where = ("--nnodes", "2", "--node-rank", str(number), "--master-addr", address, "--master-port", port)
-    inside = (IP or "ip", "netns", "exec", namespace) if namespace is not None else ()
-    return Node(tandem.start([*inside, *tandem.predict_command(folder, *words, *where)]), folder)
+    network = None if namespace is None else NAMESPACES / namespace
+    return Node(tandem.start(tandem.predict_command(folder, *words, *where), network=network), folder)
 
 
 def _start(tandem: "Tandem", network: Network, checkpoints: "Checkpoints", *options: str) -> tuple[list[Node], str]:
