@@ -128,13 +128,15 @@ def find_ranks(run: "subprocess.Popen[bytes]") -> list[int]:
 def measure_recovery(tree: Path, checkpoint: Path, workers: int, folder: Path) -> dict[str, float]:
     """Kill a rank of a run that decodes."""
     stats = folder / "stats.json"
-    options = ("--workers", workers, "--prompt", "Once upon a time", "--max-new-tokens", 400, "--ignore-eos", "--threads-per-rank", 1)
+    # One prompt after the other: a tree that prints whole texts prints the first while it decodes the second.
+    prompts = ("--prompt", "Once upon a time", "--prompt", "A llama is", "--max-batch-size", 1)
+    options = ("--workers", workers, *prompts, "--max-new-tokens", 200, "--ignore-eos", "--threads-per-rank", 1)
     process = start(
         tree, "predict", "--checkpoint", checkpoint, *options, "--stats", stats, "--log-dir", folder / "log", stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     with process.stdout:
-        process.stdout.read(40)
+        process.stdout.read(1)
         os.kill(random.choice(find_ranks(process)), signal.SIGKILL)
         process.stdout.read()
     wait(process)
