@@ -194,7 +194,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     choose_kernels(job.cpu_kernels)
     check_collectives(job.collectives, job.device)
     if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
-        raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+        raise ConfigError("collectives shm need CPU ranks, and other processors than x86-64 the native kernels; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
     return job
