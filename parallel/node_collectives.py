@@ -9,7 +9,8 @@ import torch
 
 from parallel.collectives import DistributedCollectives, IdentityCollectives
 from parallel.peer_lines import PeerLines
-from parallel.shared_memory import SharedMemoryCollectives, WordAccess
+from parallel.shared_memory import SharedMemoryCollectives
+from parallel.shared_words import WordAccess
 from parallel.store_waiting import StoreBarrier, StoreBeats
 from parallel.torch_internals import PrefixStore, Store
 

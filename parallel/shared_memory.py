@@ -18,6 +18,7 @@ import torch
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
+from parallel.shared_words import AtomicWords, WordAccess
 from parallel.store_waiting import wait_for_ranks
 from parallel.torch_internals import Store
 
@@ -64,29 +65,6 @@ class SharesSlots(Protocol):
     def share_slots(self) -> SharedSlots | None:
         """Return the current slots; None when every gather has to go through `gather_columns`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class WordAccess:
-    """Native access to 64-bit words of shared memory, ordered on every processor."""
-
-    load: Callable[[int], int]
-    """Return the word at an address; what its writer stored before it is visible afterwards."""
-    store: Callable[[int, int], None]
-    """Set the word at an address, after all earlier loads and stores."""
-
-
-class AtomicWords:
-    """The 64-bit words from an address on."""
-
-    def __init__(self, address: int, access: WordAccess) -> None:
-        self._address, self._access = address, access
-
-    def __getitem__(self, index: int) -> int:
-        return self._access.load(self._address + 8 * index)
-
-    def __setitem__(self, index: int, value: int) -> None:
-        self._access.store(self._address + 8 * index, value)
 
 
 class SharedMemoryCollectives:

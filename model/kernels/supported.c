@@ -1,7 +1,7 @@
 /* Whether this CPU runs the instructions that this library was compiled for, and the version of its interface. */
 
 /* Incremented whenever a signature changes: a library built from other sources is not used. */
-int tandem_interface(void) { return 6; }
+int tandem_interface(void) { return 7; }
 
 #if defined(__x86_64__)
 #if defined(__AMX_INT8__) || defined(EMULATED_TILES)
