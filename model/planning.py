@@ -6,11 +6,12 @@ itself; a test compares it with a real run.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.linear_memory import count_linear_bytes
 from model.spec.linear_scheme import run_as_one
+from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
 from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
@@ -61,6 +62,8 @@ class RankPlan:
     """Output and inputs of the largest matmul in prefill."""
     peak_bytes: int
     """Maximum resident memory, on a host that computes on CPUs."""
+    adapter_bytes: int = 0
+    """LoRA adapters in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +95,27 @@ class Workload:
 
 
 def plan_ranks(
-    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, StoredForm] | None = None
+    config: LlamaConfig,
+    scheme: Scheme,
+    world_size: int,
+    workload: Workload,
+    stored: Mapping[str, StoredForm] | None = None,
+    adapters: Sequence[Mapping[str, LoraUpdate]] = (),
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors.
+    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors. `adapters`: the
+    updates of each LoRA adapter.
 
     Raises LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
     runs = _find_equal_layers(config, scheme, stored or {})
     specs = plan_weights(config, scheme, layers=sorted({layer for layer, _ in runs}))
-    return [_plan_rank(config, scheme, specs, runs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
+    plans = [_plan_rank(config, scheme, specs, runs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
+    return [_add_adapters(plan, sum(count_adapter_bytes(config, one, plan.rank, world_size) for one in adapters)) for plan in plans]
+
+
+def _add_adapters(plan: RankPlan, num_bytes: int) -> RankPlan:
+    return replace(plan, adapter_bytes=num_bytes, peak_bytes=plan.peak_bytes + num_bytes)
 
 
 def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> float:

@@ -21,10 +21,12 @@ from launcher.host.output_paths import check_output_file
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
+from launcher.settings.lora_options import list_adapters
 from launcher.settings.yaml_settings import Settings, open_settings
 from model.draft_planning import add_draft_model
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
+from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
@@ -57,9 +59,13 @@ def plan(options: PlanOptions) -> None:
         num_blocks=settings.num_blocks,
     )
     check_blocks(workload.block_size, workload.num_blocks)
-    plans = plan_ranks(config, scheme, world_size, workload, stored)
+    adapters = _open_adapters(options, config)
+    plans = plan_ranks(config, scheme, world_size, workload, stored, list(adapters.values()))
     drafts = _plan_draft_model(options, world_size, workload)
     result = _describe(options, config, scheme, add_draft_model(plans, drafts) if drafts else plans, workload, stored)
+    result["adapters"] = {
+        name: [count_adapter_bytes(config, updates, rank, world_size) for rank in range(world_size)] for name, updates in adapters.items()
+    }
     if drafts:
         result["draft_model"] = {
             name: [getattr(rank, name) for rank in drafts] for name in ("file_bytes", "weight_bytes", "kv_cache_bytes")
@@ -105,6 +111,16 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
         )
     quantize = QuantizeOptions(approach=str(word))
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
+
+
+def _open_adapters(options: PlanOptions, config: LlamaConfig) -> dict[str, Mapping[str, LoraUpdate]]:
+    """Return the updates of each adapter of --lora."""
+    if not options.lora:
+        return {}
+    from model.checkpoint.lora_folder import LoraFolder
+
+    folders = list_adapters(options.lora)
+    return {name: LoraFolder(path, config, follow_links=options.follow_links).updates for name, path in folders.items()}
 
 
 def _plan_draft_model(options: PlanOptions, world_size: int, workload: Workload) -> list[RankPlan]:
@@ -162,6 +178,8 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['workers']} ranks, quantization {result['quantization']}, compute {result['dtype']}, cache {result['kv_cache']}, "
         f"{result['batch_size']} x {result['tokens']} tokens"
     )
+    for name, sizes in result["adapters"].items():
+        print(f"adapter {name}: {_size(max(sizes))} per rank, in float32, included in the peak")
     if result["encodings"]:
         print(f"stored as {', '.join(result['encodings'])}, dequantized to {result['dtype']} while loading")
     Terminal(width=130).print(table)

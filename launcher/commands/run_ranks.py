@@ -5,8 +5,8 @@ All input errors are raised here, before any process starts. Depends on no parti
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -14,21 +14,21 @@ from typing import Any, get_args
 from launcher.commands.begun_starter import take_starter
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
-from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
+from launcher.commands.opened_model import OpenedModel, open_adapters, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.host.shared_memory import shared_memory_works
-from launcher.job.job import DraftCheckpoint, Job
+from launcher.job.job import Adapter, DraftCheckpoint, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Task
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
-from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, EngineOptions, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
@@ -36,8 +36,9 @@ from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from model.backends.device_types import is_host_memory
-from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.lora_folder import LoraFolder
 from model.draft_planning import add_draft_model
 from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 from model.kernels.library import choose_kernels
@@ -65,6 +66,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    adapters: Mapping[str, LoraFolder] = field(default_factory=dict)
+    """The LoRA adapters by name."""
     draft: OpenedDraftModel | None = None
     """The draft model, if there is one."""
     starter: RankStarter | None = None
@@ -102,7 +105,8 @@ class Run:
         """Plan the ranks' parts of the model and its draft model."""
         opened = self.opened
         stored = {name: info.form for name, info in opened.source.tensors.items()}
-        plans = plan_ranks(opened.config, opened.scheme, self.world_size, workload, stored)
+        updates = [folder.updates for folder in self.adapters.values()]
+        plans = plan_ranks(opened.config, opened.scheme, self.world_size, workload, stored, updates)
         if self.draft is None:
             return plans
         return add_draft_model(plans, self.draft.plan(self.world_size, workload, self.options.kv_cache_dtype))
@@ -146,7 +150,8 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    run = Run(options, settings, environment, world_size, nodes, opened)
+    adapters = open_adapters(options.lora, opened, follow_links=options.follow_links) if isinstance(options, EngineOptions) else {}
+    run = Run(options, settings, environment, world_size, nodes, opened, adapters)
     if options.draft_model is None:
         return run
     draft = open_draft_model(options, Path(options.draft_model), world_size)
@@ -207,6 +212,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         draft=run.draft.describe(options.kv_cache_dtype) if run.draft is not None else None,
         draft_tokens=first_not_none(options.draft_tokens, DEFAULT_DRAFT_TOKENS),
         task=task,
+        adapters=tuple(Adapter(name, str(folder.path.absolute()), folder.fingerprint) for name, folder in run.adapters.items()),
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
@@ -264,6 +270,8 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
             check_unchanged(job.fingerprint, partial(_read_again, job))
             if job.draft is not None:
                 check_unchanged(job.draft.fingerprint, partial(_read_again, job.draft))
+            for adapter, folder in zip(job.adapters, run.adapters.values(), strict=True):
+                check_unchanged(adapter.fingerprint, partial(read_state, folder))
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:

@@ -24,8 +24,21 @@ _LOCAL_FIELDS = (
     "cpu_kernels",
     "draft",
     "task",
+    "adapters",
 )
 """Fields that may differ between the ranks of a run; of the fingerprints, only the content is compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that all ranks load."""
+
+    name: str
+    """By which requests choose it."""
+    path: str
+    """Absolute path of its folder."""
+    fingerprint: Fingerprint
+    """Fingerprint of the folder on this host at the start of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +103,15 @@ class Job:
     """Maximum tokens that it drafts per pass."""
     task: Task
     """The task of the ranks."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters of which each request may use one."""
 
     @property
     def shared_settings(self) -> dict[str, Any]:
         """Return the settings that must be equal on all ranks and nodes; the checkpoint's path is local, and rank 0 determines the task."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _LOCAL_FIELDS}
-        settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
+        adapters = [[adapter.name, adapter.fingerprint.content] for adapter in self.adapters]
+        settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order, "adapters": adapters}))
         return settings
 
     @property

@@ -115,6 +115,8 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     """Accepted share of the draft tokens; None if there were none."""
     weight_bytes: list[int]
     """Bytes of weights in memory."""
+    adapter_bytes: list[int]
+    """Bytes of LoRA adapters in memory."""
     draft_weight_bytes: list[int]
     """Bytes of the draft model's weights in memory, besides; 0 without one."""
     read_bytes: list[int]

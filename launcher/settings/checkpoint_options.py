@@ -61,6 +61,11 @@ class PlanOptions(CheckpointOptions):
     """Options of `tandem plan`."""
 
     verify: bool = False
+    lora: Annotated[
+        tuple[str, ...],
+        option("--lora", metavar="NAME=PATH", help="LoRA adapter, a folder of PEFT; repeatable. Default: none.", panel=MODEL),
+        also("--lora-modules"),
+    ] = ()
     model_config: Annotated[Path | None, option("--model-config", help="Hugging Face config.json, without weights.", panel=MODEL)] = None
     quantization: Annotated[
         str | None,

@@ -175,6 +175,11 @@ class RunOptions(MsrunOptions, CheckpointOptions):
 class EngineOptions(RunOptions):
     """Options of every command that generates text."""
 
+    lora: Annotated[
+        tuple[str, ...],
+        option("--lora", metavar="NAME=PATH", help="LoRA adapter, a folder of PEFT; repeatable. Default: none.", panel=MODEL),
+        also("--lora-modules"),
+    ] = ()
     block_size: Annotated[
         int | None, option("--block-size", help="Tokens per cache block, a multiple of 16. Default: 16.", panel=MEMORY)
     ] = None
