@@ -23,6 +23,7 @@ from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.settings.yaml_settings import Settings, open_settings
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
+from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
@@ -44,9 +45,15 @@ def plan(options: PlanOptions) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
+    scheme = plan_run_scheme(
+        scheme,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        activations=options.activations or settings.tandem.activations or "auto",
+        lm_head=options.lm_head or settings.tandem.lm_head or "auto",
+    )
     workload = Workload(
         dtype=dtype,
-        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        kv_cache=scheme.kv_cache,
         batch_size=options.batch_size,
         tokens=tokens,
         num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),

@@ -23,7 +23,7 @@ from launcher.job.job import Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
-from launcher.job.tasks import Bench, Task
+from launcher.job.tasks import Bench, Quantize, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
@@ -41,6 +41,7 @@ from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fing
 from model.checkpoint.formats import open_checkpoint
 from model.kernels.library import choose_kernels
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
+from model.spec.run_scheme import PRECISIONS
 from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
 from model.text.tokenizer import Tokenizer
@@ -161,6 +162,8 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         opening=run.opened.opening,
         fingerprint=read_fingerprint(run.opened.source, config, run.opened.scheme),
         kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
+        activations=_decide_precision("activations", options.activations, own.activations, task),
+        lm_head=_decide_precision("lm-head", options.lm_head, own.lm_head, task),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         eos_token_ids=end.ids,
@@ -184,6 +187,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         speculate=first_not_none(options.speculate, own.speculate, False),
         task=task,
     )
+    job.plan_scheme(run.opened.scheme)
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
         if value is not None and value <= 0:
@@ -228,7 +232,7 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
     opened = run.opened
     stored = {name: info.form for name, info in opened.source.tensors.items()}
-    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+    if warning := forecast_memory(job, opened.config, job.plan_scheme(opened.scheme), stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
@@ -298,6 +302,11 @@ def _parse_flag(name: str, word: str | None) -> bool:
     if found is None:
         raise ConfigError(f"{name} is {word!r}, but True or False is needed")
     return found
+
+
+def _decide_precision(name: str, option: str | None, yaml: str | None, task: Task) -> str:
+    """Return one of PRECISIONS: the command line's, otherwise the YAML's. A quantization computes in floats."""
+    return "auto" if isinstance(task, Quantize) else _one_of(name, first_not_none(option, yaml, "auto"), PRECISIONS)
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

@@ -146,6 +146,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     after loading the weights. Warns if that is less than one context.
     """
     num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
+    scheme = job.plan_scheme(opened.scheme)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
         own_kernels=backend.kernels is not None,
@@ -158,7 +159,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         num_blocks=job.num_blocks,
     )
     stored = {name: info.form for name, info in opened.source.tensors.items()}
-    plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
+    plans = plan_ranks(opened.config, scheme, run.world_size, workload, stored)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
     available = read_available_bytes() if backend.in_host_memory else None
     if job.num_blocks is None and available is not None:
@@ -169,7 +170,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
+        plans = plan_ranks(opened.config, scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
     return num_blocks, plans
 
 

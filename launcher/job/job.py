@@ -11,6 +11,8 @@ from typing import Any
 from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
+from model.spec.run_scheme import plan_run_scheme
+from model.spec.scheme import Scheme
 
 _LOCAL_FIELDS = (
     "checkpoint",
@@ -38,6 +40,10 @@ class Job:
     """Fingerprint of the checkpoint on this host at the start of the run."""
     kv_cache: str | None
     """A kv_cache name of model/spec/scheme.py; overrides the checkpoint's."""
+    activations: str = "auto"
+    """Precision of the inputs of integer linears: one of model/spec/run_scheme.py."""
+    lm_head: str = "auto"
+    """Precision of the output head: one of model/spec/run_scheme.py."""
     world_size: int
     """Number of ranks."""
     context_tokens: int
@@ -81,6 +87,10 @@ class Job:
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _LOCAL_FIELDS}
         settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
         return settings
+
+    def plan_scheme(self, stored: Scheme) -> Scheme:
+        """Return the scheme of this run, whose checkpoint declares `stored`. Raises ConfigError if they do not fit together."""
+        return plan_run_scheme(stored, kv_cache=self.kv_cache, activations=self.activations, lm_head=self.lm_head)
 
     @property
     def path(self) -> Path:

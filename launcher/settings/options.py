@@ -14,6 +14,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
+Precision = Literal["auto", "int8"]
 FormatName = Literal[
     "ranks", "modelslim", "gptq", "awq", "auto-round", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"
 ]
@@ -77,7 +78,29 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(MsrunOptions, CheckpointOptions):
+class PrecisionOptions(CheckpointOptions):
+    """Arithmetic that a run may use in place of the checkpoint's."""
+
+    activations: Annotated[
+        Precision | None,
+        option(
+            "--activations",
+            help="int8: round the inputs of integer linears to 8 bits per token: faster, less accurate. Default: auto (the checkpoint's).",
+            panel=MODEL,
+        ),
+    ] = None
+    lm_head: Annotated[
+        Precision | None,
+        option(
+            "--lm-head",
+            help="int8: quantize a float output head while loading: fewer bytes per token. Default: auto (as stored).",
+            panel=MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(MsrunOptions, PrecisionOptions):
     """Options of every command that starts ranks."""
 
     vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
