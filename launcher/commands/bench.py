@@ -128,6 +128,7 @@ def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str
 
 RESULT_NAMES = (
     *("bench", "version", "model", "num_layers", "quantization", "dtype", "kernel", "collectives", "world_size", "threads_per_rank"),
+    "cores_bound",
     *("device", "machine", "cores", "date", "prompt_tokens", "new_tokens", "rounds", "memory_bandwidth_bytes_per_second"),
     *("weight_bytes", "decode_bytes_per_step", "load_seconds", "read_bytes", "time_to_first_token_seconds"),
     *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "speculation", "gather_seconds"),

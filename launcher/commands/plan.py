@@ -47,6 +47,7 @@ def plan(options: PlanOptions) -> None:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
     scheme = plan_run_scheme(
         scheme,
+        tied=config.tie_word_embeddings,
         kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
         activations=options.activations or settings.tandem.activations or "auto",
         lm_head=options.lm_head or settings.tandem.lm_head or "auto",

@@ -6,6 +6,7 @@ All input errors are raised here, before any process starts. Depends on no parti
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from launcher.commands.opened_model import OpenedModel, open_model, read_tokeniz
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
+from launcher.host.core_claims import claim_cores
+from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.job.job import Job
@@ -187,7 +190,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         speculate=first_not_none(options.speculate, own.speculate, False),
         task=task,
     )
-    job.plan_scheme(run.opened.scheme)
+    job.plan_scheme(config, run.opened.scheme)
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
         if value is not None and value <= 0:
@@ -232,7 +235,7 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
     opened = run.opened
     stored = {name: info.form for name, info in opened.source.tensors.items()}
-    if warning := forecast_memory(job, opened.config, job.plan_scheme(opened.scheme), stored, run.nodes.local_workers):
+    if warning := forecast_memory(job, opened.config, job.plan_scheme(opened.config, opened.scheme), stored, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
     prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
@@ -244,13 +247,22 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
-        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell, run.starter)
+        with _claim_cores(run, job) as cores:
+            return spawn_ranks(replace(job, cores=cores), run.nodes, log_dir, max_restarts, observer, tell, run.starter)
     except RanksFailedError as error:
         try:
             error.verdict.write(log_dir)
         except OSError as fault:  # a full disk must not hide the original failure
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _claim_cores(run: Run, job: Job) -> AbstractContextManager[tuple[tuple[int, ...], ...] | None]:
+    """Claim the cores that the ranks of this host compute on; see `claim_cores`."""
+    if not find_backend(job.device).in_host_memory:
+        return nullcontext()
+    threads = job.threads_per_rank or share_cores(run.nodes.local_workers)
+    return claim_cores(run.nodes.local_workers, threads, may_bind=job.bind_cores is None)
 
 
 def _say_reloading(ranks: Sequence[int], nodes: Nodes) -> str:
@@ -296,12 +308,11 @@ def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
     return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
 
 
-def _parse_flag(name: str, word: str | None) -> bool:
-    flags = {None: False, "true": True, "false": False, "1": True, "0": False}
-    found = flags.get(word.lower() if word else None)
-    if found is None:
+def _parse_flag(name: str, word: str | None) -> bool | None:
+    flags = {"true": True, "false": False, "1": True, "0": False}
+    if word is not None and word.lower() not in flags:
         raise ConfigError(f"{name} is {word!r}, but True or False is needed")
-    return found
+    return None if word is None else flags[word.lower()]
 
 
 def _decide_precision(name: str, option: str | None, yaml: str | None, task: Task) -> str:

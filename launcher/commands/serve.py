@@ -146,7 +146,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     after loading the weights. Warns if that is less than one context.
     """
     num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
-    scheme = job.plan_scheme(opened.scheme)
+    scheme = job.plan_scheme(opened.config, opened.scheme)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
         own_kernels=backend.kernels is not None,

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
+from model.spec.config import LlamaConfig
 from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme
 
@@ -22,6 +23,7 @@ _LOCAL_FIELDS = (
     "join_seconds",
     "threads_per_rank",
     "bind_cores",
+    "cores",
     "cpu_kernels",
     "task",
 )
@@ -62,8 +64,10 @@ class Job:
     """None shares the available cores evenly."""
     cpu_kernels: str
     """"auto", "none", or the instruction set of the kernels; see model/kernels/library.py."""
-    bind_cores: bool
-    """Whether each rank is pinned to its own cores."""
+    bind_cores: bool | None
+    """Whether each rank is bound to its share of the cores that it may use. None: to `cores`, if there are any."""
+    cores: tuple[tuple[int, ...], ...] | None = None
+    """The cores of each rank that this node starts, which no other run has claimed; None: ranks are not bound to such cores."""
     timeout_seconds: float
     """Maximum time without progress of a peer; exceeding it ends the run."""
     join_seconds: float | None = None
@@ -88,9 +92,15 @@ class Job:
         settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
         return settings
 
-    def plan_scheme(self, stored: Scheme) -> Scheme:
+    def plan_scheme(self, config: LlamaConfig, stored: Scheme) -> Scheme:
         """Return the scheme of this run, whose checkpoint declares `stored`. Raises ConfigError if they do not fit together."""
-        return plan_run_scheme(stored, kv_cache=self.kv_cache, activations=self.activations, lm_head=self.lm_head)
+        tied = config.tie_word_embeddings
+        return plan_run_scheme(stored, tied=tied, kv_cache=self.kv_cache, activations=self.activations, lm_head=self.lm_head)
+
+    @property
+    def binds_cores(self) -> bool:
+        """Whether each rank is bound to cores."""
+        return bool(self.bind_cores) or self.cores is not None
 
     @property
     def path(self) -> Path:

@@ -129,7 +129,12 @@ class RunOptions(MsrunOptions, PrecisionOptions):
     ] = None
     bind_cores: Annotated[
         str | None,
-        option("--bind-cores", metavar="True|False", help="Pin each rank to its own cores. Default: False.", panel=PARALLELISM),
+        option(
+            "--bind-cores",
+            metavar="True|False",
+            help="Bind each rank to its own cores. Default: where all threads get a core.",
+            panel=PARALLELISM,
+        ),
         also("--bind_core"),
     ] = None
     cpu_kernels: Annotated[

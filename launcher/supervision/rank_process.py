@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ class RankOrder:
     """Address of the first node's store; None if all ranks are on this host and meet through the folder."""
     master_port: int | None = None
     """Port of that store."""
+    cores: Sequence[int] | None = None
+    """The cores that the rank is bound to; None: as the job says."""
 
     @property
     def variables(self) -> Mapping[str, str]:

@@ -176,6 +176,7 @@ class Supervisor:
             attempt=self.attempt,
             master_addr=self.rendezvous.address if self.rendezvous else None,
             master_port=self.rendezvous.port if self.rendezvous else None,
+            cores=None if self._job.cores is None else self._job.cores[local_rank],
         )
 
     def _open_log(self, rank: int) -> Path:

@@ -116,7 +116,7 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
         eos_token_ids=job.eos_token_ids,
         pad_token_id=job.pad_token_id,
     )
-    scheme = job.plan_scheme(read_scheme(source.config))
+    scheme = job.plan_scheme(config, read_scheme(source.config))
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
     read_bytes = load_model(model, source, me.report(Loading))
     if own:

@@ -12,23 +12,25 @@ INT8_HEAD = LinearScheme(packed=False)
 """An output head that is quantized while it is loaded: symmetric, with one scale per row."""
 
 
-def plan_run_scheme(stored: Scheme, *, kv_cache: str | None, activations: str, lm_head: str) -> Scheme:
-    """Return the scheme of a run. `kv_cache`: see Scheme; `activations` and `lm_head`: see PRECISIONS.
+def plan_run_scheme(stored: Scheme, *, tied: bool, kv_cache: str | None, activations: str, lm_head: str) -> Scheme:
+    """Return the scheme of a run. `tied`: the output head is the embedding; `kv_cache`: see Scheme; the rest: see PRECISIONS.
 
-    Raises ConfigError where int8 activations, or an int8 output head, do not apply to what the checkpoint stores.
+    The inputs of the output head are never rounded to 8 bits on request: they decide the token directly. Raises ConfigError
+    where int8 activations, or an int8 output head, do not apply to what the checkpoint stores.
     """
-    scheme = replace(stored, kv_cache=kv_cache)
+    scheme, head = replace(stored, kv_cache=kv_cache), None if tied else stored.find_linear("lm_head")
     if activations == "int8":
         _check_activations(stored)
         assert stored.linear is not None
         others = tuple(LinearGroup(group.targets, replace(group.linear, activation="token")) for group in stored.others)
+        if head is not None and head.activation is None:
+            others = (*others, LinearGroup(("lm_head",), head))
         scheme = replace(scheme, linear=replace(stored.linear, activation="token"), others=others)
     if lm_head == "int8":
-        head = stored.find_linear("lm_head")
         if head is not None and (head.float8 or head.bits != 8):
             raise ConfigError(f"--lm-head is int8, but the checkpoint stores its output head as {head.name}: drop --lm-head")
         if head is None:
-            scheme = replace(scheme, head=replace(INT8_HEAD, activation="token" if activations == "int8" else None))
+            scheme = replace(scheme, head=INT8_HEAD)
     return scheme
 
 

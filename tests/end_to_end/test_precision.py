@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def stored(tandem: "Tandem", checkpoints: "Checkpoints") -> dict[str, Path]:
     """Checkpoints that store what the options ask for at run time."""
     folder = tandem.new_folder()
-    words = {"a8w8": ("-a", "a8w8"), "int8 head": ("-a", "rtn-a16w8", "--lm-head", "int8")}
+    words = {
+        "a8w8": ("-a", "a8w8"),
+        "int8 head": ("-a", "rtn-a16w8", "--lm-head", "int8"),
+        "both": ("-a", "a8w8", "--lm-head", "int8"),
+    }
 
     def quantize(name: str) -> Path:
         target = folder / name.replace(" ", "-")
@@ -41,19 +45,24 @@ def test_precisions_asked_for_are_those_of_checkpoints_that_store_them_for_any_n
         (checkpoints.int8, 3, ("--activations", "int8")),
         (stored["int8 head"], 2, ()),
         (checkpoints.int8, 1, ("--lm-head", "int8")),
-        (checkpoints.int8, 1, ("--activations", "int8", "--lm-head", "int8")),
+        (stored["both"], 1, ()),
+        (stored["int8 head"], 2, ("--activations", "int8")),
         (checkpoints.int8_two_ranks, 3, ("--activations", "int8", "--lm-head", "int8")),
     ]
     with ThreadPoolExecutor(2) as pool:
-        dynamic, activations, head, loaded, one, three = pool.map(lambda run: _predict(tandem, run[0], run[1], *run[2]), runs)
+        dynamic, activations, head, loaded, both, partly, three = pool.map(lambda run: _predict(tandem, run[0], run[1], *run[2]), runs)
     assert activations.jsonl == dynamic.jsonl
     assert loaded.jsonl == head.jsonl
-    assert three.jsonl == one.jsonl
-    assert len({str(outcome.jsonl) for outcome in (dynamic, head, one)}) == 3
-    names = [outcome.stats["quantization"] for outcome in (dynamic, activations, head, loaded, one, three)]
-    assert names == ["a8w8-dynamic", "a8w8-dynamic", "rtn-a16w8", "rtn-a16w8-h8", "a8w8-dynamic-h8", "a8w8-dynamic-h8"]
-    sizes = [sum(outcome.stats["weight_bytes"]) for outcome in (activations, head, loaded, three)]
-    assert sizes[0] > sizes[1] == sizes[2] == sizes[3]
+    assert three.jsonl == partly.jsonl == both.jsonl
+    assert len({str(outcome.jsonl) for outcome in (dynamic, head, both)}) == 3
+    assert [outcome.stats["quantization"] for outcome in (activations, loaded, three)] == [
+        "a8w8-dynamic",
+        "rtn-a16w8-h8",
+        "a8w8-dynamic-h8",
+    ]
+    assert both.stats["quantization"] == partly.stats["quantization"] == "a8w8-dynamic+rtn-a16w8"
+    assert both.stats["weight_bytes"] == loaded.stats["weight_bytes"]
+    assert sum(three.stats["weight_bytes"]) < sum(activations.stats["weight_bytes"])
 
 
 @pytest.mark.parametrize("command", ["predict", "eval", "bench", "serve", "chat", "batch"])

@@ -176,7 +176,7 @@ def test_a_head_that_is_quantized_while_loading_has_the_bytes_of_its_plan(
     folder, config = write(model, scheme, "bfloat16"), build_config(MODELS[model])
     source = open_checkpoint(folder)
     stored = {name: info.form for name, info in source.tensors.items()}
-    asked = plan_run_scheme(read_scheme(source.config), kv_cache=None, activations="auto", lm_head="int8")
+    asked = plan_run_scheme(read_scheme(source.config), tied=config.tie_word_embeddings, kv_cache=None, activations="auto", lm_head="int8")
     with nullcontext() if kernels else kernels_disabled():
         workload = Workload(dtype="bfloat16", tokens=50, own_kernels=kernels and find_kernels() is not None)
         for world_size in FEW:

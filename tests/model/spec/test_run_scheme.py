@@ -17,8 +17,8 @@ STATIC = LinearScheme(packed=False, activation="tensor", activation_symmetric=Fa
 FLOAT8 = LinearScheme(packed=False, float8=True)
 
 
-def plan(stored: Scheme, activations: str = "auto", lm_head: str = "auto") -> Scheme:
-    return plan_run_scheme(stored, kv_cache=stored.kv_cache, activations=activations, lm_head=lm_head)
+def plan(stored: Scheme, activations: str = "auto", lm_head: str = "auto", *, tied: bool = False) -> Scheme:
+    return plan_run_scheme(stored, tied=tied, kv_cache=stored.kv_cache, activations=activations, lm_head=lm_head)
 
 
 @given(st.sampled_from((*WEIGHTS, DYNAMIC, STATIC, FLOAT8)), st.sampled_from([None, "token", "channel"]))
@@ -65,7 +65,18 @@ def test_an_int8_head_is_declared_nowhere_and_named_in_stats() -> None:
         assert asked.name == name
         assert asked.linear is None or write_scheme(asked) == write_scheme(stored)
     both = plan(Scheme(LinearScheme(), ("lm_head",)), activations="int8", lm_head="int8")
-    assert both.find_linear("lm_head") == replace(INT8_HEAD, activation="token")
+    assert both.find_linear("lm_head") == INT8_HEAD
+
+
+def test_the_inputs_of_a_stored_int8_head_stay_as_they_are() -> None:
+    asked = plan(Scheme(LinearScheme()), activations="int8", lm_head="int8")
+    assert asked.find_linear("lm_head") == LinearScheme()
+    assert asked.find_linear("model.layers.0.mlp.up_proj") == LinearScheme(activation="token")
+    assert plan(Scheme(DYNAMIC), activations="int8").find_linear("lm_head") == DYNAMIC
+
+
+def test_a_tied_head_is_stored_as_floats_whatever_the_scheme_says() -> None:
+    assert plan(Scheme(LinearScheme()), lm_head="int8", tied=True).find_linear("lm_head") == INT8_HEAD
 
 
 def test_a_stored_int8_head_is_used_as_it_is_and_another_is_refused() -> None:
