@@ -16,6 +16,7 @@ from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
+from launcher.host.numa import plan_nodes
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
@@ -132,6 +133,7 @@ def _describe(
         "batch_size": workload.batch_size,
         "tokens": workload.tokens,
         "threads_per_rank": workload.num_threads,
+        "numa_nodes": plan_nodes(len(plans), workload.num_threads),
         "valid_workers": list(valid),
         "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
         "balance": balance,
@@ -157,6 +159,9 @@ def _print(result: dict[str, Any]) -> None:
         print(f"stored as {', '.join(result['encodings'])}, dequantized to {result['dtype']} while loading")
     Terminal(width=130).print(table)
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
+    if len(set(result["numa_nodes"])) > 1:
+        homes = ", ".join("-" if node is None else str(node) for node in result["numa_nodes"])
+        print(f"NUMA nodes of the ranks on this host, from rank 0: {homes}")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
     print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")
     if result["tokens_per_second"]:

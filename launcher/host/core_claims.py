@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launcher.host.cores import count_cores
-from launcher.host.numa import parse_cores, place_ranks, read_nodes
+from launcher.host.numa import format_cores, parse_cores, place_ranks, read_nodes
 
 _CLAIMS = Path("/proc/net/unix")
 _ONLINE = Path("/sys/devices/system/cpu/online")
@@ -59,7 +59,7 @@ def _is_restricted(usable: Collection[int]) -> bool:
 
 def _claim(cores: Collection[int], claims: ExitStack) -> str:
     """Claim cores until `claims` is closed; returns the name of the claim."""
-    name = f"{_NAME}/{secrets.token_hex(4)}/{_format_cores(cores)}"
+    name = f"{_NAME}/{secrets.token_hex(4)}/{format_cores(cores)}"
     if len(name) > _MAX_NAME_BYTES:  # scattered over a large host: the range that holds them
         name = f"{_NAME}/{secrets.token_hex(4)}/{min(cores)}-{max(cores)}"
     claim = claims.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -78,14 +78,3 @@ def _read_claims(but: str = "") -> set[int]:
             except ValueError:
                 continue  # of another program
     return claimed
-
-
-def _format_cores(cores: Collection[int]) -> str:
-    """Format as the kernel does: 0-3,8."""
-    parts: list[list[int]] = []
-    for core in sorted(cores):
-        if parts and core == parts[-1][1] + 1:
-            parts[-1][1] = core
-        else:
-            parts.append([core, core])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

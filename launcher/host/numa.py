@@ -37,6 +37,17 @@ def parse_cores(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(cores)))
 
 
+def format_cores(cores: Collection[int]) -> str:
+    """Inverse of `parse_cores`."""
+    parts: list[list[int]] = []
+    for core in sorted(cores):
+        if parts and core == parts[-1][1] + 1:
+            parts[-1][1] = core
+        else:
+            parts.append([core, core])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
 def place_ranks(
     num_ranks: int, threads: int, free: Collection[int], nodes: Mapping[int, Sequence[int]]
 ) -> tuple[tuple[int, ...], ...] | None:
@@ -57,6 +68,13 @@ def place_ranks(
             left[node] = left[node][count:]
         chosen.append(tuple(taken))
     return tuple(chosen)
+
+
+def plan_nodes(num_ranks: int, threads: int, root: Path = NODES) -> list[int | None]:
+    """Return the node of each rank if all run on this host and no other run has claimed a core; None: it gets no cores of one node."""
+    nodes = read_nodes(root)
+    placed = place_ranks(num_ranks, threads, os.sched_getaffinity(0), nodes)
+    return [None] * num_ranks if placed is None else [find_node(cores, nodes) for cores in placed]
 
 
 def find_node(cores: Collection[int], nodes: Mapping[int, Sequence[int]]) -> int | None:

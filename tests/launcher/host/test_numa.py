@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.host.numa import find_node, parse_cores, place_ranks, prefer_node, read_nodes
+from launcher.host.numa import find_node, format_cores, parse_cores, place_ranks, plan_nodes, prefer_node, read_nodes
 
 
 def write_nodes(root: Path, lists: dict[str, str]) -> Path:
@@ -37,6 +37,11 @@ def test_lists_of_cores_that_are_none_are_refused() -> None:
         with pytest.raises(ValueError, match="is no range of cores"):
             parse_cores(text)
     assert parse_cores("3,0-1\n") == (0, 1, 3)
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_cores_are_written_as_they_are_read(cores: set[int]) -> None:
+    assert parse_cores(format_cores(cores)) == tuple(sorted(cores))
 
 
 NODES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -67,6 +72,14 @@ def test_ranks_are_spread_over_the_nodes_in_order() -> None:
     assert place_ranks(2, 8, range(16), nodes) == (tuple(range(8)), tuple(range(8, 16)))
     assert place_ranks(1, 16, range(16), nodes) == (tuple(range(16)),)
     assert place_ranks(3, 4, range(16), nodes) == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
+
+
+def test_a_plan_tells_the_node_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_nodes(tmp_path, {"node0": "0-3", "node1": "4-7"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert plan_nodes(4, 2, root) == [0, 0, 1, 1]
+    assert plan_nodes(1, 8, root) == [None]
+    assert plan_nodes(3, 4, root) == [None, None, None], "too few cores"
 
 
 def _find_policy(line: "multiprocessing.connection.Connection") -> None:
