@@ -85,7 +85,7 @@ class PrecisionOptions(CheckpointOptions):
         Precision | None,
         option(
             "--activations",
-            help="int8: round the inputs of integer linears to 8 bits per token: faster, less accurate. Default: auto (the checkpoint's).",
+            help="Inputs of integer linears; int8 is faster. Default: auto (stored).",
             panel=MODEL,
         ),
     ] = None
@@ -93,7 +93,7 @@ class PrecisionOptions(CheckpointOptions):
         Precision | None,
         option(
             "--lm-head",
-            help="int8: quantize a float output head while loading: fewer bytes per token. Default: auto (as stored).",
+            help="Output head; int8 needs fewer bytes. Default: auto (as stored).",
             panel=MODEL,
         ),
     ] = None
@@ -132,7 +132,7 @@ class RunOptions(MsrunOptions, PrecisionOptions):
         option(
             "--bind-cores",
             metavar="True|False",
-            help="Bind each rank to its own cores. Default: where all threads get a core.",
+            help="Bind ranks to separate cores. Default: if enough are free.",
             panel=PARALLELISM,
         ),
         also("--bind_core"),

@@ -10,7 +10,8 @@ decoding --new-tokens behind a prompt of 16 tokens, as `tandem bench` does; the 
 --float-folder or --gguf say otherwise. A peer that fails is left out, with its reason. Prints tables; the last line is one JSON object,
 which is also written to --results. A busy machine is waited for, --quiet seconds at most, and noted.
 --tp-plan needs `pip install accelerate`.
-llama-bench: see random_gguf.py. dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
+llama.cpp, prebuilt by npm: see llama_library.py. llama-bench: see random_gguf.py.
+dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chart import Bar, draw_bars, load_pyplot
-from peers import PEERS, Contender, build_tandem
+from peers import LLAMA_CPUS, PEERS, Contender, build_tandem
 from quiet_machine import BUSY, wait_until_quiet
 from rounds import collect, compare, list_metrics, rotate_order, spread
 from tandem_bench import OWN_COMMAND, BenchError, name_machine, slug
@@ -132,7 +133,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=1800, help="of one program in one round, seconds")
     parser.add_argument("--tandem", default=OWN_COMMAND, help="command to measure (default: this checkout)")
     parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--llama-package", type=Path, help="npm's @node-llama-cpp/linux-x64, unpacked: see llama_library.py")
+    parser.add_argument("--llama-cpu", type=lambda words: words.split(","), default=["zen4", "haswell"], help=f"of {', '.join(LLAMA_CPUS)}")
+    parser.add_argument("--gguf", type=Path, help="the model of llama.cpp")
     parser.add_argument("--dllama", type=Path)
     parser.add_argument("--dllama-model", type=Path)
     parser.add_argument("--dllama-tokenizer", type=Path)
@@ -144,6 +147,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.model_config or options.checkpoint):
         parser.error("give --model-config or --checkpoint")
+    if unknown := set(options.llama_cpu) - set(LLAMA_CPUS):
+        parser.error(f"--llama-cpu {', '.join(sorted(unknown))} is not one of {', '.join(LLAMA_CPUS)}")
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads have to be above 0")
     if options.checkpoint:
