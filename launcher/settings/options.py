@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
+from model.engine.speculation import MAX_DRAFT_TOKENS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
@@ -23,6 +24,14 @@ MAX_SECONDS = 365 * 24 * 3600
 FusedOrder = Literal["auto", "1.3", "1.4"]
 CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Smaller model that drafts tokens; same output. Default: none.",
+    panel=GENERATION,
+)
+DRAFT_TOKENS = option("--draft-tokens", help="Maximum draft tokens per pass. Default: 4.", panel=GENERATION, min=1, max=MAX_DRAFT_TOKENS)
+DRAFT_TOKENS_ALIASES = also("--num-speculative-tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,7 @@ class CheckpointOptions:
         ),
     ] = None
     key_file: Annotated[
-        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hexadecimal.", panel=MODEL)
+        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hex.", panel=MODEL)
     ] = None
     fused_order: Annotated[
         FusedOrder | None,
@@ -67,9 +76,7 @@ class CheckpointOptions:
         also("--fused_order"),
     ] = None
     verify: Annotated[bool, option("--verify", help="Verify checksums before starting.", panel=MODEL)] = False
-    offline: Annotated[bool, option("--offline", help="Never download: use local files and the Hugging Face cache only.", panel=MODEL)] = (
-        False
-    )
+    offline: Annotated[bool, option("--offline", help="Never download: use local files and the cache only.", panel=MODEL)] = False
     follow_links: Annotated[
         bool, option("--follow-links", help="Allow weight files that link out of the checkpoint's folder.", panel=MODEL)
     ] = False
@@ -85,7 +92,7 @@ class PrecisionOptions(CheckpointOptions):
         Precision | None,
         option(
             "--activations",
-            help="Inputs of integer linears; int8 is faster. Default: auto (stored).",
+            help="Type of integer linears' inputs. Default: auto (as stored).",
             panel=MODEL,
         ),
     ] = None
@@ -93,7 +100,7 @@ class PrecisionOptions(CheckpointOptions):
         Precision | None,
         option(
             "--lm-head",
-            help="Output head; int8 needs fewer bytes. Default: auto (as stored).",
+            help="Type of the output head. Default: auto (as stored).",
             panel=MODEL,
         ),
     ] = None
@@ -158,6 +165,8 @@ class RunOptions(MsrunOptions, PrecisionOptions):
     num_blocks: int | None = None
     prefix_cache: bool | None = None
     speculate: bool | None = None
+    draft_model: str | Path | None = None
+    draft_tokens: int | None = None
     log_dir: Annotated[
         Path | None,
         option("--log-dir", help="Folder of the ranks' logs, worker_N.log. Default: output/log.", panel=OUTPUT),
@@ -213,6 +222,8 @@ class EngineOptions(RunOptions):
             panel=GENERATION,
         ),
     ] = None
+    draft_model: Annotated[str | Path | None, DRAFT_MODEL] = None
+    draft_tokens: Annotated[int | None, DRAFT_TOKENS, DRAFT_TOKENS_ALIASES] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
