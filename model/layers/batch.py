@@ -47,8 +47,8 @@ class Batch:
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)
         self._stores: list[StoreRows] | None = None
-        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) for span in spans)
-        """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
+        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) and span.cache.store.for_kernels for span in spans)
+        """Whether native kernels can read and write all caches (see `join_stores`); else they go by the caches' own methods."""
 
     def angles(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin for a layer with a window (`local`), or without."""
