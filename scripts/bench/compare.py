@@ -4,13 +4,14 @@
     python scripts/bench/compare.py --model-config scripts/bench/shapes/tinyllama_1.1b.json --workers 1,2 --rounds 5 \\
         --llama-bench llama.cpp/build/bin/llama-bench --gguf tinyllama.gguf --png compare.png
     python scripts/bench/compare.py --model-config scripts/bench/shapes/tinyllama_1.1b.json --quantization none --transformers --tp-plan
+    bash scripts/bench/compare_all.sh FOLDER --rounds 5 --batch-size 1,8,32
 
 Every program runs once a round, all with --threads threads (tandem: ranks times threads of a rank): a prefill of --prompt-tokens, and
 decoding --new-tokens behind a prompt of 16 tokens, as `tandem bench` does; the order rotates. Weights are random unless --checkpoint,
 --float-folder or --gguf say otherwise. A peer that fails is left out, with its reason. Prints tables; the last line is one JSON object,
 which is also written to --results. A busy machine is waited for, --quiet seconds at most, and noted.
 --tp-plan needs `pip install accelerate`.
-llama.cpp, prebuilt by npm: see llama_library.py. llama-bench: see random_gguf.py.
+compare_all.sh fetches the prebuilt llama.cpp of npm and OpenVINO GenAI into FOLDER. llama-bench: see random_gguf.py.
 dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
 """
 
@@ -135,7 +136,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--llama-package", type=Path, help="npm's @node-llama-cpp/linux-x64, unpacked: see llama_library.py")
     parser.add_argument("--llama-cpu", type=lambda words: words.split(","), default=["zen4", "haswell"], help=f"of {', '.join(LLAMA_CPUS)}")
-    parser.add_argument("--gguf", type=Path, help="the model of llama.cpp")
+    parser.add_argument("--openvino", type=Path, help="Python of an environment with openvino-genai: see openvino_decode.py")
+    parser.add_argument("--openvino-model", type=Path, help="default: --gguf")
+    parser.add_argument("--gguf", type=Path, help="the model of llama.cpp and OpenVINO")
     parser.add_argument("--dllama", type=Path)
     parser.add_argument("--dllama-model", type=Path)
     parser.add_argument("--dllama-tokenizer", type=Path)

@@ -20,6 +20,7 @@ from tandem_bench import DECODE_PROMPT_TOKENS, BenchCall, BenchError, run_progra
 
 _TRANSFORMERS = Path(__file__).resolve().with_name("transformers_decode.py")
 _LLAMA_LIBRARY = Path(__file__).resolve().with_name("llama_library.py")
+_OPENVINO = Path(__file__).resolve().with_name("openvino_decode.py")
 LLAMA_CPUS = ("zen4", "haswell", "sapphirerapids", "icelake", "alderlake")
 """CPU libraries of llama.cpp, as npm's package names them; haswell is AVX2."""
 
@@ -129,6 +130,22 @@ def build_llama_library(options: argparse.Namespace, cpu: str) -> Contender | No
     return Contender(name, lambda: read_transformers(run_program(command, options.timeout)))
 
 
+# --- OpenVINO GenAI
+
+
+def build_openvino(options: argparse.Namespace) -> Contender | None:
+    """Its own environment's Python runs it, since it draws packages that tandem does not have."""
+    if not options.openvino:
+        return None
+    model = options.openvino_model or options.gguf
+    if not model:
+        raise SystemExit("--openvino needs --openvino-model or --gguf, with a vocabulary: see openvino_decode.py")
+    # Not resolved: the link tells Python its environment.
+    command = [str(options.openvino.absolute()), str(_OPENVINO), str(model.resolve()), "--threads", str(options.threads)]
+    name = f"OpenVINO GenAI {model.stem} {options.threads} threads"
+    return Contender(name, lambda: read_transformers(run_program([*command, *_measured_arguments(options)], options.timeout)))
+
+
 # --- distributed-llama
 
 
@@ -193,7 +210,7 @@ def _find_port() -> int:
 
 
 def read_transformers(output: str) -> Speed:
-    """The last line of transformers_decode.py and of llama_library.py."""
+    """The last line of transformers_decode.py, llama_library.py and openvino_decode.py."""
     answer = json.loads(output.strip().splitlines()[-1])
     details = {name: answer[name] for name in ("version", "ranks", "dtype")}
     return Speed(answer["prefill_tokens_per_second"], {int(size): speed for size, speed in answer["decode"].items()}, details)
@@ -238,6 +255,7 @@ def _measured_arguments(options: argparse.Namespace) -> list[str]:
 PEERS: Mapping[str, Callable[[argparse.Namespace], Contender | None]] = {
     "llama.cpp": build_llama_bench,
     **{f"llama.cpp {cpu} library": partial(build_llama_library, cpu=cpu) for cpu in LLAMA_CPUS},
+    "OpenVINO GenAI": build_openvino,
     "distributed-llama": build_dllama,
     "transformers": build_transformers,
     "transformers tp_plan": build_tp_plan,

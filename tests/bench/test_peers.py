@@ -127,6 +127,24 @@ def test_the_libraries_of_npm_are_a_peer_each_and_measure_every_batch(monkeypatc
     assert all(call[call.index("--batch-size") + 1] == "1,8" and call[call.index("--threads") + 1] == "4" for call in calls)
 
 
+def test_openvino_runs_in_its_own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+    answer = {"version": "2026.4", "ranks": 1, "dtype": "int8", "prefill_tokens_per_second": 215.0, "decode": {"1": 25.2}}
+
+    def run(command: list[str], _seconds: float) -> str:
+        calls.append(command)
+        return json.dumps(answer)
+
+    monkeypatch.setattr(peers, "run_program", run)
+    (tmp_path / "python").symlink_to(sys.executable)
+    contender = PEERS["OpenVINO GenAI"](_options("--openvino", str(tmp_path / "python"), "--gguf", "g.gguf"))
+    assert contender is not None and contender.name == "OpenVINO GenAI g 4 threads"
+    assert contender.measure().figures() == {"prefill": 215.0, "decode@1": 25.2}
+    assert calls[0][0] == str(tmp_path / "python"), "the link, which tells Python its environment"
+    with pytest.raises(SystemExit, match="needs --openvino-model or --gguf"):
+        PEERS["OpenVINO GenAI"](_options("--openvino", "python"))
+
+
 def test_an_unknown_cpu_library_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         _options("--llama-cpu", "zen5")
