@@ -17,6 +17,7 @@ from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
+from launcher.host.numa import plan_nodes
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
@@ -27,6 +28,7 @@ from model.draft_planning import add_draft_model
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
+from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
@@ -49,9 +51,16 @@ def plan(options: PlanOptions) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
+    scheme = plan_run_scheme(
+        scheme,
+        tied=config.tie_word_embeddings,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        activations=options.activations or settings.tandem.activations or "auto",
+        lm_head=options.lm_head or settings.tandem.lm_head or "auto",
+    )
     workload = Workload(
         dtype=dtype,
-        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        kv_cache=scheme.kv_cache,
         batch_size=options.batch_size,
         tokens=tokens,
         num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
@@ -157,6 +166,7 @@ def _describe(
         "batch_size": workload.batch_size,
         "tokens": workload.tokens,
         "threads_per_rank": workload.num_threads,
+        "numa_nodes": plan_nodes(len(plans), workload.num_threads),
         "valid_workers": list(valid),
         "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
         "balance": balance,
@@ -187,6 +197,9 @@ def _print(result: dict[str, Any]) -> None:
         words = (f"{word} {', '.join(map(_size, draft[name]))}" for name, word in _DRAFT_SIZES.items())
         print(f"of these, the draft model, by rank: {'; '.join(words)}")
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
+    if len(set(result["numa_nodes"])) > 1:
+        homes = ", ".join("-" if node is None else str(node) for node in result["numa_nodes"])
+        print(f"NUMA nodes of the ranks on this host, from rank 0: {homes}")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
     print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")
     if result["tokens_per_second"]:

@@ -166,7 +166,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         block_size=job.block_size,
         num_blocks=job.num_blocks,
     )
-    plans = run.plan_ranks(workload)
+    plans = run.plan_ranks(job, workload)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
     available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
@@ -177,7 +177,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = run.plan_ranks(replace(workload, num_blocks=num_blocks))
+        plans = run.plan_ranks(job, replace(workload, num_blocks=num_blocks))
     return num_blocks, plans
 
 

@@ -94,6 +94,8 @@ class _Running(Struct, frozen=True, kw_only=True):
     """Name of the matmul kernel, and what runs without native kernels."""
     collectives: str
     """Name of the collectives."""
+    cores_bound: bool = False
+    """Whether each rank is bound to cores of its own."""
 
 
 class Stats(_Running, frozen=True, kw_only=True, tag=True):

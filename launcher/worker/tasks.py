@@ -142,6 +142,7 @@ def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
         "quantization": model.scheme.name,
         "kernel": f"{kernel} (plain: {', '.join(model.plain_features)})" if model.plain_features else kernel,
         "collectives": me.collectives.name,
+        "cores_bound": job.binds_cores,
     }
 
 

@@ -129,7 +129,7 @@ class LlamaForCausalLM(nn.Module):
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend, offset=config.norm_offset)
         self.lm_head: nn.Module = self.embed_tokens.rows
-        if not config.tie_word_embeddings:
+        if scheme.head is not None or not config.tie_word_embeddings:
             self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, backend)
 
     @property
