@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from model.text.tokenizer import LlamaTokenizer
     from tandem.auto_model import AutoModel
     from tandem.llm import LLM
+    from tandem.lora import LoRARequest
     from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
     from tandem.ranks import init
     from tandem.sampling_params import SamplingParams
+    from tandem.structured_outputs import StructuredOutputsParams
 
     __version__: str
 
@@ -25,12 +27,14 @@ __all__ = [
     "CompletionOutput",
     "InputError",
     "LlamaTokenizer",
+    "LoRARequest",
     "Logprob",
     "RanksFailedError",
     "RequestOutput",
     "RunError",
     "SamplingParams",
     "StreamedToken",
+    "StructuredOutputsParams",
     "__version__",
     "init",
 ]
@@ -38,7 +42,9 @@ __all__ = [
 _PLACES = {
     "AutoModel": "tandem.auto_model",
     "LLM": "tandem.llm",
+    "LoRARequest": "tandem.lora",
     "SamplingParams": "tandem.sampling_params",
+    "StructuredOutputsParams": "tandem.structured_outputs",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "StreamedToken"), "tandem.outputs"),
     "LlamaTokenizer": "model.text.tokenizer",
     "RanksFailedError": "launcher.supervision.verdict",

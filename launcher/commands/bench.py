@@ -89,6 +89,7 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
     for flag, value, most in (("--prompt-tokens", prompt_tokens, context - 1), ("--new-tokens", new_tokens, context - 2)):
         if not 1 <= value <= most:
             raise ConfigError(f"{flag} is {value}, but has to be from 1 to {most}: the model's context is {context}")
+    speculates = options.speculate or options.draft_model is not None
     source = run.opened.source
     whole = source.whole if isinstance(source, FirstLayers) else source
     return Bench(
@@ -98,7 +99,7 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
         rounds=options.rounds,
         num_layers=options.num_layers,
         random_values=json.dumps(whole.config) if isinstance(whole, RandomSource) else None,
-        speculated=encode_prompts(run.read_tokenizer(), context, run.opened.config.vocab_size) if options.speculate else (),
+        speculated=encode_prompts(run.read_tokenizer(), context, run.opened.config.vocab_size) if speculates else (),
         profile=options.profile is not None,
         command_started=read_start_seconds(),
     )
@@ -128,6 +129,7 @@ def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str
 
 RESULT_NAMES = (
     *("bench", "version", "model", "num_layers", "quantization", "dtype", "kernel", "collectives", "world_size", "threads_per_rank"),
+    "cores_bound",
     *("device", "machine", "cores", "date", "prompt_tokens", "new_tokens", "rounds", "memory_bandwidth_bytes_per_second"),
     *("weight_bytes", "decode_bytes_per_step", "load_seconds", "read_bytes", "time_to_first_token_seconds"),
     *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "speculation", "gather_seconds"),
@@ -142,7 +144,7 @@ def write_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{r['model']}, {r['num_layers']} layers, {r['quantization']}, {r['dtype']}: {r['world_size']} rank(s) x {r['threads_per_rank']} "
         f"thread(s), {r['kernel']}, {r['collectives']}",
-        f"{r['machine']}, {r['cores']} cores, {r['date']}",
+        f"{r['machine']}, {r['cores']} cores, ranks {'bound' if r['cores_bound'] else 'not bound'} to them, {r['date']}",
         f"memory    {r['memory_bandwidth_bytes_per_second'] / 1e9:8.1f} GB/s read bandwidth of all ranks together",
         f"load      {r['load_seconds']:8.2f} s; first token {r['start_to_first_token_seconds']:.2f} s after the start of the command",
         f"prefill   {r['prefill_tokens_per_second']:8.1f} tokens/s; first token {r['time_to_first_token_seconds'] * 1e3:.1f} ms after a "
@@ -183,10 +185,11 @@ def _check_words(options: BenchOptions) -> None:
         ):
             if value is not None:
                 raise ConfigError(f"{flag} cannot be combined with --random-weights, which reads no checkpoint; drop one of them")
-        if options.speculate:
-            raise ConfigError(
-                "--speculate cannot be combined with --random-weights, because its gain depends on the text: give --checkpoint instead"
-            )
+        for flag, given in (("--speculate", options.speculate), ("--draft-model", options.draft_model)):
+            if given:
+                raise ConfigError(
+                    f"{flag} cannot be combined with --random-weights, because its gain depends on the text: give --checkpoint instead"
+                )
     else:
         for flag, given in (("--model-config", options.model_config), ("--quantization", options.quantization)):
             if given is not None:

@@ -29,10 +29,10 @@ from launcher.settings.precedence import first_not_none
 from launcher.supervision.signals import StoppedError
 from model.backends.device_types import is_host_memory
 from model.kernels.library import find_kernels
-from model.planning import RankPlan, Workload, plan_ranks
+from model.planning import RankPlan, Workload
 from model.spec.config import count_blocks
 from model.text.tokenizer import Tokenizer
-from parallel.errors import RunError
+from parallel.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from launcher.server.connection_places import ConnectionPlaces
@@ -91,7 +91,8 @@ def serve(options: ServeOptions) -> None:
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
     print(
-        f"listening on {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
+        f"listening on {address}: model {front.served.name}, {_name_adapters(front.served.adapters)}{run.world_size} rank(s), "
+        f"{chat.words} chat template",
         file=sys.stderr,
         flush=True,
     )
@@ -107,6 +108,10 @@ def serve(options: ServeOptions) -> None:
     raise RunError("the ranks exited without being asked to; this is a bug in tandem, see their logs")
 
 
+def _name_adapters(names: tuple[str, ...]) -> str:
+    return f"adapter(s) {', '.join(names)}, " if names else ""
+
+
 def plan_engine(run: Run, options: ApiOptions, tokenizer: Tokenizer, *, max_waiting: int, drain_seconds: float) -> "EngineClient":
     """Plan the job of a server and return its parent side. Raises InputError."""
     from launcher.server.engine_client import EngineClient, Served
@@ -115,9 +120,12 @@ def plan_engine(run: Run, options: ApiOptions, tokenizer: Tokenizer, *, max_wait
     job = build_job(run, task, tokenizer=tokenizer)
     num_blocks, plans = plan_cache(run, job)
     source = run.opened.source
+    name = options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name)
+    if name in run.adapters:
+        raise ConfigError(f"--lora names an adapter {name!r}, but the model has this name: give another one, or --served-model-name")
     return EngineClient(
         Served(
-            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
+            name=name,
             version=read_version(),
             config=run.opened.config,
             job=replace(job, task=structs.replace(task, num_blocks=num_blocks)),
@@ -146,7 +154,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     Taken from --num-blocks or the YAML; otherwise full contexts for all concurrent sequences, limited to half of the host's memory left
     after loading the weights. Warns if that is less than one context.
     """
-    num_local, opened, in_host_memory = run.num_local_ranks, run.opened, is_host_memory(job.device)
+    num_local, in_host_memory = run.num_local_ranks, is_host_memory(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
         own_kernels=in_host_memory and find_kernels() is not None,
@@ -158,8 +166,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         block_size=job.block_size,
         num_blocks=job.num_blocks,
     )
-    stored = {name: info.form for name, info in opened.source.tensors.items()}
-    plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
+    plans = run.plan_ranks(job, workload)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
     available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
@@ -170,7 +177,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
+        plans = run.plan_ranks(job, replace(workload, num_blocks=num_blocks))
     return num_blocks, plans
 
 

@@ -22,6 +22,7 @@ from launcher.server.token_requests import DetokenizeRequest, TokenizeChatReques
 from model.engine.grammar import Grammars
 from model.engine.request import Request, check_length, check_memory, check_request
 from model.engine.sampling_params import SamplingParams
+from model.text.bad_words import encode_bad_words
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError
 
@@ -34,6 +35,8 @@ class PlannedRequest:
     """One planned request, as text and token ids."""
 
     naming: Naming
+    adapter: str | None
+    """Name of the LoRA adapter to use."""
     prompts: Sequence[tuple[int, ...]]
     choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
     """Token ids and sampling parameters of each choice; n choices per prompt."""
@@ -145,7 +148,7 @@ class RequestPlanner:
         has_echo: bool,
         chat: ChatPrompt | None = None,
     ) -> PlannedRequest:
-        served, num_choices = self._front.served, body.num_choices
+        served, num_choices, adapter = self._front.served, body.num_choices, self.check_model(body.model)
         echo_logprobs = logprobs if has_echo else None
         prompt_logprobs = body.prompt_logprobs if echo_logprobs is None else max(echo_logprobs, body.prompt_logprobs or 0)
         grammar = body.form.build() if chat is None else chat.grammar
@@ -155,7 +158,7 @@ class RequestPlanner:
             max(1, new_tokens),
             0 if logprobs is None and num_choices > body.n else logprobs,
             prompt_logprobs=prompt_logprobs,
-            bad_words=self._encode_bad_words(body.bad_words),
+            bad_words=encode_bad_words(self._tokenizer, body.bad_words),
             grammar=grammar,
         )
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
@@ -177,7 +180,8 @@ class RequestPlanner:
             echo = [body.messages[-1].text]
         rules = self._build_rules(body, chat)
         return PlannedRequest(
-            naming=Naming.new(served.name, is_chat=chat is not None, fingerprint=self._fingerprint),
+            adapter=adapter,
+            naming=Naming.new(adapter or served.name, is_chat=chat is not None, fingerprint=self._fingerprint),
             prompts=prompts,
             choices=choices,
             texts=[ChoiceText(self._tokenizer, ids, rules, None if chat is None else chat.build_reader()) for ids, _ in choices],
@@ -212,16 +216,6 @@ class RequestPlanner:
             keeps_stop=body.include_stop_str_in_output,
             shown_ids=frozenset(token for token in special if not body.skip_special_tokens or token_text(self._tokenizer, token) in marks),
         )
-
-    def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Tokenize texts as they are at the beginning of a text and, as vLLM does, after a space."""
-        found: list[tuple[int, ...]] = []
-        for word in words:
-            plain, spaced = (tuple(self._tokenizer.encode(prefix + word.lstrip(), False)) for prefix in ("", " "))
-            found += [plain] if plain else []
-            if plain and spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
-                found.append(spaced)
-        return tuple(found)
 
     def _encode(
         self, body: CompletionRequest | ChatRequest, prompts: Sequence[str | list[int]], new_tokens: int, *, add_special_tokens: bool
@@ -269,11 +263,16 @@ class RequestPlanner:
         served = self._front.served
         return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ServiceError if the requested model is not the served one."""
-        known = self._front.served.name
-        if name is not None and name != known:
-            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
+    def check_model(self, name: str | None) -> str | None:
+        """Return the LoRA adapter that a request's `model` names; None for the base model. Raises ServiceError for any other name."""
+        served = self._front.served
+        if name is None or name == served.name:
+            return None
+        if name not in served.adapters:
+            known = " and ".join(map(repr, (served.name, *served.adapters)))
+            verb = "are" if served.adapters else "is"
+            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known} {verb}", param="model", code="model_not_found")
+        return name
 
 
 def _translate(body: ResponsesRequest | MessagesRequest) -> ChatRequest:

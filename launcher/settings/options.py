@@ -9,19 +9,29 @@ from typing import Annotated, Literal
 
 from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
+from model.engine.speculation import MAX_DRAFT_TOKENS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
+Precision = Literal["auto", "int8"]
 FormatName = Literal[
     "ranks", "modelslim", "gptq", "awq", "auto-round", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"
 ]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
-CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
+CpuKernels = Literal["auto", "avx512_amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Smaller model that drafts tokens; same output. Default: none.",
+    panel=GENERATION,
+)
+DRAFT_TOKENS = option("--draft-tokens", help="Maximum draft tokens per pass. Default: 4.", panel=GENERATION, min=1, max=MAX_DRAFT_TOKENS)
+DRAFT_TOKENS_ALIASES = also("--num-speculative-tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +64,7 @@ class CheckpointOptions:
         ),
     ] = None
     key_file: Annotated[
-        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hexadecimal.", panel=MODEL)
+        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hex.", panel=MODEL)
     ] = None
     fused_order: Annotated[
         FusedOrder | None,
@@ -66,9 +76,7 @@ class CheckpointOptions:
         also("--fused_order"),
     ] = None
     verify: Annotated[bool, option("--verify", help="Verify checksums before starting.", panel=MODEL)] = False
-    offline: Annotated[bool, option("--offline", help="Never download: use local files and the Hugging Face cache only.", panel=MODEL)] = (
-        False
-    )
+    offline: Annotated[bool, option("--offline", help="Never download: use local files and the cache only.", panel=MODEL)] = False
     follow_links: Annotated[
         bool, option("--follow-links", help="Allow weight files that link out of the checkpoint's folder.", panel=MODEL)
     ] = False
@@ -77,7 +85,29 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(MsrunOptions, CheckpointOptions):
+class PrecisionOptions(CheckpointOptions):
+    """Arithmetic that a run may use in place of the checkpoint's."""
+
+    activations: Annotated[
+        Precision | None,
+        option(
+            "--activations",
+            help="Type of integer linears' inputs. Default: auto (as stored).",
+            panel=MODEL,
+        ),
+    ] = None
+    lm_head: Annotated[
+        Precision | None,
+        option(
+            "--lm-head",
+            help="Type of the output head. Default: auto (as stored).",
+            panel=MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(MsrunOptions, PrecisionOptions):
     """Options of every command that starts ranks."""
 
     vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
@@ -106,7 +136,12 @@ class RunOptions(MsrunOptions, CheckpointOptions):
     ] = None
     bind_cores: Annotated[
         str | None,
-        option("--bind-cores", metavar="True|False", help="Pin each rank to its own cores. Default: False.", panel=PARALLELISM),
+        option(
+            "--bind-cores",
+            metavar="True|False",
+            help="Bind ranks to separate cores. Default: if enough are free.",
+            panel=PARALLELISM,
+        ),
         also("--bind_core"),
     ] = None
     cpu_kernels: Annotated[
@@ -130,6 +165,8 @@ class RunOptions(MsrunOptions, CheckpointOptions):
     num_blocks: int | None = None
     prefix_cache: bool | None = None
     speculate: bool | None = None
+    draft_model: str | Path | None = None
+    draft_tokens: int | None = None
     log_dir: Annotated[
         Path | None,
         option("--log-dir", help="Folder of the ranks' logs, worker_N.log. Default: output/log.", panel=OUTPUT),
@@ -164,6 +201,11 @@ class RunOptions(MsrunOptions, CheckpointOptions):
 class EngineOptions(RunOptions):
     """Options of every command that generates text."""
 
+    lora: Annotated[
+        tuple[str, ...],
+        option("--lora", metavar="NAME=PATH", help="LoRA adapter, a folder of PEFT; repeatable. Default: none.", panel=MODEL),
+        also("--lora-modules"),
+    ] = ()
     block_size: Annotated[
         int | None, option("--block-size", help="Tokens per cache block, a multiple of 16. Default: 16.", panel=MEMORY)
     ] = None
@@ -185,6 +227,8 @@ class EngineOptions(RunOptions):
             panel=GENERATION,
         ),
     ] = None
+    draft_model: Annotated[str | Path | None, DRAFT_MODEL] = None
+    draft_tokens: Annotated[int | None, DRAFT_TOKENS, DRAFT_TOKENS_ALIASES] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

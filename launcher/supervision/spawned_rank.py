@@ -118,7 +118,7 @@ def _run_attempt(order: RankOrder, folder: Path, progress: Progress, kept: Kept)
         seat = meet(store, order.rank, order.world_size, address, {}, wait_seconds)  # the nodes have already compared their runs
     line = _ParentLine(folder, order.rank)
     try:
-        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, kept=kept)
+        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, cores=order.cores, kept=kept)
     except PeerError:
         line.close()  # the next attempt makes another
         raise

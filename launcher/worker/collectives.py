@@ -2,7 +2,7 @@
 
 import torch
 
-from launcher.host.shared_memory import shared_memory_works
+from launcher.host.shared_memory import find_word_access, shared_memory_works
 from launcher.job.job import Job
 from launcher.rendezvous.placement import RankPlacement
 from model.backends.registry import find_backend
@@ -22,16 +22,16 @@ def connect(job: Job, seat: RankPlacement, store: Store | None, wait_seconds: fl
     if name == "auto":
         name = choose_collectives(job.device, seat)
     if name == "shm+gloo":
-        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address)
+        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address, find_word_access())
     if name == "shm":
         if seat.num_nodes > 1:
             raise RunError(f"collectives shm work inside one host, but the ranks are on {seat.num_nodes}; use --collectives auto")
-        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds)
+        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds, access=find_word_access())
     return DistributedCollectives(store, seat.rank, seat.world_size, name, wait_seconds, seat.address)
 
 
 def choose_collectives(device: str, seat: RankPlacement) -> str:
-    """Choose shared memory for CPU ranks on one x86-64 host, gloo between such hosts, otherwise torch.distributed's default for the
+    """Choose shared memory for CPU ranks on one host, gloo between such hosts, otherwise torch.distributed's default for the
     device."""
     if find_backend(device).in_host_memory and shared_memory_works():
         if seat.num_nodes == 1:

@@ -7,7 +7,7 @@ until its memory is needed; the least recently released is evicted first.
 from collections.abc import Sequence
 
 ROOT = 0
-"""The predecessor of the first block of every chain."""
+"""The predecessor of the first block of every chain; LoRA adapter N has its own, -N, since its keys and values differ."""
 
 
 class BlockPool:
@@ -18,6 +18,8 @@ class BlockPool:
         self.num_blocks, self.block_size, self.share = num_blocks, block_size, share
         self.hollow: set[int] = set()
         """Cached blocks whose keys and values were not computed, which may occur in the blocks of a finished sequence."""
+        self.drafted: set[int] = set()
+        """Blocks for all of whose tokens the draft model, if any, has computed its own keys and values."""
         self._owners = [0] * num_blocks
         self._untouched = 0
         """Blocks from here on have never been used, so their memory is not committed yet."""
@@ -42,13 +44,13 @@ class BlockPool:
         """Number of blocks that have owners."""
         return self.num_blocks - self.num_free
 
-    def find(self, ids: Sequence[int], *, hollow: bool) -> tuple[list[int], int]:
+    def find(self, ids: Sequence[int], *, hollow: bool, root: int = ROOT) -> tuple[list[int], int]:
         """Return the cached blocks of the longest prefix, and the end of their chain. Leaves at least one token to compute.
 
-        `hollow`: whether to accept blocks whose contents were not computed.
+        `hollow`: whether to accept blocks whose contents were not computed. `root`: predecessor of the first block.
         """
         blocks: list[int] = []
-        chain = ROOT
+        chain = root
         for first in range(0, (len(ids) - 1) // self.block_size * self.block_size, self.block_size) if self.share else ():
             found = self._chains.get((chain, tuple(ids[first : first + self.block_size])))
             if found is None or (found[1] in self.hollow and not hollow):
@@ -79,6 +81,7 @@ class BlockPool:
             del self._kept[block]
             del self._chains[self._keys.pop(block)]
         self.hollow.discard(block)
+        self.drafted.discard(block)
         self._owners[block] = 1
         return block
 

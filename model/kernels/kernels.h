@@ -25,11 +25,13 @@ int tandem_pack_int4(const int8_t *weight, size_t rows, size_t columns, const in
                      int8_t *zeros, int threads);
 void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,
                          size_t out_stride, int threads);
+int64_t tandem_load_word(const int64_t *word);
+void tandem_store_word(int64_t *word, int64_t value);
 void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *out, int dtype, size_t tokens, size_t size, float epsilon,
                      int threads);
 void tandem_silu_multiply(const void *gate_up, void *out, int dtype, size_t tokens, size_t size, int threads);
 int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
                   void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
-                  const int64_t *blocks, void *out, int threads);
+                  const int64_t *blocks, size_t window, float softcap, void *out, int threads);
 
 #endif

@@ -21,8 +21,9 @@ from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read
 from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
 from parallel.lazy_torch import torch
+from parallel.shared_words import WordAccess
 
-_INTERFACE = 5
+_INTERFACE = 7
 """Interface version, as in model/kernels/supported.c."""
 
 
@@ -42,6 +43,8 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
     "tandem_supported": (_INT, []),
+    "tandem_load_word": (ctypes.c_int64, [_POINTER]),
+    "tandem_store_word": (None, [_POINTER, ctypes.c_int64]),
     "tandem_int8_linear": (
         _INT,
         [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, _SIZE, *[_POINTER] * 2, _INT, _SIZE, _INT],
@@ -57,7 +60,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_layers": (_INT, [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]),
     "tandem_attend": (
         _INT,
-        [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _FLOAT, _POINTER, _INT],
     ),
 }
 
@@ -114,6 +117,11 @@ class Kernels:
     def run_layers(self) -> Any:
         """Run whole layers, see `model/decoder/fused_layers.py`."""
         return self._library.tandem_layers
+
+    @property
+    def word_access(self) -> WordAccess:
+        """Ordered access to words of memory that processes share."""
+        return WordAccess(self._library.tandem_load_word, self._library.tandem_store_word)
 
     @property
     def is_usable(self) -> bool:
@@ -220,19 +228,22 @@ class Kernels:
         fixed_scales: torch.Tensor | None,
         spans: torch.Tensor,
         blocks: torch.Tensor,
+        limits: tuple[int, float],
         out: torch.Tensor,
     ) -> None:
         """Apply rotary embedding, append to the KV cache, and attend; changes qkv [tokens, (heads + 2 kv_heads) * head_dim]. out is
         [tokens, heads * head_dim].
 
-        `data`, `token_scales`: one layer of a KeyValueStore; `spans` and `blocks`: see `model/layers/attention.py`.
+        `data`, `token_scales`: one layer of a KeyValueStore for kernels; `spans` and `blocks`: see `model/layers/batch.py`;
+        `limits`: the window in tokens and the limit of the scores, 0 for none.
         """
         block_size, head_dim = data.shape[-2:]
+        window, softcap = limits
         failed = self._library.tandem_attend(
             qkv.data_ptr(), DTYPES[qkv.dtype], qkv.shape[0], heads, kv_heads, head_dim, angles[0].data_ptr(), angles[1].data_ptr(),
             data.data_ptr(), None if token_scales is None else token_scales.data_ptr(),
             None if fixed_scales is None else fixed_scales.data_ptr(), block_size,
-            spans.data_ptr(), spans.shape[0], blocks.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            spans.data_ptr(), spans.shape[0], blocks.data_ptr(), window, softcap, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         _check(failed, out)
 

@@ -19,6 +19,7 @@ RECORD_FIELDS = ["index", "prompt", "prompt_token_ids", "token_ids", "text", "fi
 STATS_FIELDS = {
     "world_size",
     "threads_per_rank",
+    "cores_bound",
     "device",
     "dtype",
     "quantization",
@@ -30,7 +31,9 @@ STATS_FIELDS = {
     "time_to_first_token_seconds",
     "speculated_tokens",
     "accepted_tokens",
+    "acceptance_rate",
     "weight_bytes",
+    "draft_weight_bytes",
     "read_bytes",
     "peak_rss_bytes",
     "restarts",

@@ -9,6 +9,7 @@ INLINE __mmask16 first_lanes(size_t count) { return count >= 16 ? (__mmask16)0xf
 INLINE floats spread(float value) { return _mm512_set1_ps(value); }
 INLINE floats load(const float *from) { return _mm512_load_ps(from); }
 INLINE void store(float *to, floats value) { _mm512_store_ps(to, value); }
+INLINE floats load_near(const float *from) { return _mm512_loadu_ps(from); }
 INLINE floats load_part(const float *from, size_t count, floats other) { return _mm512_mask_loadu_ps(other, first_lanes(count), from); }
 
 INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
@@ -45,7 +46,8 @@ INLINE ints multiply_ints(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 INLINE ints load_ints(const int32_t *from) { return _mm512_load_si512(from); }
 
 INLINE floats load_bytes(const int8_t *from, size_t count) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from)));
+    __m128i bytes = count >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(first_lanes(count), from);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 INLINE void store_bytes(int8_t *to, ints value, size_t count) {
     if (count >= 16) _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(value));
@@ -59,6 +61,12 @@ INLINE floats load_floats(const void *data, int dtype, size_t index, size_t coun
     __m256i half = mask == 0xffff ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
     if (dtype == FLOAT16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* The first, or second, values of 16 pairs of bfloat16. */
+INLINE floats load_firsts(const uint16_t *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+INLINE floats load_seconds(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32((int)0xffff0000u)));
 }
 
 /* Round to the nearest bfloat16, ties to even, preserving denormals and NaN: as PyTorch rounds. */
@@ -193,6 +201,48 @@ INLINE void add_nibble_products(ints *sums, const size_t count, const uint8_t *p
     for (size_t i = 0; i < count; i++) sums[i] = _mm512_add_epi32(sums[i], high[i]);
 }
 
+/* Panels of int8_panels.c: a line is 16 rows of 4 columns, 4 bytes a row, larger by PANEL_OFFSET; columns past a group are 0. */
+#define HAS_PANELS 1
+typedef int8_t panel_slice;
+
+INLINE void pack_lines(const int8_t *const row[16], size_t column, size_t count, const uint8_t offset, uint8_t *to) {
+    const __mmask64 mask = count >= 64 ? ~(__mmask64)0 : first_bytes(count);
+    floats words[16];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) {
+        __m512i bytes = _mm512_maskz_loadu_epi8(mask, row[i] + column);
+        if (offset) bytes = _mm512_maskz_mov_epi8(mask, flip(bytes));
+        words[i] = _mm512_castsi512_ps(bytes);
+    }
+    transpose(words);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) _mm512_store_ps(to + 64 * i, words[i]);
+}
+
+#if defined(__AMX_INT8__) || defined(EMULATED_TILES)
+#include "amx.h"
+#else
+enum { PANEL_COLUMNS = 4, PANEL_LINES = 1, PACKED_COLUMNS = 64, PANEL_OFFSET = 128, PANEL_SLICES = 12, PANELS_AT_ONCE = 2, FEWEST_PANEL_SLICES = 128 };
+
+INLINE void open_panels(void) {}
+INLINE void close_panels(void) {}
+
+INLINE void multiply_lines(ints sums[PANELS_AT_ONCE][PANEL_SLICES], const size_t count, const uint8_t *const panel[PANELS_AT_ONCE],
+                           const panel_slice *slice, size_t stride, size_t lines) {
+    for (size_t line = 0; line < lines; line++) {
+        __m512i one = _mm512_load_si512(panel[0] + line * 64), two = _mm512_load_si512(panel[1] + line * 64);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < count; i++) {
+            int32_t word;
+            memcpy(&word, slice + i * stride + line * 4, 4);
+            __m512i part = _mm512_set1_epi32(word);
+            add_byte_products(&sums[0][i], one, part);
+            add_byte_products(&sums[1][i], two, part);
+        }
+    }
+}
+#endif
+
 #ifdef __AVX512BF16__
 /* Products of bfloat16 pairs: 32 columns at a time, rounded as the CPU's vdpbf16ps does. */
 #define HAS_PAIRS 1
@@ -201,6 +251,18 @@ typedef __m512i pairs;
 INLINE pairs load_pairs(const void *row, size_t column, size_t left) {
     __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
     return _mm512_maskz_loadu_epi16(mask, (const uint16_t *)row + column);
+}
+INLINE pairs spread_pair(const uint16_t *from) {
+    int32_t both;
+    memcpy(&both, from, 4);
+    return _mm512_set1_epi32(both);
+}
+INLINE pairs keep_halves(pairs a, uint32_t halves) { return _mm512_and_si512(a, _mm512_set1_epi32((int)halves)); }
+/* Rounded to the nearest bfloat16, denormals to zero, and back. */
+INLINE floats store_pairs(uint16_t *to, floats value) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    _mm256_storeu_si256((__m256i *)to, half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 INLINE void add_pair_products(floats *sum, pairs a, pairs b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b)); }
 #endif
