@@ -52,6 +52,8 @@ MODEL_OPTIONS = (
     "workers",
     "dtype",
     "device",
+    "ranks_per_device",
+    "memory_fraction",
     "threads_per_rank",
     "collectives",
     "cpu_kernels",

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from launcher.commands.device_memory import fit_blocks
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.early_start import take_starter
 from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
@@ -19,11 +20,12 @@ from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
+from launcher.job.device_facts import DeviceFacts
 from launcher.job.job import Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
-from launcher.job.tasks import Bench, Task
+from launcher.job.tasks import Bench, Quantize, Task
 from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
@@ -36,7 +38,6 @@ from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from launcher.worker.collectives import shared_memory_works
-from model.backends.registry import find_backend
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import open_checkpoint
 from model.kernels.library import choose_kernels
@@ -48,6 +49,7 @@ from parallel.errors import ConfigError, RunError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
+DEFAULT_MEMORY_FRACTION = 0.9
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Minimum number of file descriptors and processes a run uses, per run and per rank."""
 
@@ -77,6 +79,14 @@ class Run:
         """Maximum sequence length: the checkpoint's, or a lower limit from the YAML."""
         longest = self.opened.config.max_position_embeddings
         return min(longest, self.settings.seq_length or longest)
+
+    def read_devices(self, checks: bool) -> DeviceFacts:
+        """Look at the devices of this host, or of this rank if a launcher started it. `checks`: with the self-check of their backend."""
+        if self.starter is not None:
+            return self.starter.probe_devices(checks=checks)
+        from launcher.supervision.device_probe import read_devices
+
+        return read_devices(self.environment.local_rank or 0, checks=checks)
 
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.
@@ -156,6 +166,17 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     if tokenizer is not None and not run.environment.rank:
         for warning in end.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+    ranks_per_device = first_not_none(options.ranks_per_device, own.ranks_per_device, 1)
+    device = choose_device(
+        _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)),
+        run.environment,
+        run.num_local_ranks,
+        ranks_per_device,
+        run.read_devices,
+    )
+    fraction = first_not_none(options.memory_fraction, own.memory_fraction, DEFAULT_MEMORY_FRACTION)
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"memory_fraction is {fraction}, but has to be above 0 and at most 1")
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
@@ -166,9 +187,8 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         eos_token_ids=end.ids,
         pad_token_id=yaml_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_not_none(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
-        device=choose_device(
-            _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)), run.environment, run.num_local_ranks
-        ),
+        device=device.kind,
+        ranks_per_device=ranks_per_device,
         collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), get_args(CollectivesName)),
         threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
         cpu_kernels=_one_of(
@@ -193,10 +213,13 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
     check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
-        raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+    if job.collectives == "shm" and not shared_memory_works():
+        raise ConfigError("collectives shm need an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
+    if device.rank_bytes is not None and not isinstance(task, Quantize):
+        stored = {name: info.form for name, info in run.opened.source.tensors.items()}
+        job = replace(job, fitting_blocks=fit_blocks(job, config, run.opened.scheme, stored, device.rank_bytes, fraction))
     return job
 
 

@@ -22,6 +22,7 @@ _LOCAL_FIELDS = (
     "bind_cores",
     "cpu_kernels",
     "task",
+    "fitting_blocks",
 )
 """Fields that may differ between the ranks of a run; of the fingerprint, only the content is compared."""
 
@@ -50,6 +51,8 @@ class Job:
     """Compute dtype: float32, bfloat16 or float16."""
     device: str
     """"cpu", or an accelerator's device type."""
+    ranks_per_device: int = 1
+    """Maximum number of ranks that share a device outside host memory."""
     collectives: str
     """"auto", "shm", "gloo" or "nccl"."""
     threads_per_rank: int | None
@@ -68,6 +71,8 @@ class Job:
     """Tokens per KV cache block."""
     num_blocks: int | None
     """Maximum number of KV cache blocks, further limited to what the current requests can use; None sets only the latter limit."""
+    fitting_blocks: int | None = None
+    """Number of KV cache blocks that fit into the free memory of this host's devices; None on CPUs."""
     prefix_cache: bool
     """Whether sequences share the KV cache of equal prefixes."""
     speculate: bool
@@ -81,6 +86,11 @@ class Job:
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _LOCAL_FIELDS}
         settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order}))
         return settings
+
+    @property
+    def block_limit(self) -> int | None:
+        """Maximum number of KV cache blocks on this host; None if only requests limit it."""
+        return min((count for count in (self.num_blocks, self.fitting_blocks) if count is not None), default=None)
 
     @property
     def path(self) -> Path:

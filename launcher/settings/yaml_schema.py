@@ -223,6 +223,8 @@ SCHEMA: Schema = {
         "threads_per_rank": _COUNT,
         "collectives": Value(types=(str,), choices=get_args(CollectivesName)),
         "device": Value(types=(str,), choices=get_args(Device)),
+        "ranks_per_device": _COUNT,
+        "memory_fraction": _POSITIVE,
         "dtype": _DTYPE,
         "temperature": _POSITIVE,
         "max_batch_size": _COUNT,

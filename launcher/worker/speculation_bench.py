@@ -10,8 +10,9 @@ from typing import Any
 
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, generate
-from model.engine.request import Request, check_request
+from model.engine.request import Request, check_request, plan_blocks
 from model.engine.sampling_params import SamplingParams
+from model.spec.config import DEFAULT_BLOCK_SIZE
 from model.text.tokenizer import Tokenizer
 from parallel.collectives import Collectives
 from parallel.errors import RunError
@@ -59,7 +60,7 @@ def measure_speculation(
 
     Raises RunError if speculation has changed a token.
     """
-    if not Engine(model, 1, speculate=True).speculates:
+    if not Engine(model, 1, num_blocks=1, speculate=True).speculates:
         return None
     rows = []
     for name, request in zip(PROMPTS, requests, strict=True):
@@ -83,7 +84,7 @@ def describe_row(row: dict[str, Any]) -> str:
 
 
 def _decode(model: LlamaForCausalLM, collectives: Collectives, request: Request, speculate: bool) -> _Decoded:
-    engine = Engine(model, 1, speculate=speculate)
+    engine = Engine(model, 1, num_blocks=plan_blocks([request], 1, DEFAULT_BLOCK_SIZE), speculate=speculate)
     collectives.barrier()
     ids = tuple(event.token_id for event in generate(engine, [request]))
     times = engine.times

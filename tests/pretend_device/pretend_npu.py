@@ -57,7 +57,7 @@ class PretendHccl(dist.ProcessGroup):
         for tensor, part in zip(received, parts, strict=True):
             tensor.copy_(part)
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         """Name as in init_process_group."""
         return "hccl"
 
