@@ -103,7 +103,8 @@ class DeviceCollectives(StagedCollectives):
     def _reserve(self, number: int, size: int) -> torch.Tensor:
         """Return the first `size` bytes of a buffer, which grows to the largest gather."""
         if self._buffers[number].numel() < size:
-            self._buffers[number] = self._buffers[number].new_empty(size)
+            with torch.inference_mode(False):  # no gather outside of inference mode may write to a tensor made within
+                self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=self._buffers[number].device)
         return self._buffers[number][:size]
 
     def _wait(self, device: torch.device) -> None:

@@ -1,8 +1,10 @@
 """Every command on a pretend accelerator, which differs from a CPU where a real device does (`tests/pretend_device`)."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.command_host import CommandHost
 from tests.end_to_end.conftest import PROJECT_ROOT, Checkpoints, Tandem
+from tests.end_to_end.servers import Server, wait_until
 from tests.pretend_device.build import build
 
 
@@ -79,15 +82,16 @@ def test_what_cannot_run_is_refused_before_a_rank_starts(
     assert not (folder / "logs").exists()
 
 
-def test_quantization_with_calibration(tandem: Tandem, npu: Tandem, checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("approach", ["smooth_quant", "rtn-c8"])
+def test_quantization_with_calibration(tandem: Tandem, npu: Tandem, checkpoints: Checkpoints, approach: str) -> None:
     """The observers' statistics are on the CPU; the model is not."""
     folders = []
     for machine, device, name in ((tandem, "cpu", "cpu"), (npu, "npu", "npu")):
-        folders.append(machine.folder / f"quantized-{name}")
+        folders.append(machine.folder / f"{approach}-{name}")
         samples = machine.folder / f"samples-{name}.npy"
         np.save(samples, np.random.default_rng(0).integers(3, 290, (4, 24)))
         result = machine.run(
-            *("quantize", "-c", checkpoints.config, "--checkpoint", checkpoints.float, "-a", "smooth-quant", "-t", "ids", "-s", samples),
+            *("quantize", "-c", checkpoints.config, "--checkpoint", checkpoints.float, "-a", approach, "-t", "ids", "-s", samples),
             *("--output", folders[-1], "--device", device, "--workers", "2"),
         )
         assert result.returncode == 0, result.stderr
@@ -102,9 +106,44 @@ def test_evaluation_and_bench(tandem: Tandem, npu: Tandem, checkpoints: Checkpoi
     text.write_text("A llama is an animal that lives in the mountains. " * 20)
     words = ("eval", "--task", "perplexity", "--data", text, "--checkpoint", checkpoints.float, "--json")
     on_cpu = json.loads(tandem.run(*words).stdout)
-    on_npu = json.loads(npu.run(*words, "--device", "npu", "--workers", "2").stdout)
+    result = npu.run(*words, "--device", "npu", "--workers", "2")
+    assert result.returncode == 0, result.stderr
+    on_npu = json.loads(result.stdout)
     assert on_npu["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=1e-5)
     words = ("bench", "--checkpoint", checkpoints.int8, "--prompt-tokens", "16", "--new-tokens", "4", "--workers", "2", "--json")
-    measured = json.loads(npu.run(*words, "--device", "npu").stdout)
+    result = npu.run(*words, "--device", "npu", PRETEND_NPU_BYTES="24000000")  # a small block for the bandwidth
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
     assert measured["device"] == "npu" and measured["collectives"] == "hccl"
     assert all(peak > weights for peak, weights in zip(measured["peak_device_bytes"], measured["weight_bytes"], strict=True))
+
+
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_an_answer_continues_with_the_same_tokens_after_a_rank_died(npu: Tandem, checkpoints: Checkpoints, sharing: int) -> None:
+    """Whether the devices gather or the host does for ranks that share one. The dead rank's device memory is free again."""
+    memory = npu.new_folder() / "memory"
+    variables = {
+        "PRETEND_NPU_DEVICES": str(2 // sharing),
+        "PRETEND_NPU_BYTES": str(24_000_000 * sharing),
+        "PRETEND_NPU_MEMORY": str(memory),
+    }
+    options = ("--workers", "2", "--device", "npu", "--ranks-per-device", str(sharing), "--memory-fraction", "0.8")
+    server = Server(npu, "--checkpoint", checkpoints.int8, *options, **variables)
+    try:
+        server.wait_until_ready()
+        whole = server.complete("I love", max_tokens=48, temperature=0, ignore_eos=True)["choices"][0]["text"]
+        ranks = server.running.find_ranks()
+        with server.stream("I love", max_tokens=48, temperature=0, ignore_eos=True) as events:
+            text = next(events)["choices"][0]["text"]
+            os.kill(ranks[1], signal.SIGKILL)
+            text += "".join(event["choices"][0]["text"] for event in events)
+        assert text == whole
+        assert (server.running.find_ranks()[0] == ranks[0]) == (sharing == 2), "a rank that gathers through the host keeps its weights"
+        state = server.status
+        weights, cache = state["ranks"][0]["weight_bytes"], state["ranks"][0]["kv_cache_bytes"]
+        assert weights < 19_200_000 - cache < 19_200_000 - weights, "the cache takes what the weights leave of the allowed memory"
+        wait_until(lambda: server.status["ranks"][0]["device_bytes"], "a report")
+        assert weights + cache <= server.status["ranks"][0]["device_bytes"] <= 19_200_000
+        assert re.search(r'^tandem_rank_device_bytes\{rank="1"\} [\d.e+]+$', str(server.ask("GET", "/metrics")[2], "utf-8"), re.MULTILINE)
+    finally:
+        server.end()
