@@ -23,13 +23,13 @@ from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.host.program_version import read_version
+from launcher.job.speculation_prompts import describe_row, encode_prompts
 from launcher.job.tasks import Bench
 from launcher.settings.approaches import APPROACHES, check_words, plan_recipe
 from launcher.settings.checkpoint_options import QuantizeOptions
 from launcher.settings.measure_options import BenchOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
-from launcher.worker.speculation_bench import describe_row, encode_prompts
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.formats import OpenOptions
 from model.checkpoint.random_source import RandomSource

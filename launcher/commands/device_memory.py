@@ -1,7 +1,6 @@
 """How many KV cache blocks fit into the memory of a device next to a rank's weights."""
 
 from launcher.job.job import Job
-from model.backends.registry import find_backend
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
@@ -15,7 +14,7 @@ def fit_blocks(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, 
     Raises ConfigError if not one fits next to the weights and the activations of prefill.
     """
     workload = Workload(
-        own_kernels=find_backend(job.device).kernels is not None,
+        own_kernels=False,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,

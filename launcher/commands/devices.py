@@ -11,8 +11,9 @@ from pathlib import Path
 
 from launcher.environment.detection import LaunchEnvironment
 from launcher.job.device_facts import DeviceFacts
-from launcher.worker.rank_group import TANDEM_RUN
+from launcher.job.tasks import TANDEM_RUN
 from parallel.errors import ConfigError
+from parallel.lazy_torch import torch
 
 _SHARES_DEVICES = ("none", "torchrun", TANDEM_RUN)
 """Launchers whose ranks all see the same devices; the others can assign one device to each rank."""
@@ -90,7 +91,5 @@ def check_collectives(name: str, device: str) -> None:
         return
     if device != "cuda":
         raise ConfigError(f"--collectives nccl needs --device cuda, but the device is {device}: use --collectives auto")
-    import torch
-
     if not torch.distributed.is_nccl_available():
         raise ConfigError("--collectives nccl needs a PyTorch build with NCCL, and this one has none: use --collectives gloo")

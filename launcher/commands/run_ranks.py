@@ -20,24 +20,22 @@ from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
+from launcher.host.shared_memory import shared_memory_works
 from launcher.job.device_facts import DeviceFacts
 from launcher.job.job import Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Quantize, Task
-from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
 from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
-from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
-from launcher.worker.collectives import shared_memory_works
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import open_checkpoint
 from model.kernels.library import choose_kernels
@@ -118,7 +116,11 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     """
     environment = read_run_environment(options)
     if environment.is_scheduler:
+        from launcher.rendezvous.msrun_scheduler import serve_ranks  # with PyTorch
+
         sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
+    if environment.is_rank:
+        import launcher.supervision.foreign_launchers  # noqa: F401  # with PyTorch, which comes before the native kernels
     starter = None if environment.is_rank else take_starter(preload=options.preload)
     try:
         return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
@@ -240,6 +242,8 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
     with folder as log_dir, as_run_failure():
         if environment.is_rank:
+            from launcher.supervision.foreign_launchers import join_ranks
+
             refusal.end()
             join_ranks(environment, job, log_dir, observer)
             return environment.restart_count

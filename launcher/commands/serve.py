@@ -27,7 +27,8 @@ from launcher.server.request_log import configure_log, log_throughput
 from launcher.settings.decode_options import ApiOptions, ServeOptions
 from launcher.settings.precedence import first_not_none
 from launcher.supervision.signals import StoppedError
-from model.backends.registry import find_backend
+from model.backends.device_types import is_host_memory
+from model.kernels.library import find_kernels
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import count_blocks
 from model.text.tokenizer import Tokenizer
@@ -145,10 +146,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     Taken from --num-blocks or the YAML; otherwise full contexts for all concurrent sequences, limited to half of the host's memory left
     after loading the weights. Warns if that is less than one context.
     """
-    num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
+    num_local, opened, in_host_memory = run.num_local_ranks, run.opened, is_host_memory(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
-        own_kernels=backend.kernels is not None,
+        own_kernels=in_host_memory and find_kernels() is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
@@ -160,7 +161,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     stored = {name: info.form for name, info in opened.source.tensors.items()}
     plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
     num_blocks = job.num_blocks or min(job.max_batch_size * a_context, job.fitting_blocks or sys.maxsize)
-    available = read_available_bytes() if backend.in_host_memory else None
+    available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
         block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks

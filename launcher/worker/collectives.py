@@ -1,10 +1,10 @@
 """Choice of the collectives of a run, from the job and the placement of its ranks."""
 
-import os
 from collections import defaultdict
 
 import torch
 
+from launcher.host.shared_memory import shared_memory_works
 from launcher.job.job import Job
 from launcher.rendezvous.placement import RankPlacement
 from model.backends.registry import find_backend
@@ -67,11 +67,6 @@ def choose_collectives(seat: RankPlacement) -> str:
         if seat.num_nodes < seat.world_size:
             return "shm+gloo"
     return "gloo"
-
-
-def shared_memory_works() -> bool:
-    """Whether the processor guarantees store order (x86-64) and the system supports the shared-memory backend."""
-    return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
 
 
 def _count_sharing(job: Job, seat: RankPlacement, store: Store, wait_seconds: float, device: torch.device) -> int:

@@ -18,10 +18,12 @@ import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
+from model.engine.choice import NO_TOKEN, Choice
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
-from model.engine.grammar import Grammars, share_masks
+from model.engine.grammar import Grammars
+from model.engine.grammar_masks import share_masks
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample, score
+from model.engine.sampling import SamplingState, sample, score
 from model.engine.scheduling import LiveSequence, Part, Scheduler, SchedulerCounts
 from model.engine.speculation import PromptLookup
 from model.layers.batch import Span

@@ -1,7 +1,7 @@
 """Structured output: grammars that limit the next token, parsed by llguidance.
 
-Only rank 0 parses. It computes the masks of a step in a thread while the model runs, and sends them to the other ranks before they sample.
-A grammar is a string in llguidance's own JSON form. Depends on a tokenizer only for the bytes of its tokens.
+Only rank 0 parses. It computes the masks of a step in a thread while the model runs, and `model/engine/grammar_masks.py` sends
+them to the other ranks. A grammar is a string in llguidance's own JSON form. Depends on a tokenizer only for the bytes of its tokens.
 """
 
 import json
@@ -11,18 +11,12 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from model.text.tokenizer import Tokenizer
-from parallel.collectives import Collectives
 from parallel.errors import InputError, RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-Masks = npt.NDArray[np.bool_]
 _WORD_BYTES = 4
 _LONGEST_ERROR = 300
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
@@ -148,16 +142,6 @@ class GrammarState:
 def count_mask_bytes(vocab_size: int) -> int:
     """Return the size of a mask: one bit per token, in whole 32-bit words."""
     return -(-vocab_size // (8 * _WORD_BYTES)) * _WORD_BYTES
-
-
-def share_masks(masks: Sequence[bytes], num_rows: int, vocab_size: int, collectives: Collectives) -> Masks:
-    """Send rank 0's masks to every rank; returns [num_rows, vocab_size], True where a token is allowed. `masks` is empty elsewhere."""
-    sizes = [count_mask_bytes(vocab_size)] + [0] * (collectives.world_size - 1)
-    local = torch.empty((num_rows, sizes[collectives.rank]), dtype=torch.uint8)
-    if collectives.rank == 0:
-        local = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(num_rows, -1)
-    bits = collectives.gather_columns(local, sizes).numpy()
-    return np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def grammar_of_schema(schema: dict[str, Any], spaces: dict[str, Any] | None = None) -> str:

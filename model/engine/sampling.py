@@ -8,12 +8,13 @@ one draw from a numpy generator. OpenAI's bias and penalties are applied after t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.engine.choice import NO_TOKEN, Choice
 from model.engine.sampling_params import SamplingParams
 from parallel.collectives import Collectives
 
@@ -68,22 +69,6 @@ class SamplingState:
         if self.num_new < params.min_tokens and not params.grammar:
             found += self.end_ids
         return found
-
-
-class Choice(NamedTuple):
-    """A chosen token."""
-
-    token_id: int
-    logprob: float | None
-    """If requested."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the most likely tokens in descending order, if requested."""
-    rank: int = 0
-    """Place among all tokens by log-probability, from 1, if that is reported."""
-
-
-NO_TOKEN = Choice(-1, None)
-"""The result where grammar and restrictions together allow no token."""
 
 
 def sample(

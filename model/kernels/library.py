@@ -4,6 +4,8 @@ Each output row depends only on its own inputs, accumulated in a fixed order: no
 kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import platform
@@ -15,15 +17,24 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read_processor_flags
 from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
+from parallel.lazy_torch import torch
 
 _INTERFACE = 5
 """Interface version, as in model/kernels/supported.c."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _TypeCodes(dict[Any, int]):
+    """Codes by torch.dtype, filled as they are asked for: naming the types here would import PyTorch."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        self[dtype] = code = ("float32", "bfloat16", "float16").index(str(dtype).removeprefix("torch."))
+        return code
+
+
+DTYPES = _TypeCodes()
 """Type codes, as in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """More columns could overflow the 32-bit accumulators."""
@@ -93,6 +104,11 @@ class Kernels:
     def name(self) -> str:
         """Name of the instruction set."""
         return self.instruction_set.name
+
+    @property
+    def int8_name(self) -> str:
+        """Name of the int8 matmul in stats."""
+        return f"int8-sliced-{self.name}"
 
     @property
     def run_layers(self) -> Any:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from model.backends.registry import find_backend
 from model.decoder.llama import LlamaForCausalLM
+from model.engine.choice import Choice
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
-from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingState, sample
+from model.engine.sampling import LEAST_LOGPROB, SamplingState, sample
 from model.engine.sampling_params import SamplingParams
 from model.layers.linear import RowBlock
 from model.layers.quantized_linear import StoredLinear, build_linear

@@ -22,8 +22,8 @@ from model.engine.grammar import (
     grammar_of_regex,
     grammar_of_schema,
     grammar_of_text,
-    share_masks,
 )
+from model.engine.grammar_masks import share_masks
 from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams
 from parallel.errors import RequestError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample
+from model.engine.choice import NO_TOKEN, Choice
+from model.engine.sampling import SamplingState, sample
 from model.engine.sampling_params import SamplingParams
 from parallel.collectives import Collectives, IdentityCollectives
 from parallel.errors import RequestError
