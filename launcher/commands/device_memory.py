@@ -1,7 +1,9 @@
-"""How many KV cache blocks fit into the memory of a device next to a rank's weights."""
+"""The number of KV cache blocks of a job whose ranks are on devices."""
 
+from launcher.job.device_memory import fit_ranks
 from launcher.job.job import Job
-from model.planning import RankPlan, Workload, plan_ranks
+from model.backends.device_types import keeps_integers_packed
+from model.planning import Workload, plan_ranks
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
@@ -14,7 +16,7 @@ def fit_blocks(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, 
     Raises ConfigError if not one fits next to the weights and the activations of prefill.
     """
     workload = Workload(
-        own_kernels=False,
+        own_kernels=keeps_integers_packed(job.device),
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
@@ -22,17 +24,12 @@ def fit_blocks(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, 
         block_size=job.block_size,
         num_blocks=1,
     )
-    budget = int(fraction * rank_bytes)
-    fullest = max(plan_ranks(config, scheme, job.world_size, workload, stored), key=_measure)
-    left = budget - fullest.weight_bytes - fullest.activation_bytes
-    num_blocks = left // fullest.kv_cache_bytes
-    if num_blocks < 1:
+    plans = plan_ranks(config, scheme, job.world_size, workload, stored)
+    fit = fit_ranks(plans, workload.cached_tokens, job.block_size, int(fraction * rank_bytes))
+    if fit.num_blocks < 1:
         raise ConfigError(
-            f"rank {fullest.rank} needs {_measure(fullest) / 1e9:.2f} GB of device memory for its weights, activations and one block of KV "
-            f"cache, but may use {budget / 1e9:.2f} GB (--memory-fraction {fraction:g}): use more ranks, int8, or fewer ranks per device"
+            f"rank {fit.rank} needs {(fit.needed_bytes + fit.block_bytes) / 1e9:.2f} GB of device memory for its weights, activations and "
+            f"a KV cache block, but may use {fit.budget_bytes / 1e9:.2f} GB (--memory-fraction {fraction:g}): use more ranks, int8, or "
+            "fewer ranks per device"
         )
-    return num_blocks
-
-
-def _measure(plan: RankPlan) -> int:
-    return plan.weight_bytes + plan.activation_bytes + plan.kv_cache_bytes
+    return fit.num_blocks

@@ -22,6 +22,7 @@ from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.host.shared_memory import shared_memory_works
 from launcher.job.device_facts import DeviceFacts
+from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION
 from launcher.job.job import Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
@@ -47,7 +48,6 @@ from parallel.errors import ConfigError, RunError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_RESTARTS = 1
-DEFAULT_MEMORY_FRACTION = 0.9
 _DESCRIPTORS, _RANK_DESCRIPTORS = 32, 4
 """Minimum number of file descriptors and processes a run uses, per run and per rank."""
 

@@ -4,8 +4,13 @@ import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from launcher.job.device_facts import DeviceFacts
+from model.backends.device_types import TORCH
+
+if TYPE_CHECKING:
+    import torch
 
 _SELF_CHECK = "model.backends.self_check"
 
@@ -29,9 +34,11 @@ def read_devices(local_rank: int | None = None, *, checks: bool) -> DeviceFacts:
     )
 
 
-def _check_backend(device: object) -> str | None:
-    if find_spec(_SELF_CHECK) is None:
-        return f"there is no optimized backend for {device}"
+def _check_backend(device: "torch.device") -> str | None:
+    from model.backends.registry import find_backend
+
+    if find_spec(_SELF_CHECK) is None or find_backend(device.type).name == TORCH:
+        return f"its backend is not made for {device.type} but for any device of PyTorch, and slow"
     complaint: str | None = import_module(_SELF_CHECK).check_backend(device)
     return complaint
 
