@@ -110,7 +110,7 @@ class DeviceCollectives(StagedCollectives):
     def _wait(self, device: torch.device) -> None:
         """Wait until the device has gathered. Raises RuntimeError if a peer died or the time limit is exceeded."""
         event = torch.Event(device)
-        event.record()
+        event.record(torch.accelerator.current_stream(device))
         clock, next_look = ObservedTime(), time.monotonic() + _LOOK_SECONDS
         while not event.query():
             if time.monotonic() < next_look:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -147,3 +148,8 @@ def test_an_answer_continues_with_the_same_tokens_after_a_rank_died(npu: Tandem,
         assert re.search(r'^tandem_rank_device_bytes\{rank="1"\} [\d.e+]+$', str(server.ask("GET", "/metrics")[2], "utf-8"), re.MULTILINE)
     finally:
         server.end()
+
+
+def test_weights_go_through_two_pinned_buffers(npu: Tandem) -> None:
+    result = npu.run_command([sys.executable, PROJECT_ROOT / "tests" / "pretend_device" / "check_uploads.py"])
+    assert result.returncode == 0, result.stderr
