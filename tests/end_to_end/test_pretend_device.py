@@ -150,6 +150,7 @@ def test_an_answer_continues_with_the_same_tokens_after_a_rank_died(npu: Tandem,
         server.end()
 
 
-def test_weights_go_through_two_pinned_buffers(npu: Tandem) -> None:
-    result = npu.run_command([sys.executable, PROJECT_ROOT / "tests" / "pretend_device" / "check_uploads.py"])
+@pytest.mark.parametrize("script", ["check_uploads.py", "check_many_ranks.py"])
+def test_in_one_process(npu: Tandem, script: str) -> None:
+    result = npu.run_command([sys.executable, PROJECT_ROOT / "tests" / "pretend_device" / script])
     assert result.returncode == 0, result.stderr
