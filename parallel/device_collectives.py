@@ -73,12 +73,13 @@ class DeviceCollectives(StagedCollectives):
             raise self._fail("connect", error) from error
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)].
-
-        Parts are sent as bytes, padded to the widest part, between buffers that stay at their addresses.
-        """
+        """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)], on the device of `local`."""
         if local.device.type == "cpu":
             return self._host.gather_columns(local, sizes)
+        return self._gather_on_device(local, sizes)
+
+    def _gather_on_device(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Parts are sent as bytes, padded to the widest part, between buffers that stay at their addresses."""
         rows, widest = local.shape[0], max(sizes)
         size = rows * widest * local.element_size()
         sent, received = self._reserve(0, size), self._reserve(1, self.world_size * size)

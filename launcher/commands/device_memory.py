@@ -1,18 +1,18 @@
 """The number of KV cache blocks of a job whose ranks are on devices."""
 
+from collections.abc import Callable, Sequence
+
 from launcher.job.device_memory import fit_ranks
 from launcher.job.job import Job
 from model.backends.device_types import keeps_integers_packed
-from model.planning import Workload, plan_ranks
-from model.spec.config import LlamaConfig
-from model.spec.scheme import Scheme
-from model.spec.stored_form import StoredForm
+from model.planning import RankPlan, Workload
 from parallel.errors import ConfigError
 
 
-def fit_blocks(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, StoredForm], rank_bytes: int, fraction: float) -> int:
+def fit_blocks(job: Job, plan_ranks: Callable[[Workload], Sequence[RankPlan]], rank_bytes: int, fraction: float) -> int:
     """Return the number of blocks that every rank can have if each may use `fraction` of `rank_bytes`.
 
+    `plan_ranks` plans the ranks of the run, with a draft model if there is one.
     Raises ConfigError if not one fits next to the weights and the activations of prefill.
     """
     workload = Workload(
@@ -24,8 +24,7 @@ def fit_blocks(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, 
         block_size=job.block_size,
         num_blocks=1,
     )
-    plans = plan_ranks(config, scheme, job.world_size, workload, stored)
-    fit = fit_ranks(plans, workload.cached_tokens, job.block_size, int(fraction * rank_bytes))
+    fit = fit_ranks(plan_ranks(workload), workload.cached_tokens, job.block_size, int(fraction * rank_bytes))
     if fit.num_blocks < 1:
         raise ConfigError(
             f"rank {fit.rank} needs {(fit.needed_bytes + fit.block_bytes) / 1e9:.2f} GB of device memory for its weights, activations and "

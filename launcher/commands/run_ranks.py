@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from launcher.commands.begun_starter import take_starter
 from launcher.commands.device_memory import fit_blocks
 from launcher.commands.devices import check_collectives, choose_device
-from launcher.commands.early_start import take_starter
+from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
 from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
@@ -23,7 +24,7 @@ from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.host.shared_memory import shared_memory_works
 from launcher.job.device_facts import DeviceFacts
 from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION
-from launcher.job.job import Job
+from launcher.job.job import DraftCheckpoint, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
@@ -39,7 +40,10 @@ from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import open_checkpoint
+from model.draft_planning import add_draft_model
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 from model.kernels.library import choose_kernels
+from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
 from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
@@ -63,6 +67,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    draft: OpenedDraftModel | None = None
+    """The draft model, if there is one."""
     starter: RankStarter | None = None
     """The process that starts the ranks, if tandem does; it imports PyTorch while this one reads and checks the input."""
 
@@ -101,6 +107,15 @@ class Run:
                 "processor.tokenizer.vocab_file in the YAML"
             )
         return read_tokenizer_of(path or source.path, self.opened.config, self.settings)
+
+    def plan_ranks(self, workload: Workload) -> list[RankPlan]:
+        """Plan the ranks' parts of the model and its draft model."""
+        opened = self.opened
+        stored = {name: info.form for name, info in opened.source.tensors.items()}
+        plans = plan_ranks(opened.config, opened.scheme, self.world_size, workload, stored)
+        if self.draft is None:
+            return plans
+        return add_draft_model(plans, self.draft.plan(self.world_size, workload, self.options.kv_cache_dtype))
 
     @property
     def tokenizer_path(self) -> Path:
@@ -141,7 +156,12 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    return Run(options, settings, environment, world_size, nodes, opened)
+    run = Run(options, settings, environment, world_size, nodes, opened)
+    if options.draft_model is None:
+        return run
+    draft = open_draft_model(options, Path(options.draft_model), world_size)
+    draft.check_vocabulary(run.read_tokenizer())
+    return replace(run, draft=draft)
 
 
 def _override(settings: Settings, options: RunOptions) -> Settings:
@@ -203,7 +223,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         block_size=first_not_none(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
         num_blocks=first_not_none(options.num_blocks, settings.num_blocks),
         prefix_cache=first_not_none(options.prefix_cache, own.prefix_cache, True),
-        speculate=first_not_none(options.speculate, own.speculate, False),
+        speculate=first_not_none(options.speculate, own.speculate, False) and run.draft is None,
+        draft=run.draft.describe(options.kv_cache_dtype) if run.draft is not None else None,
+        draft_tokens=first_not_none(options.draft_tokens, DEFAULT_DRAFT_TOKENS),
         task=task,
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
@@ -220,8 +242,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
     if device.rank_bytes is not None and not isinstance(task, Quantize):
-        stored = {name: info.form for name, info in run.opened.source.tensors.items()}
-        job = replace(job, fitting_blocks=fit_blocks(job, config, run.opened.scheme, stored, device.rank_bytes, fraction))
+        job = replace(job, fitting_blocks=fit_blocks(job, run.plan_ranks, device.rank_bytes, fraction))
     return job
 
 
@@ -253,17 +274,18 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
 def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
-    opened = run.opened
-    stored = {name: info.form for name, info in opened.source.tensors.items()}
-    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+    if warning := forecast_memory(job, run.plan_ranks, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
-    prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
+    for opened in [run.opened, *([] if run.draft is None else [run.draft.opened])]:
+        prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
     def tell(number: int, cause: str, at_seconds: float, reloading: Sequence[int]) -> None:
         observer.note_failure(cause, at_seconds)
         if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
-            check_unchanged(job.fingerprint, lambda: _read_again(job))
+            check_unchanged(job.fingerprint, partial(_read_again, job))
+            if job.draft is not None:
+                check_unchanged(job.draft.fingerprint, partial(_read_again, job.draft))
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
@@ -292,9 +314,9 @@ def _check_descriptors(world_size: int) -> None:
         raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
 
 
-def _read_again(job: Job) -> Fingerprint:
+def _read_again(job: Job | DraftCheckpoint) -> Fingerprint:
     """Return the fingerprint of what a restart would load."""
-    source = open_checkpoint(job.path, job.opening)
+    source = open_checkpoint(Path(job.checkpoint), job.opening)
     return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
 
 

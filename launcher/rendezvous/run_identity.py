@@ -19,6 +19,7 @@ from parallel.lazy_torch import torch
 _PACKAGES = ("tandem", "launcher", "model", "parallel")
 _REMEDIES = {
     "checkpoint fingerprint": "copy the same checkpoint to every node",
+    "draft model fingerprint": "copy the same draft model to every node",
     "program": "install the same version on every node",
     "kernels": "install tandem the same way on every node, or use nodes with the same CPU features",
 }
@@ -29,6 +30,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     """Return the values that must be equal everywhere, keyed by their names in messages."""
     return {
         "checkpoint fingerprint": job.fingerprint.content,
+        "draft model fingerprint": job.draft.fingerprint.content if job.draft is not None else None,
         **describe_program(),
         "kernels": _describe_kernels(job.device),
         **job.shared_settings,

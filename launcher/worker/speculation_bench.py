@@ -1,11 +1,12 @@
-"""Measures the gain of speculation: real prompts, decoded one at a time with and without `speculate`, alternating.
+"""Measures the gain of speculation: real prompts, decoded one at a time with and without it, alternating.
 
 The gain depends on the text, so there are two prompts: one whose answer mostly repeats the prompt, and one that is continued freely.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from launcher.job.speculation_prompts import PROMPTS
@@ -30,27 +31,32 @@ class _Decoded:
 
 
 def measure_speculation(
-    model: LlamaForCausalLM, collectives: Collectives, requests: Sequence[Request], rounds: int, on_decoded: Callable[[], None]
+    model: LlamaForCausalLM,
+    collectives: Collectives,
+    requests: Sequence[Request],
+    rounds: int,
+    on_decoded: Callable[[], None],
+    options: Mapping[str, Any] = MappingProxyType({"speculate": True}),
 ) -> list[dict[str, Any]] | None:
     """Return one row for each of PROMPTS, encoded in `requests`; None if this model's engine does not speculate.
 
-    Raises RunError if speculation has changed a token.
+    `options`: those of the engine that make it speculate. Raises RunError if speculation has changed a token.
     """
-    if not Engine(model, 1, num_blocks=1, speculate=True).speculates:
+    if not Engine(model, 1, num_blocks=1, **options).speculates:
         return None
     rows = []
     for name, request in zip(PROMPTS, requests, strict=True):
         plain, guessing = list[_Decoded](), list[_Decoded]()
         for _ in range(rounds):
-            for runs, speculate in ((plain, False), (guessing, True)):
-                runs.append(_decode(model, collectives, request, speculate))
+            for runs, chosen in ((plain, {}), (guessing, options)):
+                runs.append(_decode(model, collectives, request, chosen))
                 on_decoded()
         rows.append(_compare(name, plain, guessing))
     return rows
 
 
-def _decode(model: LlamaForCausalLM, collectives: Collectives, request: Request, speculate: bool) -> _Decoded:
-    engine = Engine(model, 1, num_blocks=plan_blocks([request], 1, DEFAULT_BLOCK_SIZE), speculate=speculate)
+def _decode(model: LlamaForCausalLM, collectives: Collectives, request: Request, options: Mapping[str, Any]) -> _Decoded:
+    engine = Engine(model, 1, num_blocks=plan_blocks([request], 1, DEFAULT_BLOCK_SIZE), **options)
     collectives.barrier()
     ids = tuple(event.token_id for event in generate(engine, [request]))
     times = engine.times

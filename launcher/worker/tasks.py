@@ -14,7 +14,7 @@ from launcher.worker.bandwidth import measure_bandwidth
 from launcher.worker.bench import RankBench, open_source
 from launcher.worker.profile import record_spans
 from launcher.worker.program import run_program
-from launcher.worker.rank import Rank, load_rank, open_own_checkpoint
+from launcher.worker.rank import NO_DRAFTS, Rank, load_draft_model, load_rank, open_own_checkpoint
 from launcher.worker.service import RankService
 from model.checkpoint.fingerprint import check_unchanged, read_state
 from model.decoder.llama import LlamaForCausalLM
@@ -29,7 +29,6 @@ from model.text.tokenizer import read_tokenizer
 from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
-NO_SPECULATION = "--speculate has no effect: here the low-order bits of a row depend on the batch size"
 _SERVE_BANDWIDTH_BYTES = 128 << 20
 """Bytes per rank for the server's bandwidth figure; a server must not need more memory at startup than later."""
 
@@ -46,6 +45,7 @@ def run_task(me: Rank) -> None:
 def decode(me: Rank, task: Decode) -> None:
     job, emit = me.job, me.emit
     model, read_bytes = load_rank(me)
+    draft_model = load_draft_model(me, model)
     load_seconds = time.perf_counter() - me.started
     needed = plan_blocks(task.requests, job.max_batch_size, job.block_size)
     engine = Engine(
@@ -55,10 +55,12 @@ def decode(me: Rank, task: Decode) -> None:
         num_blocks=_limit_blocks(me, needed),
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
+        draft_model=draft_model,
+        draft_tokens=job.draft_tokens,
         prefill_resumed=model.batch_invariant,
     )
     if job.speculate and not engine.speculates:
-        emit(RankWarning(NO_SPECULATION))
+        emit(RankWarning(NO_DRAFTS.format("--speculate")))
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -68,8 +70,10 @@ def decode(me: Rank, task: Decode) -> None:
             emit(Failures(tuple(engine.failures)))
         me.raise_if_stopping()
     peak_device_bytes = model.backend.count_peak_bytes(me.device)
-    per_token = model.build_cache(1).store.bytes_per_token
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), peak_device_bytes, per_token])
+    models = [model] if draft_model is None else [model, draft_model]
+    token_bytes = sum(one.build_cache(1).store.bytes_per_token for one in models)
+    draft_bytes = sum(one.weight_bytes for one in models[1:])
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes, peak_device_bytes])
     times = engine.times
     emit(
         Stats(
@@ -80,12 +84,14 @@ def decode(me: Rank, task: Decode) -> None:
             time_to_first_token_seconds=times.first_token_seconds,
             speculated_tokens=times.speculated_tokens,
             accepted_tokens=times.accepted_tokens,
+            acceptance_rate=times.accepted_tokens / times.speculated_tokens if times.speculated_tokens else None,
             weight_bytes=[row[0] for row in everyone],
+            draft_weight_bytes=[row[4] for row in everyone],
             read_bytes=[row[1] for row in everyone],
             peak_rss_bytes=[row[2] for row in everyone],
-            peak_device_bytes=[row[3] for row in everyone],
+            peak_device_bytes=[row[5] for row in everyone],
             kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,
-            kv_cache_bytes_per_token=[row[4] for row in everyone],
+            kv_cache_bytes_per_token=[row[3] for row in everyone],
         )
     )
 
@@ -104,6 +110,7 @@ def serve(me: Rank, task: Serve) -> None:
         collectives, me.gather, me.device, len(me.seat.local_ranks), me.threads, block_bytes=_SERVE_BANDWIDTH_BYTES
     )
     model, _ = load_rank(me)
+    draft_model = load_draft_model(me, model)
     engine = Engine(
         model,
         job.max_batch_size,
@@ -111,6 +118,8 @@ def serve(me: Rank, task: Serve) -> None:
         num_blocks=task.num_blocks,
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
+        draft_model=draft_model,
+        draft_tokens=job.draft_tokens,
         prefill_tokens=task.prefill_tokens,
         prefill_resumed=True,
         grammars=_open_grammars(task.tokenizer, model) if task.tokenizer else None,
@@ -118,7 +127,7 @@ def serve(me: Rank, task: Serve) -> None:
     if not model.batch_invariant:
         me.emit(RankWarning("without native kernels, the low-order bits of an answer may depend on the batch"))
     if job.speculate and not engine.speculates:
-        me.emit(RankWarning(NO_SPECULATION))
+        me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
     me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
     count_bytes = partial(model.backend.count_bytes, me.device)
     service = RankService(engine, collectives, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit, count_bytes)
@@ -151,12 +160,13 @@ def bench(me: Rank, task: Bench) -> None:
     if task.profile:
         me = replace(me, collectives=recorded)
     model, read_bytes = load_rank(me, open_source(me.job, task))
+    draft_model = load_draft_model(me, model)
     load_seconds = time.perf_counter() - me.started
     measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
-    bench = RankBench(task, model, me.collectives, measure, me.report(Working))
+    bench = RankBench(task, model, me.collectives, measure, me.report(Working), draft_model, me.job.draft_tokens)
     measured = bench.measure()
-    if task.speculated and measured["speculation"] is None:
-        me.emit(RankWarning(NO_SPECULATION))
+    if task.speculated and measured["speculation"] is None and me.job.draft is None:
+        me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
     peak_device_bytes = model.backend.count_peak_bytes(me.device)
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes(), peak_device_bytes])
     result = {

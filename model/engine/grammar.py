@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _WORD_BYTES = 4
 _LONGEST_ERROR = 300
+_MARK = "\x02"
+"""A character that no token shares with others."""
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Whitespace between the parts of a JSON text. It is bounded: a small model may otherwise write spaces until its tokens are used up."""
 
@@ -91,9 +93,13 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
         for token in self.special_token_ids:
             self.tokens[token] = self.tokens[token] or f"<|special_{token}|>".encode()
+        self._mark_ids = tokenizer.encode(_MARK, False)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"), False)
+        # The text continues others, but SentencePiece puts a space before what it takes for a beginning.
+        words, count = text if isinstance(text, str) else text.decode(errors="replace"), len(self._mark_ids)
+        marked = self._tokenizer.encode(_MARK + words, False)
+        return marked[count:] if marked[:count] == self._mark_ids else self._tokenizer.encode(words, False)
 
 
 class GrammarState:

@@ -43,14 +43,12 @@ class Batch:
         """`local_rotary`: of layers with a window, if it differs."""
         self.spans = spans
         self.num_tokens = sum(len(span.ids) for span in spans)
-        self.longest = max(span.cache.length + len(span.ids) for span in spans)
-        """Tokens of the longest sequence, new ones included."""
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)
         self._stores: list[StoreRows] | None = None
-        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) for span in spans)
-        """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
+        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) and span.cache.store.for_kernels for span in spans)
+        """Whether native kernels can read and write all caches (see `join_stores`); else they go by the caches' own methods."""
 
     def angles(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin for a layer with a window (`local`), or without."""
