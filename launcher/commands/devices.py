@@ -31,6 +31,8 @@ class ChosenDevice:
     """Device type."""
     rank_bytes: int | None = None
     """Free memory of the device for each rank that may share it; None for the CPU."""
+    sharing: int = 1
+    """Number of ranks on each device, as far as known."""
 
 
 def may_have_devices() -> bool:
@@ -54,7 +56,7 @@ def choose_device(
             return ChosenDevice("cpu")
         complaint = facts.complaint or _explain_count(facts, environment, num_local, ranks_per_device)
         if complaint is None:
-            return ChosenDevice(facts.kind, _share_memory(facts, num_local, ranks_per_device))
+            return _place(facts, num_local, ranks_per_device)
         if not environment.rank:
             print(f"note: --device auto uses the CPU, not {facts.kind}: {complaint}", file=sys.stderr)
         return ChosenDevice("cpu")
@@ -65,12 +67,14 @@ def choose_device(
     if complaint := _explain_count(facts, environment, num_local, ranks_per_device):
         remedy = f"start at most {facts.count * ranks_per_device} ranks here, or let several share a device with --ranks-per-device"
         raise ConfigError(f"{complaint}: {remedy}")
-    return ChosenDevice(word, _share_memory(facts, num_local, ranks_per_device))
+    return _place(facts, num_local, ranks_per_device)
 
 
-def _share_memory(facts: DeviceFacts, num_local: int, ranks_per_device: int) -> int:
-    """Return the free memory for each rank of the device with the least, if the ranks are spread evenly."""
-    return min(facts.free_bytes) // min(-(-num_local // facts.count), ranks_per_device)
+def _place(facts: DeviceFacts, num_local: int, ranks_per_device: int) -> ChosenDevice:
+    """Return what each rank has if the ranks are spread evenly: of the device with the least memory, its share."""
+    assert facts.kind is not None
+    sharing = min(-(-num_local // facts.count), ranks_per_device)
+    return ChosenDevice(facts.kind, min(facts.free_bytes) // sharing, sharing)
 
 
 def _explain_count(facts: DeviceFacts, environment: LaunchEnvironment, num_local: int, ranks_per_device: int) -> str | None:
@@ -85,11 +89,13 @@ def _explain_count(facts: DeviceFacts, environment: LaunchEnvironment, num_local
     return f"{num_local} rank(s) on this host need {needed} {facts.kind} devices{each}, but {facts.count} are visible"
 
 
-def check_collectives(name: str, device: str) -> None:
-    """Raise ConfigError if `--collectives nccl` cannot work for ranks on `device`."""
+def check_collectives(name: str, device: str, sharing: int = 1) -> None:
+    """Raise ConfigError if `--collectives nccl` cannot work for ranks on `device`, `sharing` of them on each."""
     if name != "nccl":
         return
     if device != "cuda":
         raise ConfigError(f"--collectives nccl needs --device cuda, but the device is {device}: use --collectives auto")
     if not torch.distributed.is_nccl_available():
         raise ConfigError("--collectives nccl needs a PyTorch build with NCCL, and this one has none: use --collectives gloo")
+    if sharing > 1:
+        raise ConfigError(f"--collectives nccl needs a device for each rank, but {sharing} ranks share one: use --collectives auto")

@@ -236,7 +236,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
-    check_collectives(job.collectives, job.device)
+    check_collectives(job.collectives, job.device, device.sharing)
     if job.collectives == "shm" and not shared_memory_works():
         raise ConfigError("collectives shm need an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:

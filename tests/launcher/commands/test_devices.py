@@ -74,7 +74,7 @@ def test_an_explicit_device_needs_one_for_each_rank_unless_they_share(machine: C
     assert two("cuda", ALONE, 2) == ChosenDevice("cuda", 1000)
     with pytest.raises(ConfigError, match=r"^3 rank\(s\) on this host need 3 cuda devices, but 2 are visible: start at most 2 ranks"):
         two("cuda", ALONE, 3)
-    assert two("cuda", ALONE, 3, 2) == ChosenDevice("cuda", 500)
+    assert two("cuda", ALONE, 3, 2) == ChosenDevice("cuda", 500, 2)
     assert two("cuda", ALONE, 2, 4) == ChosenDevice("cuda", 1000), "two ranks are spread over both devices"
     with pytest.raises(ConfigError, match=r"^5 rank\(s\) .* need 3 cuda devices, with 2 on each, but 2 are visible: start at most 4 ranks"):
         two("cuda", ALONE, 5, 2)
@@ -121,3 +121,5 @@ def test_nccl_is_refused_without_a_gpu_or_without_nccl(monkeypatch: pytest.Monke
         check_collectives("nccl", "cuda")
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     check_collectives("nccl", "cuda")
+    with pytest.raises(ConfigError, match="nccl needs a device for each rank, but 2 ranks share one"):
+        check_collectives("nccl", "cuda", 2)
