@@ -51,7 +51,10 @@ def choose_device(
     if word == "cpu" or (word == "auto" and not may_have_devices()):
         return ChosenDevice("cpu")
     if word == "auto":
-        facts = read(True)
+        try:
+            facts = read(True)
+        except ConfigError as error:
+            facts = DeviceFacts(kind="an accelerator", complaint=str(error))
         if facts.kind is None:
             return ChosenDevice("cpu")
         complaint = facts.complaint or _explain_count(facts, environment, num_local, ranks_per_device)
@@ -60,7 +63,10 @@ def choose_device(
         if not environment.rank:
             print(f"note: --device auto uses the CPU, not {facts.kind}: {complaint}", file=sys.stderr)
         return ChosenDevice("cpu")
-    facts = read(False)
+    try:
+        facts = read(False)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: use --device cpu") from None
     if facts.kind != word:
         found = facts.kind or "cpu"
         raise ConfigError(f"--device is {word}, but this PyTorch supports {found} only: install a {word} build, or drop --device")

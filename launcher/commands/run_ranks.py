@@ -85,12 +85,19 @@ class Run:
         return min(longest, self.settings.seq_length or longest)
 
     def read_devices(self, checks: bool) -> DeviceFacts:
-        """Look at the devices of this host, or of this rank if a launcher started it. `checks`: with the self-check of their backend."""
+        """Look at the devices of this host, or of this rank if a launcher started it. `checks`: with the self-check of their backend.
+
+        Raises ConfigError if they cannot be used.
+        """
         if self.starter is not None:
             return self.starter.probe_devices(checks=checks)
         from launcher.supervision.device_probe import read_devices
 
-        return read_devices(self.environment.local_rank or 0, checks=checks)
+        try:
+            return read_devices(self.environment.local_rank or 0, checks=checks)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the devices of this host cannot be used ({type(error).__name__}: {reason})") from None
 
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.

@@ -44,8 +44,12 @@ def _check_backend(device: "torch.device") -> str | None:
 
 
 def write_devices(descriptor: int, *, checks: bool) -> None:
-    """Write the facts to a file."""
-    os.write(descriptor, read_devices(checks=checks).to_json().encode())
+    """Write the facts to a file, or why the devices cannot be used, and raise that error."""
+    try:
+        os.write(descriptor, read_devices(checks=checks).to_json().encode())
+    except Exception as error:  # whatever a driver raises
+        os.write(descriptor, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".encode())
+        raise
 
 
 def main() -> None:

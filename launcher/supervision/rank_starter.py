@@ -15,7 +15,7 @@ from weakref import finalize
 
 from launcher.job.device_facts import DeviceFacts
 from launcher.supervision.rank_process import RankOrder, start_code
-from parallel.errors import RunError
+from parallel.errors import ConfigError, RunError
 
 _MAX_MESSAGE_BYTES = 1 << 16
 _CLOSE_SECONDS = 5.0
@@ -105,7 +105,7 @@ class RankStarter:
     def probe_devices(self, *, checks: bool) -> DeviceFacts:
         """Return the facts about this host's devices. `checks`: with the self-check of their backend.
 
-        Raises StarterEndedError, and RunError if the devices do not answer.
+        Raises StarterEndedError, ConfigError if the devices cannot be used, and RunError if their driver hangs.
         """
         file = os.memfd_create("devices")
         try:
@@ -117,13 +117,14 @@ class RankStarter:
             try:
                 message, _ = self._receive()
             except TimeoutError:
-                raise RunError(f"the driver of the devices has not answered within {_PROBE_SECONDS:g} s") from None
+                raise RunError(f"the driver of the devices has not answered within {_PROBE_SECONDS:g} s: use --device cpu") from None
             finally:
                 self._line.settimeout(None)
+            found = os.pread(file, _MAX_MESSAGE_BYTES, 0).decode()
             if message["probed"]:
-                words = os.pread(self._stderr, _MAX_MESSAGE_BYTES, 0).decode(errors="replace").splitlines()
-                raise RunError(f"the devices of this host cannot be used: {words[-1] if words else message['probed']}")
-            return DeviceFacts.from_json(os.pread(file, _MAX_MESSAGE_BYTES, 0))
+                reason = found or f"the process that looked at them ended with code {message['probed']}"
+                raise ConfigError(f"the devices of this host cannot be used ({reason})")
+            return DeviceFacts.from_json(found)
         finally:
             os.close(file)
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.command_host import CommandHost
-from tests.end_to_end.conftest import PROJECT_ROOT, Checkpoints, Tandem
+from tests.end_to_end.conftest import PROJECT_ROOT, SECONDS, Checkpoints, Tandem
 from tests.end_to_end.servers import Server, wait_until
 from tests.pretend_device.build import build
 
@@ -69,6 +70,11 @@ def test_auto_is_the_cpu_while_no_backend_passes_its_self_check(npu: Tandem, che
         (("--collectives", "nccl"), {}, "--collectives nccl needs --device cuda, but the device is npu"),
         (("--workers", "1"), {"PRETEND_NPU_BYTES": "1000000"}, r"rank 0 needs 0\.\d+ GB of device memory .* may use 0\.00 GB"),
         (("--workers", "1", "--memory-fraction", "1.5"), {}, "memory-fraction"),
+        (
+            ("--workers", "1"),
+            {"PRETEND_NPU_MEMORY": "/no/memory"},
+            r"\(RuntimeError: cannot open /no/memory\): use --device cpu",
+        ),
         (("--workers", "1", "--num-blocks", "1"), {}, "the key-value cache holds 1 blocks"),
     ],
 )
@@ -154,3 +160,34 @@ def test_an_answer_continues_with_the_same_tokens_after_a_rank_died(npu: Tandem,
 def test_in_one_process(npu: Tandem, script: str) -> None:
     result = npu.run_command([sys.executable, PROJECT_ROOT / "tests" / "pretend_device" / script])
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("distance", "allowed", "collectives"), [(1, 1, "hccl"), (0, 1, None), (0, 2, "shm")])
+def test_ranks_that_each_see_one_device_compare_them(
+    npu: Tandem, checkpoints: Checkpoints, distance: int, allowed: int, collectives: str | None
+) -> None:
+    """As Slurm and Kubernetes start them: a rank's own device is its first, or all ranks have the same first one."""
+    folder, port = npu.new_folder(), _free_port()
+    shared = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PRETEND_NPU_DEVICES": "1"}
+    options = ("--checkpoint", checkpoints.int8, "--device", "npu", "--ranks-per-device", str(allowed), "--max-new-tokens", "16")
+    ranks = []
+    for rank in range(2):
+        own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "PRETEND_NPU_FIRST": str(rank * distance)}
+        ranks.append(npu.start(npu.predict_command(folder, *options), **shared, **own))
+    ends = [running.process.communicate(timeout=SECONDS) for running in ranks]
+    codes = [running.process.returncode for running in ranks]
+    if collectives is None:
+        assert codes == [1, 1]
+        words = "2 ranks have the same npu device, but --ranks-per-device is 1: give each its own, or allow it with --ranks-per-device 2"
+        assert any(words in stderr for _, stderr in ends), ends
+        return
+    assert codes == [0, 0], ends
+    assert json.loads((folder / "stats.json").read_text())["collectives"] == collectives
+    alone = npu.predict("--checkpoint", checkpoints.int8, "--workers", "1", "--max-new-tokens", "16", "--device", "npu")
+    assert (folder / "results.jsonl").read_text() == alone.jsonl
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -69,6 +69,18 @@ def test_auto_is_the_device_once_its_self_check_passes(machine: Callable[..., Ch
     assert capsys.readouterr().err == "", "rank 0 says it for all"
 
 
+def test_a_driver_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def read(checks: bool) -> DeviceFacts:
+        raise ConfigError("the devices of this host cannot be used (RuntimeError: CUDA error 999)")
+
+    monkeypatch.setattr("launcher.commands.devices.may_have_devices", lambda: True)
+    assert choose_device("auto", ALONE, 1, 1, read) == CPU
+    said = "the devices of this host cannot be used (RuntimeError: CUDA error 999)"
+    assert capsys.readouterr().err == f"note: --device auto uses the CPU, not an accelerator: {said}\n"
+    with pytest.raises(ConfigError, match=r"cannot be used \(RuntimeError: CUDA error 999\): use --device cpu"):
+        choose_device("cuda", ALONE, 1, 1, read)
+
+
 def test_an_explicit_device_needs_one_for_each_rank_unless_they_share(machine: Callable[..., Choose]) -> None:
     two = machine("cuda", 2, complaint="no matter")
     assert two("cuda", ALONE, 2) == ChosenDevice("cuda", 1000)
