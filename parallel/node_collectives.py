@@ -10,6 +10,7 @@ import torch
 from parallel.collectives import GlooCollectives, IdentityCollectives
 from parallel.peer_lines import PeerLines
 from parallel.shared_memory import SharedMemoryCollectives
+from parallel.shared_words import WordAccess
 from parallel.store_waiting import StoreBarrier, StoreBeats
 from parallel.torch_internals import PrefixStore, Store
 
@@ -21,11 +22,16 @@ def number_nodes(hosts: Sequence[str]) -> list[int]:
 
 
 class NodeCollectives:
-    """Gather within each host, between the hosts, then within each host again. `nodes[r]` is the node of rank r."""
+    """Gather within each host, between the hosts, then within each host again.
+
+    `nodes[r]` is the node of rank r; `access`: see SharedMemoryCollectives.
+    """
 
     name = "shm+gloo"
 
-    def __init__(self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str) -> None:
+    def __init__(
+        self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str, access: WordAccess | None = None
+    ) -> None:
         self.rank, self.world_size = rank, len(nodes)
         self._members = [[other for other in range(len(nodes)) if nodes[other] == node] for node in range(max(nodes) + 1)]
         self._node = nodes[rank]
@@ -38,7 +44,7 @@ class NodeCollectives:
         self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
         if len(mates) > 1:
             inside = PrefixStore(f"node_{self._node}", store)
-            self._local = SharedMemoryCollectives(inside, mates.index(rank), len(mates), timeout_seconds, ranks=mates)
+            self._local = SharedMemoryCollectives(inside, mates.index(rank), len(mates), timeout_seconds, ranks=mates, access=access)
         self._between: GlooCollectives | None = None
         if rank == mates[0] and len(self._members) > 1:
             between = PrefixStore("leaders", store)

@@ -58,6 +58,8 @@ MODEL_OPTIONS = (
     "threads_per_rank",
     "collectives",
     "cpu_kernels",
+    "activations",
+    "lm_head",
     "kv_cache_dtype",
 )
 """Options of the command line that describe a model and its ranks."""

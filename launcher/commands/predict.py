@@ -95,7 +95,7 @@ def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, promp
     requests = []
     for index, (ids, new_tokens) in enumerate(zip(prompt_ids, lengths, strict=True)):
         params = replace(plan_params(options, settings, new_tokens), ignore_eos=options.ignore_eos, logprobs=options.logprobs)
-        requests.append(Request(index, ids, params))
+        requests.append(Request(index, ids, params, adapter=options.adapter))
         check_request(requests[-1], context, run.opened.config.vocab_size)
     said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
     if said and not requests[0].params.do_sample:

@@ -94,6 +94,8 @@ class _Running(Struct, frozen=True, kw_only=True):
     """Name of the matmul kernel, and what runs without native kernels."""
     collectives: str
     """Name of the collectives."""
+    cores_bound: bool = False
+    """Whether each rank is bound to cores of its own."""
 
 
 class Stats(_Running, frozen=True, kw_only=True, tag=True):
@@ -115,6 +117,8 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     """Accepted share of the draft tokens; None if there were none."""
     weight_bytes: list[int]
     """Bytes of weights in memory."""
+    adapter_bytes: list[int]
+    """Bytes of LoRA adapters in memory."""
     draft_weight_bytes: list[int]
     """Bytes of the draft model's weights in memory, besides; 0 without one."""
     read_bytes: list[int]

@@ -96,6 +96,10 @@ class TandemSettings:
     """Fraction of a device's free memory to use."""
     dtype: str | None = None
     """Compute dtype; overrides `compute_dtype`."""
+    activations: str | None = None
+    """"auto" or "int8": inputs of integer linears."""
+    lm_head: str | None = None
+    """"auto" or "int8": the output head."""
     temperature: float | None = None
     """Logits are divided by this before sampling."""
     max_batch_size: int = 16

@@ -120,7 +120,7 @@ def _run_attempt(order: RankOrder, folder: Path, progress: Progress, kept: Kept)
         bind_device_transports(job.device, seat.address)
     line = _ParentLine(folder, order.rank)
     try:
-        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, kept=kept)
+        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, cores=order.cores, kept=kept)
     except PeerError:
         line.close()  # the next attempt makes another
         raise

@@ -110,9 +110,10 @@ class RankBench:
         return engine
 
     def count_step_bytes(self) -> int:
-        """Return the bytes of this rank's weights that a decode step reads: all except an untied embedding."""
+        """Return the bytes of this rank's weights that a decode step reads: all except an embedding that is not the output head too."""
         model = self._model
-        embedding = 0 if model.config.tie_word_embeddings else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
+        shared = model.lm_head is model.embed_tokens.rows
+        embedding = 0 if shared else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
         return model.weight_bytes - embedding
 
     def _time_prefill(self) -> tuple[float, float]:

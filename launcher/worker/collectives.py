@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from launcher.host.shared_memory import shared_memory_works
+from launcher.host.shared_memory import find_word_access, shared_memory_works
 from launcher.job.job import Job
 from launcher.rendezvous.placement import RankPlacement
 from model.backends.registry import find_backend
@@ -51,16 +51,16 @@ def _connect_hosts(name: str, seat: RankPlacement, store: Store, wait_seconds: f
     if name == "auto":
         name = choose_collectives(seat)
     if name == "shm+gloo":
-        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address)
+        return NodeCollectives(store, seat.rank, seat.nodes, wait_seconds, seat.address, find_word_access())
     if name == "shm":
         if seat.num_nodes > 1:
             raise RunError(f"collectives shm work inside one host, but the ranks are on {seat.num_nodes}; use --collectives auto")
-        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds)
+        return SharedMemoryCollectives(store, seat.rank, seat.world_size, wait_seconds, access=find_word_access())
     return GlooCollectives(store, seat.rank, seat.world_size, wait_seconds, seat.address)
 
 
 def choose_collectives(seat: RankPlacement) -> str:
-    """Choose shared memory within one x86-64 host, gloo between such hosts."""
+    """Choose shared memory within one host, gloo between hosts."""
     if shared_memory_works():
         if seat.num_nodes == 1:
             return "shm"

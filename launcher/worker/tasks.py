@@ -73,7 +73,8 @@ def decode(me: Rank, task: Decode) -> None:
     models = [model] if draft_model is None else [model, draft_model]
     token_bytes = sum(one.build_cache(1).store.bytes_per_token for one in models)
     draft_bytes = sum(one.weight_bytes for one in models[1:])
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes, peak_device_bytes])
+    bytes_used = [model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes, model.adapter_bytes, peak_device_bytes]
+    everyone = me.gather(bytes_used)
     times = engine.times
     emit(
         Stats(
@@ -86,10 +87,11 @@ def decode(me: Rank, task: Decode) -> None:
             accepted_tokens=times.accepted_tokens,
             acceptance_rate=times.accepted_tokens / times.speculated_tokens if times.speculated_tokens else None,
             weight_bytes=[row[0] for row in everyone],
+            adapter_bytes=[row[5] for row in everyone],
             draft_weight_bytes=[row[4] for row in everyone],
             read_bytes=[row[1] for row in everyone],
             peak_rss_bytes=[row[2] for row in everyone],
-            peak_device_bytes=[row[5] for row in everyone],
+            peak_device_bytes=[row[6] for row in everyone],
             kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,
             kv_cache_bytes_per_token=[row[3] for row in everyone],
         )
@@ -152,6 +154,7 @@ def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
         "quantization": model.scheme.name,
         "kernel": f"{kernel} (plain: {', '.join(model.plain_features)})" if model.plain_features else kernel,
         "collectives": me.collectives.name,
+        "cores_bound": job.binds_cores,
     }
 
 

@@ -18,6 +18,8 @@ class Span:
     """The sequence's KV cache; a forward pass extends it."""
     ids: Sequence[int]
     """The new tokens."""
+    adapter: int = 0
+    """Number of the sequence's LoRA adapter, from 1; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Batch:
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)
+        self.adapted = _group_adapted(spans)
+        """Number of each adapter in use, with the rows of its tokens within the pass."""
         self._stores: list[StoreRows] | None = None
         self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) and span.cache.store.for_kernels for span in spans)
         """Whether native kernels can read and write all caches (see `join_stores`); else they go by the caches' own methods."""
@@ -68,6 +72,18 @@ class Batch:
                 self._stores.append(joined)
                 first = joined.rows.stop
         return self._stores
+
+
+def _group_adapted(spans: Sequence[Span]) -> list[tuple[int, slice | torch.Tensor]]:
+    if not any(span.adapter for span in spans):
+        return []
+    owners = [span.adapter for span in spans for _ in span.ids]
+    groups: list[tuple[int, slice | torch.Tensor]] = []
+    for adapter in sorted({*owners} - {0}):
+        rows = [row for row, owner in enumerate(owners) if owner == adapter]
+        is_run = rows[-1] - rows[0] + 1 == len(rows)
+        groups.append((adapter, slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows)))
+    return groups
 
 
 def _find_cache(span: Span) -> KeyValueCache:

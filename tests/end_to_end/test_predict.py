@@ -19,6 +19,7 @@ RECORD_FIELDS = ["index", "prompt", "prompt_token_ids", "token_ids", "text", "fi
 STATS_FIELDS = {
     "world_size",
     "threads_per_rank",
+    "cores_bound",
     "device",
     "dtype",
     "quantization",
