@@ -133,7 +133,7 @@ RESULT_NAMES = (
     *("device", "machine", "cores", "date", "prompt_tokens", "new_tokens", "rounds", "memory_bandwidth_bytes_per_second"),
     *("weight_bytes", "decode_bytes_per_step", "load_seconds", "read_bytes", "time_to_first_token_seconds"),
     *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "speculation", "gather_seconds"),
-    "peak_rss_bytes",
+    *("peak_rss_bytes", "peak_device_bytes"),
 )
 """Keys of the object that --json prints, in order."""
 

@@ -60,9 +60,9 @@ def _decode(
     """Run the ranks and write their results. `again` is set if a launcher has restarted this rank."""
     task = console.plan_task()
     job = build_job(run, task, tokenizer=tokenizer)
-    if job.num_blocks is not None:
+    if job.block_limit is not None:
         for request in task.requests:
-            check_memory(request, job.num_blocks, job.block_size)
+            check_memory(request, job.block_limit, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
         output.begin()  # before the ranks start, since a launcher may restart this rank
     restarts = 0

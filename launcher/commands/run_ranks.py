@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launcher.commands.begun_starter import take_starter
+from launcher.commands.device_memory import fit_blocks
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
 from launcher.commands.opened_model import OpenedModel, open_adapters, open_model, read_tokenizer_of
@@ -24,6 +25,8 @@ from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.host.shared_memory import shared_memory_works
+from launcher.job.device_facts import DeviceFacts
+from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION
 from launcher.job.job import Adapter, DraftCheckpoint, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
@@ -88,6 +91,21 @@ class Run:
         """Maximum sequence length: the checkpoint's, or a lower limit from the YAML."""
         longest = self.opened.config.max_position_embeddings
         return min(longest, self.settings.seq_length or longest)
+
+    def read_devices(self, checks: bool) -> DeviceFacts:
+        """Look at the devices of this host, or of this rank if a launcher started it. `checks`: with the self-check of their backend.
+
+        Raises ConfigError if they cannot be used.
+        """
+        if self.starter is not None:
+            return self.starter.probe_devices(checks=checks)
+        from launcher.supervision.device_probe import read_devices
+
+        try:
+            return read_devices(self.environment.local_rank or 0, checks=checks)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the devices of this host cannot be used ({type(error).__name__}: {reason})") from None
 
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.
@@ -188,6 +206,17 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     if tokenizer is not None and not run.environment.rank:
         for warning in end.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+    ranks_per_device = first_not_none(options.ranks_per_device, own.ranks_per_device, 1)
+    device = choose_device(
+        _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)),
+        run.environment,
+        run.num_local_ranks,
+        ranks_per_device,
+        run.read_devices,
+    )
+    fraction = first_not_none(options.memory_fraction, own.memory_fraction, DEFAULT_MEMORY_FRACTION)
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"memory_fraction is {fraction}, but has to be above 0 and at most 1")
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
@@ -200,9 +229,8 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         eos_token_ids=end.ids,
         pad_token_id=yaml_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_not_none(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
-        device=choose_device(
-            _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)), run.environment, run.num_local_ranks
-        ),
+        device=device.kind,
+        ranks_per_device=ranks_per_device,
         collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), get_args(CollectivesName)),
         threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
         cpu_kernels=_one_of(
@@ -230,11 +258,13 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
-    check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (not is_host_memory(job.device) or not shared_memory_works()):
-        raise ConfigError("collectives shm need CPU ranks, and other processors than x86-64 the native kernels; use --collectives gloo")
+    check_collectives(job.collectives, job.device, device.sharing)
+    if job.collectives == "shm" and not shared_memory_works():
+        raise ConfigError("collectives shm need the native kernels on processors other than x86-64; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
+    if device.rank_bytes is not None and not isinstance(task, Quantize):
+        job = replace(job, fitting_blocks=fit_blocks(job, partial(run.plan_ranks, job), device.rank_bytes, fraction))
     return job
 
 

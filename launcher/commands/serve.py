@@ -164,10 +164,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         tokens=job.context_tokens,
         num_threads=job.threads_per_rank or share_cores(num_local),
         block_size=job.block_size,
-        num_blocks=job.num_blocks,
+        num_blocks=job.block_limit,
     )
     plans = run.plan_ranks(job, workload)
-    num_blocks = job.num_blocks or job.max_batch_size * a_context
+    num_blocks = job.num_blocks or min(job.max_batch_size * a_context, job.fitting_blocks or sys.maxsize)
     available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]

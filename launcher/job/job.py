@@ -28,6 +28,7 @@ _LOCAL_FIELDS = (
     "cpu_kernels",
     "draft",
     "task",
+    "fitting_blocks",
     "adapters",
 )
 """Fields that may differ between the ranks of a run; of the fingerprints, only the content is compared."""
@@ -83,6 +84,8 @@ class Job:
     """Compute dtype: float32, bfloat16 or float16."""
     device: str
     """"cpu", or an accelerator's device type."""
+    ranks_per_device: int = 1
+    """Maximum number of ranks that share a device outside host memory."""
     collectives: str
     """"auto", "shm", "gloo" or "nccl"."""
     threads_per_rank: int | None
@@ -103,6 +106,8 @@ class Job:
     """Tokens per KV cache block."""
     num_blocks: int | None
     """Maximum number of KV cache blocks, further limited to what the current requests can use; None sets only the latter limit."""
+    fitting_blocks: int | None = None
+    """Number of KV cache blocks that fit into the free memory of this host's devices; None on CPUs."""
     prefix_cache: bool
     """Whether sequences share the KV cache of equal prefixes."""
     speculate: bool
@@ -133,6 +138,11 @@ class Job:
     def binds_cores(self) -> bool:
         """Whether each rank is bound to cores."""
         return bool(self.bind_cores) or self.cores is not None
+
+    @property
+    def block_limit(self) -> int | None:
+        """Maximum number of KV cache blocks on this host; None if only requests limit it."""
+        return min((count for count in (self.num_blocks, self.fitting_blocks) if count is not None), default=None)
 
     @property
     def path(self) -> Path:

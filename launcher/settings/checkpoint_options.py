@@ -100,6 +100,25 @@ class PlanOptions(PrecisionOptions):
         float | None,
         option("--bandwidth", help="Memory bandwidth per rank in GB/s; adds an estimate of tokens/s. Default: none.", panel=OUTPUT),
     ] = None
+    device_memory: Annotated[
+        str | None,
+        option(
+            "--device-memory",
+            metavar="SIZE",
+            help="Memory of each rank's device, such as 80GB or 64GiB; adds how much KV cache fits. Default: none.",
+            panel=OUTPUT,
+        ),
+    ] = None
+    memory_fraction: Annotated[
+        float | None,
+        option(
+            "--memory-fraction",
+            help="Fraction of that memory for weights and KV cache, above 0 and at most 1. Default: 0.9.",
+            panel=OUTPUT,
+            above=0,
+            max=1,
+        ),
+    ] = None
     svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Write a diagram of the split to this file.", panel=OUTPUT)] = None
     as_json: Annotated[bool, option("--json", help="Print one JSON object instead of a table.", panel=OUTPUT)] = False
 

@@ -124,7 +124,22 @@ class RunOptions(MsrunOptions, PrecisionOptions):
     ] = None
     device: Annotated[
         Device | None,
-        option("--device", help="Device type; cuda and npu need one device per rank. Default: auto (the CPU).", panel=PARALLELISM),
+        option("--device", help="Device type; cuda and npu need one device per rank. Default: auto (docs/devices.md).", panel=PARALLELISM),
+    ] = None
+    ranks_per_device: Annotated[
+        int | None,
+        option("--ranks-per-device", help="Maximum ranks that share a cuda or npu device. Default: 1.", panel=PARALLELISM, min=1),
+    ] = None
+    memory_fraction: Annotated[
+        float | None,
+        option(
+            "--memory-fraction",
+            help="Fraction of a device's free memory for weights and KV cache, above 0 and at most 1. Default: 0.9.",
+            panel=MEMORY,
+            above=0,
+            max=1,
+        ),
+        also("--gpu-memory-utilization"),
     ] = None
     threads_per_rank: Annotated[
         int | None,

@@ -225,6 +225,8 @@ SCHEMA: Schema = {
         "threads_per_rank": _COUNT,
         "collectives": Value(types=(str,), choices=get_args(CollectivesName)),
         "device": Value(types=(str,), choices=get_args(Device)),
+        "ranks_per_device": _COUNT,
+        "memory_fraction": _POSITIVE,
         "dtype": _DTYPE,
         "activations": _PRECISION,
         "lm_head": _PRECISION,

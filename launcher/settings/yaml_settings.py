@@ -90,6 +90,10 @@ class TandemSettings:
     """Transport between ranks: "auto", "shm", "gloo" or "nccl"."""
     device: str | None = None
     """"auto", "cpu", "cuda" or "npu"."""
+    ranks_per_device: int | None = None
+    """Maximum ranks that share a device."""
+    memory_fraction: float | None = None
+    """Fraction of a device's free memory to use."""
     dtype: str | None = None
     """Compute dtype; overrides `compute_dtype`."""
     activations: str | None = None

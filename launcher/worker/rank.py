@@ -91,7 +91,7 @@ class Rank:
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """Gather the integers of every rank, one row each."""
-        mine = torch.tensor([values], dtype=torch.float64, device=self.device)
+        mine = torch.tensor([values], dtype=torch.float64)
         sizes = [len(values)] * self.job.world_size
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 

@@ -42,7 +42,7 @@ def run_rank(
     if kept.collectives is None:
         kept.threads = _take_cores(job, seat, cores)
     device = find_backend(job.device).open_device(seat.local_rank)
-    peers = connect(job, seat, store, wait_seconds)
+    peers = connect(job, seat, store, wait_seconds, device)
     if kept.collectives is None:
         kept.collectives = WatchedCollectives(peers, progress)
     else:

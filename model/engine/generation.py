@@ -251,7 +251,7 @@ class Engine:
             logits = logits if len(places) == len(rows) else logits[places]
             model, allowed = self._model, {}
             if limited:
-                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives, logits.device)
+                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives)
                 by_place = dict(zip(limited, rows_allowed, strict=True))
                 allowed = {number: by_place[place] for number, place in enumerate(places) if place in by_place}
             chosen = dict(zip(places, sample(logits, states, model.shares.vocab, model.collectives, allowed), strict=True))

@@ -145,7 +145,7 @@ def sample(
         mine[row, : len(ids)] = ids + first_id
         mine[row, count : count + len(ids)] = penalized[ids]
     wide = [2 * count] * collectives.world_size
-    gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
+    gathered = collectives.gather_columns(torch.from_numpy(mine), wide).numpy()
     candidates = gathered.reshape(len(states), -1, 2, count)
     tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is among its rank's candidates, as the largest
     for values, state, top in zip(candidates, states, tops, strict=True):

@@ -13,6 +13,7 @@ from torch import nn
 
 from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear, token_linear
 from model.backends.interface import Backend
+from model.backends.upload import upload
 from model.kernels.library import KernelInputs, PackedInt4
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
@@ -105,7 +106,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         parts, column = [], 0
         for group, size in enumerate(sizes):
             columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
-            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
+            packed = self.kernel.pack(upload(columns, device), scale[:, group].contiguous().to(device))
             parts.append(Part(column, column + size, packed))
             column += size
         return parts

@@ -106,7 +106,7 @@ def _quantize_head(model: LlamaForCausalLM, loader: ModelLoader, rounder: LayerR
     model.norm.assign(loader.read("model.norm.weight"), model.device)
     observer = InputObserver(model.config.hidden_size, choose_kept_tokens(len(hidden)), hessian=False)
     for rows in torch.split(hidden, 1024):
-        observer(model.norm(rows.to(model.device)))
+        observer(model.norm(rows.to(model.device)).cpu())
     return rounder.round_head(observer)
 
 

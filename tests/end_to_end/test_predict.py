@@ -36,6 +36,7 @@ STATS_FIELDS = {
     "draft_weight_bytes",
     "read_bytes",
     "peak_rss_bytes",
+    "peak_device_bytes",
     "restarts",
     "recovery_seconds",
     "kv_cache_dtype",

@@ -33,7 +33,7 @@ import json, os, signal, sys, time, traceback
 from datetime import timedelta
 import torch
 from torch.distributed import FileStore, TCPStore
-from parallel.collectives import DistributedCollectives
+from parallel.collectives import GlooCollectives
 from model.kernels.library import find_kernels
 from parallel.errors import PeerError
 from parallel.node_collectives import NodeCollectives
@@ -84,7 +84,7 @@ def connect(rank):
     if back.startswith("nodes"):  # ranks of one host in the parts of several
         nodes = {"nodes in turn": [0, 1, 0, 1], "nodes in a row": [0, 0, 1, 1], "nodes alone": [0, 1, 2, 3]}[back][:world_size]
         return NodeCollectives(store, rank, nodes, timeout_seconds, address)
-    return DistributedCollectives(store, rank, world_size, back, timeout_seconds, address)
+    return GlooCollectives(store, rank, world_size, timeout_seconds, address)
 
 def gather_zeros(collectives):
     return collectives.gather_columns(torch.zeros((1, 2)), [2] * world_size)
@@ -233,7 +233,7 @@ def run_rank(rank):
         os.write(death_in, host.port.to_bytes(2, "big"))
         time.sleep(60)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
-    collectives = DistributedCollectives(store, rank, 2, back, timeout_seconds, address)
+    collectives = GlooCollectives(store, rank, 2, timeout_seconds, address)
     collectives.barrier()
     os.write(death_in, b"r")
     report_wait(rank, collectives.barrier if rank == 0 else lambda: beat_on(collectives))
