@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from launcher.commands.job_plan import build_job
 from launcher.commands.opened_model import open_model
+from launcher.commands.opened_run import Run
 from launcher.commands.preparation import locate_model
-from launcher.commands.run_ranks import Run, build_job
 from launcher.environment.detection import LaunchEnvironment, decide_world_size
 from launcher.environment.device_transports import bind_device_transports
 from launcher.job.job import Job

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.env import read_processor
+from launcher.commands.job_plan import build_job
 from launcher.commands.opened_model import OpenedModel, open_model
+from launcher.commands.opened_run import Run, open_run
 from launcher.commands.preparation import writes_results
 from launcher.commands.profile_report import build_trace, print_profile
-from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
+from launcher.commands.run_ranks import run_to_result
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure

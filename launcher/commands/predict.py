@@ -7,8 +7,10 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.run_ranks import run_job
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.console import RunConsole

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import structs
 
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
+from launcher.commands.run_ranks import run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
 from launcher.host.program_version import read_version
