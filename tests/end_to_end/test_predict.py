@@ -34,6 +34,7 @@ STATS_FIELDS = {
     "acceptance_rate",
     "weight_bytes",
     "draft_weight_bytes",
+    "adapter_bytes",
     "read_bytes",
     "peak_rss_bytes",
     "peak_device_bytes",

@@ -208,12 +208,14 @@ void count(const std::string& name, int64_t number = 1) {
   counts[name] += number;
 }
 
-std::mutex deferred_mutex;
+std::mutex deferred_mutex, running_mutex;
 std::vector<std::pair<at::Tensor, at::Tensor>> deferred;
 
-// Runs the deferred copies, as the device would before anything that follows in its stream.
+// Runs the deferred copies, as the device would before anything that follows in its stream. Returns when those that another thread runs
+// are done, too. The tensors are let go of at the very end, where Python's lock may be needed.
 void catch_up() {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies;
+  std::lock_guard<std::mutex> running(running_mutex);
   {
     std::lock_guard<std::mutex> guard(deferred_mutex);
     copies.swap(deferred);
