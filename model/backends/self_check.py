@@ -1,0 +1,120 @@
+"""The self-check of a backend: each of its operations on small inputs on the device, compared with the plain operation on the CPU.
+
+Integer linears have to give the CPU's bits. Operations on floats have to come near, and a row has to keep its bits whatever else is in
+the batch and however the weight's rows are split.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from model.backends.int8 import PLAIN, Part, sliced_linear
+from model.backends.interface import Backend
+from model.backends.registry import find_backend
+from model.backends.torch_backends import TorchCpuBackend
+
+_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest accepted difference from the CPU's result, relative to the largest value."""
+
+Check = Callable[[Backend, torch.device], str | None]
+
+
+def check_backend(device: torch.device, backend: Backend | None = None) -> str | None:
+    """Compare every operation of the device's backend with the CPU's; return a sentence that names the first that differs, else None.
+
+    `backend`: default: the one of the device's type. An operation that raises differs. Takes seconds where kernels are compiled first.
+    """
+    found = find_backend(device.type) if backend is None else backend
+    for name, check in CHECKS.items():
+        try:
+            difference = check(found, device)
+        except (RuntimeError, ValueError, AssertionError, OSError) as error:
+            difference = f"it fails: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        if difference is not None:
+            return f"the {name} of the {found.name} backend on {device} cannot be used: {difference}"
+    return None
+
+
+def _check_int8_linear(backend: Backend, device: torch.device) -> str | None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randint(-128, 128, (48, 200), generator=generator, dtype=torch.int8)
+        scale = torch.rand(48, generator=generator) * 0.01 + 0.001
+        x = torch.randn((3, 200), generator=generator).to(dtype)
+        x[0, 3] = 40
+        expected = sliced_linear(x, [Part(0, 200, (weight, scale))], PLAIN)
+        kernel = backend.int8_kernel
+        found = sliced_linear(x.to(device), [Part(0, 200, kernel.pack(weight.to(device), scale.to(device)))], kernel).cpu()
+        if not torch.equal(found, expected):
+            return f"{_count_differing(found, expected)} differ from the CPU's with inputs of {_name(dtype)}"
+    return None
+
+
+def _check_float_linear(backend: Backend, device: torch.device) -> str | None:
+    for dtype in _TOLERANCE:
+        generator = torch.Generator().manual_seed(1)
+        x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 96), (48, 96)))
+        found = backend.float_linear(x.to(device), weight.to(device))
+        if reason := _compare(found, (x.double() @ weight.double().T), dtype):
+            return reason
+        halves = [backend.float_linear(x.to(device), part.to(device)) for part in (weight[:16].clone(), weight[16:].clone())]
+        alone = [backend.float_linear(row.to(device), weight.to(device)) for row in torch.split(x, 1)]
+        kept = torch.equal(torch.cat(halves, dim=1), found) and torch.equal(torch.cat(alone), found)
+        if backend.is_split_invariant(dtype, 1) and not kept:
+            return f"bits in {_name(dtype)} depend on the batch or on the split of the weight's rows"
+    return None
+
+
+def _check_norm(backend: Backend, device: torch.device) -> str | None:
+    for dtype in _TOLERANCE:
+        generator = torch.Generator().manual_seed(2)
+        hidden, delta = (torch.randn((3, 72), generator=generator).to(dtype) for _ in range(2))
+        weight = torch.rand(72, generator=generator).to(dtype)
+        expected = TorchCpuBackend().rms_norm(hidden.clone(), delta, weight, 1e-5)
+        if reason := _compare(backend.rms_norm(hidden.to(device), delta.to(device), weight.to(device), 1e-5), expected, dtype):
+            return reason
+    return None
+
+
+def _check_activation(backend: Backend, device: torch.device) -> str | None:
+    for dtype in _TOLERANCE:
+        gate_up = torch.randn((3, 80), generator=torch.Generator().manual_seed(3)).to(dtype)
+        if reason := _compare(backend.silu_multiply(gate_up.to(device)), TorchCpuBackend().silu_multiply(gate_up), dtype):
+            return reason
+    return None
+
+
+def _check_attention(backend: Backend, device: torch.device) -> str | None:
+    for dtype in _TOLERANCE:
+        generator = torch.Generator().manual_seed(4)
+        query, keys, values = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 2, 5, 32), (2, 5, 32), (2, 5, 32)))
+        expected = TorchCpuBackend().attend(query, keys, values, None)
+        if reason := _compare(backend.attend(query.to(device), keys.to(device), values.to(device), None), expected, dtype):
+            return reason
+    return None
+
+
+CHECKS: dict[str, Check] = {
+    "int8 linear": _check_int8_linear,
+    "float linear": _check_float_linear,
+    "norm": _check_norm,
+    "activation": _check_activation,
+    "attention": _check_attention,
+}
+"""By the name used in messages, in the order in which they run."""
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
+    near, right = found.cpu().double(), expected.double()
+    worst, largest = (near - right).abs().max().item(), right.abs().max().item()
+    if worst <= _TOLERANCE[dtype] * largest:  # false also for NaN
+        return None
+    return f"the largest difference from the CPU is {worst:.3g} of {largest:.3g} in {_name(dtype)}"
+
+
+def _count_differing(found: torch.Tensor, expected: torch.Tensor) -> str:
+    return f"{int((found != expected).sum())} of {expected.numel()} results"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
