@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Read when triton is first imported: kernels for accelerators then run in its interpreter, on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -4,7 +4,7 @@ Integer linears have to give the CPU's bits. Operations on floats have to come n
 the batch and however the weight's rows are split.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,18 +16,20 @@ from model.backends.torch_backends import TorchCpuBackend
 _TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest accepted difference from the CPU's result, relative to the largest value."""
 
-Check = Callable[[Backend, torch.device], str | None]
+FLOATS = tuple(_TOLERANCE)
+Check = Callable[[Backend, torch.device, Sequence[torch.dtype]], str | None]
 
 
-def check_backend(device: torch.device, backend: Backend | None = None) -> str | None:
+def check_backend(device: torch.device, backend: Backend | None = None, dtypes: Sequence[torch.dtype] = FLOATS) -> str | None:
     """Compare every operation of the device's backend with the CPU's; return a sentence that names the first that differs, else None.
 
-    `backend`: default: the one of the device's type. An operation that raises differs. Takes seconds where kernels are compiled first.
+    `backend`: default: the one of the device's type. An operation that raises differs. Takes seconds where kernels are
+    compiled first.
     """
     found = find_backend(device.type) if backend is None else backend
     for name, check in CHECKS.items():
         try:
-            difference = check(found, device)
+            difference = check(found, device, dtypes)
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             difference = f"it fails: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         if difference is not None:
@@ -35,8 +37,8 @@ def check_backend(device: torch.device, backend: Backend | None = None) -> str |
     return None
 
 
-def _check_int8_linear(backend: Backend, device: torch.device) -> str | None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+def _check_int8_linear(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randint(-128, 128, (48, 200), generator=generator, dtype=torch.int8)
         scale = torch.rand(48, generator=generator) * 0.01 + 0.001
@@ -50,8 +52,8 @@ def _check_int8_linear(backend: Backend, device: torch.device) -> str | None:
     return None
 
 
-def _check_float_linear(backend: Backend, device: torch.device) -> str | None:
-    for dtype in _TOLERANCE:
+def _check_float_linear(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
         generator = torch.Generator().manual_seed(1)
         x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 96), (48, 96)))
         found = backend.float_linear(x.to(device), weight.to(device))
@@ -65,8 +67,8 @@ def _check_float_linear(backend: Backend, device: torch.device) -> str | None:
     return None
 
 
-def _check_norm(backend: Backend, device: torch.device) -> str | None:
-    for dtype in _TOLERANCE:
+def _check_norm(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
         generator = torch.Generator().manual_seed(2)
         hidden, delta = (torch.randn((3, 72), generator=generator).to(dtype) for _ in range(2))
         weight = torch.rand(72, generator=generator).to(dtype)
@@ -76,16 +78,16 @@ def _check_norm(backend: Backend, device: torch.device) -> str | None:
     return None
 
 
-def _check_activation(backend: Backend, device: torch.device) -> str | None:
-    for dtype in _TOLERANCE:
+def _check_activation(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
         gate_up = torch.randn((3, 80), generator=torch.Generator().manual_seed(3)).to(dtype)
         if reason := _compare(backend.silu_multiply(gate_up.to(device)), TorchCpuBackend().silu_multiply(gate_up), dtype):
             return reason
     return None
 
 
-def _check_attention(backend: Backend, device: torch.device) -> str | None:
-    for dtype in _TOLERANCE:
+def _check_attention(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
         generator = torch.Generator().manual_seed(4)
         query, keys, values = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 2, 5, 32), (2, 5, 32), (2, 5, 32)))
         expected = TorchCpuBackend().attend(query, keys, values, None)

@@ -134,7 +134,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def batch_invariant(self) -> bool:
         """Whether the result of a row is bitwise identical for every batch size."""
-        return self.backend.kernels is not None
+        return self.backend.batch_invariant
 
     @property
     def plain_features(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.backends.paged import PagedRows, place_rows
 from model.layers.cache import Cache, KeyValueCache, KeyValueStore
 from model.layers.rotary import Rotary
 
@@ -49,6 +50,7 @@ class Batch:
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)
         self._stores: list[StoreRows] | None = None
+        self._device, self._paged = device, dict[int, PagedRows]()
         self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) for span in spans)
         """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
 
@@ -70,6 +72,18 @@ class Batch:
                 self._stores.append(joined)
                 first = joined.rows.stop
         return self._stores
+
+    def place_part(self, part: StoreRows, tile_tokens: int) -> PagedRows:
+        """Return the rows of one of `join_stores` for the device's attention. Computed once, since they are the same for every layer."""
+        found = self._paged.get(part.rows.start)
+        if found is None:
+            sequences, row = [], 0
+            for span in self.spans:
+                if part.rows.start <= row < part.rows.stop:
+                    sequences.append((span.cache.length, len(span.ids), _find_cache(span).blocks))
+                row += len(span.ids)
+            found = self._paged[part.rows.start] = place_rows(sequences, tile_tokens, part.store.block_size, self._device)
+        return found
 
 
 def _find_cache(span: Span) -> KeyValueCache:
