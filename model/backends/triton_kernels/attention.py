@@ -13,7 +13,7 @@ from model.backends.triton_kernels.arithmetic import divide
 from model.backends.triton_kernels.cache_write import find_scales
 from model.backends.triton_kernels.launching import cover, launch
 
-_STEP = 32
+_STEP = 64
 """Keys at a time."""
 _TILE_ROWS = 16
 """Rows of a tile: tokens times the query heads of a KV head."""
@@ -40,7 +40,7 @@ def attend_chunk(
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CACHE: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Attend with query [ROWS, BD] over the tokens first .. first + CHUNK of one sequence, those up to position int32 [ROWS] of each row."""
+    """Attend with query [ROWS, BD] over tokens first .. first + CHUNK of one sequence, up to each row's position int32 [ROWS]."""
     d, t = tl.arange(0, BD), tl.arange(0, STEP)
     out, total = tl.zeros((ROWS, BD), tl.float32), tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -184,10 +184,11 @@ def attend(
     if paged.splits:
         partial = torch.empty((tiles, kv_heads, paged.chunks, height, shape["BD"]), dtype=torch.float32, device=query.device)
         summary = torch.empty((tiles, kv_heads, paged.chunks, 2, height), dtype=torch.float32, device=query.device)
+    limits = dim**-0.5, (1 << 30) if window is None else window, 1.0 if softcap is None else float(softcap)
     launch(
-        attend_tiles, (tiles, kv_heads, paged.chunks if paged.splits else 1), query, layer.data, scales, paged.tiles, paged.table, out, partial,
-        summary, paged.table.shape[1], dim**-0.5, (1 << 30) if window is None else window, 1.0 if softcap is None else softcap, paged.chunks,
-        BLOCK_SIZE=block_size, CACHE=cache, CAPPED=softcap is not None, STEP=_STEP, SPLIT=paged.splits, **shape, num_warps=4, num_stages=2,
+        attend_tiles, (tiles, kv_heads, paged.chunks if paged.splits else 1), query, layer.data, scales, paged.tiles, paged.table, out,
+        partial, summary, paged.table.shape[1], *limits, paged.chunks, BLOCK_SIZE=block_size, CACHE=cache, CAPPED=softcap is not None,
+        STEP=_STEP, SPLIT=paged.splits, **shape, num_warps=4, num_stages=2,
     )  # fmt: skip
     if paged.splits:
         launch(combine_chunks, (tiles, kv_heads), paged.tiles, out, partial, summary, paged.chunks, **shape, num_warps=4)

@@ -32,7 +32,7 @@ def int8_product(
     K: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, SLICES: tl.constexpr, CORRECTED: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, outputs] of q int8 [SLICES, rows, K] by weight int8 [outputs, K] with scale [outputs, GROUPS], groups of STEPS * BK columns.
+    """out [rows, outputs]: q int8 [SLICES, rows, K] by weight int8 [outputs, K], scale [outputs, GROUPS], groups of STEPS * BK columns.
 
     A tile has SLOTS * ROWS rows: ROWS rows of x, with every slice. With SPLIT > 1, each program stores the integer sums of its part of K
     in partial int32 [SPLIT, SLICES, rows, outputs] instead.

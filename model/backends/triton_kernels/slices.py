@@ -32,12 +32,12 @@ def slice_rows(
         if DIVIDED:
             value = divide(value, tl.load(divisor + source, mask=inside, other=1.0))
         top = tl.maximum(top, tl.max(tl.abs(value), axis=0))
-        bad = tl.maximum(bad, tl.max((value != value).to(tl.int32), axis=0))
+        bad = tl.maximum(bad, tl.max(tl.where(value != value, 1, 0), axis=0))
     if WAY == 2:
         scale, result = input_scale, input_scale
     else:
         # No integer represents NaN or infinity: the row's scale does, so that the whole row's results are NaN.
-        bad = tl.maximum(bad, (top == float("inf")).to(tl.int32))
+        bad = tl.maximum(bad, tl.where(top == float("inf"), 1, 0))
         scale = tl.maximum(divide(top, 127.0 if WAY == 0 else 127.5), 1e-30)
         result = scale
     tl.store(row_scale + row, tl.where(bad > 0, float("nan"), result))

@@ -6,7 +6,7 @@ import torch
 from model.backends.int8 import PLAIN, Int8Kernel
 from model.backends.interface import Backend
 from model.backends.self_check import check_backend
-from tests.model.layers.test_quantized_linear import COLUMNS, SCHEMES, build, make_inputs, make_stored, take_rows
+from tests.model.layers.test_quantized_linear import SCHEMES, build, make_inputs, make_stored
 
 DTYPES = (torch.float32, torch.float16)
 """The interpreter computes bfloat16 wrongly; `scripts/bench/device_check.py` covers it on a GPU."""

@@ -15,9 +15,9 @@ from model.layers.cache import KeyValueCache
 from model.spec.scheme import Scheme
 from tests.model.families import write_model
 
-PROMPT = [(13 * i + 5) % 79 for i in range(21)]
-FLOATS = ("nine_heads", "gemma2", "mixtral", "qwen3-window")
-"""An odd number of heads, limited scores and GELU, experts, norms of heads with a window."""
+PROMPT = [(13 * i + 5) % 79 for i in range(11)]
+FLOATS = ("gemma2", "mixtral", "qwen3-window")
+"""Limited scores and GELU, experts, norms of heads with a window."""
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def find_folder(tiny_llama: Callable[[str], Path], quantize: Callable[..., Schem
 
     def find(name: str) -> Path:
         if name == "int8":
-            quantize(tiny_llama("nine_heads"), tmp_path / "int8", "lm_head")
+            quantize(tiny_llama("llama3_rope"), tmp_path / "int8", "lm_head")
             return tmp_path / "int8"
-        return tiny_llama(name) if name == "nine_heads" else write_model(tmp_path, name)
+        return tiny_llama(name) if name == "llama3_rope" else write_model(tmp_path, name)
 
     return find
 
@@ -42,7 +42,7 @@ def compute(model: LlamaForCausalLM) -> torch.Tensor:
     store = model.build_store(8, 16)
     caches = [KeyValueCache(store, blocks) for blocks in ([5, 0, 2], [4, 1, 7])]
     parts = [gather_logits(model, [Span(caches[0], PROMPT), Span(caches[1], PROMPT[:5])])]
-    for token in (3, 14, 15):
+    for token in (3, 14):
         new = int(parts[-1][len(PROMPT) - 1 if len(parts) == 1 else 0].argmax())
         parts.append(gather_logits(model, [Span(caches[0], [new]), Span(caches[1], [token])]))
     return torch.cat(parts)
@@ -76,7 +76,7 @@ def test_a_prefilled_row_has_the_bits_of_a_decoded_one(
 ) -> None:
     """What speculation and the restart by prefill rest on."""
     monkeypatch.setattr(llama, "find_backend", lambda device_type: triton_backend)
-    model = build_model(find_folder("nine_heads"), dtype)
+    model = build_model(find_folder("llama3_rope"), dtype)
     assert model.batch_invariant
     together = gather_logits(model, [Span(model.build_cache(len(PROMPT)), PROMPT)])
     cache = model.build_cache(len(PROMPT))
