@@ -15,8 +15,8 @@ from model.layers.cache import KeyValueCache
 from model.spec.scheme import Scheme
 from tests.model.families import write_model
 
-PROMPT = [(13 * i + 5) % 79 for i in range(11)]
-FLOATS = ("gemma2", "mixtral", "qwen3-window")
+PROMPT = [(13 * i + 5) % 79 for i in range(9)]
+SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3-window"))
 """Limited scores and GELU, experts, norms of heads with a window."""
 
 
@@ -42,13 +42,13 @@ def compute(model: LlamaForCausalLM) -> torch.Tensor:
     store = model.build_store(8, 16)
     caches = [KeyValueCache(store, blocks) for blocks in ([5, 0, 2], [4, 1, 7])]
     parts = [gather_logits(model, [Span(caches[0], PROMPT), Span(caches[1], PROMPT[:5])])]
-    for token in (3, 14):
+    for token in (3,):
         new = int(parts[-1][len(PROMPT) - 1 if len(parts) == 1 else 0].argmax())
         parts.append(gather_logits(model, [Span(caches[0], [new]), Span(caches[1], [token])]))
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", [*FLOATS, "int8"])
+@pytest.mark.parametrize("name", ["int8", "gemma2", *SLOW])
 def test_logits_are_near_the_cpus_and_bits_are_those_of_one_rank(
     name: str,
     find_folder: Callable[[str], Path],
