@@ -3,16 +3,22 @@
 Works on offsets and dtypes; where a tensor's bytes start is up to the file format's reader.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
+from parallel.lazy_torch import torch
 from parallel.regular_file import open_descriptor
 
 _CHUNK_BYTES = 8 << 20
@@ -28,8 +34,12 @@ if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-Convert = Callable[[torch.Tensor], torch.Tensor]
-"""Converts stored rows, a buffer it may overwrite, to the requested form."""
+class Convert(Protocol):
+    """Converts stored rows, a buffer it may overwrite, to the requested form."""
+
+    def __call__(self, rows: torch.Tensor, /) -> torch.Tensor:
+        """Return the converted rows."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class StoredRows:
     """One past the last row stored here."""
     row_shape: tuple[int, ...]
     """Shape of one row."""
-    dtype: torch.dtype
+    dtype: ElementType
     """Element type as stored."""
 
     @property
@@ -72,7 +82,7 @@ class FileReader:
 
         Raises CheckpointError when some of the rows are not stored anywhere or a file is truncated.
         """
-        out = torch.empty((stop - start, *parts[0].row_shape), dtype=parts[0].dtype)
+        out = torch.empty((stop - start, *parts[0].row_shape), dtype=parts[0].dtype.torch_dtype)
         ask_for_huge_pages(out)
         self.read_into(out, parts, start)
         return out
@@ -82,16 +92,11 @@ class FileReader:
 
         Rows that need a conversion or another dtype are read through a small buffer.
         """
-        row, stop, runs = start, start + out.shape[0], []
-        for part in parts:
-            end = min(stop, part.stop)
-            if part.start <= row < end:
-                step = max(1, _CHUNK_BYTES // max(1, part.row_bytes))
-                runs += [(part, first, min(first + step, end)) for first in range(row, end, step)]
-                self.read_bytes += (end - row) * part.row_bytes
-                row = end
-        if row < stop:
-            raise CheckpointError(f"rows {row} to {stop} of a tensor are stored in none of its files ({parts[0].path.name}, …)")
+        runs = []
+        for part, row, end in _cut(parts, start, start + out.shape[0]):
+            step = max(1, _CHUNK_BYTES // max(1, part.row_bytes))
+            runs += [(part, first, min(first + step, end)) for first in range(row, end, step)]
+            self.read_bytes += (end - row) * part.row_bytes
         for part, _, _ in runs:
             self._open(part.path)
 
@@ -115,7 +120,7 @@ class FileReader:
         (row_length,), num_rows, width = part.row_shape, part.stop - part.start, last_column - first_column
         if width == row_length:
             return self.read_rows([part], part.start, part.stop)
-        out = torch.empty((num_rows, width), dtype=part.dtype)
+        out = torch.empty((num_rows, width), dtype=part.dtype.torch_dtype)
         if out.numel() == 0:
             return out
         if 4 * width >= row_length:
@@ -131,9 +136,18 @@ class FileReader:
         self.read_bytes += out.nbytes
         return out
 
+    def read_stored(self, parts: Sequence[StoredRows], start: int, stop: int) -> NDArray[np.uint8]:
+        """Read rows [start, stop) as bytes [rows, bytes of a row], without PyTorch; see `read_rows`."""
+        out = np.empty((stop - start, parts[0].row_bytes), dtype=np.uint8)
+        for part, first, end in _cut(parts, start, stop):
+            view = out[first - start : end - start].reshape(-1).data
+            self._fill(view, part.path, part.offset_bytes + (first - part.start) * part.row_bytes)
+            self.read_bytes += len(view)
+        return out
+
     def read_span(self, path: Path, offset_bytes: int, length_bytes: int) -> torch.Tensor:
         """Read `length_bytes` bytes of a file as a uint8 tensor."""
-        return self.read_rows([StoredRows(path, offset_bytes, 0, length_bytes, (), torch.uint8)], 0, length_bytes)
+        return self.read_rows([StoredRows(path, offset_bytes, 0, length_bytes, (), ElementType.UINT8)], 0, length_bytes)
 
     def read_spans(self, out: torch.Tensor, spans: Iterable[tuple[Path, int, int]]) -> None:
         """Fill `out` (uint8) with (file, offset, length) spans one after another, reading only their bytes.
@@ -161,11 +175,11 @@ class FileReader:
         offset = part.offset_bytes + (first_row - part.start) * part.row_bytes
         # Disks are fastest with many requests in flight (measured: 2 times as fast cold, no loss warm).
         ask_for_bytes(self._open(part.path), offset, out.shape[0] * part.row_bytes)
-        if convert is None and out.dtype == part.dtype:
+        if convert is None and out.dtype == part.dtype.torch_dtype:
             self._fill(_bytes_of(out), part.path, offset)
             return
         step = max(1, _PIECE_BYTES // max(1, part.row_bytes))
-        aside = torch.empty((min(step, out.shape[0]), *part.row_shape), dtype=part.dtype)
+        aside = torch.empty((min(step, out.shape[0]), *part.row_shape), dtype=part.dtype.torch_dtype)
         for first in range(0, out.shape[0], step):
             rows = out[first : first + step]
             stored = aside[: rows.shape[0]]
@@ -184,6 +198,19 @@ class FileReader:
             if count == 0:
                 raise CheckpointError(f"{path} ends at byte {offset + done}, but a tensor reaches byte {offset + len(view)}: copy it again")
             done += count
+
+
+def _cut(parts: Sequence[StoredRows], start: int, stop: int) -> list[tuple[StoredRows, int, int]]:
+    """Return the part and the rows [first, end) of each run that rows [start, stop) consist of. Raises CheckpointError for a gap."""
+    row, runs = start, []
+    for part in parts:
+        end = min(stop, part.stop)
+        if part.start <= row < end:
+            runs.append((part, row, end))
+            row = end
+    if row < stop:
+        raise CheckpointError(f"rows {row} to {stop} of a tensor are stored in none of its files ({parts[0].path.name}, …)")
+    return runs
 
 
 def ask_for_bytes(descriptor: int, offset: int, length: int) -> None:

@@ -1,43 +1,13 @@
-"""Trace of one rank: named time spans, and collectives that record theirs.
-
-All processes of a host share the clock, so spans of several ranks can be shown on one timeline.
-"""
+"""Collectives that record their calls as spans of a rank."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
 from parallel.collectives import Collectives
+from parallel.recorder import Recorder
 from parallel.shared_memory import SharedSlots, SharesSlots
-
-GATHER, BARRIER = "gather_columns", "barrier"
-
-
-class Recorder:
-    """Spans (index of the name, start, duration; nanoseconds of CLOCK_MONOTONIC), in the order in which they end."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = [GATHER, BARRIER]
-        self.spans: list[tuple[int, int, int]] = []
-
-    def number(self, name: str) -> int:
-        """Return the index of a name."""
-        if name not in self.names:
-            self.names.append(name)
-        return self.names.index(name)
-
-    def add(self, number: int, started: int) -> None:
-        """Add a span that ends now."""
-        self.spans.append((number, started, time.monotonic_ns() - started))
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Record the body of the `with` statement as a span."""
-        number, started = self.number(name), time.monotonic_ns()
-        yield
-        self.add(number, started)
 
 
 class RecordedCollectives:

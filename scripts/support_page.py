@@ -20,8 +20,6 @@ PAGE = ROOT / "docs" / "models-and-formats.md"
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
 _SIZES = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 32, "vocab_size": 64}
 _SIZES |= {"pad_token_id": 0, "head_dim": 32}
-_WINDOW = "windows"
-"""Of families whose models may have one."""
 
 
 def render_tables() -> str:
@@ -39,8 +37,7 @@ def _render_families() -> Iterator[str]:
 
 def _list_plain(family: Architecture) -> list[str]:
     config = build_config({**_SIZES, "model_type": family.model_type})
-    windows = [_WINDOW] if "sliding_window" in family.keys.read else []
-    return [*list_plain_features(config, None), *windows]
+    return list(list_plain_features(config))
 
 
 def _render_formats() -> Iterator[str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
     from tandem.ranks import init
     from tandem.sampling_params import SamplingParams
+    from tandem.structured_outputs import StructuredOutputsParams
 
     __version__: str
 
@@ -31,6 +32,7 @@ __all__ = [
     "RunError",
     "SamplingParams",
     "StreamedToken",
+    "StructuredOutputsParams",
     "__version__",
     "init",
 ]
@@ -39,6 +41,7 @@ _PLACES = {
     "AutoModel": "tandem.auto_model",
     "LLM": "tandem.llm",
     "SamplingParams": "tandem.sampling_params",
+    "StructuredOutputsParams": "tandem.structured_outputs",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "StreamedToken"), "tandem.outputs"),
     "LlamaTokenizer": "model.text.tokenizer",
     "RanksFailedError": "launcher.supervision.verdict",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from parallel.errors import RequestError
+from tandem.structured_outputs import StructuredOutputsParams, read_limit
 
 _LEAST_TEMPERATURE = 1e-6
 """Lower temperatures decode greedily: no other token has a chance, and the scaled logits would overflow."""
@@ -14,10 +15,7 @@ _MAX_CHOICES = 64
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "best_of": (None, 1),
-    "bad_words": (None, [], ()),
     "logits_processors": (None, [], ()),
-    "guided_decoding": (None,),
-    "structured_outputs": (None,),
     "include_stop_str_in_output": (False,),
     "detokenize": (True,),
     "skip_special_tokens": (True,),
@@ -65,13 +63,16 @@ class SamplingParams:
     """Number of new tokens before one that ends the answer."""
     allowed_token_ids: Sequence[int] | None = None
     """If any, the only token ids to choose from."""
+    bad_words: Sequence[str] | None = None
+    """Texts that an answer must not contain, as far as they are tokenized as alone or after a space."""
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    """Limits the form of the text. It overrides `ignore_eos` and `min_tokens`; an answer that `max_tokens` cuts is incomplete."""
+    guided_decoding: StructuredOutputsParams | Mapping[str, Any] | None = None
+    """The older name of `structured_outputs`."""
     prompt_logprobs: int | None = None
     """Not supported: None only. The same holds for the values below, which are vLLM's defaults."""
     best_of: int | None = None
-    bad_words: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
-    guided_decoding: Any = None
-    structured_outputs: Any = None
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -115,6 +116,13 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)}, but has to be {needed}")
         if not all(type(text) is str and text for text in self.stops):
             raise RequestError(f"stop is {self.stop!r}, but texts that are not empty are needed")
+        if isinstance(self.bad_words, str) or not all(type(text) is str and text.strip() for text in self.bad_words or ()):
+            raise RequestError(f"bad_words is {self.bad_words!r}, but a list of texts that are not empty is needed")
+        self.read_limit()
+
+    def read_limit(self) -> dict[str, Any]:
+        """Return the limit on the form of the text, as fields of the server's StructuredOutputs; empty without one."""
+        return read_limit(self.structured_outputs, self.guided_decoding)
 
     @property
     def stops(self) -> list[str]:

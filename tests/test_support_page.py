@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import FORMATS, find_format, open_checkpoint
-from model.decoder.loading import check_checkpoint
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.families import list_architectures

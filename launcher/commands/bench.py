@@ -23,13 +23,13 @@ from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.host.program_version import read_version
+from launcher.job.speculation_prompts import describe_row, encode_prompts
 from launcher.job.tasks import Bench
 from launcher.settings.approaches import APPROACHES, check_words, plan_recipe
 from launcher.settings.checkpoint_options import QuantizeOptions
 from launcher.settings.measure_options import BenchOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
-from launcher.worker.speculation_bench import describe_row, encode_prompts
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.formats import OpenOptions
 from model.checkpoint.random_source import RandomSource
@@ -89,6 +89,7 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
     for flag, value, most in (("--prompt-tokens", prompt_tokens, context - 1), ("--new-tokens", new_tokens, context - 2)):
         if not 1 <= value <= most:
             raise ConfigError(f"{flag} is {value}, but has to be from 1 to {most}: the model's context is {context}")
+    speculates = options.speculate or options.draft_model is not None
     source = run.opened.source
     whole = source.whole if isinstance(source, FirstLayers) else source
     return Bench(
@@ -98,7 +99,7 @@ def plan_bench(options: BenchOptions, run: Run, batch_sizes: tuple[int, ...]) ->
         rounds=options.rounds,
         num_layers=options.num_layers,
         random_values=json.dumps(whole.config) if isinstance(whole, RandomSource) else None,
-        speculated=encode_prompts(run.read_tokenizer(), context, run.opened.config.vocab_size) if options.speculate else (),
+        speculated=encode_prompts(run.read_tokenizer(), context, run.opened.config.vocab_size) if speculates else (),
         profile=options.profile is not None,
         command_started=read_start_seconds(),
     )
@@ -183,10 +184,11 @@ def _check_words(options: BenchOptions) -> None:
         ):
             if value is not None:
                 raise ConfigError(f"{flag} cannot be combined with --random-weights, which reads no checkpoint; drop one of them")
-        if options.speculate:
-            raise ConfigError(
-                "--speculate cannot be combined with --random-weights, because its gain depends on the text: give --checkpoint instead"
-            )
+        for flag, given in (("--speculate", options.speculate), ("--draft-model", options.draft_model)):
+            if given:
+                raise ConfigError(
+                    f"{flag} cannot be combined with --random-weights, because its gain depends on the text: give --checkpoint instead"
+                )
     else:
         for flag, given in (("--model-config", options.model_config), ("--quantization", options.quantization)):
             if given is not None:

@@ -3,11 +3,10 @@
 `auto` selects the CPU: the device backend is not optimized yet, and having an accelerator must not change a machine's behavior.
 """
 
-import torch
-
 from launcher.environment.detection import LaunchEnvironment
-from launcher.worker.rank_group import TANDEM_RUN
+from launcher.job.tasks import TANDEM_RUN
 from parallel.errors import ConfigError
+from parallel.lazy_torch import torch
 
 _SHARES_DEVICES = ("none", "torchrun", TANDEM_RUN)
 """Launchers whose ranks all see the same devices; the others can assign one device to each rank."""

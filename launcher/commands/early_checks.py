@@ -5,10 +5,10 @@ they cannot judge, which are reported later.
 """
 
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from launcher.host.accelerators import is_cpu_build
 from launcher.settings.decode_options import ChatOptions, PredictOptions, ServeOptions
 from launcher.settings.measure_options import BenchOptions
 from launcher.settings.options import RunOptions
@@ -52,9 +52,5 @@ def _read_config(place: Path | None) -> LlamaConfig | None:
 
 def _check_device(word: str) -> None:
     """Raise ConfigError if PyTorch is known not to support a device. PyTorch itself is asked later."""
-    try:
-        is_cpu_build = version("torch").endswith("+cpu")
-    except PackageNotFoundError:
-        return
-    if is_cpu_build and (word == "cuda" or (word == "npu" and find_spec("torch_npu") is None)):
+    if is_cpu_build() and (word == "cuda" or (word == "npu" and find_spec("torch_npu") is None)):
         raise ConfigError(f"--device is {word}, but this PyTorch supports cpu only: install a {word} build, or drop --device")

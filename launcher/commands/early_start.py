@@ -3,12 +3,9 @@
 from typing import Any
 
 from launcher.commands import preparation
+from launcher.commands.begun_starter import begin_starter
 from launcher.settings.options import RunOptions
 from launcher.settings.program_options import ProgramOptions
-from launcher.supervision.rank_starter import RankStarter
-
-_begun: list[RankStarter] = []
-"""At most one."""
 
 
 def prepare(options: Any) -> Any:
@@ -18,14 +15,9 @@ def prepare(options: Any) -> Any:
     """
     options = preparation.prepare(options)
     if isinstance(options, ProgramOptions):
-        _begun[:] = [RankStarter()]
+        begin_starter()
     elif isinstance(options, RunOptions):
         environment = preparation.read_run_environment(options)
         if not environment.is_rank and not environment.is_scheduler:
-            _begun[:] = [RankStarter(preload=options.preload)]
+            begin_starter(preload=options.preload)
     return options
-
-
-def take_starter(*, preload: bool = True) -> RankStarter:
-    """Return the process that was begun, or another one. The caller closes it."""
-    return _begun.pop() if _begun and _begun[0].preload == preload else RankStarter(preload=preload)

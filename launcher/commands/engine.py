@@ -3,12 +3,13 @@
 Its own process, so that the program needs neither PyTorch, nor its main thread, nor signal handlers. Exits with the program.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 
@@ -32,10 +33,12 @@ from launcher.server.engine_messages import (
     encode,
 )
 from launcher.server.local_engine import LocalEngine
+from launcher.server.structured_output import StructuredOutputs
 from launcher.settings.options import EngineOptions
 from launcher.settings.python_options import read_options
 from launcher.supervision.signals import StoppedError
 from launcher.supervision.verdict import RanksFailedError
+from model.engine.grammar import Grammars
 from model.engine.request import Request, check_memory, check_request
 from model.engine.sampling_params import SamplingParams
 from model.spec.config import PREFILL_TOKENS
@@ -80,7 +83,7 @@ class _Link:
 
 
 def main() -> None:
-    """Run with the arguments DESCRIPTOR PROGRAM_PID."""
+    """Run with the arguments DESCRIPTOR PROGRAM_PID, of `launcher/commands/engine_start.py`."""
     prepare_streams()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the program
     try:
@@ -112,7 +115,7 @@ def _run(link: _Link) -> None:
     assert isinstance(start, Start)
     run = open_run(read_options(EngineOptions, start.options, "LLM"))
     tokenizer = run.read_tokenizer()
-    task = Serve(requests=(), num_blocks=1, prefill_tokens=PREFILL_TOKENS)
+    task = Serve(requests=(), num_blocks=1, prefill_tokens=PREFILL_TOKENS, tokenizer=str(run.tokenizer_path.absolute()))
     job = build_job(run, task, tokenizer=tokenizer)
     num_blocks, _ = plan_cache(run, job)
     job = replace(job, task=structs.replace(task, num_blocks=num_blocks))
@@ -123,7 +126,9 @@ def _run(link: _Link) -> None:
     progress = loading_progress(run.world_size)
     is_shown = sys.stderr.isatty()
     engine = _Engine(job.max_batch_size, link.tell, lambda done, total: progress(done, total) if is_shown else None)
-    threading.Thread(target=_hear, args=(link, engine, run, job, num_blocks), daemon=True, name="from the program").start()
+    grammars = Grammars(lambda: tokenizer, run.opened.config.vocab_size, job.eos_token_ids)
+    builder = _RequestBuilder(run, job, num_blocks, grammars)
+    threading.Thread(target=_hear, args=(link, engine, builder), daemon=True, name="from the program").start()
     try:
         run_job(run, job, engine)
     finally:
@@ -135,12 +140,12 @@ class _Engine(LocalEngine):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _hear(link: _Link, engine: LocalEngine, run: Run, job: Job, num_blocks: int) -> None:
+def _hear(link: _Link, engine: LocalEngine, builder: "_RequestBuilder") -> None:
     while (raw := link.receive()) is not None:
         match decode_instruction(raw):
             case Submit() as submitted:
                 try:
-                    engine.submit(_build_requests(submitted, run, job, num_blocks))
+                    engine.submit(builder.build(submitted))
                 except InputError as error:
                     link.tell(Rejected(submitted.first, str(error)))
             case CancelSequences() as cancelled:
@@ -149,16 +154,39 @@ def _hear(link: _Link, engine: LocalEngine, run: Run, job: Job, num_blocks: int)
     threading.Timer(_STOP_SECONDS, os._exit, (1,)).start()
 
 
-def _build_requests(submitted: Submit, run: Run, job: Job, num_blocks: int) -> list[Request]:
-    """Check all sequences. Raises RequestError."""
-    requests, vocab_size = [], run.opened.config.vocab_size
-    for number, one in enumerate(submitted.sequences):
-        params = convert(one.params, SamplingParams)
-        request = Request(one.prompt, tuple(one.prompt_ids), params)
-        check_request(request, job.context_tokens, vocab_size)
-        check_memory(request, num_blocks, job.block_size)
-        unknown = next((token for token, _ in params.logit_bias if not 0 <= token < vocab_size), None)
-        if unknown is not None:
-            raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {vocab_size}")
-        requests.append(replace(request, index=submitted.first + number))
-    return requests
+@dataclass(frozen=True, slots=True)
+class _RequestBuilder:
+    """Builds the engine's requests of a call."""
+
+    run: Run
+    job: Job
+    num_blocks: int
+    grammars: Grammars
+
+    def build(self, submitted: Submit) -> list[Request]:
+        """Check all sequences. Raises RequestError."""
+        requests, vocab_size = [], self.run.opened.config.vocab_size
+        built: dict[str, str] = {}  # the answers to a prompt share their limit
+        for number, one in enumerate(submitted.sequences):
+            params = convert(one.params, SamplingParams)
+            if one.limit:
+                key = json.dumps(one.limit, sort_keys=True)
+                if key not in built:
+                    built[key] = self._build_grammar(convert(one.limit, StructuredOutputs))
+                params = replace(params, grammar=built[key])
+            request = Request(one.prompt, tuple(one.prompt_ids), params)
+            check_request(request, self.job.context_tokens, vocab_size)
+            check_memory(request, self.num_blocks, self.job.block_size)
+            unknown = next((token for token, _ in params.logit_bias if not 0 <= token < vocab_size), None)
+            if unknown is not None:
+                raise RequestError(f"logit_bias names id {unknown}, but the vocabulary has {vocab_size}")
+            requests.append(replace(request, index=submitted.first + number))
+        return requests
+
+    def _build_grammar(self, limit: StructuredOutputs) -> str:
+        grammar = limit.build()
+        try:
+            self.grammars.check(grammar)
+        except RequestError as error:
+            raise RequestError(f"structured_outputs cannot be used: {error}") from None
+        return grammar

@@ -39,7 +39,7 @@ from parallel.errors import InputError, RequestError, RunError
 _HOME = str(Path(__file__).resolve().parents[2])
 _START = (
     f"import sys; sys.path = [{_HOME!r}] * ({_HOME!r} not in sys.path) + [one for one in sys.path if one]; "
-    "from launcher.commands.engine import main; main()"
+    "from launcher.commands.engine_start import main; main()"
 )
 """Starts a new interpreter that never imports the program's main module. Unlike `-m`, does not search the current directory first."""
 _END_SECONDS = 10.0
@@ -72,7 +72,10 @@ class EngineProcess:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _START, str(theirs.fileno()), str(self._owner)],
+                    [
+                        *(sys.executable, "-c", _START, str(theirs.fileno()), str(self._owner)),
+                        "preload" if options.get("preload", True) else "fresh",
+                    ],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -6,17 +6,22 @@ import platform
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from launcher.environment.detection import read_cpu_kernels, read_environment
+from launcher.host.accelerators import may_have_accelerator
 from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import count_cores
 from launcher.host.program_version import read_version
 from launcher.host.streams import require_stdout
 from launcher.settings.measure_options import EnvOptions
+from model.backends.device_types import NATIVE, TORCH
 from model.kernels.instruction_set import read_processor_flags
+from model.kernels.library import choose_kernels, find_kernels, list_kernels
 from model.spec.quoting import quote_name
+from parallel.lazy_torch import torch
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "fastapi", "uvicorn")
 _FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
@@ -64,32 +69,41 @@ def read_processor() -> str:
 
 
 def _describe_backend() -> dict[str, Any]:
-    """Return the device and kernels that would run a model. Imports PyTorch, which is needed to find accelerators."""
+    """Return the device and kernels that would run a model. Imports PyTorch only where it may find an accelerator or runs instead of the
+    native kernels.
+    """
+    if find_spec("torch") is None:
+        return {"backend": {"error": "PyTorch is not installed"}, "accelerators": []}
+    choose_kernels(read_cpu_kernels() or "auto")
+    kernels = find_kernels()  # of the device of --device auto
     try:
-        import torch
-
-        from model.backends.registry import find_backend
-        from model.kernels.library import choose_kernels, list_kernels
+        accelerators = _list_accelerators() if may_have_accelerator() else []
+        int8_kernel = kernels.int8_name if kernels is not None else _find_int8_kernel()
     except (ImportError, OSError) as error:
         return {"backend": {"error": f"PyTorch cannot be imported: {error}"}, "accelerators": []}
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    names = []
-    if device is not None and device.type == "cuda":
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    elif device is not None:
-        names = [device.type] * torch.accelerator.device_count()
-    choose_kernels(read_cpu_kernels() or "auto")
-    backend = find_backend("cpu")  # the device of --device auto
     return {
         "backend": {
             "device": "cpu",
-            "kernels": backend.name,
-            "int8_kernel": backend.int8_kernel.name,
-            "cpu_kernels": None if backend.kernels is None else backend.kernels.name,
+            "kernels": TORCH if kernels is None else NATIVE,
+            "int8_kernel": int8_kernel,
+            "cpu_kernels": None if kernels is None else kernels.name,
             "cpu_kernels_usable": [kernels.name for kernels in list_kernels()],
         },
-        "accelerators": names,
+        "accelerators": accelerators,
     }
+
+
+def _list_accelerators() -> list[str]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is not None and device.type == "cuda":
+        return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return [device.type] * torch.accelerator.device_count() if device is not None else []
+
+
+def _find_int8_kernel() -> str:
+    from model.backends.registry import find_backend  # with PyTorch
+
+    return find_backend("cpu").int8_kernel.name
 
 
 def _read_versions() -> dict[str, str | None]:

@@ -9,12 +9,12 @@ from launcher.reporting.console import ByteProgress
 from launcher.settings.options import CheckpointOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
 from model.checkpoint.notes import list_notes, name_settings
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import check_facts
 from model.checkpoint.verification import require_intact
-from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig, build_config, read_config
 from model.spec.scheme import Scheme, read_scheme
 from model.text.tokenizer import Tokenizer, read_tokenizer

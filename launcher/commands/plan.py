@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -21,12 +22,14 @@ from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.settings.yaml_settings import Settings, open_settings
+from model.draft_planning import add_draft_model
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
 
+_DRAFT_SIZES = {"file_bytes": "reads", "weight_bytes": "weights", "kv_cache_bytes": "KV cache"}
 EVEN = 0.95
 """Minimum ratio of the mean to the largest share for a rank count to be called even."""
 
@@ -55,7 +58,12 @@ def plan(options: PlanOptions) -> None:
     )
     check_blocks(workload.block_size, workload.num_blocks)
     plans = plan_ranks(config, scheme, world_size, workload, stored)
-    result = _describe(options, config, scheme, plans, workload, stored)
+    drafts = _plan_draft_model(options, world_size, workload)
+    result = _describe(options, config, scheme, add_draft_model(plans, drafts) if drafts else plans, workload, stored)
+    if drafts:
+        result["draft_model"] = {
+            name: [getattr(rank, name) for rank in drafts] for name in ("file_bytes", "weight_bytes", "kv_cache_bytes")
+        }
     if options.svg:
         title = f"{world_size} ranks, {config.num_hidden_layers} layers, quantization {scheme.name}, {dtype}"
         with as_run_failure():
@@ -97,6 +105,15 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
         )
     quantize = QuantizeOptions(approach=str(word))
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
+
+
+def _plan_draft_model(options: PlanOptions, world_size: int, workload: Workload) -> list[RankPlan]:
+    """Plan the ranks' parts of the draft model; empty without one. Its vocabulary is compared when a run starts."""
+    if options.draft_model is None:
+        return []
+    from launcher.commands.draft_model import open_draft_model
+
+    return open_draft_model(options, Path(options.draft_model), world_size).plan(world_size, workload, options.kv_cache_dtype)
 
 
 def _describe(
@@ -148,6 +165,9 @@ def _print(result: dict[str, Any]) -> None:
     if result["encodings"]:
         print(f"stored as {', '.join(result['encodings'])}, dequantized to {result['dtype']} while loading")
     Terminal(width=130).print(table)
+    if draft := result.get("draft_model"):
+        words = (f"{word} {', '.join(map(_size, draft[name]))}" for name, word in _DRAFT_SIZES.items())
+        print(f"of these, the draft model, by rank: {'; '.join(words)}")
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
     print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")

@@ -58,7 +58,7 @@ def prepare(options: Any) -> Any:
     if isinstance(options, RunOptions):
         _note_msrun_options(options)
     _check_input_files(options)
-    options = locate_model(options)
+    options = _locate_draft_model(locate_model(options))
     settings = open_settings(options.config)
     if options.checkpoint is None and _needs_checkpoint(options):
         if not settings.load_checkpoint:
@@ -92,6 +92,20 @@ def locate_model(options: Any) -> Any:
         if config is not None:
             print(f"config: {config}", file=sys.stderr)
     return replace(options, model=None, checkpoint=path, config=config, model_id=model_id)
+
+
+def _locate_draft_model(options: Any) -> Any:
+    """Resolve --draft-model to a path. Raises ConfigError for options that exclude each other."""
+    draft_model = getattr(options, "draft_model", None)
+    if draft_model is None:
+        if getattr(options, "draft_tokens", None) is not None:
+            raise ConfigError(f"--draft-tokens is {options.draft_tokens}, but there is no draft model: give --draft-model, or drop it")
+        return options
+    if getattr(options, "speculate", None):
+        raise ConfigError("--speculate and --draft-model both draft tokens: give one of them")
+    if not str(draft_model).strip():
+        raise ConfigError("--draft-model is an empty text: give a path or a Hugging Face id")
+    return replace(options, draft_model=find_model(str(draft_model), offline=options.offline)[0])
 
 
 def read_run_environment(options: RunOptions) -> LaunchEnvironment:

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from launcher.worker.profile import DECODE, PREFILL
-from parallel.recording import BARRIER, GATHER
+from launcher.job.tasks import DECODE, PREFILL
+from parallel.recorder import BARRIER, GATHER
 
 _LAYER = re.compile(r"layers\.(\d+)(?:\.(.+))?$")
 _SEPARATE = re.compile(r"\.linears\.\d+$")

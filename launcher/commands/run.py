@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.commands.early_start import take_starter
+from launcher.commands.begun_starter import take_starter
 from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder

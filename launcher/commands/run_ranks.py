@@ -11,35 +11,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from launcher.commands.begun_starter import take_starter
 from launcher.commands.devices import check_collectives, choose_device
-from launcher.commands.early_start import take_starter
+from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
 from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
-from launcher.job.job import Job
+from launcher.host.shared_memory import shared_memory_works
+from launcher.job.job import DraftCheckpoint, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
 from launcher.job.tasks import Bench, Task
-from launcher.rendezvous.msrun_scheduler import serve_ranks
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
 from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
-from launcher.supervision.foreign_launchers import join_ranks
 from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
-from launcher.worker.collectives import shared_memory_works
-from model.backends.registry import find_backend
+from model.backends.device_types import is_host_memory
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
 from model.checkpoint.formats import open_checkpoint
+from model.draft_planning import add_draft_model
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 from model.kernels.library import choose_kernels
+from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
 from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
@@ -63,6 +65,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    draft: OpenedDraftModel | None = None
+    """The draft model, if there is one."""
     starter: RankStarter | None = None
     """The process that starts the ranks, if tandem does; it imports PyTorch while this one reads and checks the input."""
 
@@ -94,6 +98,15 @@ class Run:
             )
         return read_tokenizer_of(path or source.path, self.opened.config, self.settings)
 
+    def plan_ranks(self, workload: Workload) -> list[RankPlan]:
+        """Plan the ranks' parts of the model and its draft model."""
+        opened = self.opened
+        stored = {name: info.form for name, info in opened.source.tensors.items()}
+        plans = plan_ranks(opened.config, opened.scheme, self.world_size, workload, stored)
+        if self.draft is None:
+            return plans
+        return add_draft_model(plans, self.draft.plan(self.world_size, workload, self.options.kv_cache_dtype))
+
     @property
     def tokenizer_path(self) -> Path:
         """Folder or file of the tokenizer; the checkpoint itself if there is none. Raises the errors of `locate_tokenizer`."""
@@ -108,7 +121,11 @@ def open_run(options: RunOptions, *, quantized: bool = True, opener: Callable[[S
     """
     environment = read_run_environment(options)
     if environment.is_scheduler:
+        from launcher.rendezvous.msrun_scheduler import serve_ranks  # with PyTorch
+
         sys.exit(serve_ranks(environment, _decide_join_seconds(options, environment) or DEFAULT_TIMEOUT_SECONDS))
+    if environment.is_rank:
+        import launcher.supervision.foreign_launchers  # noqa: F401  # with PyTorch, which comes before the native kernels
     starter = None if environment.is_rank else take_starter(preload=options.preload)
     try:
         return replace(_open_run(options, environment, opener or partial(open_model, options, quantized=quantized)), starter=starter)
@@ -129,7 +146,12 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    return Run(options, settings, environment, world_size, nodes, opened)
+    run = Run(options, settings, environment, world_size, nodes, opened)
+    if options.draft_model is None:
+        return run
+    draft = open_draft_model(options, Path(options.draft_model), world_size)
+    draft.check_vocabulary(run.read_tokenizer())
+    return replace(run, draft=draft)
 
 
 def _override(settings: Settings, options: RunOptions) -> Settings:
@@ -181,7 +203,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         block_size=first_not_none(options.block_size, settings.block_size, DEFAULT_BLOCK_SIZE),
         num_blocks=first_not_none(options.num_blocks, settings.num_blocks),
         prefix_cache=first_not_none(options.prefix_cache, own.prefix_cache, True),
-        speculate=first_not_none(options.speculate, own.speculate, False),
+        speculate=first_not_none(options.speculate, own.speculate, False) and run.draft is None,
+        draft=run.draft.describe(options.kv_cache_dtype) if run.draft is not None else None,
+        draft_tokens=first_not_none(options.draft_tokens, DEFAULT_DRAFT_TOKENS),
         task=task,
     )
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
@@ -193,7 +217,7 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
     check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (not find_backend(job.device).in_host_memory or not shared_memory_works()):
+    if job.collectives == "shm" and (not is_host_memory(job.device) or not shared_memory_works()):
         raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
@@ -217,6 +241,8 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
     folder = open_log_folder(_find_log_dir(run.options, run.settings), is_first=is_first, can_move=not environment.is_rank)
     with folder as log_dir, as_run_failure():
         if environment.is_rank:
+            from launcher.supervision.foreign_launchers import join_ranks
+
             refusal.end()
             join_ranks(environment, job, log_dir, observer)
             return environment.restart_count
@@ -226,17 +252,18 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
 def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
-    opened = run.opened
-    stored = {name: info.form for name, info in opened.source.tensors.items()}
-    if warning := forecast_memory(job, opened.config, opened.scheme, stored, run.nodes.local_workers):
+    if warning := forecast_memory(job, run.plan_ranks, run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
-    prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
+    for opened in [run.opened, *([] if run.draft is None else [run.draft.opened])]:
+        prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
     max_restarts = first_not_none(options.max_restarts, own.max_restarts, DEFAULT_MAX_RESTARTS)
 
     def tell(number: int, cause: str, at_seconds: float, reloading: Sequence[int]) -> None:
         observer.note_failure(cause, at_seconds)
         if not isinstance(job.task, Bench):  # a Bench keeps nothing from a failed attempt
-            check_unchanged(job.fingerprint, lambda: _read_again(job))
+            check_unchanged(job.fingerprint, partial(_read_again, job))
+            if job.draft is not None:
+                check_unchanged(job.draft.fingerprint, partial(_read_again, job.draft))
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
@@ -265,9 +292,9 @@ def _check_descriptors(world_size: int) -> None:
         raise ConfigError(f"the limit of open files is {limit}, but {world_size} rank(s) need at least {needed}: raise it with ulimit -n")
 
 
-def _read_again(job: Job) -> Fingerprint:
+def _read_again(job: Job | DraftCheckpoint) -> Fingerprint:
     """Return the fingerprint of what a restart would load."""
-    source = open_checkpoint(job.path, job.opening)
+    source = open_checkpoint(Path(job.checkpoint), job.opening)
     return read_fingerprint(source, build_config(source.config), read_scheme(source.config))
 
 

@@ -27,8 +27,9 @@ from launcher.server.request_log import configure_log, log_throughput
 from launcher.settings.decode_options import ApiOptions, ServeOptions
 from launcher.settings.precedence import first_not_none
 from launcher.supervision.signals import StoppedError
-from model.backends.registry import find_backend
-from model.planning import RankPlan, Workload, plan_ranks
+from model.backends.device_types import is_host_memory
+from model.kernels.library import find_kernels
+from model.planning import RankPlan, Workload
 from model.spec.config import count_blocks
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RunError
@@ -145,10 +146,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
     Taken from --num-blocks or the YAML; otherwise full contexts for all concurrent sequences, limited to half of the host's memory left
     after loading the weights. Warns if that is less than one context.
     """
-    num_local, opened, backend = run.num_local_ranks, run.opened, find_backend(job.device)
+    num_local, in_host_memory = run.num_local_ranks, is_host_memory(job.device)
     a_context = count_blocks(job.context_tokens, job.block_size)
     workload = Workload(
-        own_kernels=backend.kernels is not None,
+        own_kernels=in_host_memory and find_kernels() is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=job.max_batch_size,
@@ -157,10 +158,9 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         block_size=job.block_size,
         num_blocks=job.num_blocks,
     )
-    stored = {name: info.form for name, info in opened.source.tensors.items()}
-    plans = plan_ranks(opened.config, opened.scheme, run.world_size, workload, stored)
+    plans = run.plan_ranks(workload)
     num_blocks = job.num_blocks or job.max_batch_size * a_context
-    available = read_available_bytes() if backend.in_host_memory else None
+    available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
         block_bytes = sum(plan.kv_cache_bytes for plan in local) // num_blocks
@@ -169,7 +169,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = plan_ranks(opened.config, opened.scheme, run.world_size, replace(workload, num_blocks=num_blocks), stored)
+        plans = run.plan_ranks(replace(workload, num_blocks=num_blocks))
     return num_blocks, plans
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 
 _LOCAL_FIELDS = (
     "checkpoint",
@@ -21,9 +22,20 @@ _LOCAL_FIELDS = (
     "threads_per_rank",
     "bind_cores",
     "cpu_kernels",
+    "draft",
     "task",
 )
-"""Fields that may differ between the ranks of a run; of the fingerprint, only the content is compared."""
+"""Fields that may differ between the ranks of a run; of the fingerprints, only the content is compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCheckpoint:
+    """The checkpoint of a draft model; the fields mean the same as those of Job."""
+
+    checkpoint: str
+    opening: OpenOptions
+    fingerprint: Fingerprint
+    kv_cache: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,11 @@ class Job:
     prefix_cache: bool
     """Whether sequences share the KV cache of equal prefixes."""
     speculate: bool
-    """Whether greedy sequences use speculative decoding."""
+    """Whether greedy sequences use speculative decoding with n-grams."""
+    draft: DraftCheckpoint | None = None
+    """The model that drafts tokens for all sequences, if any."""
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    """Maximum tokens that it drafts per pass."""
     task: Task
     """The task of the ranks."""
 

@@ -1,5 +1,6 @@
 """Warning, before a run starts, that its ranks will not fit in this host's memory."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,21 +8,19 @@ from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import share_cores
 from launcher.job.job import Job
 from launcher.job.tasks import Bench, Decode, Serve
-from model.backends.registry import find_backend
-from model.planning import Workload, plan_ranks
-from model.spec.config import LlamaConfig
-from model.spec.scheme import Scheme
-from model.spec.stored_form import StoredForm
+from model.backends.device_types import is_host_memory
+from model.kernels.library import find_kernels
+from model.planning import RankPlan, Workload
 
 
-def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[str, StoredForm], local_workers: int) -> str | None:
-    """Return a warning if decoding on this host's ranks is expected to exceed the available memory, otherwise None."""
+def forecast_memory(job: Job, plan: Callable[[Workload], list[RankPlan]], local_workers: int) -> str | None:
+    """Return a warning if decoding on this host's ranks, which `plan` plans, is expected to exceed the available memory, otherwise None."""
     available = read_available_bytes()
-    sequences, backend = _plan_sequences(job), find_backend(job.device)
-    if sequences is None or not backend.in_host_memory or available is None:
+    sequences = _plan_sequences(job)
+    if sequences is None or not is_host_memory(job.device) or available is None:
         return None
     workload = Workload(
-        own_kernels=backend.kernels is not None,
+        own_kernels=find_kernels() is not None,
         dtype=job.dtype,
         kv_cache=job.kv_cache,
         batch_size=min(job.max_batch_size, sequences[0]),
@@ -30,7 +29,7 @@ def forecast_memory(job: Job, config: LlamaConfig, scheme: Scheme, stored: dict[
         block_size=job.block_size,
         num_blocks=job.task.num_blocks if isinstance(job.task, Serve) else job.num_blocks,
     )
-    needed = sum(sorted(rank.peak_bytes for rank in plan_ranks(config, scheme, job.world_size, workload, stored))[-local_workers:])
+    needed = sum(sorted(rank.peak_bytes for rank in plan(workload))[-local_workers:])
     if needed <= available:
         return None
     return (

@@ -111,8 +111,12 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     """Draft tokens that were verified."""
     accepted_tokens: int
     """Draft tokens that were accepted."""
+    acceptance_rate: float | None
+    """Accepted share of the draft tokens; None if there were none."""
     weight_bytes: list[int]
     """Bytes of weights in memory."""
+    draft_weight_bytes: list[int]
+    """Bytes of the draft model's weights in memory, besides; 0 without one."""
     read_bytes: list[int]
     """Bytes read from the checkpoint."""
     peak_rss_bytes: list[int]
@@ -120,7 +124,7 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     kv_cache_dtype: str
     """Type of keys and values in the cache."""
     kv_cache_bytes_per_token: list[int]
-    """Bytes of the cache for one token."""
+    """Bytes of the cache for one token, the draft model's included."""
 
 
 class Serving(_Running, frozen=True, kw_only=True, tag=True):
@@ -162,6 +166,10 @@ class Report(Struct, frozen=True, kw_only=True, tag=True):
     """Those among them that were in the KV cache."""
     preemptions: int = 0
     """Sequences that gave their KV cache to others since the ranks started."""
+    speculated_tokens: int = 0
+    """Draft tokens that were verified since the ranks started."""
+    accepted_tokens: int = 0
+    """Those among them that were accepted."""
 
 
 class Result(Struct, frozen=True, tag=True):

@@ -9,6 +9,10 @@ from model.engine.request import Request
 from model.quantization.recipe import Recipe
 
 EVALUATIONS = ("boolq", "perplexity")
+PREFILL, DECODE = "prefill", "decode"
+"""Names of the top-level spans of a profile: one pass over a prompt, one decode step."""
+TANDEM_RUN = "tandem run"
+"""The launcher of programs that tandem itself has started."""
 
 
 class Decode(Struct, frozen=True, tag=True):

@@ -11,15 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.job.job import Job
 from launcher.rendezvous.errors import DifferentRunError
-from model.backends.registry import find_backend
+from model.kernels.library import find_kernels
+from parallel.lazy_torch import torch
 
 _PACKAGES = ("tandem", "launcher", "model", "parallel")
 _REMEDIES = {
     "checkpoint fingerprint": "copy the same checkpoint to every node",
+    "draft model fingerprint": "copy the same draft model to every node",
     "program": "install the same version on every node",
     "kernels": "install tandem the same way on every node, or use nodes with the same CPU features",
 }
@@ -30,6 +30,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     """Return the values that must be equal everywhere, keyed by their names in messages."""
     return {
         "checkpoint fingerprint": job.fingerprint.content,
+        "draft model fingerprint": job.draft.fingerprint.content if job.draft is not None else None,
         **describe_program(),
         "kernels": _describe_kernels(job.device),
         **job.shared_settings,
@@ -38,7 +39,7 @@ def describe_run(job: Job) -> dict[str, Any]:
 
 def describe_program() -> dict[str, Any]:
     """Return the part of `describe_run` that does not depend on a job: the versions of tandem and PyTorch."""
-    return {"program": f"tandem {read_version()} (sources {_hash_sources()}), torch {torch.__version__.partition('+')[0]}"}
+    return {"program": f"tandem {read_version()} (sources {_hash_sources()}), torch {version('torch').partition('+')[0]}"}
 
 
 def compare_runs(who: str, theirs: Mapping[str, Any], me: str, mine: Mapping[str, Any]) -> None:
@@ -69,6 +70,6 @@ def _hash_sources() -> str:
 def _describe_kernels(device: str) -> str:
     """Describe the kernels. Native kernels give bitwise identical results on every CPU that runs them, except for products of bfloat16
     pairs; PyTorch's depend on the instruction set."""
-    if (kernels := find_backend(device).kernels) is not None:
+    if device == "cpu" and (kernels := find_kernels()) is not None:
         return "native" + (" (bfloat16 pairs)" if kernels.instruction_set.adds_pairs else "")
     return f"PyTorch ({torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device})"

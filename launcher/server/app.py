@@ -109,7 +109,7 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
-        return front.describe()
+        return front.describe() | {"system_prompt": service.system_prompt}
 
     @app.get("/metrics")
     async def metrics() -> Response:

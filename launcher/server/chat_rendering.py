@@ -4,7 +4,7 @@ An unusable template disables chat and records the reason; completions still wor
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,8 @@ from launcher.server.template_process import TemplateProcess
 from model.text.chat_templates import ChatTemplates, load_chat_templates
 from model.text.tokenizer_settings import TokenizerSettings
 from parallel.errors import InputError, RequestError
+
+_MARK = "(the system prompt)"
 
 _WAIT_SECONDS = 30.0
 """Maximum time a conversation waits for others to be rendered; each may take up to 15 s."""
@@ -30,6 +32,7 @@ class ChatRenderer:
         self.words = "no"
         """Description of the templates' origin."""
         self._templates: ChatTemplates | None = None
+        self._system_prompt: Future[str | None] | None = None
         self._process = process or TemplateProcess()
         # A single thread: a slow template delays other conversations but nothing else.
         self._thread = ThreadPoolExecutor(1, "chat-template")
@@ -42,6 +45,9 @@ class ChatRenderer:
                 self._thread.submit(self._process.check, source, self._templates.where).result()
         except InputError as error:
             self.reason = str(error)
+            return
+        # On the thread, so that neither the start nor the first request waits for it.
+        self._system_prompt = self._thread.submit(self._find_system_prompt)
 
     def render(
         self,
@@ -74,6 +80,27 @@ class ChatRenderer:
         if self.reason is not None or self._templates is None:
             raise ServiceError(400, f"chat is disabled for this model: {self.reason}; use /v1/completions", code="chat_disabled")
         return self._templates, self._templates.choose(with_tools=with_tools)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that the template adds to a conversation without one; None if there is none, or it is not known yet."""
+        return self._system_prompt.result() if self._system_prompt is not None and self._system_prompt.done() else None
+
+    def _find_system_prompt(self) -> str | None:
+        assert self._templates is not None
+        source, question = self._templates.choose(with_tools=False), {"role": "user", "content": "Hello"}
+        try:
+            given, default = (
+                self._run(source, self._templates.where, self._templates.build_variables(messages, add_generation_prompt=True))
+                for messages in ([{"role": "system", "content": _MARK}, question], [question])
+            )
+        except (InputError, RequestError):
+            return None
+        # Where the template has its own system prompt, it stands between the same texts as the given one.
+        before, found, after = given.partition(_MARK)
+        if not found or not default.startswith(before) or not default.endswith(after) or len(default) < len(before) + len(after):
+            return None
+        return default[len(before) : len(default) - len(after)] or None
 
     def close(self) -> None:
         """Terminate the template process."""

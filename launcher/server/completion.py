@@ -50,6 +50,11 @@ class Service:
         self._planner = RequestPlanner(front, tokenizer, prompts, max_seconds, strict_fields=strict_fields)
         self._threads = RequestThreads()
 
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that the chat template adds where a conversation has none."""
+        return self._chat.system_prompt
+
     async def plan_completion(self, body: bytes) -> PlannedRequest:
         """Parse and plan a completion request. Raises ServiceError, RequestError."""
         return await self._threads.run(body, self._planner.plan_completion)

@@ -31,7 +31,7 @@ from launcher.job.tasks import Serve, Task
 from launcher.reporting.console import loading_progress
 from launcher.server.errors import ServiceError
 from launcher.server.inflight_requests import MAX_FAILURES, InflightRequests
-from launcher.server.metrics import ServeMetrics
+from launcher.server.metrics import COUNTERS, ServeMetrics
 from launcher.server.queue import Dispatcher
 from model.planning import RankPlan
 from model.spec.config import LlamaConfig
@@ -82,7 +82,7 @@ class EngineClient(RunObserver):
         self._heard = 0.0
         self._slowest_seconds = 0.0
         self._prefilled = 0
-        self._counted = dict.fromkeys(("prefix_queries", "prefix_hits", "preemptions"), 0)
+        self._counted = dict.fromkeys(COUNTERS, 0)
         self._failed_starts = self._restarts = 0
         self._last_failure: str | None = None
         self._drain_task: asyncio.Task[None] | None = None

@@ -23,7 +23,9 @@ class Sequence(Struct, frozen=True):
     """Position of its prompt in the call, for messages."""
     prompt_ids: list[int]
     params: dict[str, Any]
-    """Fields of `model.engine.sampling.SamplingParams`."""
+    """Fields of `model.engine.sampling_params.SamplingParams`."""
+    limit: dict[str, Any] = {}
+    """Fields of `launcher.server.structured_output.StructuredOutputs`; empty: any text."""
 
 
 class Submit(Struct, frozen=True, tag=True):

@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 RATE_SECONDS = 5.0
 """Window over which rates are measured."""
+COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "speculated_tokens", "accepted_tokens")
+"""Counters of the ranks, by the fields of a Report."""
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
@@ -65,12 +67,16 @@ class ServeMetrics:
             "prefix_queries": count("vllm:prefix_cache_queries", "Tokens of admitted sequences"),
             "prefix_hits": count("vllm:prefix_cache_hits", "Tokens of admitted sequences that were in the KV cache"),
             "preemptions": count("vllm:num_preemptions", "Sequences that gave their KV cache to others"),
+            "speculated_tokens": count("vllm:spec_decode_num_draft_tokens", "Draft tokens that were verified"),
+            "accepted_tokens": count("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted"),
         }
+        self._totals = dict.fromkeys(COUNTERS, 0)
         self._restarts = Counter("tandem_restarts", "Restarts of all ranks after a rank failure", registry=registry)
         shared = {
             "running": ("vllm:num_requests_running", "Running sequences"),
             "waiting": ("vllm:num_requests_waiting", "Queued sequences"),
             "kv_usage": ("vllm:kv_cache_usage_perc", "Used share of the KV cache, from 0 to 1"),
+            "acceptance": ("vllm:spec_decode_draft_acceptance_rate", "Accepted share of the draft tokens since the start, from 0 to 1"),
         }
         gauge = {
             "kv_blocks_used": "KV cache blocks in use",
@@ -127,8 +133,11 @@ class ServeMetrics:
             self._whole.observe(seconds)
 
     def count_engine(self, name: str, number: int) -> None:
-        """Add to a counter of the ranks: prefix_queries, prefix_hits or preemptions."""
+        """Add to one of COUNTERS."""
         self._engine[name].inc(number)
+        self._totals[name] += number
+        if drafted := self._totals["speculated_tokens"]:
+            self.set("acceptance", self._totals["accepted_tokens"] / drafted)
 
     def count_restart(self) -> None:
         """Count a restart of all ranks."""

@@ -22,6 +22,7 @@ from launcher.server.token_requests import DetokenizeRequest, TokenizeChatReques
 from model.engine.grammar import Grammars
 from model.engine.request import Request, check_length, check_memory, check_request
 from model.engine.sampling_params import SamplingParams
+from model.text.bad_words import encode_bad_words
 from model.text.tokenizer import Tokenizer
 from parallel.errors import RequestError
 
@@ -155,7 +156,7 @@ class RequestPlanner:
             max(1, new_tokens),
             0 if logprobs is None and num_choices > body.n else logprobs,
             prompt_logprobs=prompt_logprobs,
-            bad_words=self._encode_bad_words(body.bad_words),
+            bad_words=encode_bad_words(self._tokenizer, body.bad_words),
             grammar=grammar,
         )
         choices: list[tuple[tuple[int, ...], SamplingParams]] = []
@@ -212,16 +213,6 @@ class RequestPlanner:
             keeps_stop=body.include_stop_str_in_output,
             shown_ids=frozenset(token for token in special if not body.skip_special_tokens or token_text(self._tokenizer, token) in marks),
         )
-
-    def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Tokenize texts as they are at the beginning of a text and, as vLLM does, after a space."""
-        found: list[tuple[int, ...]] = []
-        for word in words:
-            plain, spaced = (tuple(self._tokenizer.encode(prefix + word.lstrip(), False)) for prefix in ("", " "))
-            found += [plain] if plain else []
-            if plain and spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
-                found.append(spaced)
-        return tuple(found)
 
     def _encode(
         self, body: CompletionRequest | ChatRequest, prompts: Sequence[str | list[int]], new_tokens: int, *, add_special_tokens: bool

@@ -83,6 +83,10 @@ class PlanOptions(CheckpointOptions):
     kv_cache_dtype: Annotated[
         CacheDtype | None, option("--kv-cache-dtype", help="KV cache type. Default: auto (checkpoint, then YAML).", panel=MODEL)
     ] = None
+    draft_model: Annotated[
+        str | Path | None,
+        option("--draft-model", metavar="MODEL", help="Include this draft model in every rank's part. Default: none.", panel=MODEL),
+    ] = None
     batch_size: Annotated[int, option("--batch-size", help="Sequences per batch. Default: 1.", panel=OUTPUT)] = 1
     tokens: Annotated[
         int | None, option("--tokens", "--max-length", help="Tokens of each sequence. Default: the model's context.", panel=OUTPUT)

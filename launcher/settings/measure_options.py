@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from launcher.settings.option_declarations import DATA, GENERATION, MODEL, OUTPUT, option
-from launcher.settings.options import RunOptions
+from launcher.settings.options import DRAFT_MODEL, DRAFT_TOKENS, DRAFT_TOKENS_ALIASES, RunOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,8 @@ class BenchOptions(RunOptions):
         bool | None,
         option("--speculate", help="Also measure two real prompts with and without speculative decoding. Default: no.", panel=GENERATION),
     ] = False
+    draft_model: Annotated[str | Path | None, DRAFT_MODEL] = None
+    draft_tokens: Annotated[int | None, DRAFT_TOKENS, DRAFT_TOKENS_ALIASES] = None
     profile: Annotated[
         Path | None,
         option(

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from launcher.settings.msrun_options import MsrunOptions
 from launcher.settings.option_declarations import CLUSTER, GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, also, argument, option
+from model.engine.speculation import MAX_DRAFT_TOKENS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
@@ -22,6 +23,14 @@ MAX_SECONDS = 365 * 24 * 3600
 FusedOrder = Literal["auto", "1.3", "1.4"]
 CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Smaller model that drafts tokens; same output. Default: none.",
+    panel=GENERATION,
+)
+DRAFT_TOKENS = option("--draft-tokens", help="Maximum draft tokens per pass. Default: 4.", panel=GENERATION, min=1, max=MAX_DRAFT_TOKENS)
+DRAFT_TOKENS_ALIASES = also("--num-speculative-tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +139,8 @@ class RunOptions(MsrunOptions, CheckpointOptions):
     num_blocks: int | None = None
     prefix_cache: bool | None = None
     speculate: bool | None = None
+    draft_model: str | Path | None = None
+    draft_tokens: int | None = None
     log_dir: Annotated[
         Path | None,
         option("--log-dir", help="Folder of the ranks' logs, worker_N.log. Default: output/log.", panel=OUTPUT),
@@ -185,6 +196,8 @@ class EngineOptions(RunOptions):
             panel=GENERATION,
         ),
     ] = None
+    draft_model: Annotated[str | Path | None, DRAFT_MODEL] = None
+    draft_tokens: Annotated[int | None, DRAFT_TOKENS, DRAFT_TOKENS_ALIASES] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

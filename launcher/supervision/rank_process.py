@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.environment.detection import set_variables
+from launcher.host.loopback import LOOPBACK
 
 BOARD_FILE, SOCKET_FILE = "board", "events.sock"
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -38,6 +39,8 @@ class RankOrder:
     """Address of the first node's store; None if all ranks are on this host and meet through the folder."""
     master_port: int | None = None
     """Port of that store."""
+    program_port: int | None = None
+    """Free port of this host, for the process group that a user's program may open; tandem does not listen on it."""
 
     @property
     def variables(self) -> Mapping[str, str]:
@@ -48,8 +51,8 @@ class RankOrder:
             "WORLD_SIZE": self.world_size,
             "LOCAL_WORLD_SIZE": self.local_world_size,
             "TORCHELASTIC_RESTART_COUNT": self.attempt,
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": self.master_port,
+            "MASTER_ADDR": self.master_addr if self.program_port is None else LOOPBACK,
+            "MASTER_PORT": self.master_port if self.program_port is None else self.program_port,
         }
         return {name: str(value) for name, value in found.items() if value is not None}
 

@@ -31,10 +31,13 @@ def main() -> None:
 
 def _preload() -> bool:
     """Import the modules of a rank; returns whether ranks can be forked from here."""
+    gc.disable()  # no garbage is worth a collection during the imports, of which it would take a tenth
     try:
         import launcher.supervision.spawned_rank  # noqa: F401
     except Exception:  # a rank that tries again reports it
         return False
+    finally:
+        gc.enable()
     # The first fork ends the threads of libraries that handle forks, as OpenBLAS does. Others would be missing in the ranks.
     if (pid := os.fork()) == 0:
         os._exit(0)

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.host.loopback import find_free_port
 from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.observer import RunObserver
-from launcher.job.tasks import Task
+from launcher.job.tasks import Program, Task
 from launcher.rendezvous.nodes import Nodes
 from launcher.supervision.event_receiver import EventReceiver
 from launcher.supervision.node_consensus import RanksEnded
@@ -68,6 +69,7 @@ class Supervisor:
         """Set for runs of several nodes."""
         self.attempt = -1
         self._first_rank = 0
+        self._program_port: int | None = None
 
     def run(self) -> None:
         """Run until all ranks have ended well, on every node.
@@ -137,6 +139,8 @@ class Supervisor:
         job = replace(self._job, task=self._share_task())
         job_file(self._folder, self.attempt).write_text(write(job), encoding="utf-8")
         self._first_rank = self.rendezvous.first_ranks[self._nodes.node_rank] if self.rendezvous else 0
+        # Another one for each attempt: the process group of the failed one may still occupy its port.
+        self._program_port = find_free_port() if isinstance(self._job.task, Program) else None
         try:
             handles = dict(spared)
             self._watch.follow(handles)
@@ -176,6 +180,7 @@ class Supervisor:
             attempt=self.attempt,
             master_addr=self.rendezvous.address if self.rendezvous else None,
             master_port=self.rendezvous.port if self.rendezvous else None,
+            program_port=self._program_port,
         )
 
     def _open_log(self, rank: int) -> Path:

@@ -24,6 +24,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, step_all
 from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 from parallel.collectives import Collectives
 
 SHORT_TOKENS = 16
@@ -48,7 +49,11 @@ class RankBench:
         collectives: Collectives,
         measure_bandwidth: Callable[[], float],
         report: Callable[[int, int], None],
+        draft_model: LlamaForCausalLM | None = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     ) -> None:
+        """`draft_model`: drafts up to `draft_tokens` in the measurement of speculation, in place of prompt lookup."""
+        self._draft_model, self._draft_tokens = draft_model, draft_tokens
         self._task, self._model, self._collectives = task, model, collectives
         self._measure_bandwidth, self._report = measure_bandwidth, report
         self._random = random.Random(0)
@@ -148,7 +153,10 @@ class RankBench:
         task = self._task
         if not task.speculated:
             return None
-        return measure_speculation(self._model, self._collectives, task.speculated, task.rounds, self._get_on)
+        options = (
+            {"speculate": True} if self._draft_model is None else {"draft_model": self._draft_model, "draft_tokens": self._draft_tokens}
+        )
+        return measure_speculation(self._model, self._collectives, task.speculated, task.rounds, self._get_on, options)
 
     @torch.inference_mode()
     def _time_gather(self, sizes: list[int]) -> float:

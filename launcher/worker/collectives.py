@@ -1,9 +1,8 @@
 """Choice of the collectives of a run, from the job and the placement of its ranks."""
 
-import os
-
 import torch
 
+from launcher.host.shared_memory import shared_memory_works
 from launcher.job.job import Job
 from launcher.rendezvous.placement import RankPlacement
 from model.backends.registry import find_backend
@@ -40,8 +39,3 @@ def choose_collectives(device: str, seat: RankPlacement) -> str:
         if seat.num_nodes < seat.world_size:
             return "shm+gloo"
     return torch.distributed.get_default_backend_for_device(torch.device(device))
-
-
-def shared_memory_works() -> bool:
-    """Whether the processor guarantees store order (x86-64) and the system supports the shared-memory backend."""
-    return os.uname().machine == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.job.tasks import DECODE, PREFILL
 from launcher.worker.bench import RankBench
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import step_all
-from parallel.recording import RecordedCollectives, Recorder
+from parallel.recorder import Recorder
+from parallel.recording import RecordedCollectives
 
-PREFILL, DECODE = "prefill", "decode"
-"""Names of the top-level spans: one pass over a prompt, one decode step."""
 _STEPS = 8
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.job.messages import Printed
-from launcher.job.tasks import Program
+from launcher.job.tasks import TANDEM_RUN, Program
 from launcher.worker.rank import Emit, Rank
-from launcher.worker.rank_group import TANDEM_RUN, RankGroup, set_group
+from launcher.worker.rank_group import RankGroup, set_group
 
 _CHUNK_BYTES = 1 << 16
 

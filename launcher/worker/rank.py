@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from launcher.host.process_memory import give_back_memory
-from launcher.job.job import Job
+from launcher.job.job import DraftCheckpoint, Job
 from launcher.job.messages import Event, Loading, RankWarning, Stopped, Working
 from launcher.rendezvous.placement import RankPlacement
 from launcher.worker.service import Inbox
@@ -26,6 +27,7 @@ from parallel.torch_internals import Store
 from parallel.watched_collectives import WatchedCollectives
 
 Emit = Callable[[Event], None]
+NO_DRAFTS = "{} has no effect: here the low-order bits of a row depend on the batch size"
 
 
 class StopRequested(Exception):
@@ -41,6 +43,8 @@ class Kept:
     threads: int = 0
     model: LlamaForCausalLM | None = None
     """The loaded model, if the rank can go on with it."""
+    draft_model: LlamaForCausalLM | None = None
+    """The loaded draft model, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +71,15 @@ class Rank:
         """Sends (done, total) as an event of this kind, and tells the watcher and the peers that this rank gets on."""
 
         def send(done: int, total: int) -> None:
-            self.collectives.beat()
-            self.raise_if_stopping()
+            self.keep_on()
             self.emit(kind(done, total))
 
         return send
+
+    def keep_on(self) -> None:
+        """Tell the watcher and the peers that this rank gets on. Raises StopRequested if it was asked to stop."""
+        self.collectives.beat()
+        self.raise_if_stopping()
 
     def raise_if_stopping(self) -> None:
         """Raise StopRequested if this rank was asked to stop."""
@@ -86,12 +94,12 @@ class Rank:
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
 
-def open_own_checkpoint(job: Job) -> CheckpointSource:
+def open_own_checkpoint(job: Job | DraftCheckpoint) -> CheckpointSource:
     """Open the job's checkpoint. Raises CheckpointReplacedError if its files have changed since the job was planned."""
     opened: list[CheckpointSource] = []
 
     def read() -> Fingerprint:
-        opened.append(open_checkpoint(job.path, job.opening))
+        opened.append(open_checkpoint(Path(job.checkpoint), job.opening))
         return read_state(opened[0])
 
     check_unchanged(job.fingerprint, read)
@@ -130,3 +138,29 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
         me.progress.note_kept_weights()
     me.collectives.barrier()
     return model, read_bytes
+
+
+def load_draft_model(me: Rank, model: LlamaForCausalLM) -> LlamaForCausalLM | None:
+    """Load this rank's part of the draft model after `model`, for which it drafts; None without one.
+
+    Warns and returns None if `model` cannot verify drafts, because the low-order bits of its rows depend on the batch size.
+    """
+    job = me.job
+    draft = job.draft
+    if draft is None:
+        return None
+    if not model.batch_invariant:
+        me.emit(RankWarning(NO_DRAFTS.format("--draft-model")))
+        return None
+    if me.kept.draft_model is None:
+        me.progress.set_operation("loading")
+        source = open_own_checkpoint(draft)
+        config = build_config(source.config)
+        config = replace(config, max_position_embeddings=min(config.max_position_embeddings, job.context_tokens))
+        scheme = replace(read_scheme(source.config), kv_cache=draft.kv_cache)
+        loaded = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
+        load_model(loaded, source, lambda done, total: me.keep_on())
+        check_unchanged(draft.fingerprint, partial(read_state, source))
+        me.kept.draft_model = loaded
+    me.collectives.barrier()
+    return me.kept.draft_model

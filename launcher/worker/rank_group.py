@@ -29,8 +29,6 @@ from parallel.watched_collectives import WatchedCollectives
 Result = TypeVar("Result")
 ENDED_KEY = "ended"
 """Store key, set by the first rank that leaves the program: its number and the error that ended it, or an empty text, as JSON."""
-TANDEM_RUN = "tandem run"
-"""The launcher of programs that tandem itself has started."""
 
 
 class RankGroup:

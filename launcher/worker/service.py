@@ -137,5 +137,7 @@ class RankService:
                 prefix_queries=engine.counts.prefix_queries,
                 prefix_hits=engine.counts.prefix_hits,
                 preemptions=engine.counts.preemptions,
+                speculated_tokens=engine.times.speculated_tokens,
+                accepted_tokens=engine.times.accepted_tokens,
             )
         )

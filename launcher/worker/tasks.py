@@ -14,7 +14,7 @@ from launcher.worker.bandwidth import measure_bandwidth
 from launcher.worker.bench import RankBench, open_source
 from launcher.worker.profile import record_spans
 from launcher.worker.program import run_program
-from launcher.worker.rank import Rank, load_rank, open_own_checkpoint
+from launcher.worker.rank import NO_DRAFTS, Rank, load_draft_model, load_rank, open_own_checkpoint
 from launcher.worker.service import RankService
 from model.checkpoint.fingerprint import check_unchanged, read_state
 from model.decoder.llama import LlamaForCausalLM
@@ -29,7 +29,6 @@ from model.text.tokenizer import read_tokenizer
 from parallel.errors import NonFiniteError
 from parallel.recording import RecordedCollectives
 
-NO_SPECULATION = "--speculate has no effect: here the low-order bits of a row depend on the batch size"
 _SERVE_BANDWIDTH_BYTES = 128 << 20
 """Bytes per rank for the server's bandwidth figure; a server must not need more memory at startup than later."""
 
@@ -46,6 +45,7 @@ def run_task(me: Rank) -> None:
 def decode(me: Rank, task: Decode) -> None:
     job, emit = me.job, me.emit
     model, read_bytes = load_rank(me)
+    draft_model = load_draft_model(me, model)
     load_seconds = time.perf_counter() - me.started
     needed = plan_blocks(task.requests, job.max_batch_size, job.block_size)
     engine = Engine(
@@ -55,10 +55,12 @@ def decode(me: Rank, task: Decode) -> None:
         num_blocks=min(needed, job.num_blocks or needed),
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
+        draft_model=draft_model,
+        draft_tokens=job.draft_tokens,
         prefill_resumed=model.batch_invariant,
     )
     if job.speculate and not engine.speculates:
-        emit(RankWarning(NO_SPECULATION))
+        emit(RankWarning(NO_DRAFTS.format("--speculate")))
     for request in task.requests:
         engine.add(request)
     while engine.has_unfinished:
@@ -67,7 +69,10 @@ def decode(me: Rank, task: Decode) -> None:
         if engine.failures:
             emit(Failures(tuple(engine.failures)))
         me.raise_if_stopping()
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), model.build_cache(1).store.bytes_per_token])
+    models = [model] if draft_model is None else [model, draft_model]
+    token_bytes = sum(one.build_cache(1).store.bytes_per_token for one in models)
+    draft_bytes = sum(one.weight_bytes for one in models[1:])
+    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes])
     times = engine.times
     emit(
         Stats(
@@ -78,7 +83,9 @@ def decode(me: Rank, task: Decode) -> None:
             time_to_first_token_seconds=times.first_token_seconds,
             speculated_tokens=times.speculated_tokens,
             accepted_tokens=times.accepted_tokens,
+            acceptance_rate=times.accepted_tokens / times.speculated_tokens if times.speculated_tokens else None,
             weight_bytes=[row[0] for row in everyone],
+            draft_weight_bytes=[row[4] for row in everyone],
             read_bytes=[row[1] for row in everyone],
             peak_rss_bytes=[row[2] for row in everyone],
             kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,
@@ -93,6 +100,7 @@ def serve(me: Rank, task: Serve) -> None:
         collectives, me.gather, me.device, len(me.seat.local_ranks), me.threads, block_bytes=_SERVE_BANDWIDTH_BYTES
     )
     model, _ = load_rank(me)
+    draft_model = load_draft_model(me, model)
     engine = Engine(
         model,
         job.max_batch_size,
@@ -100,6 +108,8 @@ def serve(me: Rank, task: Serve) -> None:
         num_blocks=task.num_blocks,
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
+        draft_model=draft_model,
+        draft_tokens=job.draft_tokens,
         prefill_tokens=task.prefill_tokens,
         prefill_resumed=True,
         grammars=_open_grammars(task.tokenizer, model) if task.tokenizer else None,
@@ -107,7 +117,7 @@ def serve(me: Rank, task: Serve) -> None:
     if not model.batch_invariant:
         me.emit(RankWarning("without native kernels, the low-order bits of an answer may depend on the batch"))
     if job.speculate and not engine.speculates:
-        me.emit(RankWarning(NO_SPECULATION))
+        me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
     me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
     service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
     for request in task.requests:
@@ -139,12 +149,13 @@ def bench(me: Rank, task: Bench) -> None:
     if task.profile:
         me = replace(me, collectives=recorded)
     model, read_bytes = load_rank(me, open_source(me.job, task))
+    draft_model = load_draft_model(me, model)
     load_seconds = time.perf_counter() - me.started
     measure = partial(measure_bandwidth, me.collectives, me.gather, me.device, len(seat.local_ranks), me.threads)
-    bench = RankBench(task, model, me.collectives, measure, me.report(Working))
+    bench = RankBench(task, model, me.collectives, measure, me.report(Working), draft_model, me.job.draft_tokens)
     measured = bench.measure()
-    if task.speculated and measured["speculation"] is None:
-        me.emit(RankWarning(NO_SPECULATION))
+    if task.speculated and measured["speculation"] is None and me.job.draft is None:
+        me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
     everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
     result = {
         **_describe(me, model),

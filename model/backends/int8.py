@@ -163,7 +163,7 @@ def build_native_kernel(kernels: Kernels) -> Int8Kernel:
         starts = torch.tensor([0, weight.shape[1]])
         return kernels.int8_linear(integers.to(torch.int8), weight, scale, starts, 0, torch.float32)
 
-    return Int8Kernel(f"int8-sliced-{kernels.name}", _pack_plain, multiply, kernels)
+    return Int8Kernel(kernels.int8_name, _pack_plain, multiply, kernels)
 
 
 @functools.cache

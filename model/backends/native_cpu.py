@@ -2,6 +2,7 @@
 
 import torch
 
+from model.backends.device_types import NATIVE
 from model.backends.int8 import build_native_kernel
 from model.backends.torch_backends import TorchCpuBackend
 from model.kernels.library import Kernels
@@ -10,7 +11,7 @@ from model.kernels.library import Kernels
 class NativeCpuBackend(TorchCpuBackend):
     """Native kernels for matmuls, norms, activations and attention over the paged KV cache; PyTorch for other caches."""
 
-    name = "native"
+    name = NATIVE
     batch_invariant = True
 
     def __init__(self, kernels: Kernels) -> None:

@@ -3,14 +3,12 @@
 import functools
 import importlib.util
 
+from model.backends.device_types import DEVICE_TYPES
 from model.backends.interface import Backend
 from model.backends.native_cpu import NativeCpuBackend
 from model.backends.torch_backends import TorchBackend, TorchCpuBackend
 from model.kernels.library import find_kernels
 from parallel.errors import ConfigError
-
-DEVICE_TYPES = ("cpu", "cuda", "npu")
-"""Device types that a run may name."""
 
 
 def find_backend(device_type: str) -> Backend:

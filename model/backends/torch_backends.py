@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from model.backends.device_types import TORCH, is_host_memory
 from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
 from model.backends.largest import find_largest
@@ -16,14 +17,13 @@ _ALIGNED_ELEMENTS = 16
 class TorchBackend:
     """Any device that PyTorch supports."""
 
-    name = "torch"
+    name = TORCH
     kernels: Kernels | None = None
-    in_host_memory = False
     batch_invariant = False
     captures_graphs = False
 
     def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
+        self._device_type, self.in_host_memory = device_type, is_host_memory(device_type)
         self.int8_kernel: Int8Kernel = PLAIN
 
     def open_device(self, local_rank: int) -> torch.device:
@@ -96,8 +96,6 @@ class TorchBackend:
 
 class TorchCpuBackend(TorchBackend):
     """A CPU without native kernels."""
-
-    in_host_memory = True
 
     def __init__(self) -> None:
         super().__init__("cpu")

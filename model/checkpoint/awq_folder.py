@@ -5,11 +5,11 @@ packed the same way and holds the zero points without an offset. `model/checkpoi
 handles AWQ's settings and bit order.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.column_packed import (
     ColumnFolder,
@@ -26,6 +26,7 @@ from model.spec.quantization_sections import read_flag
 from model.spec.quoting import quote
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 SETTINGS_FILE = "quant_config.json"
 _ROWS_A_WORD = 8

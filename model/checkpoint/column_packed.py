@@ -10,12 +10,12 @@ They are exposed under the names of `model/spec/scheme.py`. A rank's output rows
 meaning of the settings and the packing order are up to the formats.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.spec.config import build_config, read_config
@@ -25,8 +25,10 @@ from model.spec.quoting import quote
 from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES, has_bias, stored_linear_names
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 """Stored tensors of a quantized linear, which are not exposed under these names."""
@@ -81,7 +83,7 @@ class ColumnPackedFolder(ABC):
         if owner not in self._shapes or name in self._folder.tensors:
             return self._folder.read_rows(reader, name, start, stop)
         if start == stop:
-            return torch.empty((0, *self.tensors[name].shape[1:]), dtype=self.tensors[name].dtype)
+            return torch.empty((0, *self.tensors[name].shape[1:]), dtype=self.tensors[name].dtype.torch_dtype)
         if part == "weight_packed":
             if self._linears[owner].symmetric:
                 self._check_symmetric(reader, owner, start, stop)
@@ -132,14 +134,14 @@ class ColumnPackedFolder(ABC):
     def _canonical_tensors(self, linear: str) -> dict[str, TensorInfo]:
         (rows, columns), per_word, groups = self._shapes[linear], 32 // self._linears[linear].bits, self._num_groups(linear)
         out = {
-            f"{linear}.weight_packed": TensorInfo((rows, -(-columns // per_word)), torch.int32),
+            f"{linear}.weight_packed": TensorInfo((rows, -(-columns // per_word)), ElementType.INT32),
             f"{linear}.weight_scale": TensorInfo((rows, groups), self._folder.tensors[f"{linear}.scales"].dtype),
-            f"{linear}.weight_shape": TensorInfo((2,), torch.int64),
+            f"{linear}.weight_shape": TensorInfo((2,), ElementType.INT64),
         }
         if not self._linears[linear].symmetric:
-            out[f"{linear}.weight_zero_point"] = TensorInfo((-(-rows // per_word), groups), torch.int32)
+            out[f"{linear}.weight_zero_point"] = TensorInfo((-(-rows // per_word), groups), ElementType.INT32)
         if self._linears[linear].act_order:
-            out[f"{linear}.weight_g_idx"] = TensorInfo((columns,), torch.int32)
+            out[f"{linear}.weight_g_idx"] = TensorInfo((columns,), ElementType.INT32)
         return out
 
     def _num_groups(self, linear: str) -> int:
@@ -222,7 +224,7 @@ def quantized_linears(folder: ColumnFolder) -> dict[str, tuple[int, int]]:
     out = {}
     for name, info in folder.tensors.items():
         if name.endswith(".qweight"):
-            if len(info.shape) != 2 or 0 in info.shape or info.dtype != torch.int32:
+            if len(info.shape) != 2 or 0 in info.shape or info.dtype != ElementType.INT32:
                 raise CheckpointError(f"{folder.path}: {name} is {_describe(info)}, but int32 of 2 dimensions is needed; export it again")
             out[name.removesuffix(".qweight")] = (info.shape[0], info.shape[1])
     return out

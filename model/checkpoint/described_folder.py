@@ -10,13 +10,14 @@
 They are exposed under the names of `model/spec/scheme.py`. Opening reads the description, headers, offsets and a few rows.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.hf_folder import untie_head
@@ -28,8 +29,10 @@ from model.spec.quoting import quote, quote_name
 from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _DESCRIPTION = re.compile(r"quant(ization|_model)_description.*\.json")
 _FORMS: Mapping[str, LinearScheme | None] = {
@@ -83,11 +86,11 @@ class DescribedFolder:
         for name in self._stored:
             if name not in taken:
                 self._convert[name] = (name, _same)
-        self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._constants.items()}
+        self.tensors = {name: TensorInfo.of(tensor) for name, tensor in self._constants.items()}
         for name, (source, convert) in self._convert.items():
             info = self._stored[source][1].info
-            sample = convert(torch.empty((0, *info.shape[1:]), dtype=info.dtype))
-            self.tensors[name] = TensorInfo((*info.shape[:1], *sample.shape[1:]), sample.dtype)
+            sample = convert(torch.empty((0, *info.shape[1:]), dtype=info.dtype.torch_dtype))
+            self.tensors[name] = replace(TensorInfo.of(sample), shape=(*info.shape[:1], *sample.shape[1:]))
         quantized = {name: linear for name, form in forms.items() if (linear := _FORMS[form]) is not None}
         ignore = tuple(name for name in forms if name not in quantized) if quantized else ()
         self.config: dict[str, Any] = declare_scheme(config, group_linears(quantized, ignore))
@@ -152,7 +155,7 @@ class DescribedFolder:
     def _check_weight(self, reader: FileReader, linear: str) -> None:
         """Check that the weight is int8 and its offsets are zero."""
         info = self._stored[f"{linear}.weight"][1].info
-        if info.dtype != torch.int8 or len(info.shape) != 2:
+        if info.dtype != ElementType.INT8 or len(info.shape) != 2:
             raise CheckpointError(
                 f"{self.path}: {linear}.weight is {info.dtype_name} {list(info.shape)}, but int8 [rows, columns] is needed"
             )

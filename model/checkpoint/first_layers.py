@@ -1,16 +1,17 @@
 """A view of the first decoder layers of a checkpoint, for models that do not fit."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.source import CheckpointSource, Checksum
 from model.spec.config import LlamaConfig
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _PREFIX = "model.layers."
 

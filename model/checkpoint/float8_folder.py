@@ -10,12 +10,12 @@ They are exposed under the names of `model/spec/scheme.py`. The tensors tell whi
 rows that share it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.safetensors_file import StoredTensor
@@ -28,6 +28,7 @@ from model.spec.quoting import quote
 from model.spec.scheme import declare_scheme, group_linears
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import stored_linear_names
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError, ConfigError
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -76,7 +77,7 @@ class Float8Folder(HuggingFaceFolder):
 
     def _is_float8(self, name: str) -> bool:
         found = self._stored.get(name)
-        return found is not None and found[1].info.dtype == torch.float8_e4m3fn
+        return found is not None and found[1].info.dtype == ElementType.FLOAT8_E4M3FN
 
     def _canonize(self, linear: str, block: tuple[int, int] | None) -> LinearScheme:
         """Rename and reshape the scale of a linear, and return its scheme."""

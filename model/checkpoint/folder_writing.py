@@ -1,5 +1,7 @@
 """Atomic write of a checkpoint folder: write a temporary folder next to it, fsync, rename."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -8,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.checkpoint.checksum_file import write_sha256sums
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
+from parallel.lazy_torch import torch
 from parallel.regular_file import describe_kind
 
 MAX_FILE_BYTES = 5_000_000_000

@@ -8,10 +8,12 @@ Trained gate rows and up rows differ in their norms. Labels of the correct order
 norms, and labels of the wrong order explain none of it. Uses only the norms of sampled rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from parallel.lazy_torch import torch
 
 ORDERS = ("1.3", "1.4")
 AUTO = "auto"

@@ -4,13 +4,13 @@
 tokenizer.
 """
 
+from __future__ import annotations
+
 import re
 import struct
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.gguf_end_tokens import find_end_ids
@@ -24,6 +24,7 @@ from model.spec.quoting import quote
 from model.spec.rope_scaling import RopeScaling, scale_frequency
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -184,7 +185,7 @@ class GgufFile:
             "bos_token_id": metadata.read_token("bos"),
             "eos_token_id": _unwrap(find_end_ids(metadata)),
             "pad_token_id": metadata.read_token("padding"),
-            "torch_dtype": str(query.dtype if query else torch.float32).removeprefix("torch."),
+            "torch_dtype": query.dtype_name if query else "float32",
         }
         config |= self._names.values
         config |= {name: metadata.read(f"llama.{key}") for key, name in self._names.sizes.items()}

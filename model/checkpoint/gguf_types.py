@@ -1,16 +1,19 @@
 """The element types of GGUF: blocks of integers with scales, dequantized by the gguf library as rows are read, or plain floats."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from model.checkpoint.gguf_header import StoredTensor
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 _PIECE_BYTES = 1 << 20
 """Bytes dequantized at a time: the library holds several copies."""
@@ -23,7 +26,7 @@ class Encoding:
     name: str
     block_elements: int
     block_bytes: int
-    dtype: torch.dtype = torch.float32
+    dtype: ElementType = ElementType.FLOAT32
     """Element type after reading."""
 
     @property
@@ -42,8 +45,8 @@ class Encoding:
 
 ENCODINGS = {
     0: Encoding("F32", 1, 4),
-    1: Encoding("F16", 1, 2, torch.float16),
-    30: Encoding("BF16", 1, 2, torch.bfloat16),
+    1: Encoding("F16", 1, 2, ElementType.FLOAT16),
+    30: Encoding("BF16", 1, 2, ElementType.BFLOAT16),
     8: Encoding("Q8_0", 32, 34),
     2: Encoding("Q4_0", 32, 18),
     3: Encoding("Q4_1", 32, 20),
@@ -104,7 +107,7 @@ def read_stored_rows(reader: FileReader, path: Path, stored: StoredTensor, start
     row_bytes, shape = encoding.count_row_bytes(stored), (stop - start, *stored.shape[1:])
     if not encoding.is_quantized:
         data = reader.read_span(path, stored.offset_bytes + start * row_bytes, (stop - start) * row_bytes)
-        return data.view(encoding.dtype).view(shape)
+        return data.view(encoding.dtype.torch_dtype).view(shape)
     # Importing gguf takes 0.2 s, which ranks that read other formats should not pay.
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -5,12 +5,12 @@
 `model/checkpoint/column_packed.py` handles the tensors; this module handles GPTQ's settings and bit order.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.column_packed import (
     ColumnFolder,
@@ -27,6 +27,7 @@ from model.spec.quantization_sections import check_pattern, read_flag
 from model.spec.quoting import quote
 from parallel.errors import ConfigError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 SETTINGS_FILE = "quantize_config.json"
 _DYNAMIC_KEYS = ("bits", "group_size", "sym", "desc_act")

@@ -1,5 +1,7 @@
 """A Hugging Face folder: config.json with one safetensors file, or several with an index."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping
@@ -7,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
 
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.name_prefix import find_names
@@ -20,6 +20,7 @@ from model.spec.file_kind import describe_file
 from model.spec.quoting import quote, quote_name
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 from parallel.regular_file import MAX_INDEX_BYTES, read_text
 
 SINGLE_FILE = "model.safetensors"

@@ -4,12 +4,12 @@ Handles Meta's names and tensor slices; `torch_header.py` parses the files, `met
 in full, are read from the first: comparing them would read data at opening.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from model.checkpoint.meta_params import read_meta_params
 from model.checkpoint.source import Checksum
@@ -17,6 +17,7 @@ from model.checkpoint.torch_header import StoredTensor, read_torch_header
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 from parallel.regular_file import MAX_LIST_BYTES, read_text
 
 _PARAMS, _CHECKLIST, _SINGLE_FILE = "params.json", "checklist.chk", "consolidated.pth"

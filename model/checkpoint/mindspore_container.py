@@ -3,12 +3,12 @@
 Shapes are not compared with those of any model.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.fused_order import OrderEvidence, weigh_orders
 from model.checkpoint.mindspore_encryption import EncryptedFile
@@ -23,6 +23,7 @@ from model.spec.quoting import quote_name
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _FRAME = ("model.tok_embeddings.embedding_weight", "model.norm_out.weight")
 """Required outside the layers in every model."""

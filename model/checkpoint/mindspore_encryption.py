@@ -9,6 +9,8 @@ decrypted whole, and the last one is cached. CBC ends each block with PKCS#7 pad
 range is decrypted. `cryptography` is imported only when a file is encrypted.
 """
 
+from __future__ import annotations
+
 import re
 import threading
 from bisect import bisect_right
@@ -18,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 from parallel.regular_file import open_regular
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ class EncryptedFile:
     def _read_cipher(self, reader: FileReader, block: _Block, start: int, stop: int) -> memoryview:
         return memoryview(reader.read_span(self._path, block.offset_bytes + start, stop - start).numpy().data)
 
-    def _start(self, key: bytes, iv: bytes, tag: bytes = b"") -> "CipherContext":
+    def _start(self, key: bytes, iv: bytes, tag: bytes = b"") -> CipherContext:
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes

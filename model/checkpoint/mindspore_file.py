@@ -5,12 +5,12 @@ scales of Golden Stick's int8 activations become divisors per input channel (`sm
 rounded twice. The bias that it derives from the input's zero point is dropped, since the zero point itself is used.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.fused_order import ORDERS, OrderEvidence
 from model.checkpoint.mindspore_encryption import EncryptedFile
@@ -37,6 +37,7 @@ from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,10 @@ class MindSporeFile:
         finally:
             self._reader.close()
         # Convert zero rows to find the shapes and dtypes after conversion.
-        self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._constants.items()}
+        self.tensors = {name: TensorInfo.of(tensor) for name, tensor in self._constants.items()}
         for name, tensor in self._stored.items():
             sample = self.read_rows(self._reader, name, 0, 0)
-            self.tensors[name] = TensorInfo((tensor.blocks[0].shape[0], *sample.shape[1:]), sample.dtype)
+            self.tensors[name] = replace(TensorInfo.of(sample), shape=(tensor.blocks[0].shape[0], *sample.shape[1:]))
         self._add_dtype()
 
     @property
@@ -320,7 +321,7 @@ class MindSporeFile:
         names = (name for name in self.tensors if name.endswith("proj.weight") and self.tensors[name].dtype.is_floating_point)
         first = next((name for name in ("model.embed_tokens.weight", *names) if name in self.tensors), None)
         if first is not None:
-            self.config["torch_dtype"] = str(self.tensors[first].dtype).removeprefix("torch.")
+            self.config["torch_dtype"] = self.tensors[first].dtype_name
 
 
 def _invert(factors: torch.Tensor) -> torch.Tensor:

@@ -4,43 +4,45 @@ The format is a sequence of protobuf messages `Checkpoint`, one per value or sli
 skipped; the CRC, which covers every byte, is returned but not verified.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from model.checkpoint.mindspore_encryption import CIPHERS, MAGIC_BYTES, EncryptedFile
 from model.checkpoint.source import Checksum
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
-ELEMENT_TYPES: Mapping[str, torch.dtype] = {
-    "Int8": torch.int8,
-    "UInt8": torch.uint8,
-    "Int16": torch.int16,
-    "UInt16": torch.uint16,
-    "Int32": torch.int32,
-    "UInt32": torch.uint32,
-    "Int64": torch.int64,
-    "UInt64": torch.uint64,
-    "Float16": torch.float16,
-    "Float32": torch.float32,
-    "Float64": torch.float64,
-    "Bool": torch.bool,
-    "BFloat16": torch.bfloat16,
+ELEMENT_TYPES: Mapping[str, ElementType] = {
+    "Int8": ElementType.INT8,
+    "UInt8": ElementType.UINT8,
+    "Int16": ElementType.INT16,
+    "UInt16": ElementType.UINT16,
+    "Int32": ElementType.INT32,
+    "UInt32": ElementType.UINT32,
+    "Int64": ElementType.INT64,
+    "UInt64": ElementType.UINT64,
+    "Float16": ElementType.FLOAT16,
+    "Float32": ElementType.FLOAT32,
+    "Float64": ElementType.FLOAT64,
+    "Bool": ElementType.BOOL,
+    "BFloat16": ElementType.BFLOAT16,
     # Stored as one byte per element, despite the name.
-    "Int4": torch.int8,
+    "Int4": ElementType.INT8,
     # Early releases wrote unsigned types under these names.
-    "Uint8": torch.uint8,
-    "Uint16": torch.uint16,
-    "Uint32": torch.uint32,
-    "Uint64": torch.uint64,
+    "Uint8": ElementType.UINT8,
+    "Uint16": ElementType.UINT16,
+    "Uint32": ElementType.UINT32,
+    "Uint64": ElementType.UINT64,
 }
 """By tensor_type. One more type, STRING, holds UTF-32-LE text."""
 STRING = "str"
-TYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in reversed(list(ELEMENT_TYPES.items()))}
+TYPE_NAMES: Mapping[ElementType, str] = {dtype: name for name, dtype in reversed(list(ELEMENT_TYPES.items()))}
 """The tensor_type of each element type."""
 
 # For Checkpoint, Value and TensorProto, in this order.

@@ -3,13 +3,13 @@
 MindFormers numbers ranks by stage, then replica, then slice. Depends on names, shapes and a few bytes of each tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_folder import check_single
@@ -20,6 +20,7 @@ from model.checkpoint.mindspore_rows import RowRuns, build_block
 from model.checkpoint.mindspore_shards import count_shards, is_sharded, join_shards
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 _COMPARED_BYTES = 4096
 """Bytes compared at each end of a tensor that two ranks should share."""

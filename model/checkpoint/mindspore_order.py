@@ -3,11 +3,11 @@
 Reads a few rows of a few layers, at most SAMPLE_BYTES of each kind.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from model.checkpoint.fused_order import AUTO, ORDERS, OrderEvidence, RowNorms, weigh_orders
 from model.checkpoint.mindspore_encryption import EncryptedFile
@@ -16,6 +16,7 @@ from model.checkpoint.mindspore_names import FUSED_NAMES
 from model.checkpoint.mindspore_rows import RowRuns, build_block, decode_dequant_scale
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 _QKV, _GATE_HIDDEN = FUSED_NAMES
 SAMPLE_BYTES = 32 << 20

@@ -3,17 +3,19 @@
 Depends on slices, bytes and the encoding of scales; does not depend on tensor names.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from model.checkpoint.mindspore_encryption import EncryptedFile
 from model.checkpoint.mindspore_header import ELEMENT_TYPES, StoredTensor
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _SHORT_BYTES = 64
 """Shorter runs are read together with the gaps between them: a system call each would cost more than the extra bytes."""
@@ -77,7 +79,7 @@ class RowBlock:
 
     pieces: Sequence[RowPiece]
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: ElementType
     encrypted: Mapping[Path, EncryptedFile]
     """Files whose offsets refer to the plaintext."""
 
@@ -90,7 +92,7 @@ class RowBlock:
             low, high = max(first, piece.start), min(last, piece.stop)
             if low < high:
                 self._read_piece(reader, piece, low - piece.start, high - piece.start, out[low - first : high - first])
-        return out.view(self.dtype).view(stop - start, *self.shape[1:])
+        return out.view(self.dtype.torch_dtype).view(stop - start, *self.shape[1:])
 
     def _read_piece(self, reader: FileReader, piece: RowPiece, low: int, high: int, out: torch.Tensor) -> None:
         runs = list(piece.list_runs(low, high))
@@ -143,7 +145,7 @@ def build_block(pieces: Iterable[tuple[Path, StoredTensor, RowRuns]], encrypted:
         row_bytes, passed = prod(shape[1:]) * dtype.itemsize, 0
         parts = []
         for (offset, length), place in zip(stored.slices, stored.files or [file] * len(stored.slices), strict=True):
-            parts.append(StoredRows(place, offset, passed, passed + length, (), torch.uint8))
+            parts.append(StoredRows(place, offset, passed, passed + length, (), ElementType.UINT8))
             passed += length
         if runs.num_rows * row_bytes:
             found.append(RowPiece(at, parts, runs, row_bytes))

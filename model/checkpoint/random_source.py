@@ -4,19 +4,21 @@ Every tensor repeats one block of random elements, from an offset derived from i
 and costs no more than a copy.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.source import Checksum
 from model.spec.config import build_config
 from model.spec.scheme import read_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import plan_weights
+from parallel.element_type import ElementType
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _BLOCK_ELEMENTS = 1_048_573
 """A prime, so that rows of common widths do not repeat."""
@@ -47,7 +49,7 @@ class RandomSource:
         config, self._scheme = build_config(values, str(path)), read_scheme(values)
         specs = plan_weights(config, self._scheme)
         self.tensors = {
-            name: TensorInfo(spec.shape, getattr(torch, spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype))
+            name: TensorInfo(spec.shape, ElementType.named(spec.dtypes[0] if len(spec.dtypes) == 1 else config.dtype))
             for name, spec in specs.items()
         }
         self._blocks: dict[torch.dtype, torch.Tensor] = {}
@@ -61,9 +63,9 @@ class RandomSource:
             # Uniform integers get the standard deviation of float weights, which FP8 weights have themselves.
             constant = 1.0 if linear.float8 else _STANDARD_DEVIATION * 3.5 / (1 << linear.bits)
         if constant is not None:
-            return torch.full(shape, constant, dtype=info.dtype)
+            return torch.full(shape, constant, dtype=info.dtype.torch_dtype)
         if name.endswith("weight_g_idx") and linear is not None:
-            return torch.arange(start, stop, dtype=info.dtype) // (linear.group_size or info.shape[0])
+            return torch.arange(start, stop, dtype=info.dtype.torch_dtype) // (linear.group_size or info.shape[0])
         return self._copy(info, zlib.crc32(name.encode()), start, shape)
 
     def locate_rows(self, name: str, start: int, stop: int) -> list[StoredRows]:
@@ -75,8 +77,8 @@ class RandomSource:
         return None
 
     def _copy(self, info: TensorInfo, place: int, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-        block = self._block(info.dtype)
-        out = torch.empty(shape, dtype=info.dtype)
+        block = self._block(info.dtype.torch_dtype)
+        out = torch.empty(shape, dtype=info.dtype.torch_dtype)
         flat, done = out.view(-1), 0
         position = (place + start * (out.numel() // shape[0] if shape[0] else 0)) % _BLOCK_ELEMENTS
         while done < flat.numel():

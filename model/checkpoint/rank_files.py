@@ -4,12 +4,12 @@ layout.json holds the format version, the world size, the quantization scheme, t
 of every file, and a fingerprint that is quick to check. KV heads shared by several ranks are stored in each of their files.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.hf_folder import SINGLE_FILE
 from model.checkpoint.safetensors_file import read_header
@@ -18,6 +18,7 @@ from model.spec.config import read_config
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 from parallel.regular_file import MAX_INDEX_BYTES, open_regular, read_text
 
 LAYOUT_FILE = "layout.json"
@@ -63,7 +64,7 @@ class RankFiles:
                 parts.append(stored.stored_rows(file, start))
             dtypes = {part.dtype for part in parts}
             if len(dtypes) > 1:
-                found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                found = " and ".join(sorted(dtype.label for dtype in dtypes))
                 raise CheckpointError(f"{path}: {name} is stored as {found} in different rank files; write them again with tandem reshard")
             self._parts[name] = parts
             self.tensors[name] = TensorInfo(shape, dtypes.pop())

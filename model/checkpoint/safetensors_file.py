@@ -4,6 +4,8 @@ The safetensors library maps files and writes only tensors that are entirely in 
 checkpoint is rewritten tensor by tensor.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -16,27 +18,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from model.spec.file_kind import describe_file
 from model.spec.quoting import is_plain, quote, quote_name
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import StoredRows
+from parallel.lazy_torch import torch
 from parallel.regular_file import open_regular
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "F64": ElementType.FLOAT64,
+    "F32": ElementType.FLOAT32,
+    "F16": ElementType.FLOAT16,
+    "BF16": ElementType.BFLOAT16,
+    "I64": ElementType.INT64,
+    "I32": ElementType.INT32,
+    "I16": ElementType.INT16,
+    "I8": ElementType.INT8,
+    "U8": ElementType.UINT8,
+    "BOOL": ElementType.BOOL,
+    "F8_E4M3": ElementType.FLOAT8_E4M3FN,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHER_DTYPES = {
@@ -186,7 +188,7 @@ class SafetensorsWriter:
         expected = next(iter(self._left))
         assert name == expected, (name, expected)
         info = self._infos[name]
-        assert (tuple(rows.shape[1:]), rows.dtype) == (info.shape[1:], info.dtype), (name, rows.shape, rows.dtype, info)
+        assert (tuple(rows.shape[1:]), rows.dtype) == (info.shape[1:], info.dtype.torch_dtype), (name, rows.shape, rows.dtype, info)
         self._left[name] -= rows.nbytes
         assert self._left[name] >= 0, (name, rows.shape, info)
         if self._left[name] == 0:
@@ -199,7 +201,7 @@ class SafetensorsWriter:
         self._finish_hash()
         return self._hash.hexdigest()
 
-    def __enter__(self) -> "SafetensorsWriter":
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -3,15 +3,16 @@
 `model/checkpoint/formats.py` holds the registry of formats.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from model.spec.tensor_info import TensorInfo
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 PIECE_BYTES = 64 << 20
 """Bytes of a tensor in memory at a time when processing whole checkpoints."""
@@ -76,7 +77,13 @@ class CheckpointSource(Protocol):
 
 def read_pieces(source: CheckpointSource, reader: FileReader, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
     """Yield rows [start, stop) of a tensor in runs of at most PIECE_BYTES (at least one unit of rows); one empty run if there are none."""
-    step = source.tensors[name].count_step_rows(PIECE_BYTES)
-    yield source.read_rows(reader, name, start, min(start + step, stop))
+    for first, end in cut_pieces(source.tensors[name], start, stop):
+        yield source.read_rows(reader, name, first, end)
+
+
+def cut_pieces(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the intervals of rows that `read_pieces` reads."""
+    step = info.count_step_rows(PIECE_BYTES)
+    yield start, min(start + step, stop)
     for first in range(start + step, stop, step):
-        yield source.read_rows(reader, name, first, min(first + step, stop))
+        yield first, min(first + step, stop)

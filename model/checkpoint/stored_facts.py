@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
 from model.checkpoint.source import CheckpointSource
+from model.checkpoint.stored_values import read_values
 from model.spec.config import LlamaConfig
 from model.spec.linear_scheme import LinearScheme
 from model.spec.rope_scaling import compute_frequencies
 from model.spec.scheme import Scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_names, linear_shape
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -26,8 +27,6 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_ROWS = 128
 """Of a tied head, at its start, middle and end before a run."""
 _INV_FREQ = "rotary_emb.inv_freq"
-_EXPONENTS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
-"""Integer type of the same width, and the exponent bits: all set in NaN and infinities."""
 _TOLERANCE = 2.0**-6
 """Relative tolerance for rotary buffers, some of which were saved as bfloat16."""
 
@@ -73,8 +72,8 @@ def _check_tied_head(source: CheckpointSource, reader: FileReader, config: Llama
     starts = range(0, count, _COMPARED_ROWS) if deep else sorted({0, count // 2, max(0, count - _COMPARED_ROWS)})
     for start in starts:
         stop = min(count, start + _COMPARED_ROWS)
-        head, embedding = (source.read_rows(reader, name, start, stop) for name in (_HEAD, _EMBEDDING))
-        if head.shape != embedding.shape or not torch.equal(head.float(), embedding.float()):
+        head, embedding = (read_values(source, reader, name, start, stop) for name in (_HEAD, _EMBEDDING))
+        if not np.array_equal(head, embedding):
             yield (
                 f"{source.path}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}: set tie_word_embeddings to false if "
                 "the head is to be used"
@@ -90,7 +89,7 @@ def describe_rotary(source: CheckpointSource, config: LlamaConfig) -> list[str]:
     reader = FileReader()
     try:
         for name in names:
-            found = _read(source, reader, name).double().numpy().reshape(-1)
+            found = read_values(source, reader, name).astype(np.float64).reshape(-1)
             if not any(found.shape == one.shape and np.allclose(found, one, rtol=_TOLERANCE, atol=1e-6) for one in expected):
                 words = "differs from the frequencies of rope_theta and rope_scaling: ignored, as in transformers"
                 return [f"{source.path}: {name} {words}"]
@@ -121,38 +120,34 @@ def _check_linear(source: CheckpointSource, reader: FileReader, config: LlamaCon
             yield from _check_zeros(source, reader, f"{name}.{part}", linear)
     shape = (config.vocab_size, config.hidden_size) if name == "lm_head" else linear_shape(config, name.split(".", 3)[-1])
     stored = f"{name}.weight_shape"
-    if stored in source.tensors and (sizes := _read(source, reader, stored).tolist()) != list(shape):
+    if stored in source.tensors and (sizes := read_values(source, reader, stored).tolist()) != list(shape):
         yield f"{source.path}: {stored} is {sizes}, but the config needs {list(shape)}: give the config.json of this checkpoint"
     index = f"{name}.weight_g_idx"
     if index in source.tensors:
-        groups, found = linear.num_groups(shape[1]), _read(source, reader, index)
-        wrong = int(((found < 0) | (found >= groups)).count_nonzero())
+        groups, found = linear.num_groups(shape[1]), read_values(source, reader, index)
+        wrong = int(np.count_nonzero((found < 0) | (found >= groups)))
         if wrong:
-            yield f"{source.path}: {wrong} of {found.numel()} entries of {index} are not groups from 0 to {groups - 1}: copy it again"
+            yield f"{source.path}: {wrong} of {found.size} entries of {index} are not groups from 0 to {groups - 1}: copy it again"
 
 
 def _check_scale(source: CheckpointSource, reader: FileReader, name: str) -> Iterator[str]:
     if name in source.tensors:
-        found = _read(source, reader, name)
-        # Use numpy: PyTorch threads that spin on such small work cost seconds on a busy machine.
-        word, exponent = _EXPONENTS[found.dtype]
-        wrong = int(np.count_nonzero((found.contiguous().view(word).numpy() & exponent) == exponent))
+        found = read_values(source, reader, name)
+        wrong = int(np.count_nonzero(~np.isfinite(found)))
         if wrong:
-            yield f"{source.path}: {wrong} of {found.numel()} values of {name} are NaN or infinite: quantize or copy it again"
+            yield f"{source.path}: {wrong} of {found.size} values of {name} are NaN or infinite: quantize or copy it again"
 
 
 def _check_zeros(source: CheckpointSource, reader: FileReader, name: str, linear: LinearScheme | None) -> Iterator[str]:
     """Check that the zero points of a symmetric scheme are 0, plain or packed."""
-    found, zero = _read(source, reader, name), 0
-    if found.dtype == torch.float8_e4m3fn:  # cannot be compared
-        found = found.float()
+    found, zero = read_values(source, reader, name), 0
     if linear is not None and name.endswith("weight_zero_point") and _is_packed(source.tensors, name, linear):
         zero = 0x88888888 - (1 << 32) if linear.bits == 4 else 0x80808080 - (1 << 32)
-    wrong = int((found != zero).count_nonzero())
+    wrong = int(np.count_nonzero(found != zero))
     if wrong:
         what = "words of packed zero points" if zero else "zero points"
         yield (
-            f"{source.path} declares symmetric values, but {wrong} of {found.numel()} {what} in {name} are not 0: if they are to be used, "
+            f"{source.path} declares symmetric values, but {wrong} of {found.size} {what} in {name} are not 0: if they are to be used, "
             "set symmetric to false in config.json"
         )
 
@@ -160,9 +155,6 @@ def _check_zeros(source: CheckpointSource, reader: FileReader, name: str, linear
 def _is_packed(tensors: Mapping[str, TensorInfo], name: str, linear: LinearScheme) -> bool:
     scale = tensors.get(name.replace("weight_zero_point", "weight_scale"))
     info = tensors[name]
-    return scale is not None and info.dtype == torch.int32 and info.shape[0] == -(-scale.shape[0] * linear.bits // 32) != scale.shape[0]
-
-
-def _read(source: CheckpointSource, reader: FileReader, name: str) -> torch.Tensor:
-    shape = source.tensors[name].shape
-    return source.read_rows(reader, name, 0, shape[0] if shape else 1)
+    return (
+        scale is not None and info.dtype == ElementType.INT32 and info.shape[0] == -(-scale.shape[0] * linear.bits // 32) != scale.shape[0]
+    )

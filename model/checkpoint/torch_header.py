@@ -4,6 +4,8 @@ The globals in the pickle are verified against an allow list before it is loaded
 executed, and no corrupt length causes a large allocation.
 """
 
+from __future__ import annotations
+
 import io
 import pickletools
 import re
@@ -14,15 +16,14 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
-import torch
-
 from model.checkpoint.source import Checksum
 from model.spec.file_kind import describe_file
 from model.spec.tensor_info import TensorInfo
 from parallel.errors import CheckpointError
+from parallel.lazy_torch import torch
 from parallel.regular_file import open_descriptor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = ("float16", "bfloat16", "float32")
 _START, _DESCRIPTOR_START = b"PK\x03\x04", b"PK\x07\x08"
 _LOCAL_HEADER_BYTES = 30
 _MAX_DESCRIPTOR_BYTES = 24
@@ -153,10 +154,10 @@ def _check_pickle(path: Path, data: bytes) -> None:
 def _find_tensor(path: Path, name: str, value: object, records: dict[int, int]) -> StoredTensor:
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, but only tensors are read: save the weights alone")
-    info = TensorInfo(tuple(value.shape), value.dtype)
-    if value.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise CheckpointError(f"{path}: {name!r} is {info.dtype_name}, but only {known} are read: convert it first")
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: {name!r} is {dtype}, but only {', '.join(_DTYPES)} are read: convert it first")
+    info = TensorInfo.of(value)
     if not value.is_contiguous():
         raise CheckpointError(f"{path}: {name!r} has strides {value.stride()}, but only row after row is read: save it made contiguous")
     record, skipped = value.untyped_storage()._checkpoint_offset, int(value.storage_offset()) * value.dtype.itemsize

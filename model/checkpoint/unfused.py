@@ -4,12 +4,12 @@ Rows of the stored linear are the rows of the linears in turn, so every tensor w
 the family whose checkpoints hold the same model unfused, and so has every checkpoint that is written from it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.notes import HasNotes
 from model.checkpoint.source import CheckpointSource, Checksum
@@ -22,6 +22,7 @@ from model.spec.tensor_info import TensorInfo
 from model.spec.weights import linear_shape
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader, StoredRows
+from parallel.lazy_torch import torch
 
 _SHARED = ("weight_g_idx", "input_scale", "input_zero_point", "smooth_scale")
 """Tensors that belong to the input, and so to each of the linears."""

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from model.checkpoint.source import CheckpointSource, Checksum, read_pieces
+from model.checkpoint.source import CheckpointSource, Checksum, cut_pieces
+from model.checkpoint.stored_values import decode_values, read_stored
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 from parallel.regular_file import open_regular
 
 _CHUNK_BYTES = 16 << 20
+_DECODED_BYTES = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, total bytes)."""
@@ -116,12 +118,14 @@ def _check_tensor(source: CheckpointSource, name: str, *, deep: bool) -> TensorC
     info, digest, num_nan, num_infinite = source.tensors[name], hashlib.sha256(), 0, 0
     reader = FileReader()
     try:
-        for piece in read_pieces(source, reader, name, 0, info.shape[0] if info.shape else 1):
-            digest.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            if deep and piece.is_floating_point():
-                num_nan += int(piece.isnan().sum())
-                if piece.dtype != torch.float8_e4m3fn:  # has no infinities
-                    num_infinite += int(piece.isinf().sum())
+        for start, stop in cut_pieces(info, 0, info.shape[0] if info.shape else 1):
+            stored = read_stored(source, reader, name, start, stop).reshape(-1)
+            digest.update(stored.data)
+            # Decoding widens the elements, so only a few at a time.
+            for first in range(0, len(stored) if deep and info.dtype.is_floating_point else 0, _DECODED_BYTES):
+                values = decode_values(stored[first : first + _DECODED_BYTES], info.dtype)
+                num_nan += int(np.count_nonzero(np.isnan(values)))
+                num_infinite += int(np.count_nonzero(np.isinf(values)))
     finally:
         reader.close()
     return TensorCheck(name, info.dtype_name, info.shape, digest.hexdigest(), num_nan, num_infinite)

@@ -39,6 +39,7 @@ class _Layer(ctypes.Structure):
         ("post_norm", _POINTER),
         *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
         ("fixed_scales", _POINTER),
+        ("window", _SIZE),
     ]
 
 
@@ -137,6 +138,7 @@ class FusedLayers:
             layer.post_attention_layernorm.weight.data_ptr(),
             *(self._describe_linear(getattr(layer, name)) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
             None if scales is None else scales.data_ptr(),
+            layer.window or 0,
         )
 
     def _describe_linear(self, linear: ColumnParallelLinear | QuantizedColumnParallelLinear) -> _Linear:

@@ -35,15 +35,13 @@ def is_fusible(config: LlamaConfig, index: int) -> bool:
     return not config.has_experts(index) and config.hidden_act == "silu" and config.query_scale == 1 and not any(extras)
 
 
-def list_plain_features(config: LlamaConfig, window: int | None) -> tuple[str, ...]:
-    """Return what the native kernels lack of a model whose shortest window is `window`."""
+def list_plain_features(config: LlamaConfig) -> tuple[str, ...]:
+    """Return what the native kernels lack of a model."""
     features = {
         "biases": config.attention_bias or config.output_bias or config.mlp_bias,
         "norms of heads": config.qk_norm,
         "experts": config.experts is not None,
-        "limited attention scores": config.attention_softcap is not None,
         "GELU and norms around layers": config.sandwich_norms or config.norm_offset or config.hidden_act != "silu",
-        f"attention beyond a window of {window} tokens": window is not None,
     }
     return tuple(words for words, used in features.items() if used)
 
@@ -122,8 +120,6 @@ class LlamaForCausalLM(nn.Module):
         self.fuses_layers = True
         """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
-        windows = [window for index in range(config.num_hidden_layers) if (window := config.find_window(index)) is not None]
-        self._shortest_window = min(windows, default=None)
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend, offset=config.norm_offset)
@@ -139,7 +135,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def plain_features(self) -> tuple[str, ...]:
         """What the native kernels lack, so that layers run step by step and these steps in PyTorch; empty without native kernels."""
-        return list_plain_features(self.config, self._shortest_window) if self.backend.kernels is not None else ()
+        return list_plain_features(self.config) if self.backend.kernels is not None else ()
 
     @property
     def weight_bytes(self) -> int:
@@ -155,7 +151,7 @@ class LlamaForCausalLM(nn.Module):
         """Allocate a KV cache store of `num_blocks` blocks."""
         config, shares = self.config, self.shares
         sizes = (config.num_hidden_layers, num_blocks, block_size, shares.num_kv_heads, config.head_dim)
-        return KeyValueStore(*sizes, self.dtype, self.device, self.scheme.kv_cache)
+        return KeyValueStore(*sizes, self.dtype, self.device, self.scheme.kv_cache, for_kernels=self.backend.kernels is not None)
 
     def build_cache(self, capacity: int) -> KeyValueCache:
         """Build an empty cache for one sequence of up to `capacity` tokens, in its own store."""
@@ -191,8 +187,6 @@ class LlamaForCausalLM(nn.Module):
         """Run all layers in one native call; None if the weights, caches or collectives do not support it."""
         kernels = self.backend.kernels
         if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
-            return None
-        if self._shortest_window is not None and batch.longest > self._shortest_window:
             return None
         if self._fused is None:
             self.fuses_layers = FusedLayers.fits(self.layers)

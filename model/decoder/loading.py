@@ -11,30 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
-from model.spec.config import LlamaConfig
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
-from model.spec.scheme import Scheme, read_scheme
-from model.spec.weights import compare_tensors, list_fused, list_norms, plan_weights
-from parallel.errors import CheckpointError
+from model.spec.scheme import read_scheme
+from model.spec.weights import list_fused, list_norms, plan_weights
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
 _PART_BYTES = 8 << 20
-
-
-def check_checkpoint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> None:
-    """Raise CheckpointError unless the checkpoint holds exactly the tensors that the model needs; list up to ten
-    differences of each kind.
-    """
-    report = compare_tensors(plan_weights(config, scheme), source.tensors, tied=config.tie_word_embeddings)
-    words = report.describe(config)
-    if words:
-        raise CheckpointError(f"{source.path} does not fit its config: {words}")
 
 
 def load_model(
@@ -202,7 +191,7 @@ class ModelLoader:
         """Read this rank's rows of several tensors, concatenated, converted to `dtype`."""
         source, rows = self._source, [self._rows(name) for name in names]
         located = [source.locate_rows(name, *interval) for name, interval in zip(names, rows, strict=True)]
-        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype == dtype):
+        if len(names) == 1 and not located[0] and (convert or source.tensors[names[0]].dtype.torch_dtype == dtype):
             return convert(self.read(names[0])) if convert else self.read(names[0])
         out = torch.empty((sum(stop - start for start, stop in rows), columns), dtype=dtype)
         ask_for_huge_pages(out)
@@ -214,7 +203,7 @@ class ModelLoader:
                 continue
             info = source.tensors[name]
             # Convert rows of another dtype in small batches, so that two full copies never exist.
-            step = max(1, stop - start) if convert or info.dtype == dtype else info.count_step_rows(_PART_BYTES)
+            step = max(1, stop - start) if convert or info.dtype.torch_dtype == dtype else info.count_step_rows(_PART_BYTES)
             for first in range(start, stop, step):
                 found = source.read_rows(self.reader, name, first, min(first + step, stop))
                 place[first - start : first - start + len(found)] = convert(found) if convert else found

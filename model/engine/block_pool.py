@@ -18,6 +18,8 @@ class BlockPool:
         self.num_blocks, self.block_size, self.share = num_blocks, block_size, share
         self.hollow: set[int] = set()
         """Cached blocks whose keys and values were not computed, which may occur in the blocks of a finished sequence."""
+        self.drafted: set[int] = set()
+        """Blocks for all of whose tokens the draft model, if any, has computed its own keys and values."""
         self._owners = [0] * num_blocks
         self._untouched = 0
         """Blocks from here on have never been used, so their memory is not committed yet."""
@@ -79,6 +81,7 @@ class BlockPool:
             del self._kept[block]
             del self._chains[self._keys.pop(block)]
         self.hollow.discard(block)
+        self.drafted.discard(block)
         self._owners[block] = 1
         return block
 

@@ -5,7 +5,7 @@ Plain values of ids and numbers.
 
 from dataclasses import dataclass
 
-from model.engine.sampling import Choice
+from model.engine.choice import Choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,22 @@ sampling, and skips steps whose results are not needed.
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.non_finite import explain, find_first_layer
+from model.engine.choice import NO_TOKEN, Choice
+from model.engine.draft_model import DraftModel
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
-from model.engine.grammar import Grammars, share_masks
+from model.engine.grammar import Grammars
+from model.engine.grammar_masks import share_masks
 from model.engine.request import Request, check_memory, check_request
-from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample, score
-from model.engine.scheduling import LiveSequence, Part, Scheduler, SchedulerCounts
-from model.engine.speculation import PromptLookup
+from model.engine.sampling import RandomNumbers, SamplingState, sample, score
+from model.engine.scheduling import Scheduler, SchedulerCounts
+from model.engine.sequence import LiveSequence, Part
+from model.engine.speculation import DEFAULT_DRAFT_TOKENS, PromptLookup
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
 from model.spec.config import DEFAULT_BLOCK_SIZE, PREFILL_TOKENS, count_blocks
@@ -65,15 +68,18 @@ class Engine:
         num_blocks: int | None = None,
         share_prefixes: bool = True,
         speculate: bool = False,
+        draft_model: LlamaForCausalLM | None = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         prefill_tokens: int = PREFILL_TOKENS,
         prefill_resumed: bool = False,
         grammars: Grammars | None = None,
     ) -> None:
         """`num_blocks`: size of the KV cache; None reserves address space for `max_batch_size` full contexts.
 
-        `share_prefixes`: store equal prefixes once. `speculate`: draft tokens for greedy sequences and verify several per pass; ignored
-        unless the model is batch-invariant. `prefill_tokens`: maximum per pass. `prefill_resumed`: prefill resumed tokens with their
-        prompts instead of one by one, and skip finished requests; the new tokens are bitwise identical if the model is batch-invariant.
+        `share_prefixes`: store equal prefixes once. `speculate`: draft tokens for greedy sequences and verify several per pass.
+        `draft_model`: drafts up to `draft_tokens` per pass for all sequences instead, greedy or not. Both are ignored unless the model is
+        batch-invariant. `prefill_tokens`: maximum per pass. `prefill_resumed`: prefill resumed tokens with their prompts instead of one
+        by one, and skip finished requests; the new tokens are bitwise identical if the model is batch-invariant.
         `grammars`: compiles the grammars of requests, on rank 0; None refuses such requests.
         Raises ConfigError for an invalid block configuration.
         """
@@ -82,7 +88,11 @@ class Engine:
         self._model = model
         self._store = model.build_store(num_blocks, block_size)
         self._scheduler = Scheduler(self._store, max_batch_size, share_prefixes=share_prefixes, prefill_tokens=prefill_tokens)
-        self.speculates = speculate and model.batch_invariant
+        self.speculates = (speculate or draft_model is not None) and model.batch_invariant
+        self._draft_model: DraftModel | None = None
+        if draft_model is not None and self.speculates:
+            self._draft_model = DraftModel(draft_model, draft_tokens, self._scheduler.pool, model.config.vocab_size)
+            self._scheduler.draft_model = self._draft_model
         self._prefill_known, self._grammars = prefill_resumed, grammars
         self._began: float | None = None
         self._scores: list[PromptScore] = []
@@ -100,11 +110,13 @@ class Engine:
             penalized.add(config.pad_token_id)  # MindFormers pads rows, and its penalty covers the padding
         params = request.params
         end_ids = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)))
-        sampling = SamplingState(params, penalized, np.random.RandomState(params.seed), end_ids=end_ids)
-        lookup = PromptLookup() if self.speculates and not params.do_sample else None
+        sampling = SamplingState(params, penalized, RandomNumbers(params.seed), end_ids=end_ids)
+        lookup = PromptLookup() if self.speculates and self._draft_model is None and not params.do_sample else None
         if lookup is not None:
             lookup.extend(request.prompt_ids)
         sequence = LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup)
+        if self._draft_model is not None:
+            self._draft_model.begin(sequence)
         if params.grammar:
             if self._grammars is None:
                 raise RequestError("structured output is not available in this run")
@@ -163,6 +175,8 @@ class Engine:
             if not all(part.decodes for part in parts):
                 self._check_prompts(parts, hidden)
             self._score(parts, hidden)
+            if self._draft_model is not None:
+                self._draft_model.follow(parts)
         events = self._choose(parts, hidden, masks)
         for failure in self.failures:
             self._scheduler.cancel(failure.index)
@@ -271,8 +285,10 @@ class Engine:
             if reason or ahead == len(part.drafts) or part.drafts[ahead] != token:
                 break
             num_right += 1
-        if part.drafts and sequence.lookup is not None:
-            sequence.lookup.judge(len(part.drafts), num_right)
+        if part.drafts:
+            sequence.judge(len(part.drafts), num_right)
+        if self._draft_model is not None:
+            self._draft_model.settle(sequence)
         if events:
             self.times.speculated_tokens += len(part.drafts)
             self.times.accepted_tokens += num_right
@@ -352,19 +368,8 @@ def _list_unknown(part: Part) -> Iterator[tuple[int, SamplingState]]:
     for ahead in range(1 + len(part.drafts)):
         known = sequence.knows(ahead)
         if known is None:
-            yield ahead, _expect(sequence.sampling, part.drafts, ahead)
+            yield ahead, sequence.sampling.after(part.drafts[:ahead]) if part.drafts else sequence.sampling
         elif sequence.num_new + ahead + 1 == len(sequence.request.resumed_ids) and sequence.is_over:
             return
         elif ahead < len(part.drafts) and known != part.drafts[ahead]:
             return
-
-
-def _expect(state: SamplingState, drafts: tuple[int, ...], ahead: int) -> SamplingState:
-    """Return a temporary copy of the state after `ahead` accepted draft tokens; without draft tokens the state itself."""
-    if not drafts:
-        return state
-    penalized = set(state.penalized) if state.params.repetition_penalty != 1 else set()
-    ahead_state = replace(state, penalized=penalized, counts=dict(state.counts))
-    for token in drafts[:ahead]:
-        ahead_state.note(token)
-    return ahead_state

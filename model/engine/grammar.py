@@ -1,7 +1,7 @@
 """Structured output: grammars that limit the next token, parsed by llguidance.
 
-Only rank 0 parses. It computes the masks of a step in a thread while the model runs, and sends them to the other ranks before they sample.
-A grammar is a string in llguidance's own JSON form. Depends on a tokenizer only for the bytes of its tokens.
+Only rank 0 parses. It computes the masks of a step in a thread while the model runs, and `model/engine/grammar_masks.py` sends
+them to the other ranks. A grammar is a string in llguidance's own JSON form. Depends on a tokenizer only for the bytes of its tokens.
 """
 
 import json
@@ -11,20 +11,16 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from model.text.tokenizer import Tokenizer
-from parallel.collectives import Collectives
 from parallel.errors import InputError, RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-Masks = npt.NDArray[np.bool_]
 _WORD_BYTES = 4
 _LONGEST_ERROR = 300
+_MARK = "\x02"
+"""A character that no token shares with others."""
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Whitespace between the parts of a JSON text. It is bounded: a small model may otherwise write spaces until its tokens are used up."""
 
@@ -97,9 +93,13 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
         for token in self.special_token_ids:
             self.tokens[token] = self.tokens[token] or f"<|special_{token}|>".encode()
+        self._mark_ids = tokenizer.encode(_MARK, False)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"), False)
+        # The text continues others, but SentencePiece puts a space before what it takes for a beginning.
+        words, count = text if isinstance(text, str) else text.decode(errors="replace"), len(self._mark_ids)
+        marked = self._tokenizer.encode(_MARK + words, False)
+        return marked[count:] if marked[:count] == self._mark_ids else self._tokenizer.encode(words, False)
 
 
 class GrammarState:
@@ -148,16 +148,6 @@ class GrammarState:
 def count_mask_bytes(vocab_size: int) -> int:
     """Return the size of a mask: one bit per token, in whole 32-bit words."""
     return -(-vocab_size // (8 * _WORD_BYTES)) * _WORD_BYTES
-
-
-def share_masks(masks: Sequence[bytes], num_rows: int, vocab_size: int, collectives: Collectives, device: torch.device) -> Masks:
-    """Send rank 0's masks to every rank; returns [num_rows, vocab_size], True where a token is allowed. `masks` is empty elsewhere."""
-    sizes = [count_mask_bytes(vocab_size)] + [0] * (collectives.world_size - 1)
-    local = torch.empty((num_rows, sizes[collectives.rank]), dtype=torch.uint8, device=device)
-    if collectives.rank == 0:
-        local = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(num_rows, -1).to(device)
-    bits = collectives.gather_columns(local, sizes).numpy(force=True)
-    return np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def grammar_of_schema(schema: dict[str, Any], spaces: dict[str, Any] | None = None) -> str:

@@ -6,14 +6,16 @@ one draw from a numpy generator. OpenAI's bias and penalties are applied after t
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.engine.choice import NO_TOKEN, Choice
 from model.engine.sampling_params import SamplingParams
 from parallel.collectives import Collectives
 
@@ -27,6 +29,35 @@ Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
 
 
+class RandomNumbers:
+    """Random numbers of one sequence: MindFormers' generator, whose next numbers can be read ahead."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator, self._ahead = np.random.RandomState(seed), deque[float]()
+
+    def draw(self) -> float:
+        """Return the next number in [0, 1)."""
+        return self._ahead.popleft() if self._ahead else self._generator.random_sample()
+
+    def peek(self, place: int) -> float:
+        """Return the number that `draw` returns after `place` others."""
+        while len(self._ahead) <= place:
+            self._ahead.append(self._generator.random_sample())
+        return self._ahead[place]
+
+
+class NumbersAhead:
+    """A copy of random numbers after the first `place` of them. Valid until the original draws."""
+
+    def __init__(self, numbers: RandomNumbers, place: int) -> None:
+        self._numbers, self._place = numbers, place
+
+    def draw(self) -> float:
+        """Return the next number in [0, 1)."""
+        self._place += 1
+        return self._numbers.peek(self._place - 1)
+
+
 @dataclass(slots=True)
 class SamplingState:
     """Sampling state of one sequence."""
@@ -35,8 +66,8 @@ class SamplingState:
     """Its options."""
     penalized: set[int]
     """Ids that have occurred."""
-    generator: np.random.RandomState
-    """Its own random numbers (MindFormers' generator), so that other sequences do not affect them."""
+    numbers: RandomNumbers | NumbersAhead
+    """Its own random numbers, so that other sequences do not affect them."""
     counts: dict[int, int] = field(default_factory=dict)
     """Number of occurrences of each new id, if a penalty needs it."""
     end_ids: frozenset[int] = frozenset()
@@ -49,8 +80,17 @@ class SamplingState:
     def take(self, token: int) -> None:
         """Advance the state as if this token had been sampled."""
         if self.params.do_sample:
-            self.generator.random_sample()  # the random number that `_draw` would consume
+            self.numbers.draw()  # the random number that `_draw` would consume
         self.note(token)
+
+    def after(self, tokens: Sequence[int]) -> "SamplingState":
+        """Return a copy of the state after these tokens. Valid until this state takes a token."""
+        penalized = set(self.penalized) if self.params.repetition_penalty != 1 else set()
+        assert isinstance(self.numbers, RandomNumbers)
+        ahead = replace(self, penalized=penalized, counts=dict(self.counts), numbers=NumbersAhead(self.numbers, len(tokens)))
+        for token in tokens:
+            ahead.note(token)
+        return ahead
 
     def note(self, token: int) -> None:
         """Record that this token has been chosen."""
@@ -68,22 +108,6 @@ class SamplingState:
         if self.num_new < params.min_tokens and not params.grammar:
             found += self.end_ids
         return found
-
-
-class Choice(NamedTuple):
-    """A chosen token."""
-
-    token_id: int
-    logprob: float | None
-    """If requested."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(id, log-probability) of the most likely tokens in descending order, if requested."""
-    rank: int = 0
-    """Place among all tokens by log-probability, from 1, if that is reported."""
-
-
-NO_TOKEN = Choice(-1, None)
-"""The result where grammar and restrictions together allow no token."""
 
 
 def sample(
@@ -275,7 +299,7 @@ def _draw(ids: Ids, logits: Floats, total: float | None, state: SamplingState) -
     # numpy's `choice` over the whole vocabulary scans ids in ascending order; candidates of probability 0 do not change the result.
     order = np.argsort(ids)
     cumulative = np.cumsum(weights[order] / weights.sum())
-    place = np.searchsorted(cumulative / cumulative[-1], state.generator.random_sample(), side="right")
+    place = np.searchsorted(cumulative / cumulative[-1], state.numbers.draw(), side="right")
     return int(ids[order][place])
 
 

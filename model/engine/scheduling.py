@@ -6,101 +6,16 @@ bitwise identical results. Does not run the model or choose tokens.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model.engine.block_pool import ROOT, BlockPool
-from model.engine.grammar import GrammarState
-from model.engine.request import Request
-from model.engine.sampling import SamplingState
-from model.engine.speculation import MAX_DRAFT, PromptLookup
-from model.layers.cache import KeyValueCache, KeyValueStore
+from model.engine.draft_model import DraftModel
+from model.engine.sequence import LiveSequence, Part
+from model.engine.speculation import MAX_DRAFT
+from model.layers.cache import KeyValueStore
 from model.spec.config import PREFILL_TOKENS, count_blocks
 
 _LEAST_PREFILL_TOKENS = 16
-
-
-@dataclass(slots=True, eq=False)
-class LiveSequence:
-    """An unfinished request."""
-
-    request: Request
-    """The request."""
-    sampling: SamplingState
-    """Sampling state."""
-    cache: KeyValueCache
-    """KV cache of its first tokens."""
-    ids: list[int]
-    """Prompt and new tokens."""
-    lookup: PromptLookup | None = None
-    """Drafts its tokens, if speculation is enabled for it."""
-    num_new: int = 0
-    """Number of new tokens."""
-    hollow: bool = False
-    """Whether any of its keys and values were not computed."""
-    chain: int = field(default=ROOT)
-    """Chain of its cached blocks, see BlockPool."""
-    num_known: int = 0
-    """Number of cached blocks."""
-    grammar: GrammarState | None = None
-    """Its parser, on rank 0, if its text is limited by a grammar."""
-    num_scored: int = 0
-    """Prompt tokens after which the next one has been scored, see SamplingParams.prompt_logprobs."""
-
-    @property
-    def num_unscored(self) -> int:
-        """Number of prompt tokens after which the next one still has to be scored."""
-        return len(self.request.prompt_ids) - 1 - self.num_scored if self.request.params.prompt_logprobs else 0
-
-    @property
-    def num_pending(self) -> int:
-        """Number of tokens that have not gone through the model; the last of them yields the next token."""
-        return len(self.ids) - self.cache.length
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether the next pass yields a new token, rather than processing part of the existing ones."""
-        return self.num_new > 0 and self.num_pending == 1
-
-    @property
-    def is_over(self) -> bool:
-        """Whether an earlier attempt finished this request, so that its results are not needed."""
-        return self.request.known_reason is not None
-
-    @property
-    def final_ids(self) -> tuple[int, ...]:
-        """Prompt and new tokens, including all resumed ones."""
-        return self.request.prompt_ids + self.request.resumed_ids
-
-    def knows(self, ahead: int) -> int | None:
-        """Return the new token `ahead` positions ahead if it is a resumed one."""
-        known, place = self.request.resumed_ids, self.num_new + ahead
-        return known[place] if place < len(known) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The tokens of one sequence in a pass."""
-
-    sequence: LiveSequence
-    """The sequence."""
-    first: int
-    """Number of its tokens before this part."""
-    count: int
-    """Number of its tokens in the pass."""
-    decodes: bool
-    """Whether this is a decode step, see LiveSequence."""
-    drafts: tuple[int, ...] = ()
-    """Draft tokens appended to them."""
-
-    @property
-    def ids(self) -> list[int]:
-        """Token ids in the pass."""
-        return [*self.sequence.ids[self.first : self.first + self.count], *self.drafts]
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it yields the next token."""
-        return self.first + self.count == len(self.sequence.ids)
 
 
 @dataclass(slots=True)
@@ -121,6 +36,8 @@ class Scheduler:
     def __init__(self, store: KeyValueStore, max_batch_size: int, *, share_prefixes: bool, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self.pool = BlockPool(store.num_blocks, store.block_size, share=share_prefixes)
         self.counts = SchedulerCounts()
+        self.draft_model: DraftModel | None = None
+        """Drafts for the sequences that have a state in it."""
         self._max_batch_size, self._prefill_tokens = max_batch_size, prefill_tokens
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
@@ -163,9 +80,8 @@ class Scheduler:
                 else:
                     short = True  # the youngest keeps its blocks and waits for the older ones
             short = short or sequence not in self._running
-        for sequence, part in parts.items():
-            if drafts := self._draft(sequence):
-                parts[sequence] = Part(sequence, part.first, 1, True, drafts)
+        for sequence, drafts in self._draft(list(parts)).items():
+            parts[sequence] = Part(sequence, parts[sequence].first, 1, True, drafts)
         # Prompts always progress, however many sequences decode.
         budget = max(_LEAST_PREFILL_TOKENS, self._prefill_tokens - sum(1 + len(part.drafts) for part in parts.values()))
         self._plan_prefill(parts, budget, admits=not short)  # neither readmit a preempted sequence at once nor admit another one
@@ -247,6 +163,8 @@ class Scheduler:
         sequence.chain, sequence.num_known = chain, len(blocks)
         sequence.cache.length = len(blocks) * pool.block_size
         sequence.cache.blocks[:] = [*blocks, *(pool.take() for _ in range(missing))]
+        if self.draft_model is not None:
+            self.draft_model.admit(sequence)
         return True
 
     def _take_part(self, sequence: LiveSequence, budget: int) -> Part:
@@ -278,14 +196,28 @@ class Scheduler:
         self.pool.give_back(sequence.cache.blocks)
         sequence.cache.blocks.clear()
         sequence.cache.length = sequence.num_known = 0
+        if sequence.draft is not None:
+            sequence.draft.cache.length = 0
         sequence.chain, sequence.hollow = ROOT, False
 
-    def _draft(self, sequence: LiveSequence) -> tuple[int, ...]:
-        """Draft tokens, limited by the remaining new tokens and by the free memory."""
-        if sequence.lookup is None:
-            return ()
-        drafts = sequence.lookup.draft(min(MAX_DRAFT, sequence.request.params.max_new_tokens - sequence.num_new - 1))
+    def _draft(self, sequences: Sequence[LiveSequence]) -> dict[LiveSequence, tuple[int, ...]]:
+        """Draft tokens of decoding sequences, limited by the remaining new tokens and by the free memory."""
+        drafts: dict[LiveSequence, tuple[int, ...]] = {}
+        counts: dict[LiveSequence, int] = {}
+        for sequence in sequences:
+            left = sequence.request.params.max_new_tokens - sequence.num_new - 1
+            if sequence.draft is not None:
+                counts[sequence] = self._make_draft_room(sequence, min(sequence.draft.pace.plan(), left))
+            elif sequence.lookup is not None:
+                found = sequence.lookup.draft(min(MAX_DRAFT, left))
+                drafts[sequence] = found[: self._make_draft_room(sequence, len(found))]
+        if self.draft_model is not None and counts:
+            drafts |= self.draft_model.draft(counts)
+        return {sequence: tokens for sequence, tokens in drafts.items() if tokens}
+
+    def _make_draft_room(self, sequence: LiveSequence, count: int) -> int:
+        """Allocate blocks for draft tokens, without preempting; return the number of tokens that fit, at most `count`."""
         blocks, size = sequence.cache.blocks, self.pool.block_size
-        while len(sequence.ids) + len(drafts) > len(blocks) * size and self.pool.num_free:
+        while len(sequence.ids) + count > len(blocks) * size and self.pool.num_free:
             blocks.append(self.pool.take())
-        return drafts[: len(blocks) * size - len(sequence.ids)]
+        return min(count, len(blocks) * size - len(sequence.ids))

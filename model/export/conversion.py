@@ -1,17 +1,19 @@
 """Convert a checkpoint to a Hugging Face folder, tensor by tensor, optionally to another float dtype."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
 from model.checkpoint.source import CheckpointSource, read_pieces
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import FLOAT_DTYPES
 from model.text.tokenizer_files import write_tokenizer
+from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 Progress = Callable[[int, int], None]
 
@@ -21,7 +23,7 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
 
     def info(name: str) -> TensorInfo:
         found = source.tensors[name]
-        return TensorInfo(found.shape, getattr(torch, dtype)) if dtype and found.dtype_name in FLOAT_DTYPES else found
+        return TensorInfo(found.shape, ElementType.named(dtype)) if dtype and found.dtype_name in FLOAT_DTYPES else found
 
     tensors = {name: info(name) for name in source.tensors}
     reader = FileReader()
@@ -29,7 +31,7 @@ def convert_checkpoint(source: CheckpointSource, target: Path, dtype: str | None
     def read(name: str) -> Iterator[tuple[str, torch.Tensor]]:
         shape = source.tensors[name].shape
         for piece in read_pieces(source, reader, name, 0, shape[0] if shape else 1):
-            yield name, piece.to(tensors[name].dtype)
+            yield name, piece.to(tensors[name].dtype.torch_dtype)
 
     kinds = {found.dtype_name for found in tensors.values() if found.dtype_name in FLOAT_DTYPES}
     config = dict(source.config)

@@ -4,6 +4,8 @@ Linears are written separately (qkv_concat: False), so the row order of fused we
 Only one piece of a tensor is in memory at a time. See `mindspore_header.py` for the format.
 """
 
+from __future__ import annotations
+
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.folder_writing import check_target, sync, write_folder, write_json
 from model.checkpoint.mindspore_header import (
     BYTES,
@@ -29,7 +30,6 @@ from model.checkpoint.mindspore_header import (
 )
 from model.checkpoint.mindspore_names import PLAIN_NAMES, RTN_NAMES, split_name
 from model.checkpoint.source import CheckpointSource, read_pieces
-from model.decoder.loading import check_checkpoint
 from model.spec.config import LlamaConfig
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
@@ -37,8 +37,10 @@ from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import MINDFORMERS_NAMES, linear_shape, plan_weights
 from model.text.tokenizer_files import write_tokenizer
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 SUFFIX = ".ckpt"
 SLICE_BYTES = 512 << 20
@@ -131,15 +133,15 @@ def _list_entries(source: CheckpointSource, reader: FileReader, config: LlamaCon
         form = None if plain else scheme.find_linear(full)
         tag = f"{prefix}{MINDFORMERS_NAMES.get(short, short)}."
         if form is None:
-            kind = getattr(torch, dtype) if dtype else info.dtype
+            kind = ElementType.named(dtype) if dtype else info.dtype
             tag = prefix + plain if plain else tag + part
-            yield _Entry(tag, TensorInfo(info.shape, kind), read(name, _cast_to(kind)))
+            yield _Entry(tag, TensorInfo(info.shape, kind), read(name, _cast_to(kind.torch_dtype)))
         elif part == "weight_scale":
             rows, columns = (config.vocab_size, config.hidden_size) if full == "lm_head" else linear_shape(config, short)
             weight = f"{full}.weight_packed" if form.packed else f"{full}.weight"
             unpack = _unpack_to(columns) if form.packed else _cast_to(torch.int8)
             scale = TensorInfo((rows,), info.dtype)
-            yield _Entry(tag + RTN_NAMES["weight"], TensorInfo((rows, columns), torch.int8), read(weight, unpack))
+            yield _Entry(tag + RTN_NAMES["weight"], TensorInfo((rows, columns), ElementType.INT8), read(weight, unpack))
             yield _Entry(tag + RTN_NAMES["weight_scale"], scale, read(name, lambda piece: piece.flatten()))
             yield _Entry(tag + RTN_NAMES["weight_zero"], scale, read(name, lambda piece: torch.zeros_like(piece.flatten())))
 
@@ -170,7 +172,7 @@ class _Writer:
         self._path, self._temporary = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
         self._file = self._temporary.open("wb", buffering=0)
         self._crc = 0
-        self._tag, self._info, self._left, self._slice_left = "", TensorInfo((0,), torch.int8), 0, 0
+        self._tag, self._info, self._left, self._slice_left = "", TensorInfo((0,), ElementType.INT8), 0, 0
 
     def begin(self, tag: str, info: TensorInfo) -> None:
         """Start the next tensor."""
@@ -179,7 +181,7 @@ class _Writer:
 
     def write(self, rows: torch.Tensor) -> None:
         """Append any number of rows of the tensor."""
-        assert rows.dtype == self._info.dtype, (self._tag, rows.dtype, self._info)
+        assert rows.dtype == self._info.dtype.torch_dtype, (self._tag, rows.dtype, self._info)
         data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert len(data) <= self._left, (self._tag, rows.shape, self._info)
         while data:
@@ -192,7 +194,7 @@ class _Writer:
             self._left -= len(part)
             data = data[len(part) :]
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

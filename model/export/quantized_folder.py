@@ -1,10 +1,10 @@
 """Combine the quantized layers in a work folder with the tensors that stay float, into a Hugging Face folder."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.hf_folder import HuggingFaceFolder
@@ -17,7 +17,9 @@ from model.spec.packing import pack_integers
 from model.spec.scheme import Scheme, declare_scheme
 from model.spec.tensor_info import TensorInfo
 from model.spec.weights import WeightSpec, plan_weights
+from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
+from parallel.lazy_torch import torch
 
 REPORT_FILE = "quantization_report.json"
 
@@ -46,12 +48,12 @@ def write_quantized(
     reader = FileReader()
     loaded: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
-    def plain_dtype(name: str) -> torch.dtype:
-        return getattr(torch, float_dtype) if float_dtype else source.tensors[name].dtype
+    def plain_dtype(name: str) -> ElementType:
+        return ElementType.named(float_dtype) if float_dtype else source.tensors[name].dtype
 
     def info(name: str, spec: WeightSpec) -> TensorInfo:
-        dtype = dtypes.get(name) or (getattr(torch, spec.dtypes[0]) if len(spec.dtypes) == 1 else plain_dtype(name))
-        return TensorInfo(spec.shape, torch.int32 if name.endswith("weight_zero_point") else dtype)
+        dtype = dtypes.get(name) or (ElementType.named(spec.dtypes[0]) if len(spec.dtypes) == 1 else plain_dtype(name))
+        return TensorInfo(spec.shape, ElementType.INT32 if name.endswith("weight_zero_point") else dtype)
 
     by_layer: dict[int, list[str]] = {}
     for name, layer in layers.items():
@@ -83,7 +85,7 @@ def write_quantized(
         elif name in found:
             yield name, found[name]
         else:
-            yield name, read_whole(source, reader, name).to(plain_dtype(name))
+            yield name, read_whole(source, reader, name).to(plain_dtype(name).torch_dtype)
 
     report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
     raw = declare_scheme(source.config, scheme)

@@ -2,24 +2,27 @@
 
    The row of each query head is computed independently: scores are summed over the head dimension in a fixed order, and keys are
    processed in chunks that start at multiples of 64 of the sequence, whatever else is in the call. So a token's result is bitwise
-   identical alone, in a prompt or in a batch. */
+   identical alone, in a prompt or in a batch. The order of the sums: `attention_products.h`. A layer with a window reads only the chunks
+   in which a new token sees something. */
+#include "attention_products.h"
 #include "kernels.h"
-#include "vectors.h"
 
-enum { CHUNK = 64, TILE = 64, TOGETHER = 4 };
+enum { TILE = 64, CONVERTED_ROWS = 16 };
 
 typedef struct {
     char *rows;             /* [tokens][heads + 2 kv_heads][head_dim]: query, keys, values */
     int dtype;
     size_t tokens, heads, kv_heads, head_dim;
     const float *cosine, *sine; /* [tokens][head_dim]; the sine is signed */
-    char *cache;            /* [blocks][2][kv_heads][block_size][head_dim] of one layer */
+    char *cache;            /* [blocks][2][kv_heads][block_size / BLOCK] of one layer: blocks of attention_products.h */
     float *token_scales;    /* [blocks][2][kv_heads][block_size], or NULL */
     const float *fixed_scales; /* [2][kv_heads][head_dim], or NULL; an int8 cache has one of the two */
     size_t block_size;
     const int64_t *spans;   /* [num_spans][3]: first token, earlier tokens of the sequence, index of its first block in `blocks` */
     size_t num_spans;
     const int64_t *blocks;
+    size_t window;          /* tokens that a token sees, itself included; 0: all earlier ones */
+    float softcap;          /* limit of the scores; 0: none */
     char *out;              /* [tokens][heads * head_dim] */
 } Call;
 
@@ -34,7 +37,7 @@ INLINE Span find_span(const Call *c, size_t index) {
     return (Span){span[0], stop - span[0], span[1], c->blocks + span[2]};
 }
 
-/* Position of a token of a sequence, in elements / head_dim: its row of the cache and its index in token_scales. */
+/* Index of a token of a sequence in token_scales; of the first token of a block, times head_dim, also the block's first element. */
 INLINE size_t find_place(const Call *c, const Span *s, size_t position, size_t side, size_t head) {
     return ((s->blocks[position / c->block_size] * 2 + side) * c->kv_heads + head) * c->block_size + position % c->block_size;
 }
@@ -57,9 +60,31 @@ static void rotate_row(const Call *c, size_t token, size_t at) {
     }
 }
 
+/* Write elements [first, first + count) of a block's token `row`. */
+static void place_row(char *block, const char *from, size_t first, size_t count, size_t head_dim, size_t item, int in_pairs, size_t side, size_t row) {
+    if (side && !in_pairs) {
+        memcpy(block + (row * head_dim + first) * item, from, count * item);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        size_t at = first + i, to = at * BLOCK + row;
+        if (in_pairs) to = side ? (row / 2 * head_dim + at) * 2 + row % 2 : (at / 2 * BLOCK + row) * 2 + at % 2;
+        switch (item) {
+            case 1: block[to] = from[i]; break;
+            case 2: ((uint16_t *)block)[to] = ((const uint16_t *)from)[i]; break;
+            default: ((uint32_t *)block)[to] = ((const uint32_t *)from)[i];
+        }
+    }
+}
+
 /* Write one token's key or value of one head to the cache; in int8 it is rounded to multiples of a scale. */
 static void keep_row(const Call *c, const Span *s, size_t position, size_t side, size_t head, size_t at) {
-    size_t place = find_place(c, s, position, side, head), to = place * c->head_dim;
+    size_t place = find_place(c, s, position, side, head), row = position % BLOCK, item = is_int8(c) ? 1 : item_bytes(c->dtype);
+    char *block = c->cache + (place - row) * c->head_dim * item;
+    if (!is_int8(c)) {
+        place_row(block, c->rows + at * item, 0, c->head_dim, c->head_dim, item, c->dtype == BFLOAT16, side, row);
+        return;
+    }
     floats scale = spread(0.0f);
     if (c->token_scales) {
         floats most = spread(0.0f); /* compares the bits of absolute values, so that NaN is the largest */
@@ -72,126 +97,142 @@ static void keep_row(const Call *c, const Span *s, size_t position, size_t side,
     }
     for (size_t i = 0; i < c->head_dim; i += 16) {
         size_t count = lanes(i, c->head_dim);
-        floats value = load_floats(c->rows, c->dtype, at + i, count);
-        if (!is_int8(c)) {
-            store_floats(c->cache, c->dtype, to + i, value, count);
-            continue;
-        }
         if (c->fixed_scales) scale = load_part(c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i, count, spread(1.0f));
         /* Clamp before converting: values outside the 32-bit range would all become INT_MIN. */
-        floats steps = divide(value, scale);
+        floats steps = divide(load_floats(c->rows, c->dtype, at + i, count), scale);
         steps = minimum(spread(127.0f), maximum(spread(-128.0f), steps));
-        store_bytes((int8_t *)c->cache + to + i, to_ints(steps), count);
+        int8_t bytes[16];
+        store_bytes(bytes, to_ints(steps), count);
+        place_row(block, (const char *)bytes, i, count, c->head_dim, 1, 0, side, row);
     }
 }
 
-INLINE floats read_cache(const Call *c, size_t place, size_t side, size_t head, size_t i, size_t count) {
-    if (!is_int8(c)) return load_floats(c->cache, c->dtype, place * c->head_dim + i, count);
-    floats value = load_bytes((const int8_t *)c->cache + place * c->head_dim + i, count);
-    if (c->token_scales) return multiply(value, spread(c->token_scales[place]));
-    return multiply(value, load_part(c->fixed_scales + (side * c->kv_heads + head) * c->head_dim + i, count, spread(0.0f)));
-}
+/* How the scores of a chunk become weights. */
+typedef struct {
+    int has_scales;                                /* of tokens: of an int8 cache */
+    float scale, softcap;
+    float keys[CHUNK] __attribute__((aligned(64))); /* factors of the scores of each token, `scale` included */
+    float values[CHUNK] __attribute__((aligned(64)));
+} Weighing;
 
-/* Load keys [head_dim][CHUNK] and values [CHUNK][padded head_dim] of a chunk as float32, zero-padded. */
-static void read_chunk(const Call *c, const Span *s, size_t head, size_t chunk, size_t count, float *keys, float *values, size_t padded) {
-    for (size_t key = 0; key < CHUNK; key += 16) {
-        size_t valid = key < count ? smaller(16, count - key) : 0;
-        size_t places[2] = {valid ? find_place(c, s, chunk + key, 0, head) : 0, valid ? find_place(c, s, chunk + key, 1, head) : 0};
-        for (size_t i = 0; i < padded; i += 16) {
-            size_t there = lanes(i, c->head_dim);
-            floats row[16];
-            for (size_t k = 0; k < 16; k++) {
-                row[k] = k < valid ? read_cache(c, places[0] + k, 0, head, i, there) : spread(0.0f);
-                floats value = k < valid ? read_cache(c, places[1] + k, 1, head, i, there) : spread(0.0f);
-                store(values + (key + k) * padded + i, value);
-            }
-            transpose(row);
-            for (size_t k = 0; k < 16; k++) store(keys + (i + k) * CHUNK + key, row[k]);
+/* Where the blocks of a chunk of which `count` tokens are there begin; blocks behind the last token are replaced by the first. */
+static void find_blocks(const Call *c, const Span *s, size_t head, size_t chunk, size_t count, const char **keys, const char **values, Weighing *w) {
+    size_t bytes = c->head_dim * (is_int8(c) ? 1 : item_bytes(c->dtype));
+    for (size_t b = 0; b < BLOCKS; b++) {
+        size_t position = chunk + (b * BLOCK < count ? b * BLOCK : 0);
+        size_t key = find_place(c, s, position, 0, head), value = find_place(c, s, position, 1, head);
+        keys[b] = c->cache + key * bytes;
+        values[b] = c->cache + value * bytes;
+        if (w && w->has_scales) {
+            store(w->keys + b * BLOCK, multiply(load_near(c->token_scales + key), spread(w->scale)));
+            store(w->values + b * BLOCK, load_near(c->token_scales + value));
         }
     }
 }
 
-static void score_rows(const float *query, const float *keys, size_t head_dim, size_t padded, float *scores) {
-    for (int first = 0; first < 4; first += KEYS_AT_ONCE) {
-        floats acc[TOGETHER][KEYS_AT_ONCE];
-#pragma GCC unroll 4
-        for (int r = 0; r < TOGETHER; r++)
-#pragma GCC unroll 4
-            for (int k = 0; k < KEYS_AT_ONCE; k++) acc[r][k] = spread(0.0f);
+/* Convert a chunk to float32 blocks, values zero-padded to `padded` elements. */
+static void convert_chunk(Chunk *chunk, int kind, size_t padded, float *keys, float *values) {
+    size_t head_dim = chunk->head_dim, in_pairs = kind == BFLOAT16;
+    for (size_t b = 0; b < BLOCKS; b++) {
+        const char *from = chunk->keys[b], *beside = chunk->values[b];
+        float *to = keys + b * BLOCK * head_dim, *to_values = values + b * BLOCK * padded;
         for (size_t i = 0; i < head_dim; i++) {
-            floats key[KEYS_AT_ONCE];
-#pragma GCC unroll 4
-            for (int k = 0; k < KEYS_AT_ONCE; k++) key[k] = load(keys + i * CHUNK + 16 * (first + k));
-#pragma GCC unroll 4
-            for (int r = 0; r < TOGETHER; r++) {
-                floats one = spread(query[r * padded + i]);
-#pragma GCC unroll 4
-                for (int k = 0; k < KEYS_AT_ONCE; k++) acc[r][k] = fused(one, key[k], acc[r][k]);
-            }
+            size_t at = (in_pairs ? i / 2 * 2 : i) * BLOCK;
+            floats key = in_pairs         ? (i % 2 ? load_seconds((const uint16_t *)from + at) : load_firsts((const uint16_t *)from + at))
+                         : kind == INT8   ? load_bytes((const int8_t *)from + at, 16)
+                                          : load_floats(from, kind, at, 16);
+            store(to + i * BLOCK, key);
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < TOGETHER; r++)
-#pragma GCC unroll 4
-            for (int k = 0; k < KEYS_AT_ONCE; k++) store(scores + r * CHUNK + 16 * (first + k), acc[r][k]);
+        for (size_t row = 0; row < BLOCK; row++)
+            for (size_t i = 0; i < padded; i += 16) {
+                size_t count = lanes(i, head_dim), at = in_pairs ? (row / 2 * head_dim + i) * 2 : row * head_dim + i;
+                const uint16_t *both = (const uint16_t *)beside + at;
+                uint16_t part[32] = {0};
+                if (in_pairs && count < 16) both = memcpy(part, both, count * 4);
+                floats value = in_pairs       ? (row % 2 ? load_seconds(both) : load_firsts(both))
+                               : kind == INT8 ? load_bytes((const int8_t *)beside + at, count)
+                                              : load_floats(beside, kind, at, count);
+                store(to_values + row * padded + i, value);
+            }
+        chunk->keys[b] = (const char *)to;
+        chunk->values[b] = (const char *)to_values;
     }
+    chunk->stride = padded;
 }
 
-/* Convert scores to weights relative to the largest score so far; return the factor for the previous sums. */
-static float weigh_row(float *scores, size_t visible, float *most, floats *sum) {
-    floats score[4], most_here = spread(-INFINITY);
-    for (int k = 0; k < 4; k++) {
-        size_t seen = visible <= 16u * k ? 0 : visible - 16u * k;
-        score[k] = load_part(scores + 16 * k, seen, spread(-INFINITY));
-        most_here = maximum(most_here, score[k]);
+/* tanh within 3 ulp: a polynomial near 0 (Cephes), else from exp. */
+static floats tanh_floats(floats x) {
+    floats size = absolute(x), square = multiply(x, x), p = spread(-5.70498872745e-3f);
+    p = fused(p, square, spread(2.06390887954e-2f));
+    p = fused(p, square, spread(-5.37397155531e-2f));
+    p = fused(p, square, spread(1.33314422036e-1f));
+    p = fused(p, square, spread(-3.33332819422e-1f));
+    floats near = fused(multiply(p, square), x, x);
+    floats far = subtract(spread(1.0f), divide(spread(2.0f), add(exp_floats(add(size, size)), spread(1.0f))));
+    far = subtract(far, zero_below(x, 0.0f, spread(0.0f)));
+    floats negative = subtract(spread(1.0f), zero_below(x, 0.0f, spread(1.0f)));
+    far = subtract(far, multiply(add(far, far), negative));
+    return add(zero_below(size, 0.625f, far), subtract(near, zero_below(size, 0.625f, near)));
+}
+
+/* Convert scores to weights relative to the largest score so far, of tokens [from, to) of the chunk; return the factor for the previous
+   sums. `pairs`: where weights go that are rounded to bfloat16; else they replace the scores. */
+static float weigh_row(const Weighing *w, float *scores, uint16_t *pairs, size_t from, size_t to, float *most, floats *sum) {
+    floats score[BLOCKS], most_here = spread(-INFINITY), scale = spread(w->scale);
+    for (size_t b = 0; b < BLOCKS; b++) {
+        score[b] = multiply(load(scores + BLOCK * b), w->has_scales ? load(w->keys + BLOCK * b) : scale);
+        if (w->softcap != 0) score[b] = multiply(spread(w->softcap), tanh_floats(divide(score[b], spread(w->softcap))));
     }
-    float before = *most, now = largest(most_here);
+    if (from > 0 || to < CHUNK) {
+        for (size_t b = 0; b < BLOCKS; b++) store(scores + BLOCK * b, score[b]);
+        for (size_t token = 0; token < from; token++) scores[token] = -INFINITY;
+        for (size_t b = 0; b < BLOCKS; b++)
+            score[b] = load_part(scores + BLOCK * b, to <= BLOCK * b ? 0 : to - BLOCK * b, spread(-INFINITY));
+    }
+    for (size_t b = 0; b < BLOCKS; b++) most_here = maximum(most_here, score[b]);
+    float before = *most, now = largest(most_here), factor = 1;
     if (before > now) now = before;
-    *most = now;
-    for (int k = 0; k < 4; k++) {
-        score[k] = exp_floats(subtract(score[k], spread(now)));
-        store(scores + 16 * k, score[k]);
+    if (!(now <= before)) {
+        float factors[16] __attribute__((aligned(64)));
+        store(factors, exp_floats(spread(before - now)));
+        factor = factors[0];
     }
-    float factors[16] __attribute__((aligned(64)));
-    store(factors, exp_floats(spread(before - now)));
-    float factor = factors[0];
+    *most = now;
+    for (size_t b = 0; b < BLOCKS; b++) {
+        score[b] = exp_floats(subtract(score[b], spread(now)));
+#ifdef HAS_PAIRS
+        if (pairs) {
+            score[b] = store_pairs(pairs + BLOCK * b, score[b]);
+            continue;
+        }
+#endif
+        store(scores + BLOCK * b, w->has_scales ? multiply(score[b], load(w->values + BLOCK * b)) : score[b]);
+    }
     floats here = add(add(score[0], score[1]), add(score[2], score[3]));
     *sum = add(multiply(*sum, spread(factor)), here);
     return factor;
 }
 
-/* Each row attends to the keys visible to it; the first row has the fewest. Later keys are skipped, not weighted with zero: an infinity
-   there would become NaN. */
-INLINE void add_values(const float *weights, const float *values, const size_t *visible, size_t padded, size_t first, const int width,
-                       const float *factors, float *out) {
-    floats acc[TOGETHER][KEYS_AT_ONCE];
-#pragma GCC unroll 4
-    for (int r = 0; r < TOGETHER; r++)
-#pragma GCC unroll 4
-        for (int k = 0; k < width; k++)
-            acc[r][k] = multiply(load(out + r * padded + first + 16 * k), spread(factors[r]));
-    for (size_t key = 0; key < visible[0]; key++) {
-        floats value[KEYS_AT_ONCE];
-#pragma GCC unroll 4
-        for (int k = 0; k < width; k++) value[k] = load(values + key * padded + first + 16 * k);
-#pragma GCC unroll 4
-        for (int r = 0; r < TOGETHER; r++) {
-            floats weight = spread(weights[r * CHUNK + key]);
-#pragma GCC unroll 4
-            for (int k = 0; k < width; k++) acc[r][k] = fused(weight, value[k], acc[r][k]);
-        }
+/* Up to TOGETHER rows, each of which sees tokens [from, to) of the chunk: those that all see together, those before and behind row by row. */
+static void add_seen(const void *weights, size_t weight_bytes, const Chunk *chunk, int kind, int rows, int valid, const size_t *from,
+                     const size_t *to, float *factors, float *out, size_t stride) {
+    size_t low = from[0], high = to[0], alike = 1;
+    for (int r = 1; r < valid; r++) {
+        alike &= from[r] == from[0] && to[r] == to[0];
+        if (from[r] > low) low = from[r];
+        if (to[r] < high) high = to[r];
     }
-#pragma GCC unroll 4
-    for (int r = 1; r < TOGETHER; r++)
-        for (size_t key = visible[0]; key < visible[r]; key++)
-#pragma GCC unroll 4
-            for (int k = 0; k < width; k++) {
-                floats value = load(values + key * padded + first + 16 * k);
-                acc[r][k] = fused(spread(weights[r * CHUNK + key]), value, acc[r][k]);
-            }
-#pragma GCC unroll 4
-    for (int r = 0; r < TOGETHER; r++)
-#pragma GCC unroll 4
-        for (int k = 0; k < width; k++) store(out + r * padded + first + 16 * k, acc[r][k]);
+    if (!alike && kind == PAIRS) low = (low + 1) / 2 * 2, high = high / 2 * 2; /* all rows see both halves */
+    if (rows == 1 || low >= high) low = high = 0;
+#define ALONE(begin, end) add_values((const char *)weights + r * CHUNK * weight_bytes, chunk, kind, 1, begin, end, factors + r, out + r * stride, stride), factors[r] = 1
+    for (int r = 0; r < valid; r++)
+        if (from[r] < low) ALONE(from[r], low);
+    if (low < high) add_values(weights, chunk, kind, TOGETHER, low, high, factors, out, stride);
+    for (int r = 0; r < valid; r++) {
+        if (low < high) factors[r] = 1;
+        if (from[r] < to[r] && to[r] > high) ALONE(from[r] > high ? from[r] : high, to[r]);
+    }
+#undef ALONE
 }
 
 static _Thread_local void *kept;
@@ -199,57 +240,74 @@ static _Thread_local size_t kept_bytes;
 
 /* Process rows [first, first + count) of the (token, query head) pairs of one KV head. Returns 1 when out of memory. */
 static int attend_tile(const Call *c, const Span *s, size_t kv_head, size_t first, size_t count) {
-    size_t group = c->heads / c->kv_heads, padded = (c->head_dim + 15) / 16 * 16, rows = (count + TOGETHER - 1) / TOGETHER * TOGETHER;
-    float *memory = keep_bytes(&kept, &kept_bytes, 4 * (2 * TILE * padded + 2 * CHUNK * padded + TILE * CHUNK + 32 * TILE));
+    size_t group = c->heads / c->kv_heads, padded = (c->head_dim + 15) / 16 * 16;
+    size_t together = count == 1 ? 1 : TOGETHER, rows = (count + together - 1) / together * together;
+    int kind = is_int8(c) ? INT8 : c->dtype;
+#ifdef HAS_PAIRS
+    if (kind == BFLOAT16) kind = PAIRS;
+#endif
+    int converts = kind != PAIRS && (padded != c->head_dim || (kind != FLOAT32 && rows > CONVERTED_ROWS));
+    float *memory = keep_bytes(&kept, &kept_bytes, 4 * (2 * TILE * padded + 2 * CHUNK * padded + 2 * TOGETHER * CHUNK + 32 * TILE));
     if (!memory) return 1;
     float *query = memory, *out = query + TILE * padded, *keys = out + TILE * padded, *values = keys + CHUNK * padded;
-    float *scores = values + CHUNK * padded, *most = scores + TILE * CHUNK;
+    float *scores = values + CHUNK * padded, *most = scores + 2 * TOGETHER * CHUNK;
+    uint16_t *pairs = kind == PAIRS ? (uint16_t *)(scores + TOGETHER * CHUNK) : NULL;
+    const void *weights = pairs ? (void *)pairs : (void *)scores;
+    size_t query_bytes = padded * (pairs ? 2 : 4), weight_bytes = pairs ? 2 : 4;
     floats *sums = (floats *)(most + TILE);
-    floats scale = spread(1.0f / sqrtf((float)c->head_dim));
+    const float *fixed = c->fixed_scales ? c->fixed_scales + kv_head * c->head_dim : NULL;
     for (size_t r = 0; r < rows; r++) {
         size_t pair = first + r, at = ((s->first + pair / group) * (c->heads + 2 * c->kv_heads) + kv_head * group + pair % group) * c->head_dim;
         for (size_t i = 0; i < padded; i += 16) {
-            floats value = r < count ? load_floats(c->rows, c->dtype, at + i, lanes(i, c->head_dim)) : spread(0.0f);
-            store(query + r * padded + i, multiply(value, scale));
+            size_t there = lanes(i, c->head_dim);
+            floats value = r < count ? load_floats(c->rows, c->dtype, at + i, there) : spread(0.0f);
+            if (fixed) value = multiply(value, load_part(fixed + i, there, spread(0.0f)));
+            store_floats(query, pairs ? BFLOAT16 : FLOAT32, r * padded + i, value, 16);
             store(out + r * padded + i, spread(0.0f));
         }
         most[r] = -INFINITY;
         sums[r] = spread(0.0f);
     }
-    size_t last = s->before + (first + count - 1) / group;
-    for (size_t chunk = 0; chunk <= last; chunk += CHUNK) {
-        size_t there = smaller(CHUNK, last + 1 - chunk);
-        read_chunk(c, s, kv_head, chunk, there, keys, values, padded);
-        for (size_t row = 0; row < rows; row += TOGETHER) {
-            float factors[TOGETHER];
-            size_t visible[TOGETHER], lowest = s->before + (first + row) / group;
-            size_t highest = s->before + (first + smaller(row + TOGETHER, count) - 1) / group;
-            if (highest < chunk) continue;
-            score_rows(query + row * padded, keys, c->head_dim, padded, scores + row * CHUNK);
-            for (size_t r = row; r < row + TOGETHER; r++) {
-                size_t position = r < count ? s->before + (first + r) / group : lowest;
-                visible[r - row] = position < chunk ? 0 : smaller(position + 1 - chunk, CHUNK);
-                factors[r - row] = weigh_row(scores + r * CHUNK, visible[r - row], most + r, sums + r);
+    size_t lowest = s->before + first / group, last = s->before + (first + count - 1) / group;
+    size_t begin = c->window && lowest >= c->window ? (lowest + 1 - c->window) / CHUNK * CHUNK : 0;
+    Weighing w = {.has_scales = c->token_scales != NULL, .scale = 1.0f / sqrtf((float)c->head_dim), .softcap = c->softcap};
+    for (size_t chunk = begin; chunk <= last; chunk += CHUNK) {
+        Chunk here = {.head_dim = c->head_dim, .stride = c->head_dim};
+        find_blocks(c, s, kv_head, chunk, smaller(CHUNK, last + 1 - chunk), here.keys, here.values, &w);
+        int is_last = chunk + CHUNK > last;
+        if (converts) convert_chunk(&here, kind, padded, keys, values);
+        if (converts || is_last) memcpy(here.next_keys, here.keys, sizeof here.keys), memcpy(here.next_values, here.values, sizeof here.values);
+        else find_blocks(c, s, kv_head, chunk + CHUNK, smaller(CHUNK, last + 1 - chunk - CHUNK), here.next_keys, here.next_values, NULL);
+        int now = converts ? CONVERTED : kind;
+        for (size_t row = 0; row < rows; row += together) {
+            float factors[TOGETHER] = {1, 1, 1, 1};
+            size_t from[TOGETHER], to[TOGETHER], valid = smaller(together, count - row), seen = 0;
+            for (size_t r = 0; r < valid; r++) {
+                size_t position = s->before + (first + row + r) / group;
+                size_t start = c->window && position >= c->window ? position + 1 - c->window : 0;
+                from[r] = start <= chunk ? 0 : smaller(start - chunk, CHUNK);
+                to[r] = position < chunk ? 0 : smaller(position + 1 - chunk, CHUNK);
+                if (from[r] >= to[r]) from[r] = to[r] = 0;
+                seen += to[r];
             }
-            for (size_t i = 0; i < padded; i += 16 * KEYS_AT_ONCE) {
-                const float *weights = scores + row * CHUNK;
-                float *to = out + row * padded;
-                switch (smaller(KEYS_AT_ONCE, (padded - i) / 16)) {
-                    case 1: add_values(weights, values, visible, padded, i, 1, factors, to); break;
-#if KEYS_AT_ONCE > 1
-                    case 2: add_values(weights, values, visible, padded, i, 2, factors, to); break;
-                    case 3: add_values(weights, values, visible, padded, i, 3, factors, to); break;
-                    case 4: add_values(weights, values, visible, padded, i, 4, factors, to); break;
-#endif
-                }
-            }
+            if (!seen) continue;
+            score_rows((const char *)query + row * query_bytes, padded, &here, now, together, scores);
+            for (size_t r = 0; r < valid; r++)
+                if (to[r])
+                    factors[r] = weigh_row(&w, scores + r * CHUNK, pairs ? pairs + r * CHUNK : NULL, from[r], to[r], most + row + r, sums + row + r);
+            add_seen(weights, weight_bytes, &here, now, together, valid, from, to, factors, out + row * padded, padded);
+            memcpy(here.next_keys, here.keys, sizeof here.keys), memcpy(here.next_values, here.values, sizeof here.values);
         }
     }
     for (size_t r = 0; r < count; r++) {
         size_t pair = first + r, at = ((s->first + pair / group) * c->heads + kv_head * group + pair % group) * c->head_dim;
         floats sum = spread(sum_floats(sums[r]));
-        for (size_t i = 0; i < c->head_dim; i += 16)
-            store_floats(c->out, c->dtype, at + i, divide(load(out + r * padded + i), sum), lanes(i, c->head_dim));
+        for (size_t i = 0; i < c->head_dim; i += 16) {
+            size_t there = lanes(i, c->head_dim);
+            floats value = divide(load(out + r * padded + i), sum);
+            if (fixed) value = multiply(value, load_part(fixed + c->kv_heads * c->head_dim + i, there, spread(0.0f)));
+            store_floats(c->out, c->dtype, at + i, value, there);
+        }
     }
     return 0;
 }
@@ -260,9 +318,9 @@ INLINE size_t count_tiles(const Call *c, const Span *s) { return (s->count * (c-
    Returns 0, or 1 when out of memory. */
 int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
                   void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
-                  const int64_t *blocks, void *out, int threads) {
+                  const int64_t *blocks, size_t window, float softcap, void *out, int threads) {
     Call call = {rows, dtype, tokens, heads, kv_heads, head_dim, cosine, sine, cache, token_scales, fixed_scales, block_size, spans, num_spans,
-                 blocks, out};
+                 blocks, window, softcap, out};
     const Call *c = &call;
     size_t tasks = 0, all_heads = heads + 2 * kv_heads;
     int failed = 0;

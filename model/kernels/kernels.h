@@ -30,6 +30,6 @@ void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *
 void tandem_silu_multiply(const void *gate_up, void *out, int dtype, size_t tokens, size_t size, int threads);
 int tandem_attend(void *rows, int dtype, size_t tokens, size_t heads, size_t kv_heads, size_t head_dim, const float *cosine, const float *sine,
                   void *cache, float *token_scales, const float *fixed_scales, size_t block_size, const int64_t *spans, size_t num_spans,
-                  const int64_t *blocks, void *out, int threads);
+                  const int64_t *blocks, size_t window, float softcap, void *out, int threads);
 
 #endif

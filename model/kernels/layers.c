@@ -26,6 +26,7 @@ typedef struct {
     const void *input_norm, *post_norm;
     Linear qkv, o, gate_up, down;
     const float *fixed_scales;
+    size_t window;         /* as for tandem_attend */
 } Layer;
 
 typedef struct {
@@ -139,7 +140,7 @@ int tandem_layers(const Layer *layers, size_t first, size_t count, Pass *p, Rank
         if (apply(p, &l->qkv, p->x, p->qkv)) return 1;
         if (tandem_attend(p->qkv, p->dtype, p->tokens, p->heads, p->kv_heads, p->head_dim, p->cosine, p->sine, p->cache + index * p->cache_stride,
                           p->token_scales ? p->token_scales + index * p->scales_stride : NULL, l->fixed_scales, p->block_size, p->spans,
-                          p->num_spans, p->blocks, p->local, p->threads))
+                          p->num_spans, p->blocks, l->window, 0, p->local, p->threads))
             return 1;
         if (!(from = join(p, r, p->local, p->query_widths, p->whole))) return 2;
         if (apply(p, &l->o, from, r->world_size == 1 ? p->delta : p->local)) return 1;

@@ -4,6 +4,8 @@ Each output row depends only on its own inputs, accumulated in a fixed order: no
 kernels, PyTorch does the same more slowly; `model/backends/registry.py` chooses.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import platform
@@ -15,15 +17,24 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read_processor_flags
 from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
+from parallel.lazy_torch import torch
 
-_INTERFACE = 5
+_INTERFACE = 6
 """Interface version, as in model/kernels/supported.c."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _TypeCodes(dict[Any, int]):
+    """Codes by torch.dtype, filled as they are asked for: naming the types here would import PyTorch."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        self[dtype] = code = ("float32", "bfloat16", "float16").index(str(dtype).removeprefix("torch."))
+        return code
+
+
+DTYPES = _TypeCodes()
 """Type codes, as in model/kernels/vectors.h."""
 _MAX_COLUMNS = (1 << 31) // (255 * 128)
 """More columns could overflow the 32-bit accumulators."""
@@ -46,7 +57,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_layers": (_INT, [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]),
     "tandem_attend": (
         _INT,
-        [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        [_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _FLOAT, _POINTER, _INT],
     ),
 }
 
@@ -93,6 +104,11 @@ class Kernels:
     def name(self) -> str:
         """Name of the instruction set."""
         return self.instruction_set.name
+
+    @property
+    def int8_name(self) -> str:
+        """Name of the int8 matmul in stats."""
+        return f"int8-sliced-{self.name}"
 
     @property
     def run_layers(self) -> Any:
@@ -204,19 +220,22 @@ class Kernels:
         fixed_scales: torch.Tensor | None,
         spans: torch.Tensor,
         blocks: torch.Tensor,
+        limits: tuple[int, float],
         out: torch.Tensor,
     ) -> None:
         """Apply rotary embedding, append to the KV cache, and attend; changes qkv [tokens, (heads + 2 kv_heads) * head_dim]. out is
         [tokens, heads * head_dim].
 
-        `data`, `token_scales`: one layer of a KeyValueStore; `spans` and `blocks`: see `model/layers/attention.py`.
+        `data`, `token_scales`: one layer of a KeyValueStore for kernels; `spans` and `blocks`: see `model/layers/batch.py`;
+        `limits`: the window in tokens and the limit of the scores, 0 for none.
         """
         block_size, head_dim = data.shape[-2:]
+        window, softcap = limits
         failed = self._library.tandem_attend(
             qkv.data_ptr(), DTYPES[qkv.dtype], qkv.shape[0], heads, kv_heads, head_dim, angles[0].data_ptr(), angles[1].data_ptr(),
             data.data_ptr(), None if token_scales is None else token_scales.data_ptr(),
             None if fixed_scales is None else fixed_scales.data_ptr(), block_size,
-            spans.data_ptr(), spans.shape[0], blocks.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            spans.data_ptr(), spans.shape[0], blocks.data_ptr(), window, softcap, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         _check(failed, out)
 

@@ -1,7 +1,7 @@
 /* Whether this CPU runs the instructions that this library was compiled for, and the version of its interface. */
 
 /* Incremented whenever a signature changes: a library built from other sources is not used. */
-int tandem_interface(void) { return 5; }
+int tandem_interface(void) { return 6; }
 
 #if defined(__x86_64__)
 /* The CPU has `name`, or this library was compiled without it. */

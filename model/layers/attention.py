@@ -46,12 +46,9 @@ class Attention:
         layer has the angles of layers with a window.
         """
         angles = batch.angles(local=local)
-        if self._backend.kernels is not None and batch.lies_in_stores and softcap is None:
-            qkv = qkv.contiguous()
-            out = _attend_natively(self._backend.kernels, qkv, heads, kv_heads, layer, batch, angles, scales)
-            if window is not None and batch.longest > window:
-                self._attend_over_window(qkv, heads, kv_heads, layer, batch, scales, window, out)
-            return out
+        if self._backend.kernels is not None and batch.lies_in_stores:
+            limits = (window or 0, softcap or 0.0)
+            return _attend_natively(self._backend.kernels, qkv.contiguous(), heads, kv_heads, layer, batch, angles, scales, limits)
         tile_tokens = self._backend.tokens_per_tile(heads, kv_heads) if batch.lies_in_stores else None
         if tile_tokens is not None:
             return self._attend_paged(qkv, heads, kv_heads, layer, batch, angles, scales, window, softcap, tile_tokens)
@@ -93,34 +90,6 @@ class Attention:
             stored, paged = StoredLayer(store.data[layer], token_scales, fixed), batch.place_part(part, tile_tokens)
             parts.append(self._backend.attend_paged(qkv[rows], heads, kv_heads, turned, stored, paged, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_over_window(
-        self,
-        qkv: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        layer: int,
-        batch: Batch,
-        scales: torch.Tensor | None,
-        window: int,
-        out: torch.Tensor,
-    ) -> None:
-        """Replace the results of the tokens that do not see their whole sequence, which the native kernel lets them see.
-
-        `qkv` holds rotated queries. Each token is computed alone, so that its result does not depend on the batch.
-        """
-        query, first = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)[:, :heads], 0
-        for span in batch.spans:
-            before, stop = span.cache.length, span.cache.length + len(span.ids)
-            skipped = max(before, window)
-            if skipped < stop:
-                start = skipped + 1 - window
-                keys, values = span.cache.read(layer, scales, stop, start)
-                for position in range(skipped, stop):
-                    seen = slice(position + 1 - window - start, position + 1 - start)
-                    row = first + position - before
-                    out[row : row + 1] = self.attend(query[row : row + 1], keys[:, seen].contiguous(), values[:, seen].contiguous())
-            first += len(span.ids)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> torch.Tensor:
         """Attend with query [tokens, heads, head_dim] over keys and values [kv heads, all tokens, head_dim]: [tokens, heads * head_dim].
@@ -187,6 +156,7 @@ def _attend_natively(
     batch: Batch,
     angles: tuple[torch.Tensor, torch.Tensor],
     scales: torch.Tensor | None,
+    limits: tuple[int, float],
 ) -> torch.Tensor:
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads))
     for part in batch.join_stores():
@@ -195,6 +165,6 @@ def _attend_natively(
         fixed = scales if store.quantized and token_scales is None else None
         turned = angles[0][rows], angles[1][rows]
         kernels.attend(
-            qkv[rows], heads, kv_heads, turned, store.data[layer], token_scales, fixed, part.places, part.blocks, out[rows]
+            qkv[rows], heads, kv_heads, turned, store.data[layer], token_scales, fixed, part.places, part.blocks, limits, out[rows]
         )  # fmt: skip
     return out

@@ -44,8 +44,6 @@ class Batch:
         """`local_rotary`: of layers with a window, if it differs."""
         self.spans = spans
         self.num_tokens = sum(len(span.ids) for span in spans)
-        self.longest = max(span.cache.length + len(span.ids) for span in spans)
-        """Tokens of the longest sequence, new ones included."""
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)

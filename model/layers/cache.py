@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from model.layers.block_layout import read_block, write_block
 from model.spec.config import check_blocks
 
 
@@ -30,7 +31,8 @@ class KeyValueStore:
     """Memory of a KV cache: `data` [layers, blocks, 2 (keys, values), KV heads, block_size, head_dim].
 
     In int8, values are rounded to multiples of a scale: either a stored one, passed to `append`, or one per token and head, computed
-    when it is appended and kept in `scales` [layers, blocks, 2, KV heads, block_size].
+    when it is appended and kept in `scales` [layers, blocks, 2, KV heads, block_size]. With `for_kernels`, the elements of a block and head
+    lie as `model/layers/block_layout.py` describes.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class KeyValueStore:
         dtype: torch.dtype,
         device: torch.device,
         quantized: str | None = None,
+        *,
+        for_kernels: bool = False,
     ) -> None:
         """`quantized`: a kv_cache type of model/spec/scheme.py. Raises ConfigError for a block size that the kernels do not support."""
         check_blocks(block_size, num_blocks)
@@ -50,7 +54,7 @@ class KeyValueStore:
         # torch.empty does not commit memory until it is written, so unused blocks cost nothing.
         self.data = torch.empty((*shape, head_dim), dtype=torch.int8 if quantized else dtype, device=device)
         self.scales = torch.empty(shape, dtype=torch.float32, device=device) if quantized == "token" else None
-        self.block_size, self.num_blocks, self.quantized = block_size, num_blocks, quantized
+        self.block_size, self.num_blocks, self.quantized, self.for_kernels = block_size, num_blocks, quantized, for_kernels
 
     @property
     def bytes_per_token(self) -> int:
@@ -100,7 +104,11 @@ class KeyValueCache:
         while done < end:
             offset = done % size
             count = min(size - offset, end - done)
-            memory[self.blocks[done // size], :, :, offset : offset + count] = new[:, :, done - first : done - first + count]
+            part, block = new[:, :, done - first : done - first + count], memory[self.blocks[done // size]]
+            if self.store.for_kernels and part.dim() == 4:
+                write_block(block, offset, part)
+            else:
+                block[:, :, offset : offset + count] = part
             done += count
 
     def _join(self, memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -108,6 +116,8 @@ class KeyValueCache:
         size = self.store.block_size
         first, stop = start // size, -(-end // size)
         parts = [memory[block] for block in self.blocks[first:stop]]
+        if self.store.for_kernels and memory.dim() == 5:
+            parts = [read_block(part) for part in parts]
         if end % size:
             parts[-1] = parts[-1][:, :, : end % size]
         parts[0] = parts[0][:, :, start % size :]

@@ -8,6 +8,8 @@
 All writes are atomic. Does not depend on the contents of the files.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil
@@ -15,12 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
+from parallel.lazy_torch import torch
 
 _RECIPE_FILE = "recipe.json"
 
@@ -86,7 +89,7 @@ class WorkFolder:
                 ranks.append({name: file.get_tensor(name) for name in file.keys()})
         return ranks
 
-    def read_dtypes(self, layer: int) -> dict[str, torch.dtype]:
+    def read_dtypes(self, layer: int) -> dict[str, ElementType]:
         """Return the dtypes of a layer's tensors."""
         return {name: stored.info.dtype for name, stored in read_header(self._rank_file(layer, 0)).items()}
 
@@ -110,7 +113,7 @@ def describe_samples(samples: list[tuple[int, ...]]) -> str:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, infos) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

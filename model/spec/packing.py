@@ -1,6 +1,8 @@
 """Pack small integers into int32 words in the layout of compressed-tensors, and unpack them."""
 
-import torch
+from __future__ import annotations
+
+from parallel.lazy_torch import torch
 
 
 def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:

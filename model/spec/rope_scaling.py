@@ -3,16 +3,19 @@
 Depends on the keys `rope_scaling`, `rope_parameters` and `rope_theta` of config.json; does not need torch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from model.spec.quoting import quote
 from parallel.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAX_TOKENS = (1 << 31) - 1
 """Maximum context that a config may specify."""
@@ -153,6 +156,8 @@ def build_scaling(section: Mapping[str, Any], max_positions: Any) -> Scaling | N
 
 def compute_frequencies(theta: float, width: int, scaling: Scaling | None) -> npt.NDArray[np.float32]:
     """Return float32 [width / 2]: radians per position of each rotary pair of a head of this width."""
+    import numpy as np  # not where a config is only read: the import takes a third of a refusal
+
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
     if isinstance(scaling, LinearScaling):
@@ -213,6 +218,8 @@ def _ramp(scaling: YarnScaling, theta: float, width: int) -> npt.NDArray[np.floa
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
         high += 0.001
+    import numpy as np
+
     positions = np.arange(width // 2, dtype=np.float32)
     return np.asarray(np.clip((positions - np.float32(low)) / np.float32(high - low), 0, 1), dtype=np.float32)
 

@@ -1,10 +1,12 @@
 """Shape and dtype of a stored tensor."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import torch
-
 from model.spec.stored_form import StoredForm
+from parallel.element_type import ElementType
+from parallel.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +15,7 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     """Full shape, rows first."""
-    dtype: torch.dtype
+    dtype: ElementType
     """Element type."""
     encoding: str | None = None
     """See StoredForm."""
@@ -22,10 +24,15 @@ class TensorInfo:
     unit_rows: int = 1
     """Rows that are stored in another order, and therefore always read together."""
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorInfo:
+        """Describe a tensor in memory."""
+        return cls(tuple(tensor.shape), ElementType.of(tensor.dtype))
+
     @property
     def dtype_name(self) -> str:
-        """Name of the dtype, without `torch.`."""
-        return str(self.dtype).removeprefix("torch.")
+        """PyTorch's name of the dtype, without `torch.`."""
+        return self.dtype.label
 
     @property
     def form(self) -> StoredForm:

@@ -21,10 +21,11 @@ from torch.distributed import HashStore
 
 from differential_formats import Written
 from differential_models import EXPERTS, ROUTERS, count_experts
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.stored_facts import check_facts
 from model.decoder.llama import LlamaForCausalLM
-from model.decoder.loading import check_checkpoint, load_model
+from model.decoder.loading import load_model
 from model.engine.generation import Engine, step_all
 from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams

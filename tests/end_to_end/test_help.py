@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 COMMANDS = {
     "predict": "--config --checkpoint --model --workers --prompt --prompts-file --max-new-tokens --max-length --do-sample --greedy"
     " --temperature --top-k --top-p --repetition-penalty --seed --ignore-eos --logprobs --dtype --device --threads-per-rank --collectives"
-    " --output --format --block-size --num-blocks --no-prefix-cache --speculate --stats --log-dir --max-restarts --timeout --offline",
+    " --output --format --block-size --num-blocks --no-prefix-cache --speculate --draft-model --draft-tokens"
+    " --stats --log-dir --max-restarts --timeout --offline",
     "chat": "--checkpoint --model --workers --system --max-new-tokens --temperature --dtype --device --offline",
     "quantize": "--config --checkpoint --approach --output --overwrite -c -a --dataset -t --dataset-path -s --num-samples --sample-tokens"
     " -w -k --act-quant-dtype --outliers --not-converted -b --alpha --fold --group-size --symmetric --asymmetric --kvcache-granularity"
     " --workers --dtype",
     "eval": "--task --data --config --checkpoint --limit --window --workers --dtype --kv-cache-dtype --max-batch-size --json",
     "bench": "--config --checkpoint --model-config --random-weights --quantization --num-layers --workers --batch-size --prompt-tokens"
-    " --new-tokens --rounds --dtype --threads-per-rank --collectives --speculate --profile --json",
+    " --new-tokens --rounds --dtype --threads-per-rank --collectives --speculate --draft-model --profile --json",
     "serve": "--config --checkpoint --workers --host --port --api-key-file --insecure --served-model-name"
     " --max-queue --request-timeout --drain --prefill-tokens --max-body-mb --allow-origin --dtype --max-batch-size --num-blocks --speculate"
-    " --log-dir --log-level --max-restarts --timeout --nnodes",
+    " --draft-model --log-dir --log-level --max-restarts --timeout --nnodes",
     "batch": "--config --checkpoint --workers --output --resume --served-model-name --strict-fields --tool-call-parser --max-batch-size"
     " --max-restarts INPUT MODEL",
-    "plan": "--config --checkpoint --model-config --workers --quantization --dtype --batch-size --tokens --bandwidth --svg --json",
+    "plan": "--config --checkpoint --model-config --workers --quantization --dtype --batch-size --tokens --bandwidth"
+    " --draft-model --svg --json",
     "convert": "--to --dtype --overwrite --no-verify SRC DST",
     "reshard": "--workers --overwrite --no-verify SRC DST",
     "verify": "--deep --json --checkpoint",
@@ -40,7 +42,9 @@ ALIASES = {
     "predict": "--worker_num=3 --workers=3 | --tensor-parallel-size=3 -n=3 | --log_dir=x --log-dir=x | --cluster_time_out=9 --timeout=9"
     " | --config_path=c --config=c | --load_checkpoint=c --checkpoint=c | --bind_core=True --bind-cores=True | --node_rank=1 --node-rank=1"
     " | --local_worker_num=2 --local-workers=2 | --master_addr=h --master-addr=h | --master_port=9 --master-port=9"
-    " | --max-num-seqs=4 --max-batch-size=4 | --num-gpu-blocks-override=5 --num-blocks=5"
+    " | --max-num-seqs=4 --max-batch-size=4"
+    " | --num-gpu-blocks-override=5 --num-blocks=5"
+    " | --num-speculative-tokens=2 --draft-tokens=2"
     " | --no-enable-prefix-caching --no-prefix-cache | --enable-prefix-caching --prefix-cache",
     "serve": "--max-num-batched-tokens=64 --prefill-tokens=64 | --tensor-parallel-size=2 --workers=2",
     "quantize": "-q=gptq -a=gptq | --dataset_type=ids -t=ids | --dataset_path=f -s=f | --output_dir=o --output=o"

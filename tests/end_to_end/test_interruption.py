@@ -91,11 +91,11 @@ PHASES: dict[str, tuple[str, Make]] = {
         lambda made, out: ["plan", "--config", made.config, "--checkpoint", made.float, "--workers", "3"],
     ),
     "predict before its ranks": (
-        HANG.format(module="decoder.loading", function="check_checkpoint"),
+        HANG.format(module="checkpoint.completeness", function="check_checkpoint"),
         lambda made, out: ["predict", "--checkpoint", made.float, "--workers", "2", "--prompt", "a", "--log-dir", out / "log"],
     ),
     "quantize before its ranks": (
-        HANG.format(module="decoder.loading", function="check_checkpoint"),
+        HANG.format(module="checkpoint.completeness", function="check_checkpoint"),
         lambda made, out: ["quantize", "-a", "rtn-a16w8", "--checkpoint", made.float, "--output", out / "quantized"],
     ),
 }

@@ -1,13 +1,18 @@
 """Which commands do without the heavy libraries: the modules that each imports, listed in a new interpreter."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
+from launcher.host.accelerators import may_have_accelerator
+from tests.end_to_end.servers import Server
 from tests.end_to_end.test_help import COMMANDS
+from tests.model.gguf_blocks import write_blocks
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Checkpoints, Tandem
@@ -71,6 +76,62 @@ def test_a_refusal_of_the_number_of_ranks_imports_no_pytorch(
     assert (code, written, heavy & {"torch", "transformers"}) == (2, "", set())
 
 
+def test_a_refusal_of_a_checkpoint_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints", tmp_path: Path) -> None:
+    """Headers are read by then: a conversion, a run and a plan of a checkpoint with one layer too few."""
+    shutil.copytree(checkpoints.float, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+    for words in (("convert", tmp_path / "x", tmp_path / "y"), ("predict", tmp_path / "x", "--prompt", "a"), ("plan", tmp_path / "x")):
+        code, written, heavy = list_imports(tandem, *words)
+        assert (code, written, "torch" in heavy) == (2, "", False), words
+
+
+@pytest.mark.parametrize(("command", "form"), [("plan", "float"), ("plan", "int8_two_ranks"), ("verify", "float"), ("verify", "int8")])
+def test_a_checkpoint_is_planned_and_verified_without_pytorch(
+    tandem: "Tandem", checkpoints: "Checkpoints", command: str, form: str
+) -> None:
+    code, written, heavy = list_imports(tandem, command, getattr(checkpoints, form))
+    assert (code, "torch" in heavy) == (0, False) and written
+
+
+def test_the_header_of_a_gguf_file_is_read_without_pytorch(tandem: "Tandem", tmp_path: Path) -> None:
+    path = write_blocks(tmp_path / "m.gguf", lambda name: Kind.Q6_K if "output" in name else Kind.Q4_K, vocabulary=True)
+    code, written, heavy = list_imports(tandem, "plan", path)
+    assert (code, "torch" in heavy) == (0, False) and "Q4_K" in written
+
+
+def test_the_environment_is_shown_without_pytorch(tandem: "Tandem") -> None:
+    if may_have_accelerator():
+        pytest.skip("PyTorch is asked for the accelerators of this host")
+    code, written, heavy = list_imports(tandem, "env", "--json")
+    assert (code, heavy) == (0, set()) and json.loads(written)["backend"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "--workers", "2", "--prompt", "abc", "--max-new-tokens", "3"),
+        ("bench", "--workers", "2", "--new-tokens", "2", "--prompt-tokens", "4", "--rounds", "1", "--json"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_parent_of_ranks_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints", words: tuple[str, ...]) -> None:
+    code, written, heavy = list_imports(tandem, words[0], checkpoints.int8, *words[1:], "--log-dir", tandem.new_folder())
+    assert (code, "torch" in heavy) == (0, False) and written
+
+
+def test_the_parent_of_a_server_imports_no_pytorch(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
+    """A new interpreter, with an option that the command host does not take."""
+    server = Server(tandem, checkpoints.int8, "--workers", "2", "--threads-per-rank", "1", module=("-X", "utf8", "-m", "launcher"))
+    try:
+        server.wait_until_ready()
+        assert server.complete("abc", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert "libtorch" not in Path(f"/proc/{server.running.process.pid}/maps").read_text()
+        assert "libtorch" in Path(f"/proc/{server.running.find_ranks()[0]}/maps").read_text()
+    finally:
+        server.end()
+
+
 def test_what_reads_tensors_is_seen_to_import_pytorch(tandem: "Tandem", checkpoints: "Checkpoints") -> None:
-    code, _, heavy = list_imports(tandem, "verify", checkpoints.float)
+    code, _, heavy = list_imports(tandem, "convert", checkpoints.float, tandem.new_folder() / "x")
     assert code == 0 and "torch" in heavy and "transformers" not in heavy

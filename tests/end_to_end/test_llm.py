@@ -1,7 +1,9 @@
 """`tandem.LLM`: ranks of a program's own, compared with `tandem predict` on the same checkpoint."""
 
 import gc
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tandem import LLM, InputError, RanksFailedError, RequestOutput, RunError, SamplingParams
+from tandem import LLM, InputError, RanksFailedError, RequestOutput, RunError, SamplingParams, StructuredOutputsParams
 from tests.end_to_end.conftest import PROMPTS
 
 if TYPE_CHECKING:
@@ -105,6 +107,35 @@ def test_a_stream_adds_up_to_the_answers(llm: LLM) -> None:
             assert [token.finish_reason for token in mine] == [None] * 8 + ["length"]
     best = whole[0].outputs[0].logprobs
     assert best is not None and all(next(iter(one.values())).rank == 1 and len(one) == 2 for one in best), "greedy takes the likeliest"
+
+
+def test_structured_outputs_limit_the_text_and_bad_words_do_not_occur(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    limits: list[tuple[Any, Callable[[str], bool]]] = [
+        (StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2}"), lambda text: re.fullmatch("[0-9]{3}-[a-f]{2}", text) is not None),
+        (StructuredOutputsParams(choice=["red", "green"]), lambda text: text in ("red", "green")),
+        ({"json": schema, "disable_any_whitespace": True}, lambda text: isinstance(json.loads(text)["n"], int)),
+        ({"grammar": 'start: "(" start ")" | "x"'}, lambda text: text.count("(") == text.count(")") < 99),
+    ]
+    bias = {id: 5.0 for text in ("}", ")", "x") for id in llm.get_tokenizer().encode(text, add_special_tokens=False)}  # to come to an end
+    several = [SamplingParams(max_tokens=60, seed=4, n=2, logit_bias=bias, structured_outputs=limit) for limit, _ in limits]
+    several.append(SamplingParams(max_tokens=60, seed=4, guided_decoding={"regex": "a{7}"}))
+    *found, older = llm.generate([PROMPTS[0]] * len(several), several)
+    for out, (_, holds) in zip(found, limits, strict=True):
+        for answer in out.outputs:
+            assert answer.finish_reason == "stop" and holds(answer.text), answer.text
+    assert older.outputs[0].text == "aaaaaaa"
+    whole = llm.generate(PROMPTS[0], LONG)[0].outputs[0].text
+    word = max(whole.split(), key=len)
+    tokens = llm.get_tokenizer().encode(word, add_special_tokens=False)
+    without = llm.generate(PROMPTS[0], SamplingParams(max_tokens=120, temperature=0, ignore_eos=True, bad_words=[word]))[0].outputs[0]
+    banned = [without.token_ids[i : i + len(tokens)] == tokens for i in range(len(without.token_ids))]
+    assert not any(banned)
+    with pytest.raises(InputError, match="structured_outputs cannot be used"):
+        llm.generate(PROMPTS[0], SamplingParams(structured_outputs={"regex": "(?=a)b"}))
+    with pytest.raises(InputError, match="the JSON schema is not JSON"):
+        llm.generate(PROMPTS[0], SamplingParams(structured_outputs={"json": "{"}))
+    assert len(llm.generate(PROMPTS[0], GREEDY)) == 1, "a refused call harms no other"
 
 
 def test_stop_texts_and_stop_tokens_end_an_answer(llm: LLM) -> None:

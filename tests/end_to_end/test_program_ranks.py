@@ -140,6 +140,33 @@ def test_tandem_run_passes_arguments_output_and_success(tandem: "Tandem", checkp
     assert not (folder / "logs" / "verdict.json").exists()
 
 
+GROUP = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")  # env://, as under torchrun
+total = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(total)
+print(int(total), os.environ["MASTER_ADDR"], os.environ["LOCAL_RANK"], dist.get_world_size())
+if dist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    sys.exit(5)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_program_may_open_its_own_process_group_as_under_torchrun(tandem: "Tandem") -> None:
+    """Also after a restart, when the port of the first attempt may still be taken."""
+    folder = tandem.new_folder()
+    (folder / "group.py").write_text(GROUP)
+    result = tandem.run("run", "group.py", "--workers", "2", "--max-restarts", "1", "--log-dir", "logs", cwd=folder, MASTER_PORT="1")
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.splitlines()) == {"3 127.0.0.1 0 2"}
+    assert "restart 1 of 1: all ranks run the program again" in result.stderr
+
+
 MODULE = """
 import sys
 import time

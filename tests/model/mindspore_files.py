@@ -15,6 +15,7 @@ from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme
 from model.spec.scheme import read_scheme
 from model.spec.weights import compare_tensors, plan_weights
+from parallel.element_type import ElementType
 from parallel.file_slices import FileReader
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +85,7 @@ def write_ckpt(path: Path, tensors: Mapping[str, torch.Tensor], *, crc: bool = F
     for tag, tensor in tensors.items():
         content = tensor_bytes(tensor)
         for start in range(0, len(content), slice_bytes):
-            out += entry(tag, tensor.shape, TYPE_NAMES[tensor.dtype], content[start : start + slice_bytes])
+            out += entry(tag, tensor.shape, TYPE_NAMES[ElementType.of(tensor.dtype)], content[start : start + slice_bytes])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out + (b"crc_num" + zlib.crc32(out).to_bytes(10, "big") if crc else b""))
     return path
@@ -206,7 +207,7 @@ def read_all(source: MindSporeFile, name: str) -> torch.Tensor:
     low, high = info.shape[0] // 3, info.shape[0] - info.shape[0] // 4
     part = source.read_rows(reader, name, low, high)
     reader.close()
-    assert (tuple(rows.shape), rows.dtype) == (info.shape, info.dtype)
+    assert (tuple(rows.shape), rows.dtype) == (info.shape, info.dtype.torch_dtype)
     assert torch.equal(part, rows[low:high])
     return rows
 

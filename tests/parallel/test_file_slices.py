@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader, StoredRows
 
@@ -12,7 +13,7 @@ from parallel.file_slices import FileReader, StoredRows
 def store(path: Path, tensor: torch.Tensor, start: int = 0, lead: bytes = b"lead") -> StoredRows:
     """Write the rows of `tensor` behind `lead`; they are rows from `start` on of a larger one."""
     path.write_bytes(lead + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return StoredRows(path, len(lead), start, start + tensor.shape[0], tuple(tensor.shape[1:]), tensor.dtype)
+    return StoredRows(path, len(lead), start, start + tensor.shape[0], tuple(tensor.shape[1:]), ElementType.of(tensor.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int64])

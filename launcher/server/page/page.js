@@ -66,12 +66,14 @@ function startKey(poll) {
 
 class Poll {
   #view;
+  #onStatus;
   #timer = null;
   #turn = 0;
   #request = null;
 
-  constructor(view) {
+  constructor(view, onStatus) {
     this.#view = view;
+    this.#onStatus = onStatus;
     document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.start()));
   }
 
@@ -104,6 +106,7 @@ class Poll {
         askForKey();
       } else if (response.ok && answer !== null) {
         this.#view.show(answer);
+        this.#onStatus(answer);
       } else {
         this.#view.showSilence(answer?.error?.message ?? `The server answers /status with ${response.status}.`);
       }
@@ -119,7 +122,7 @@ class Poll {
 }
 
 startTheme();
-const poll = new Poll(new StatusView());
+const chat = startChat({ makeHeaders, askForKey });
+const poll = new Poll(new StatusView(), (status) => chat.showSystemPrompt(status.system_prompt));
 startKey(() => poll.start());
-startChat({ makeHeaders, askForKey });
 poll.start();

@@ -110,6 +110,17 @@ INLINE floats from_halves(__m256i half, int dtype) {
     return (floats){_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16)),
                     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16))};
 }
+/* The first, or second, values of 16 pairs of bfloat16. */
+INLINE floats load_firsts(const uint16_t *from) {
+    const __m256i *both = (const __m256i *)from;
+    return (floats){_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(both), 16)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(both + 1), 16))};
+}
+INLINE floats load_seconds(const uint16_t *from) {
+    const __m256i *both = (const __m256i *)from, high = _mm256_set1_epi32((int)0xffff0000u);
+    return (floats){_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(both), high)),
+                    _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(both + 1), high))};
+}
 INLINE floats load_floats(const void *data, int dtype, size_t index, size_t count) {
     if (dtype == FLOAT32) return load_part((const float *)data + index, count, spread(0.0f));
     const uint16_t *from = (const uint16_t *)data + index;

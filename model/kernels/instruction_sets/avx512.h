@@ -9,6 +9,7 @@ INLINE __mmask16 first_lanes(size_t count) { return count >= 16 ? (__mmask16)0xf
 INLINE floats spread(float value) { return _mm512_set1_ps(value); }
 INLINE floats load(const float *from) { return _mm512_load_ps(from); }
 INLINE void store(float *to, floats value) { _mm512_store_ps(to, value); }
+INLINE floats load_near(const float *from) { return _mm512_loadu_ps(from); }
 INLINE floats load_part(const float *from, size_t count, floats other) { return _mm512_mask_loadu_ps(other, first_lanes(count), from); }
 
 INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
@@ -45,7 +46,8 @@ INLINE ints multiply_ints(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 INLINE ints load_ints(const int32_t *from) { return _mm512_load_si512(from); }
 
 INLINE floats load_bytes(const int8_t *from, size_t count) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from)));
+    __m128i bytes = count >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(first_lanes(count), from);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 INLINE void store_bytes(int8_t *to, ints value, size_t count) {
     if (count >= 16) _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(value));
@@ -59,6 +61,12 @@ INLINE floats load_floats(const void *data, int dtype, size_t index, size_t coun
     __m256i half = mask == 0xffff ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
     if (dtype == FLOAT16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* The first, or second, values of 16 pairs of bfloat16. */
+INLINE floats load_firsts(const uint16_t *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+INLINE floats load_seconds(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32((int)0xffff0000u)));
 }
 
 /* Round to the nearest bfloat16, ties to even, preserving denormals and NaN: as PyTorch rounds. */
@@ -201,6 +209,18 @@ typedef __m512i pairs;
 INLINE pairs load_pairs(const void *row, size_t column, size_t left) {
     __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
     return _mm512_maskz_loadu_epi16(mask, (const uint16_t *)row + column);
+}
+INLINE pairs spread_pair(const uint16_t *from) {
+    int32_t both;
+    memcpy(&both, from, 4);
+    return _mm512_set1_epi32(both);
+}
+INLINE pairs keep_halves(pairs a, uint32_t halves) { return _mm512_and_si512(a, _mm512_set1_epi32((int)halves)); }
+/* Rounded to the nearest bfloat16, denormals to zero, and back. */
+INLINE floats store_pairs(uint16_t *to, floats value) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    _mm256_storeu_si256((__m256i *)to, half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 INLINE void add_pair_products(floats *sum, pairs a, pairs b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b)); }
 #endif

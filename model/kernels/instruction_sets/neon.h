@@ -38,6 +38,7 @@ INLINE floats load(const float *from) {
 INLINE void store(float *to, floats value) {
     FOR_PARTS vst1q_f32(to + 4 * k, value.part[k]);
 }
+INLINE floats load_near(const float *from) { return load(from); }
 INLINE floats load_part(const float *from, size_t count, floats other) {
     if (count >= 16) return load(from);
     float all[16];
@@ -134,6 +135,18 @@ INLINE void store_bytes(int8_t *to, ints value, size_t count) {
 INLINE float32x4_t from_half(uint16x4_t half, int dtype) {
     if (dtype == FLOAT16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
     return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
+}
+/* The first, or second, values of 16 pairs of bfloat16. */
+INLINE floats load_firsts(const uint16_t *from) {
+    floats out;
+    FOR_PARTS out.part[k] = vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(from + 8 * k)), 16));
+    return out;
+}
+INLINE floats load_seconds(const uint16_t *from) {
+    floats out;
+    FOR_PARTS out.part[k] =
+        vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(from + 8 * k)), vdupq_n_u32(0xffff0000u)));
+    return out;
 }
 /* Round to the nearest, ties to even; a bfloat16 preserves denormals and NaN: as PyTorch rounds. */
 INLINE uint16x4_t to_half(float32x4_t value, int dtype) {

@@ -26,9 +26,9 @@ from launcher.job.messages import (
     Working,
 )
 from launcher.job.tasks import Decode
+from model.engine.choice import Choice
 from model.engine.events import PromptScore, SequenceFailure, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import Choice
 from model.engine.sampling_params import SamplingParams
 
 NUMBERS = st.floats(allow_nan=False)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from launcher.job.codec import read_job, read_task, write
-from launcher.job.job import Job
+from launcher.job.job import DraftCheckpoint, Job
 from launcher.job.tasks import Bench, Decode, Evaluate, Quantize, Task
+from launcher.rendezvous.errors import DifferentRunError
+from launcher.rendezvous.run_identity import compare_runs, describe_run
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.engine.request import Request
@@ -99,6 +101,18 @@ def test_values_that_stand_for_a_config_travel_too() -> None:
     back = read_job(write(job))
     assert back == job
     assert back.path == Path("/some where/modèle")
+
+
+def test_a_draft_model_travels_too_and_only_its_content_has_to_be_the_same_everywhere() -> None:
+    draft = DraftCheckpoint(checkpoint="/here/s", opening=OpenOptions(), fingerprint=Fingerprint("aa", "b", {}), kv_cache=None)
+    here = replace(JOB, draft=draft, draft_tokens=6)
+    assert read_job(write(here)) == here
+    there = replace(here, draft=replace(draft, checkpoint="/there/s"))
+    assert describe_run(there) == describe_run(here) != describe_run(JOB)
+    assert describe_run(replace(here, draft_tokens=7)) != describe_run(here)
+    other = replace(here, draft=replace(draft, fingerprint=Fingerprint("cc", "b", {})))
+    with pytest.raises(DifferentRunError, match="draft model fingerprint cc, but rank 0 has aa: copy the same draft model to every node"):
+        compare_runs("rank 1", describe_run(other), "rank 0", describe_run(here))
 
 
 def test_json_is_one_line_that_names_the_task() -> None:

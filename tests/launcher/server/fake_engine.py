@@ -21,9 +21,9 @@ from launcher.server.completion import Service
 from launcher.server.connection_places import ConnectionPlaces, plan_connections
 from launcher.server.engine_client import EngineClient, Served
 from launcher.server.guard import Limits
+from model.engine.choice import Choice
 from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import Choice
 from model.text.tokenizer_settings import read_tokenizer_settings
 
 CONTEXT = 512

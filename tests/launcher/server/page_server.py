@@ -65,6 +65,7 @@ def make_status(world_size: int = 2, **changes: Any) -> dict[str, Any]:
         "tokens_total": 9041,
         "restarts": 0,
         "last_failure": None,
+        "system_prompt": "You are helpful.",
         "ranks": [make_rank(rank, world_size) for rank in range(world_size)],
     }
     return status | changes
@@ -72,7 +73,8 @@ def make_status(world_size: int = 2, **changes: Any) -> dict[str, Any]:
 
 @dataclass
 class FakeServer:
-    """Serves the page. Its fields say what it answers; `pieces` is what it streams, None ends an answer, an error's dict breaks it off."""
+    """Serves the page. Its fields say what it answers; `pieces` is what it streams: text, a delta, None at the
+    end of an answer, an error's dict to break it off."""
 
     status: dict[str, Any] = field(default_factory=make_status)
     refusal: tuple[int, str] | None = None
@@ -114,10 +116,11 @@ class FakeServer:
             send({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
             num_pieces = 0
             while (piece := self._next(handler)) is not None:
-                if isinstance(piece, dict):
+                if isinstance(piece, dict) and "error" in piece:
                     return send(piece)
                 num_pieces += 1
-                send({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
+                delta = piece if isinstance(piece, dict) else {"content": piece}
+                send({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             send({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             send({"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": num_pieces, "total_tokens": 21 + num_pieces}})
             handler.wfile.write(b"data: [DONE]\n\n")

@@ -4,9 +4,9 @@ import pytest
 
 from launcher.job.messages import Add, Cancel, Command, End
 from launcher.server.inflight_requests import MAX_FAILURES, InflightRequests
+from model.engine.choice import Choice
 from model.engine.events import PromptScore, TokenEvent
 from model.engine.request import Request
-from model.engine.sampling import Choice
 from model.engine.sampling_params import SamplingParams
 from tests.launcher.server.rank_events import token
 

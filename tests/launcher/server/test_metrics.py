@@ -80,6 +80,18 @@ def test_tokens_and_their_times_are_counted(clock: SimpleNamespace) -> None:
     assert (metrics.num_tokens, metrics.first_token_seconds) == (3, 0.03)
 
 
+def test_the_share_of_accepted_draft_tokens_is_that_since_the_start() -> None:
+    metrics = ServeMetrics("m")
+    assert read(metrics)["vllm:spec_decode_draft_acceptance_rate", MODEL] == 0
+    for drafted, accepted in ((8, 6), (0, 0), (2, 1)):
+        metrics.count_engine("speculated_tokens", drafted)
+        metrics.count_engine("accepted_tokens", accepted)
+    found = read(metrics)
+    assert found["vllm:spec_decode_num_draft_tokens_total", MODEL] == 10
+    assert found["vllm:spec_decode_num_accepted_tokens_total", MODEL] == 7
+    assert found["vllm:spec_decode_draft_acceptance_rate", MODEL] == 0.7
+
+
 def test_gauges_show_the_last_value_and_unknown_ones_of_ranks_nothing() -> None:
     metrics = ServeMetrics("m")
     metrics.set("running", 3)

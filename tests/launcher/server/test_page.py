@@ -6,9 +6,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import axe_core_python
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -19,6 +22,8 @@ from tests.launcher.server.page_server import FakeServer, make_rank, make_status
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent.parent
 KEY = "secret-key"
+AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
+"""The accessibility checks of axe-core."""
 SIZE = "--window-size=1280,900"
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script> & done'
 
@@ -99,11 +104,11 @@ def test_an_answer_appears_piece_by_piece_with_its_figures(page: Page) -> None:
     page.find("#prompt").send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
     page.say("")
     page.server.pieces.put("Par")
-    page.wait_for(".answer .text", "Par")
+    page.wait_for(".answer .markdown", "Par")
     assert page.find(".answer").get_attribute("aria-busy") == "true"
     for piece in ("is ", "ist größer"):
         page.server.pieces.put(piece)
-    page.wait_for(".answer .text", "Paris ist größer")
+    page.wait_for(".answer .markdown", "Paris ist größer")
     page.server.pieces.put(None)
     page.wait_for(".answer .note", "prompt 21 tokens")
     note = page.read(".answer .note")
@@ -111,7 +116,7 @@ def test_an_answer_appears_piece_by_piece_with_its_figures(page: Page) -> None:
     page.say("And?")
     page.server.pieces.put("No.")
     page.server.pieces.put(None)
-    page.wait_for(".answer:last-child .text", "No.")
+    page.wait_for(".answer:last-child .markdown", "No.")
     first, second = page.server.asked
     said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "one\ntwo"}]
     fields = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.7, "max_tokens": 256, "seed": 5}
@@ -122,7 +127,7 @@ def test_an_answer_appears_piece_by_piece_with_its_figures(page: Page) -> None:
 def test_stop_ends_the_request_and_clear_the_conversation(page: Page) -> None:
     page.say("Go")
     page.server.pieces.put("begun")
-    page.wait_for(".answer .text", "begun")
+    page.wait_for(".answer .markdown", "begun")
     page.find("#stop").click()
     page.wait_for(".answer .note", "stopped")
     assert page.server.aborted.wait(5)
@@ -136,7 +141,7 @@ def test_html_in_an_answer_and_in_a_name_stays_text(page: Page) -> None:
     page.say(EVIL)
     page.server.pieces.put(EVIL)
     page.server.pieces.put(None)
-    page.wait_for(".answer .text", EVIL)
+    page.wait_for(".answer .markdown", EVIL)
     page.wait_for(".message:not(.answer) .text", EVIL)
     page.wait_for("#notice", EVIL)
     assert page.driver.execute_script("return document.querySelectorAll('main img, main script, header img').length") == 0
@@ -156,7 +161,7 @@ def test_an_error_inside_a_stream_leaves_what_had_come(page: Page) -> None:
     page.server.pieces.put("Half")
     page.server.pieces.put({"error": {"message": "The time of this request is over."}})
     page.wait_for(".answer .error", "The time of this request is over.")
-    assert page.read(".answer .text") == "Half"
+    assert page.read(".answer .markdown") == "Half"
 
 
 def test_a_number_out_of_range_is_not_sent(page: Page) -> None:
@@ -177,7 +182,7 @@ def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page: Page) -> None:
     page.wait_for("#state", "ready")
     page.say("Hello")
     page.server.pieces.put("Hi")
-    page.wait_for(".answer .text", "Hi")
+    page.wait_for(".answer .markdown", "Hi")
     page.server.pieces.put(None)
     assert page.driver.execute_script("return [Object.values(sessionStorage), Object.values(localStorage)]") == [[KEY], []]
     page.driver.refresh()
@@ -262,3 +267,117 @@ def test_dark_and_light_follow_the_system_and_the_switch(page: Page) -> None:
     page.find("#theme").send_keys("light")
     assert ground() == light
     page.driver.execute_script("localStorage.clear()")
+
+
+MARKDOWN = """# Plan
+
+1. **Sort** the `list`
+2. see [the page](https://example.com/a) and [this](javascript:alert(1))
+
+```python
+print("<b>")
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def answer_with(page: Page, *pieces: str | dict[str, Any]) -> None:
+    for piece in (*pieces, None):
+        page.server.pieces.put(piece)
+    page.wait_for(".answer:last-child .note", "prompt 21 tokens")
+
+
+def test_an_answer_in_markdown_becomes_elements_and_only_web_links(page: Page) -> None:
+    page.say("Hello")
+    answer_with(page, *MARKDOWN.splitlines(keepends=True))
+    assert page.read(".markdown h4") == "Plan" and page.read(".markdown ol li strong") == "Sort" and page.read("li code") == "list"
+    assert page.read(".markdown pre code") == 'print("<b>")' and page.read(".markdown td") == "1 2"
+    links = page.driver.find_elements(By.CSS_SELECTOR, ".markdown a")
+    assert [link.get_attribute("href") for link in links] == ["https://example.com/a"]
+    assert "this" in page.read(".markdown li:last-child")
+
+
+def test_settings_are_sent_as_they_stand_and_the_template_is_told(page: Page) -> None:
+    assert page.find("#system").get_attribute("placeholder") == "You are helpful."
+    for name, value in {"top-p": "0.9", "top-k": "40", "min-p": "0.05", "repetition-penalty": "1.1", "stop-texts": "END\n\nFIN"}.items():
+        page.find(f"#{name}").send_keys(value)
+    page.say("Hello")
+    answer_with(page, "Hi")
+    fields = {"top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "stop": ["END", "FIN"]}
+    assert page.server.asked[0].items() >= fields.items()
+    assert page.server.asked[0]["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+def test_an_answer_is_generated_anew_in_place_of_the_last(page: Page) -> None:
+    page.say("Hello")
+    answer_with(page, "Hi")
+    page.find(".actions button").click()
+    answer_with(page, "Good day")
+    assert page.read(".answer .markdown") == "Good day"
+    assert page.server.asked[0] == page.server.asked[1]
+    page.say("And?")
+    answer_with(page, "No.")
+    assert [message["content"] for message in page.server.asked[2]["messages"]] == ["Hello", "Good day", "And?"]
+
+
+def test_tool_calls_are_shown_and_their_results_sent(page: Page) -> None:
+    page.find("#tools").send_keys("[{]")
+    page.say("Weather?")
+    assert page.server.asked == [] and page.driver.switch_to.active_element == page.find("#tools")
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    page.driver.execute_script("arguments[0].value = arguments[1]", page.find("#tools"), json.dumps([tool]))
+    page.find("#tools").send_keys(" ")
+    page.find("#prompt").send_keys(Keys.ENTER)
+    begun = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}}
+    parts = [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in ('{"city": ', '"Bern"}')]
+    answer_with(page, {"reasoning_content": "I need it."}, {"tool_calls": [begun]}, *parts)
+    assert page.server.asked[0]["tools"] == [tool]
+    assert page.read(".call h4") == "Tool call: weather" and page.read(".call pre") == '{"city": "Bern"}'
+    assert page.read(".thinking summary") == "Reasoning"
+    page.find(".call textarea").send_keys("Rain")
+    page.find(".actions button").click()
+    answer_with(page, "It rains.")
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    assert page.server.asked[1]["messages"] == [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Rain"},
+    ]
+    page.say("Thanks")
+    answer_with(page, "Welcome.")
+    assert [message["role"] for message in page.server.asked[2]["messages"]] == ["user", "assistant", "tool", "assistant", "user"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_no_fault(page: Page, scheme: str, width: int) -> None:
+    page.set_media(scheme)
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.driver.execute_script("document.getElementById('settings').open = true")
+    page.say("Hello")
+    call = {"index": 0, "id": "call_1", "function": {"name": "weather", "arguments": "{}"}}
+    answer_with(page, {"reasoning_content": "Hm."}, MARKDOWN, {"tool_calls": [call]})
+    page.driver.execute_script(AXE.read_text(encoding="utf-8"))
+    faults = page.driver.execute_async_script("axe.run().then(result => arguments[0](result.violations))")
+    assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in faults] == []
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") == width
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_keyboard_reaches_every_control_in_order(page: Page) -> None:
+    page.say("Hello")
+    answer_with(page, "Hi")
+    reached = []
+    page.find("body").click()
+    for _ in range(40):
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
+        active = page.driver.switch_to.active_element
+        reached.append(active.get_attribute("id") or active.text)
+        if active.get_attribute("id") == "view":
+            break
+    controls = ["Regenerate", "system", "temperature", "top-p", "max-tokens", "seed", "stop-texts", "tools", "prompt", "send", "view"]
+    assert [name for name in reached if name in controls] == controls

@@ -291,3 +291,27 @@ def test_a_conversation_nested_too_deeply_is_refused(tmp_path: Path) -> None:
             chat.render([{"role": "user", "content": deep}])
     finally:
         chat.close()
+
+
+OWN_SYSTEM_PROMPT = (
+    "{% if messages[0].role != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (OWN_SYSTEM_PROMPT, "Be kind."),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}", None),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", None),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}", None),
+    ],
+)
+def test_the_system_prompt_of_a_template_is_found(tmp_path: Path, source: str, found: str | None) -> None:
+    chat = ChatRenderer(write_template(tmp_path, source), read_tokenizer_settings(tmp_path))
+    try:
+        chat.render(MESSAGES)  # Behind the search, on the same thread.
+        assert chat.system_prompt == found
+    finally:
+        chat.close()

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.worker.speculation_bench import NEW_TOKENS, PROMPTS, describe_row, encode_prompts, measure_speculation
+from launcher.job.speculation_prompts import NEW_TOKENS, PROMPTS, describe_row, encode_prompts
+from launcher.worker.speculation_bench import measure_speculation
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
 from model.engine.generation import EngineTimes

@@ -13,9 +13,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors.torch import save_file
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import OpenOptions, open_checkpoint
 from model.checkpoint.source import CheckpointSource
-from model.decoder.loading import check_checkpoint
 from model.export.mindspore import write_mindspore
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
@@ -324,7 +324,7 @@ class Checkpoint:
             try:
                 for name, info in source.tensors.items():
                     rows = source.read_rows(reader, name, 0, info.shape[0] if info.shape else 1)
-                    assert (tuple(rows.shape) == (info.shape or (1,))) and rows.dtype == info.dtype, name
+                    assert (tuple(rows.shape) == (info.shape or (1,))) and rows.dtype == info.dtype.torch_dtype, name
             finally:
                 reader.close()
         except InputError as error:

@@ -11,10 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import find_format, open_checkpoint
 from model.checkpoint.notes import list_notes
 from model.decoder.llama import LlamaForCausalLM
-from model.decoder.loading import check_checkpoint, load_model
+from model.decoder.loading import load_model
 from model.export.conversion import convert_checkpoint
 from model.export.rank_files import write_rank_files
 from model.layers.batch import Span

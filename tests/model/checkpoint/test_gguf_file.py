@@ -105,7 +105,7 @@ def test_every_tensor_of_every_type_equals_ggufs_own_dequantization(tmp_path: Pa
     assert set(source.tensors) == set(weights)
     for name, data in weights.items():
         rows = source.read_rows(reader, name, 0, data.shape[0])
-        assert (tuple(rows.shape), rows.dtype) == (source.tensors[name].shape, source.tensors[name].dtype)
+        assert (tuple(rows.shape), rows.dtype) == (source.tensors[name].shape, source.tensors[name].dtype.torch_dtype)
         assert torch.equal(rows, expect(data, kind)), name
 
 

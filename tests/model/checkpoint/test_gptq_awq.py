@@ -183,7 +183,7 @@ def test_the_tensors_are_those_that_the_model_needs_and_read_as_declared(tmp_pat
     assert compare_tensors(specs, folder.tensors, tied=False).describe() == ""
     for name, info in folder.tensors.items():
         found = read(folder, name)
-        assert (tuple(found.shape), found.dtype, found.is_contiguous()) == (info.shape, info.dtype, True), name
+        assert (tuple(found.shape), found.dtype, found.is_contiguous()) == (info.shape, info.dtype.torch_dtype, True), name
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -29,6 +29,7 @@ from model.decoder.llama import LlamaForCausalLM
 from model.layers.batch import Span
 from model.spec.config import build_config
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError, ConfigError
 from parallel.file_slices import FileReader
 
@@ -149,7 +150,7 @@ def four_files(tmp_path_factory: pytest.TempPathFactory) -> MetaFolder:
 def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, files: int, embedding_axis: int, dtype: torch.dtype) -> None:
     weights = make_weights(dtype)
     source = MetaFolder(write_meta(tmp_path, weights, files, embedding_axis))
-    assert source.tensors == {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in weights.items()}
+    assert source.tensors == {name: TensorInfo(tuple(tensor.shape), ElementType.of(dtype)) for name, tensor in weights.items()}
     for name, rows in read_all(source).items():
         assert rows.is_contiguous() and rows.dtype == dtype and torch.equal(rows, weights[name]), name
     assert source.files == [tmp_path / f"consolidated.{rank:02d}.pth" for rank in range(files)]
@@ -252,7 +253,7 @@ def test_the_factor_of_the_rope_scaling_goes_by_the_width_and_the_ids_by_the_voc
 ) -> None:
     params = PARAMS | {"dim": dim, "n_heads": heads, "n_kv_heads": 8, "use_scaled_rope": True, "rope_theta": 500000.0}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    config = read_meta_params(tmp_path / "params.json").build_config(TensorInfo((vocab, dim), torch.bfloat16), 8192, tied=True)
+    config = read_meta_params(tmp_path / "params.json").build_config(TensorInfo((vocab, dim), ElementType.BFLOAT16), 8192, tied=True)
     assert config["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": factor,
@@ -287,7 +288,7 @@ def test_offsets_are_where_the_bytes_lie_even_of_tensors_that_share_a_storage(tm
     assert list(header) == ["whole", "odd", "rows", "last", "bf"]
     for name, stored in header.items():
         raw = data[stored.offset_bytes : stored.offset_bytes + stored.info.num_bytes]
-        found = torch.frombuffer(bytearray(raw), dtype=stored.info.dtype).view(stored.info.shape)
+        found = torch.frombuffer(bytearray(raw), dtype=stored.info.dtype.torch_dtype).view(stored.info.shape)
         assert torch.equal(found, tensors[name]) if name in tensors else stored.info.shape == (3, 5)
 
 

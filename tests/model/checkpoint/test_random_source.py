@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.first_layers import FirstLayers, check_num_layers
 from model.checkpoint.random_source import RandomSource
-from model.decoder.loading import check_checkpoint
 from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme
 from model.spec.scheme import Scheme, declare_scheme, read_scheme
@@ -49,7 +49,7 @@ def test_rows_are_the_same_whoever_reads_them(name: str) -> None:
     for tensor, info in one.tensors.items():
         rows = info.shape[0]
         whole = one.read_rows(reader, tensor, 0, rows)
-        assert (whole.shape, whole.dtype) == (info.shape, info.dtype)
+        assert (whole.shape, whole.dtype) == (info.shape, info.dtype.torch_dtype)
         cuts = sorted({0, rows // 3, rows // 2, rows})
         parts = [other.read_rows(reader, tensor, start, stop) for start, stop in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole), tensor

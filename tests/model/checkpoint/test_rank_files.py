@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.rank_files import LAYOUT_FILE, RankFiles, rank_file_name
-from model.decoder.loading import check_checkpoint
 from model.export.rank_files import write_rank_files
 from model.spec.config import build_config
 from model.spec.scheme import Scheme, read_scheme

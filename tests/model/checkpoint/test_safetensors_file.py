@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint.hf_folder import HuggingFaceFolder
 from model.checkpoint.safetensors_file import SafetensorsWriter, read_header
 from model.spec.tensor_info import TensorInfo
+from parallel.element_type import ElementType
 from parallel.errors import CheckpointError
 from parallel.file_slices import FileReader
 
@@ -36,7 +37,7 @@ def make_tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    with SafetensorsWriter(path, {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}) as writer:
+    with SafetensorsWriter(path, {name: TensorInfo.of(t) for name, t in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     return writer.sha256
@@ -49,7 +50,7 @@ def test_a_file_of_the_library_is_read_row_by_row(tmp_path: Path) -> None:
     assert set(header) == set(tensors)
     for name, tensor in tensors.items():
         stored, rows = header[name], tensor.shape[0] if tensor.shape else 1
-        assert (stored.info.shape, stored.info.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (stored.info.shape, stored.info.dtype.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
         for start, stop in {(0, rows), (rows // 3, rows), (0, rows // 2)}:
             found = FileReader().read_rows([stored.stored_rows(path)], start, stop)
             assert torch.equal(found, tensor.reshape(rows, *tensor.shape[1:])[start:stop]), name
@@ -73,7 +74,7 @@ def test_a_tensor_that_is_not_contiguous_is_written_in_order(tmp_path: Path) -> 
 
 
 def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    infos = {name: TensorInfo((2,), torch.float32) for name in "ab"}
+    infos = {name: TensorInfo((2,), ElementType.FLOAT32) for name in "ab"}
     with pytest.raises(ZeroDivisionError), SafetensorsWriter(tmp_path / "a.safetensors", infos) as writer:
         writer.write("a", torch.zeros(2))
         raise ZeroDivisionError
@@ -81,7 +82,7 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_file_with_a_tensor_left_out_is_not_kept(tmp_path: Path) -> None:
-    infos = {name: TensorInfo((2,), torch.float32) for name in "ab"}
+    infos = {name: TensorInfo((2,), ElementType.FLOAT32) for name in "ab"}
     with pytest.raises(AssertionError, match="b"), SafetensorsWriter(tmp_path / "a.safetensors", infos) as writer:
         writer.write("a", torch.zeros(2))
     assert list(tmp_path.iterdir()) == []

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM as TransformersLlama
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.notes import list_dropped, list_notes
 from model.checkpoint.stored_facts import check_facts, find_contradictions
 from model.decoder.llama import LlamaForCausalLM
-from model.decoder.loading import check_checkpoint
 from model.layers.batch import Span
 from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore
 
@@ -25,7 +26,10 @@ from parallel.shared_memory import SharedMemoryCollectives
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 DTYPES = ("float32", "bfloat16", "float16")
-FUSED = ("nine_heads", "nine_heads-int8", "tied-int8", "llama3_rope-int8", "nine_heads-token", "nine_heads-channel")
+WINDOW = 21
+FUSED = (
+    "nine_heads", "nine_heads-int8", "tied-int8", "llama3_rope-int8", "nine_heads-token", "nine_heads-channel", "nine_heads-window",
+)  # fmt: skip
 """Models whose linears are all plain; in the float models of `ALL` that are not here, some unit of rows does not fill a tile."""
 ALL = (*FUSED, "tied", "llama3_rope", "stories", "stories-int8")
 PROMPTS = ([(7 * i + 3) % 80 for i in range(90)], [5, 60, 7, 33, 2], [(11 * i) % 79 for i in range(37)])
@@ -65,11 +69,21 @@ def folder(
             made[name] = tmp_path_factory.mktemp(name) / "model"
             if kind == "int8":
                 quantize(source, made[name], "lm_head")
+            elif kind == "window":
+                write_with_window(source, made[name])
             else:
                 write_with_cache(source, made[name], kind)
         return made[name]
 
     return find
+
+
+def write_with_window(source: Path, folder: Path) -> None:
+    """The weights as a Mistral model with a window over which the first prompt goes far."""
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": WINDOW}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_with_cache(source: Path, folder: Path, kind: str) -> None:
@@ -205,6 +219,17 @@ def test_ranks_with_shared_memory_give_the_bits_of_one(
     for world_size in (2, 3):
         for found in run_shared(build_model, folder(name), world_size, work, dtype):
             hold_equal(found, expected, world_size)
+
+
+def test_a_window_gives_what_transformers_gives(folder: Callable[[str], Path], build_model: Callable[..., LlamaForCausalLM]) -> None:
+    model = build_model(folder("nine_heads-window"))
+    reference = transformers.MistralForCausalLM.from_pretrained(folder("nine_heads-window"))
+    vocab = model.config.vocab_size
+    for found, prompt, later in zip(compute(model, 64), PROMPTS, LATER, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([prompt + later])).logits[0]
+        torch.testing.assert_close(found[:, -vocab:], expected, rtol=2e-4, atol=2e-4)
+    assert model._fused is not None and model.plain_features == ()
 
 
 def test_rows_that_do_not_fit_a_slot_go_in_several_rounds(

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from model.backends.registry import find_backend
 from model.decoder.llama import LlamaForCausalLM
+from model.engine.choice import Choice
 from model.engine.events import SequenceFailure, TokenEvent
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
-from model.engine.sampling import LEAST_LOGPROB, Choice, SamplingState, sample
+from model.engine.sampling import LEAST_LOGPROB, RandomNumbers, SamplingState, sample
 from model.engine.sampling_params import SamplingParams
 from model.layers.linear import RowBlock
 from model.layers.quantized_linear import StoredLinear, build_linear
@@ -197,7 +198,7 @@ def test_a_row_that_is_not_finite_has_no_next_token(
         start = sum(sizes[: collectives.rank])
         part = slice(start, start + sizes[collectives.rank])
         params = SamplingParams(max_new_tokens=5, **rules)
-        states = [[SamplingState(params, {3}, np.random.RandomState(row)) for row in range(3)] for _ in range(3)]
+        states = [[SamplingState(params, {3}, RandomNumbers(row)) for row in range(3)] for _ in range(3)]
         rows = (logits, others, expected)
         return [sample(one[:, part], state, sizes, collectives) for one, state in zip(rows, states, strict=True)]
 
@@ -211,7 +212,7 @@ def test_a_token_without_a_chance_has_vllms_least_log_probability(gather_ranks: 
 
     def work(collectives: Collectives) -> Choice | None:
         params = SamplingParams(max_new_tokens=1, logprobs=True, top_logprobs=3)
-        (choice,) = sample(logits, [SamplingState(params, set(), np.random.RandomState(0))], [3], collectives)
+        (choice,) = sample(logits, [SamplingState(params, set(), RandomNumbers(0))], [3], collectives)
         return choice
 
     (choice,) = gather_ranks(1, work)

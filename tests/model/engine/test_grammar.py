@@ -14,7 +14,7 @@ import transformers
 
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.events import TokenEvent
-from model.engine.generation import Engine
+from model.engine.generation import Engine, generate
 from model.engine.grammar import (
     Grammars,
     count_mask_bytes,
@@ -22,10 +22,11 @@ from model.engine.grammar import (
     grammar_of_regex,
     grammar_of_schema,
     grammar_of_text,
-    share_masks,
 )
+from model.engine.grammar_masks import share_masks
 from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams
+from model.text.tokenizer import read_tokenizer
 from parallel.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,3 +261,14 @@ def test_schemas_that_are_nested_too_deeply_and_grammars_that_are_too_large_are_
         grammar_of_schema(deep)
     with pytest.raises(RequestError, match=r"too (big|large)|limit|exceed|many"):
         open_grammars().check(grammar_of_text("start: " + " ".join(f'("{number}" "x")*' for number in range(60_000))))
+
+
+def test_a_sentencepiece_tokenizer_puts_no_space_into_a_forced_text(stories: Path, build_model: Callable[..., LlamaForCausalLM]) -> None:
+    """Llama's tokenizer begins every text with a space; a text that the grammar forces continues another one."""
+    model, tokenizer = build_model(stories), read_tokenizer(stories)
+    grammars = Grammars(lambda: tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+    for text in ("Tom. sat,  down", "a{2}", " x", "\u00e9t\u00e9"):
+        params = SamplingParams(max_new_tokens=60, grammar=grammar_of_choices([text]))
+        events = list(generate(Engine(model, grammars=grammars), [Request(0, (1, 403, 407), params)]))
+        ids = [event.token_id for event in events if event.finish_reason is None]
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text and events[-1].finish_reason == "eos"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.engine.sampling import NO_TOKEN, Choice, SamplingState, sample
+from model.engine.choice import NO_TOKEN, Choice
+from model.engine.sampling import RandomNumbers, SamplingState, sample
 from model.engine.sampling_params import SamplingParams
 from parallel.collectives import Collectives, IdentityCollectives
 from parallel.errors import RequestError
@@ -37,7 +38,7 @@ COUNTS = {2: 3, 40: 1, 65: 2}
 def start_state(seed: int, penalized: tuple[int, ...] = (), **options: Any) -> SamplingState:
     params = SamplingParams(max_new_tokens=50, seed=seed, **options)
     counts = dict(COUNTS) if params.frequency_penalty or params.presence_penalty else {}
-    return SamplingState(params, set(penalized), np.random.RandomState(seed), counts)
+    return SamplingState(params, set(penalized), RandomNumbers(seed), counts)
 
 
 def draw_plainly(logits: np.ndarray, state: SamplingState) -> int:
@@ -66,7 +67,7 @@ def draw_plainly(logits: np.ndarray, state: SamplingState) -> int:
         else:
             reached += probabilities[token]
     probabilities /= probabilities.sum()
-    return int(state.generator.choice(len(values), p=probabilities))
+    return int(np.random.RandomState(state.params.seed).choice(len(values), p=probabilities))
 
 
 def make_logits(rows: int, seed: int) -> torch.Tensor:
@@ -189,7 +190,7 @@ def test_the_likeliest_tokens_come_with_the_chosen_one(sizes: list[int], sample_
 
 
 def test_penalties_count_new_tokens_and_not_those_of_the_prompt() -> None:
-    state = SamplingState(SamplingParams(max_new_tokens=9, frequency_penalty=1.5), {0, 1, 2}, np.random.RandomState(0))
+    state = SamplingState(SamplingParams(max_new_tokens=9, frequency_penalty=1.5), {0, 1, 2}, RandomNumbers(0))
     logits = torch.tensor([[4.0, 3.0, 0.0]])
     assert [sample(logits, [state], [3], IdentityCollectives())[0].token_id for _ in range(5)] == [0, 1, 0, 1, 0]
     assert state.counts == {0: 3, 1: 2}
@@ -234,7 +235,7 @@ def test_an_option_that_cannot_be_used_is_refused_with_its_value(option: str, va
 
 def restrict(logits: list[float], new: tuple[int, ...] = (), allowed: dict[int, Any] | None = None, **options: Any) -> Any:
     """The choice of a greedy sequence with some new tokens."""
-    state = SamplingState(SamplingParams(max_new_tokens=9, **options), set(), np.random.RandomState(0), end_ids=frozenset({3}))
+    state = SamplingState(SamplingParams(max_new_tokens=9, **options), set(), RandomNumbers(0), end_ids=frozenset({3}))
     for token in new:
         state.take(token)
     (choice,) = sample(torch.tensor([logits]), [state], [len(logits)], IdentityCollectives(), allowed)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from model.checkpoint import folder_writing
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.folder_writing import check_target
 from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
-from model.decoder.loading import check_checkpoint
 from model.engine.generation import Engine, generate
 from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams

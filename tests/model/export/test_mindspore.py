@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.folder_writing import write_json
 from model.checkpoint.formats import open_checkpoint
 from model.checkpoint.mindspore_file import MindSporeFile
 from model.checkpoint.mindspore_header import MindSporeHeader, read_mindspore_header
 from model.checkpoint.source import CheckpointSource
-from model.decoder.loading import check_checkpoint
 from model.export import mindspore as mindspore_writing
 from model.export.conversion import convert_checkpoint
 from model.export.mindspore import write_mindspore

@@ -105,7 +105,7 @@ static void run_steps(size_t tokens, size_t size) {
 }
 
 /* Two sequences: one of 70 new tokens, one with a new token after 69 earlier ones. `kind` 0: a float cache; 1, 2: int8. */
-static void run_attention(size_t heads, size_t kv_heads, size_t head_dim, int kind) {
+static void run_attention(size_t heads, size_t kv_heads, size_t head_dim, int kind, size_t window, float softcap) {
     enum { BLOCK = 16, BLOCKS = 10, TOKENS = 71 };
     for (int dtype = 0; dtype < 3; dtype++) {
         size_t width = (heads + 2 * kv_heads) * head_dim, item = dtype == 0 ? 4 : 2;
@@ -124,9 +124,9 @@ static void run_attention(size_t heads, size_t kv_heads, size_t head_dim, int ki
         int64_t spans[6] = {0, 0, 0, 70, 69, 5}, blocks[BLOCKS] = {0, 2, 4, 6, 8, 1, 3, 5, 7, 9};
         char *out = make(TOKENS * heads * head_dim * item);
         if (tandem_attend(rows, dtype, TOKENS, heads, kv_heads, head_dim, cosine, sine, cache, kind == 1 ? token_scales : NULL,
-                          kind == 2 ? fixed : NULL, BLOCK, spans, 2, blocks, out, 1))
+                          kind == 2 ? fixed : NULL, BLOCK, spans, 2, blocks, window, softcap, out, 1))
             exit(2);
-        report("attend", dtype, heads * 1000 + head_dim, kind, out, TOKENS * heads * head_dim * item);
+        report(kind ? "attend" : "attend_float", dtype, heads * 1000 + head_dim, kind + 10 * window, out, TOKENS * heads * head_dim * item);
         report("cache", dtype, heads * 1000 + head_dim, kind, cache, places * head_dim * (kind ? 1 : item));
     }
 }
@@ -135,6 +135,9 @@ int main(void) {
     if (!tandem_supported()) return printf("this CPU does not support the instruction set\n"), 3;
     run_linears(1, 64, 8, 64), run_linears(3, 200, 37, 48), run_linears(7, 512, 33, 128), run_linears(5, 96, 16, 32), run_linears(9, 1003, 20, 1003);
     run_steps(3, 64), run_steps(2, 100), run_steps(1, 1003);
-    for (int kind = 0; kind < 3; kind++) run_attention(4, 2, 64, kind), run_attention(5, 1, 40, kind), run_attention(3, 3, 128, kind);
+    for (int kind = 0; kind < 3; kind++) {
+        run_attention(4, 2, 64, kind, 0, 0), run_attention(5, 1, 40, kind, 0, 0), run_attention(3, 3, 128, kind, 0, 0);
+        run_attention(4, 2, 64, kind, 9, 0), run_attention(5, 1, 40, kind, 65, 2), run_attention(1, 1, 16, kind, 1, 0.5f);
+    }
     return 0;
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.backends.registry import find_backend
-from model.kernels.library import find_kernels
+from model.kernels.library import find_kernels, kernels_chosen, list_kernels
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
 from model.layers.cache import KeyValueCache, KeyValueStore
@@ -40,6 +40,8 @@ class Case:
     block_size: int = 16
     kind: str | None = None
     dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
 
 
 CASES = [
@@ -52,6 +54,16 @@ CASES = [
 KEPT = [Case(kind=kind, dtype=dtype, block_size=48 if dtype == torch.bfloat16 else 16) for kind in KINDS for dtype in TOLERANCE]
 
 
+LIMITED = [
+    Case(heads, kv_heads, head_dim, block_size, KINDS[number % 3], dtype, window, softcap)
+    for number, (heads, kv_heads, head_dim, block_size, window, softcap) in enumerate(
+        [(6, 2, 24, 16, 1, None), (8, 2, 64, 48, 7, None), (5, 5, 16, 16, 64, None), (9, 3, 32, 16, 70, 2.0), (4, 1, 128, 16, None, 5.0)]
+    )
+    for dtype in TOLERANCE
+]
+"""With windows and limited scores: windows of one token, within a chunk of 64 keys, as long as one, over its borders."""
+
+
 class Sequences:
     """Sequences whose blocks lie in no order in one store full of NaN, or in two stores."""
 
@@ -60,10 +72,8 @@ class Sequences:
         counts = [-(-length // case.block_size) for length in lengths]
         blocks = list(range(sum(counts) + 2))
         random.Random(3).shuffle(blocks)
-        self.stores = [
-            KeyValueStore(LAYER + 1, len(blocks), case.block_size, case.kv_heads, case.head_dim, case.dtype, CPU, case.kind)
-            for _ in range(num_stores)
-        ]
+        sizes = (LAYER + 1, len(blocks), case.block_size, case.kv_heads, case.head_dim)
+        self.stores = [KeyValueStore(*sizes, case.dtype, CPU, case.kind, for_kernels=True) for _ in range(num_stores)]
         for store in self.stores:
             store.data.fill_(float("nan") if case.kind is None else 77)
             if store.scales is not None:
@@ -73,8 +83,8 @@ class Sequences:
             self.caches.append(KeyValueCache(self.stores[number % num_stores], blocks[:count]))
             blocks = blocks[count:]
         hidden = case.heads * case.head_dim
-        sizes = {"hidden_size": hidden, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16, "head_dim": case.head_dim}
-        self.rotary = Rotary(build_config({**sizes, "num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}))
+        config = {"hidden_size": hidden, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16, "head_dim": case.head_dim}
+        self.rotary = Rotary(build_config({**config, "num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}))
 
     def run(self, inputs: Sequence[torch.Tensor], passes: Sequence[Sequence[tuple[int, int]]], threads: int = 1) -> list[torch.Tensor]:
         """What comes out for each sequence [tokens, heads * head_dim]; a pass is the sequences in it and their numbers of new tokens."""
@@ -85,7 +95,7 @@ class Sequences:
             batch = Batch(spans, self.rotary, CPU)
             lengths = [(span.cache.length, span.cache.length + len(span.ids)) for span in spans]
             qkv = torch.cat([inputs[number][start:stop] for (number, _), (start, stop) in zip(one, lengths, strict=True)])
-            out = attention(qkv, case.heads, case.kv_heads, LAYER, batch, self.fixed)
+            out = attention(qkv, case.heads, case.kv_heads, LAYER, batch, self.fixed, case.window, case.softcap)
             assert out.dtype == case.dtype
             for (number, _), part in zip(one, torch.split(out, [count for _, count in one]), strict=True):
                 parts[number].append(part)
@@ -129,16 +139,24 @@ def hold_equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) 
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def attend_plainly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def attend_plainly(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None, softcap: float | None = None
+) -> torch.Tensor:
     """query [tokens, heads, head_dim] over keys and values [kv heads, all tokens, head_dim], in float64."""
     tokens, heads, head_dim = query.shape
     wide, narrow = (one.double().repeat_interleave(heads // len(keys), 0) for one in (keys, values))
     scores = query.transpose(0, 1).double() @ wide.transpose(1, 2) / math.sqrt(head_dim)
-    scores.masked_fill_(torch.ones(tokens, keys.shape[1]).triu(keys.shape[1] - tokens + 1).bool(), -math.inf)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    later = keys.shape[1] - tokens + 1
+    hidden = torch.ones(tokens, keys.shape[1]).triu(later)
+    if window is not None:
+        hidden += torch.ones(tokens, keys.shape[1]).tril(later - 1 - window)
+    scores.masked_fill_(hidden.bool(), -math.inf)
     return (torch.softmax(scores, 2) @ narrow).transpose(0, 1).reshape(tokens, heads * head_dim)
 
 
-@pytest.mark.parametrize("case", CASES + KEPT, ids=str)
+@pytest.mark.parametrize("case", CASES + KEPT + LIMITED, ids=str)
 def test_it_attends_as_a_softmax_in_float64_and_keeps_what_a_cache_writes(case: Case) -> None:
     inputs, native, plain = make_inputs(case), Sequences(case), Sequences(case)
     before = [one.clone() for one in inputs]
@@ -148,7 +166,7 @@ def test_it_attends_as_a_softmax_in_float64_and_keeps_what_a_cache_writes(case: 
         split = one.view(len(one), case.heads + 2 * case.kv_heads, case.head_dim)
         turned = rotate(split[:, : case.heads + case.kv_heads], batch.cos, batch.sin)
         cache.append(LAYER, turned[:, case.heads :], split[:, case.heads + case.kv_heads :], plain.fixed)
-        expected = attend_plainly(turned[:, : case.heads], *cache.read(LAYER, plain.fixed, len(one)))
+        expected = attend_plainly(turned[:, : case.heads], *cache.read(LAYER, plain.fixed, len(one)), case.window, case.softcap)
         torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
     # The whole store: nothing but the places of these tokens has changed.
     for a, b in zip(native.stores, plain.stores, strict=True):
@@ -156,7 +174,7 @@ def test_it_attends_as_a_softmax_in_float64_and_keeps_what_a_cache_writes(case: 
         assert a.scales is None or (b.scales is not None and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8)))
 
 
-@pytest.mark.parametrize("case", CASES[::4] + KEPT, ids=str)
+@pytest.mark.parametrize("case", CASES[::4] + KEPT + LIMITED[::2], ids=str)
 def test_a_prompt_token_by_token_in_parts_and_beside_others_has_the_same_bits(case: Case) -> None:
     inputs, together = make_inputs(case), Sequences(case)
     expected, kept = together.run(inputs, whole()), read_bits(together)
@@ -170,7 +188,17 @@ def test_a_prompt_token_by_token_in_parts_and_beside_others_has_the_same_bits(ca
     hold_equal(read_bits(two), kept)
 
 
-@pytest.mark.parametrize("case", [*KEPT[::2], Case(9, 3, 16), Case(8, 4, 8, kind="token")], ids=str)
+@pytest.mark.parametrize("name", [one.name for one in list_kernels()[1:]])
+@pytest.mark.parametrize("case", [Case(8, 2, 64, dtype=torch.bfloat16), Case(9, 3, 24, dtype=torch.bfloat16, window=33)], ids=str)
+def test_other_instruction_sets_have_the_same_bits_in_parts_too(case: Case, name: str) -> None:
+    inputs = make_inputs(case)
+    with kernels_chosen(name):
+        expected = Sequences(case).run(inputs, whole())
+        for passes in (in_chunks(1), in_chunks(7)):
+            hold_equal(Sequences(case).run(inputs, passes), expected)
+
+
+@pytest.mark.parametrize("case", [*KEPT[::2], Case(9, 3, 16), Case(8, 4, 8, kind="token"), *LIMITED[::4]], ids=str)
 def test_every_split_of_the_heads_gives_the_same_bits(case: Case) -> None:
     inputs = make_inputs(case)
     expected = Sequences(case).run(inputs, whole())
@@ -198,6 +226,45 @@ def test_every_number_of_threads_gives_the_same_bits(case: Case, keep_torch_thre
         torch.set_num_threads(threads)
         hold_equal(Sequences(case).run(inputs, whole(), threads), expected)
         hold_equal(Sequences(case).run(inputs, in_chunks(7), threads), expected)
+
+
+@pytest.mark.parametrize("name", [one.name for one in list_kernels()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_error_beside_float64_is_the_documented_one(dtype: torch.dtype, name: str) -> None:
+    case, length = Case(8, 2, 64, dtype=dtype), 2000
+    (inputs,) = make_inputs(case, (length,))
+    with kernels_chosen(name):
+        kernels, sequences = find_kernels(), Sequences(case, (length,))
+        assert kernels is not None
+        batch = Batch([Span(sequences.caches[0], [0] * length)], sequences.rotary, CPU)
+        (found,) = sequences.run([inputs.clone()], whole((length,)))
+    split = inputs.view(length, 12, 64)
+    turned = rotate(split[:, :10], batch.cos, batch.sin)
+    right = attend_plainly(turned[:, :8], turned[:, 8:].transpose(0, 1), split[:, 10:].transpose(0, 1))
+    error, rounding = ((one.double() - right).norm() / right.norm() for one in (found, right.to(dtype)))
+    if dtype == torch.float32:
+        assert error < 2e-6
+    elif kernels.instruction_set.adds_pairs:
+        assert (error**2 - rounding**2) ** 0.5 < 1.5e-3
+    else:
+        assert error < 1.01 * rounding
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_token_that_has_left_the_window_changes_nothing(value: float, dtype: torch.dtype) -> None:
+    for window in (1, 33):
+        case = Case(6, 2, 24, dtype=dtype, window=window)
+        inputs = make_inputs(case)
+        expected = Sequences(case).run(inputs, whole())
+        for first in (20, 67):
+            changed = [one.clone() for one in inputs]
+            changed[0][first] = value
+            for passes in (whole(), in_chunks(7)):
+                found = Sequences(case).run([one.clone() for one in changed], passes)
+                kept = [*range(first), *range(first + window, LENGTHS[0])]
+                assert torch.equal(found[0][kept], expected[0][kept]), (window, first)
+                assert found[0][first : first + window].isnan().any(1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

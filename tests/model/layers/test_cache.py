@@ -123,13 +123,17 @@ def test_layers_do_not_touch_each_other() -> None:
     assert torch.equal(again[0][:, :3], expected[0]) and torch.equal(again[1][:, :3], expected[1])
 
 
+@pytest.mark.parametrize("for_kernels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("block_size", [16, 32, 48])
-def test_blocks_in_any_order_give_the_bits_of_one_block(kind: str | None, block_size: int) -> None:
-    keys, values = make_states(70)
+def test_blocks_in_any_order_and_layout_give_the_bits_of_one_block(
+    kind: str | None, block_size: int, dtype: torch.dtype, *, for_kernels: bool
+) -> None:
+    keys, values = make_states(70, dtype)
     scale = make_scale(kind, keys, values) if kind else None
-    store = KeyValueStore(LAYERS, 9, block_size, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"), kind)
-    one = KeyValueStore(LAYERS, 1, 80, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"), kind)
+    store = KeyValueStore(LAYERS, 9, block_size, HEADS, HEAD_DIM, dtype, torch.device("cpu"), kind, for_kernels=for_kernels)
+    one = KeyValueStore(LAYERS, 1, 80, HEADS, HEAD_DIM, dtype, torch.device("cpu"), kind)
     cache, whole = KeyValueCache(store, [7, 2, 8, 0, 5]), KeyValueCache(one, [0])
     for start, stop in ((0, 5), (5, 6), (6, 40), (40, 70)):
         assert cache.length == whole.length == start
@@ -138,7 +142,7 @@ def test_blocks_in_any_order_give_the_bits_of_one_block(kind: str | None, block_
             found = append(cache, layer, keys[start:stop] + layer, values[start:stop], scale)
             for got, wanted in zip(found, expected, strict=True):
                 assert torch.equal(got, wanted) and got.is_contiguous() and got.shape == (HEADS, stop, HEAD_DIM)
-                assert got.dtype == torch.float32
+                assert got.dtype == (torch.float32 if kind else dtype)
         cache.length = whole.length = stop
     if kind is None:
         assert torch.equal(cache.read(1, None, 70)[0], (keys + 1).transpose(0, 1))
