@@ -39,9 +39,19 @@ class PagedRows:
     """Whether chunks are spread over programs. Changes no bit."""
 
 
-def place_rows(sequences: Sequence[tuple[int, int, Sequence[int]]], tile_tokens: int, block_size: int, device: torch.device) -> PagedRows:
-    """Build the rows of sequences, each given as (earlier tokens, new tokens, blocks). `tile_tokens`: most tokens of a tile."""
-    splits = all(count <= _SPLIT_TOKENS for _, count, _ in sequences)
+def place_rows(
+    sequences: Sequence[tuple[int, int, Sequence[int]]],
+    tile_tokens: int,
+    block_size: int,
+    device: torch.device,
+    *,
+    splits: bool | None = None,
+) -> PagedRows:
+    """Build the rows of sequences, each given as (earlier tokens, new tokens, blocks).
+
+    `tile_tokens`: most tokens of a tile. `splits`: None: where all sequences have few new tokens.
+    """
+    splits = all(count <= _SPLIT_TOKENS for _, count, _ in sequences) if splits is None else splits
     step = 1 if splits else tile_tokens
     rows, tiles, first = [], [], 0
     for owner, (before, count, _) in enumerate(sequences):
