@@ -1,5 +1,6 @@
 """The device interface of the layers, the loader and the commands. The decoder never checks the device type; it asks its backend."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -7,6 +8,23 @@ import torch
 from model.backends.int8 import Int8Kernel
 from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
+
+
+class StepBlock(Protocol):
+    """Integers that go to the device in one copy."""
+
+    values: torch.Tensor
+    """int32 [size], in host memory."""
+    on_device: torch.Tensor
+    """int32 [size]."""
+
+    def wait(self) -> None:
+        """Wait until `values` may be changed."""
+        ...
+
+    def send(self) -> None:
+        """Start the copy; what is launched after it sees the new values."""
+        ...
 
 
 class Backend(Protocol):
@@ -23,7 +41,7 @@ class Backend(Protocol):
     batch_invariant: bool
     """Whether a row has the same bits in any batch, in decoding and in prefill."""
     captures_graphs: bool
-    """Whether a step may be recorded once as a graph of the device and then replayed."""
+    """Whether a step may be recorded once as a graph of the device and then replayed: `open_block` and `capture` are then there."""
 
     def open_device(self, local_rank: int) -> torch.device:
         """Open the device of a rank, given its number among the ranks of its host."""
@@ -78,4 +96,12 @@ class Backend(Protocol):
 
         NaN counts as the largest value.
         """
+        ...
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Allocate the inputs of a recorded step."""
+        ...
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
         ...

@@ -7,7 +7,7 @@ import torch
 
 CHUNK_TOKENS = 256
 """Tokens whose attention is computed by itself and then joined to that of the tokens before, in order. Part of a result's bits."""
-_SPLIT_TOKENS = 8
+SPLIT_TOKENS = 8
 """New tokens per sequence up to which the chunks of a sequence are spread over programs: decoding and verified drafts."""
 
 
@@ -51,7 +51,7 @@ def place_rows(
 
     `tile_tokens`: most tokens of a tile. `splits`: None: where all sequences have few new tokens.
     """
-    splits = all(count <= _SPLIT_TOKENS for _, count, _ in sequences) if splits is None else splits
+    splits = all(count <= SPLIT_TOKENS for _, count, _ in sequences) if splits is None else splits
     step = 1 if splits else tile_tokens
     rows, tiles, first = [], [], 0
     for owner, (before, count, _) in enumerate(sequences):

@@ -1,8 +1,12 @@
 """The backend for accelerators that Triton compiles for."""
 
+from collections.abc import Callable
+
 import torch
 
+from model.backends.cuda_graphs import PinnedBlock, capture
 from model.backends.int8 import PLAIN, Int8Kernel
+from model.backends.interface import StepBlock
 from model.backends.paged import PagedRows, StoredLayer
 from model.backends.torch_backends import TorchBackend
 from model.backends.triton_kernels.activation import multiply_silu
@@ -58,3 +62,11 @@ class TritonBackend(TorchBackend):
         """Two kernels in prefill, three in decoding."""
         query = write_cache(qkv.contiguous(), heads, kv_heads, angles, layer, paged)
         return attend(query, heads, kv_heads, layer, paged, window, softcap)
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Allocate pinned host memory, and memory on the device."""
+        return PinnedBlock(size, device)
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a CUDA graph."""
+        return capture(step)

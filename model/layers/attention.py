@@ -14,6 +14,7 @@ from model.backends.paged import StoredLayer
 from model.kernels.library import Kernels
 from model.layers.batch import Batch
 from model.layers.rotary import rotate
+from model.layers.step_batch import StepBatch
 
 _PARALLEL_WORK = 1 << 18
 """Query rows x keys x head dimension below which a second thread does not pay off."""
@@ -32,7 +33,7 @@ class Attention:
         heads: int,
         kv_heads: int,
         layer: int,
-        batch: Batch,
+        batch: Batch | StepBatch,
         scales: torch.Tensor | None,
         window: int | None = None,
         softcap: float | None = None,
@@ -73,7 +74,7 @@ class Attention:
         heads: int,
         kv_heads: int,
         layer: int,
-        batch: Batch,
+        batch: Batch | StepBatch,
         angles: tuple[torch.Tensor, torch.Tensor],
         scales: torch.Tensor | None,
         window: int | None,
@@ -153,7 +154,7 @@ def _attend_natively(
     heads: int,
     kv_heads: int,
     layer: int,
-    batch: Batch,
+    batch: Batch | StepBatch,
     angles: tuple[torch.Tensor, torch.Tensor],
     scales: torch.Tensor | None,
     limits: tuple[int, float],
