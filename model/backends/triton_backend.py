@@ -25,7 +25,8 @@ class TritonBackend(TorchBackend):
 
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)
-        self.int8_kernel = Int8Kernel("int8-sliced-triton", PLAIN.pack, PLAIN.multiply, linears=IntegerLinears())
+        self._linears = IntegerLinears()
+        self.int8_kernel = Int8Kernel("int8-sliced-triton", PLAIN.pack, PLAIN.multiply, linears=self._linears)
         self.captures_graphs = device_type == "cuda"
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
@@ -37,8 +38,12 @@ class TritonBackend(TorchBackend):
         return multiply_floats(x, weight)
 
     def rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Addition and norm in one pass."""
-        return normalize(hidden, delta, weight, eps)
+        """Addition, norm and the slices for an integer linear in one pass."""
+        slices = self._linears.count_norm_slices(hidden)
+        out, q, row_scale = normalize(hidden, delta, weight, eps, slices)
+        if slices:
+            self._linears.keep_slices(out, q, row_scale)
+        return out
 
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Activation and multiplication in one pass."""

@@ -119,7 +119,7 @@ def multiply_int8(
     steps = columns // groups // tile["BK"]
     across = divide_up(outputs, tile["BN"]) * divide_up(rows, tile["ROWS"])
     if split is None:
-        split = max((part for part in (1, 2, 4, 8) if steps % part == 0 and across * part <= 2 * _PROGRAMS), default=1)
+        split = max((part for part in (1, 2, 4, 8) if steps % part == 0 and across * part <= _PROGRAMS + _PROGRAMS // 2), default=1)
     split = split if groups == 1 and steps % split == 0 else 1
     out = torch.empty((rows, outputs), dtype=dtype, device=q.device)
     partial = torch.empty((split, slices, rows, outputs), dtype=torch.int32, device=q.device) if split > 1 else out

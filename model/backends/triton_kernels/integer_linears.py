@@ -34,7 +34,22 @@ class PackedLinear:
 
 
 class IntegerLinears:
-    """The integer linears of the Triton backend."""
+    """The integer linears of the Triton backend.
+
+    A norm makes the slices of its result at once where an integer linear of that width exists: most of them follow a norm.
+    """
+
+    def __init__(self) -> None:
+        self._widths: set[int] = set()
+        self._sliced: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def count_norm_slices(self, hidden: torch.Tensor) -> int:
+        """Return the slices that a norm of `hidden` makes; 0: none."""
+        return count_slices(hidden.dtype) if hidden.shape[1] in self._widths else 0
+
+    def keep_slices(self, x: torch.Tensor, q: torch.Tensor, row_scale: torch.Tensor) -> None:
+        """Keep the slices of x, which must not change, until the next norm."""
+        self._sliced = x, q, row_scale
 
     def pack(self, weight: torch.Tensor, scale: torch.Tensor, sizes: Sequence[int], bits: int, steps: InputSteps) -> PackedLinear:
         """Pack weight int8 [rows, columns] with scale float32 [rows, groups] and the columns of each group; all on the device.
@@ -57,6 +72,8 @@ class IntegerLinears:
             padded = weight[:, places.clamp(min=0)].masked_fill_(places < 0, 0)
         halves = pack_halves(padded.contiguous(), groups) if packs else None
         stored, zeros = (padded.contiguous(), None) if halves is None else halves
+        if steps.activation is None and steps.divisor is None and index is None and weight.shape[1] == groups * size:
+            self._widths.add(weight.shape[1])
         found = None if index is None else index.to(weight.device, torch.int32)
         return PackedLinear(stored, zeros, scale.contiguous(), found, groups * size, steps)
 
@@ -65,9 +82,13 @@ class IntegerLinears:
         steps = packed.steps
         way = {None: SLICED, "token": BY_TOKEN, "tensor": BY_TENSOR}[steps.activation]
         slices = count_slices(x.dtype if steps.divisor is None else torch.float32) if way == SLICED else 1
-        q, row_scale = make_slices(
-            x.contiguous(), packed.columns, way, slices, steps.divisor, packed.index, steps.input_scale, steps.zero_point
-        )
+        kept = self._sliced if self._sliced is not None and self._sliced[0] is x else None
+        if kept is not None and way == SLICED and steps.divisor is None and packed.index is None and packed.columns == x.shape[1]:
+            _, q, row_scale = kept
+        else:
+            q, row_scale = make_slices(
+                x.contiguous(), packed.columns, way, slices, steps.divisor, packed.index, steps.input_scale, steps.zero_point
+            )
         if packed.zeros is not None:
             return multiply_int4(q, row_scale, packed.weight, packed.zeros, packed.scale, dtype)
         return multiply_int8(q, row_scale, packed.weight, packed.scale, steps.correction, dtype)

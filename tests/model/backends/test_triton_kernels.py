@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.backends.int8 import PLAIN, Int8Kernel
+from model.backends.int8 import PLAIN, InputSteps, Int8Kernel
 from model.backends.interface import Backend
 from model.backends.self_check import check_backend
 from model.backends.torch_backends import TorchCpuBackend
@@ -54,6 +54,18 @@ def test_the_self_check_names_an_operation_that_differs(triton_backend: Backend,
     }  # fmt: skip
     words = check_backend(torch.device("cpu"), triton_backend, DTYPES)
     assert words is not None and words.startswith(f"the {names[operation]} of the triton backend on cpu cannot be used: ")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_made_by_a_norm_are_those_of_its_result(triton_backend: Backend, dtype: torch.dtype) -> None:
+    linears = triton_backend.int8_kernel.linears
+    assert linears is not None
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (32, 96), generator=generator, dtype=torch.int8)
+    packed = linears.pack(weight, torch.rand((32, 1), generator=generator), [96], 8, InputSteps())
+    x = triton_backend.rms_norm(make_inputs(3, 96).to(dtype), None, torch.rand(96, generator=generator).to(dtype), 1e-5)
+    assert linears._sliced[0] is x
+    assert torch.equal(linears.multiply(x, packed, dtype), linears.multiply(x.clone(), packed, dtype))
 
 
 @pytest.mark.parametrize("split", [2, 4])
