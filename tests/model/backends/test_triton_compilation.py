@@ -33,3 +33,5 @@ def test_every_kernel_compiles_without_approximate_arithmetic(capability: int, t
     assert [one for one in found if one["inexact"]] == []
     assert max(one["shared"] for one in found) <= SHARED_BYTES[capability]
     assert {one["kernel"] for one in found if one["mma"]} == MULTIPLYING
+    # A product and a sum in one instruction are rounded once: only float32 tiles, which have no instruction of their own, may be summed so.
+    assert {one["kernel"] for one in found if one["fma"]} <= {"attend_tiles", "float_product"}
