@@ -6,11 +6,12 @@ itself; a test compares it with a real run.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, PREFILL_TOKENS, LlamaConfig, count_blocks
 from model.spec.linear_memory import count_linear_bytes
 from model.spec.linear_scheme import run_as_one
+from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
 from model.spec.scheme import Scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import WeightSpec, has_bias, linear_shape, list_fused, list_norms, norm_size, plan_weights
@@ -27,6 +28,7 @@ rank of another launcher needs 55 to 70 MB more.
 """
 _DEQUANTIZER_BYTES = 12_000_000
 """The gguf library, and its copies of the rows that it dequantizes. Measured."""
+_EMBEDDING = "model.embed_tokens.weight"
 _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -61,6 +63,8 @@ class RankPlan:
     """Output and inputs of the largest matmul in prefill."""
     peak_bytes: int
     """Maximum resident memory, on a host that computes on CPUs."""
+    adapter_bytes: int = 0
+    """LoRA adapters in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +96,27 @@ class Workload:
 
 
 def plan_ranks(
-    config: LlamaConfig, scheme: Scheme, world_size: int, workload: Workload, stored: Mapping[str, StoredForm] | None = None
+    config: LlamaConfig,
+    scheme: Scheme,
+    world_size: int,
+    workload: Workload,
+    stored: Mapping[str, StoredForm] | None = None,
+    adapters: Sequence[Mapping[str, LoraUpdate]] = (),
 ) -> list[RankPlan]:
-    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors.
+    """Plan a run. `stored`: forms of the checkpoint's tensors; None: the dtype of config.json for all unquantized tensors. `adapters`: the
+    updates of each LoRA adapter.
 
     Raises LayoutError when the model has too few units.
     """
     config.layout().check(world_size)
     runs = _find_equal_layers(config, scheme, stored or {})
     specs = plan_weights(config, scheme, layers=sorted({layer for layer, _ in runs}))
-    return [_plan_rank(config, scheme, specs, runs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
+    plans = [_plan_rank(config, scheme, specs, runs, rank, world_size, workload, stored or {}) for rank in range(world_size)]
+    return [_add_adapters(plan, sum(count_adapter_bytes(config, one, plan.rank, world_size) for one in adapters)) for plan in plans]
+
+
+def _add_adapters(plan: RankPlan, num_bytes: int) -> RankPlan:
+    return replace(plan, adapter_bytes=num_bytes, peak_bytes=plan.peak_bytes + num_bytes)
 
 
 def measure_balance(config: LlamaConfig, scheme: Scheme, world_size: int) -> float:
@@ -196,10 +211,11 @@ def _plan_rank(
         hidden_rows=rows["hidden"],
         intermediate_rows=rows["intermediate"],
         vocab_rows=rows["vocab"],
-        file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
+        file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items())
+        + (file_bytes(_EMBEDDING, specs[_EMBEDDING]) if scheme.head is not None and config.tie_word_embeddings else 0),
         weight_bytes=weights,
         streamed_bytes=round(sum(step.kept_bytes * step.streamed_share * length for step, length in steps))
-        - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
+        - (0 if config.tie_word_embeddings and scheme.head is None else steps[0][0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
@@ -239,7 +255,8 @@ def _list_steps(
     layout = config.layout()
 
     def local(name: str) -> int:
-        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale") if key in specs)
+        # The last one is the source of a tied head that is quantized.
+        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale", _EMBEDDING) if key in specs)
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
@@ -300,7 +317,7 @@ def _list_steps(
                     layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
     yield [small(config.hidden_size, norm_bytes)], 1
-    if not config.tie_word_embeddings:
+    if scheme.head is not None or not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from model.text.tokenizer import LlamaTokenizer
     from tandem.auto_model import AutoModel
     from tandem.llm import LLM
+    from tandem.lora import LoRARequest
     from tandem.outputs import CompletionOutput, Logprob, RequestOutput, StreamedToken
     from tandem.ranks import init
     from tandem.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ __all__ = [
     "CompletionOutput",
     "InputError",
     "LlamaTokenizer",
+    "LoRARequest",
     "Logprob",
     "RanksFailedError",
     "RequestOutput",
@@ -40,6 +42,7 @@ __all__ = [
 _PLACES = {
     "AutoModel": "tandem.auto_model",
     "LLM": "tandem.llm",
+    "LoRARequest": "tandem.lora",
     "SamplingParams": "tandem.sampling_params",
     "StructuredOutputsParams": "tandem.structured_outputs",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "StreamedToken"), "tandem.outputs"),

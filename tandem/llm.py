@@ -24,10 +24,14 @@ from model.text.bad_words import encode_bad_words
 from model.text.tokenizer import LlamaTokenizer, read_tokenizer
 from parallel.errors import CheckpointError, ConfigError, RequestError
 from tandem.answers import GrowingAnswer
+from tandem.lora import LoRARequest, read_adapters
 from tandem.outputs import CompletionOutput, RequestOutput, StreamedToken
 from tandem.prompts import Message, Prompt, PromptTokens, list_conversations, list_prompts, read_message, read_prompt, read_tools
 from tandem.sampling_params import SamplingParams
 from tandem.speculative_config import read_speculative_config
+
+Adapters = LoRARequest | Sequence[LoRARequest | None] | None
+"""The LoRA adapter of all prompts of a call, or of each."""
 
 
 class LLM:
@@ -38,11 +42,12 @@ class LLM:
 
         `options` are those of `tandem serve` that describe the model and its ranks, with underscores: `dtype`, `max_batch_size`,
         `kv_cache_dtype`, `log_dir`, `max_restarts`, `threads_per_rank`, `draft_model`, ... `workers` defaults to MS_WORKER_NUM, then to
-        the YAML's model_parallel, then to 1. vLLM's `speculative_config` is understood.
+        the YAML's model_parallel, then to 1. vLLM's `speculative_config` is understood. `lora` maps the names of LoRA
+        adapters to their folders; `generate` and `chat` choose one with `lora_request`.
 
         Raises InputError before anything starts, RanksFailedError if the ranks fail.
         """
-        given = {"checkpoint": os.fspath(model), "workers": workers, **read_speculative_config(options)}
+        given = {"checkpoint": os.fspath(model), "workers": workers, **read_speculative_config(read_adapters(options))}
         self._engine: EngineProcess | None = None
         asked = read_options(EngineOptions, given, "LLM")
         _require_program()
@@ -53,6 +58,7 @@ class LLM:
         """Number of ranks."""
         self.context_tokens = opened.context_tokens
         """Maximum tokens of a prompt and its answer."""
+        self._adapters = opened.adapters
         self._name, self._tokenizer_path = opened.name, Path(opened.tokenizer_path)
         self._tokenizer = read_tokenizer(
             self._tokenizer_path, add_bos=opened.add_bos, add_eos=opened.add_eos, chat_template=opened.chat_template
@@ -66,6 +72,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[False] = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -75,6 +82,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[True],
+        lora_request: Adapters = None,
     ) -> Iterator[StreamedToken]: ...
 
     def generate(
@@ -83,17 +91,19 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         """Continue one or many prompts; returns their answers in order, or yields single tokens as they are decoded if `stream`.
 
-        `sampling_params` holds for all prompts, or is a list with one entry for each. Ctrl-C and leaving the stream cancel the rest of
+        `sampling_params` holds for all prompts, or is a list with one entry for each; so does `lora_request`, one of the adapters given as
+        `lora` when this LLM was created. Ctrl-C and leaving the stream cancel the rest of
         the call; later calls are not affected.
 
         Raises InputError for a prompt or parameter that cannot be used, RanksFailedError if the ranks failed and no restart is left,
         RunError if the LLM is closed or a sequence cannot be continued.
         """
         asked = [read_prompt(number, prompt, self._tokenizer) for number, prompt in enumerate(list_prompts(prompts))]
-        return self._run(asked, sampling_params, stream=stream)
+        return self._run(asked, sampling_params, lora_request, stream=stream)
 
     @overload
     def chat(
@@ -103,6 +113,7 @@ class LLM:
         *,
         stream: Literal[False] = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -113,6 +124,7 @@ class LLM:
         *,
         stream: Literal[True],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora_request: Adapters = None,
     ) -> Iterator[StreamedToken]: ...
 
     def chat(
@@ -122,6 +134,7 @@ class LLM:
         *,
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         """Answer one or many conversations with the model's chat template; as `generate` otherwise.
 
@@ -133,7 +146,7 @@ class LLM:
         functions = read_tools(tools)
         texts = [self._render(number, conversation, functions) for number, conversation in enumerate(list_conversations(messages))]
         asked = [PromptTokens(text, tuple(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts]
-        return self._run(asked, sampling_params, stream=stream)
+        return self._run(asked, sampling_params, lora_request, stream=stream)
 
     def get_tokenizer(self) -> LlamaTokenizer:
         """Return the model's tokenizer, with `encode` and `decode`."""
@@ -167,16 +180,24 @@ class LLM:
         return self._renderer.render([read_message(number, place, message) for place, message in enumerate(messages)], tools)
 
     def _run(
-        self, prompts: list[PromptTokens], sampling_params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+        self,
+        prompts: list[PromptTokens],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: Adapters,
+        *,
+        stream: bool,
     ) -> list[RequestOutput] | Iterator[StreamedToken]:
         engine = self._require_open()
         params = _spread_params(sampling_params, len(prompts))
+        adapters = self._spread_adapters(lora_request, len(prompts))
         sequences: list[engine_messages.Sequence] = []
         answers: list[GrowingAnswer] = []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             limit, bad_words = one.read_limit(), encode_bad_words(self._tokenizer, one.bad_words or ())
             for choice, planned in enumerate(one.plan_choices(self._plan_length(number, prompt, one))):
-                sequences.append(engine_messages.Sequence(number, list(prompt.ids), {**planned, "bad_words": bad_words}, limit))
+                sequences.append(
+                    engine_messages.Sequence(number, list(prompt.ids), {**planned, "bad_words": bad_words}, limit, adapters[number])
+                )
                 answers.append(GrowingAnswer(number, choice, prompt, one, self._tokenizer))
         tokens = self._follow(engine, sequences, answers)
         if stream:
@@ -203,6 +224,13 @@ class LLM:
                 if streamed.finish_reason:
                     call.stop(number)
                 yield streamed
+
+    def _spread_adapters(self, lora_request: Adapters, count: int) -> list[str | None]:
+        """Return the adapter of each prompt. Raises RequestError for one that is not loaded."""
+        several = [lora_request] * count if lora_request is None or isinstance(lora_request, LoRARequest) else list(lora_request)
+        if len(several) != count:
+            raise RequestError(f"lora_request has {len(several)} entries, but there are {count} prompts")
+        return [None if one is None else one.find_name(self._adapters) for one in several]
 
     def _plan_length(self, number: int, prompt: PromptTokens, params: SamplingParams) -> int:
         room = self.context_tokens - len(prompt.ids)

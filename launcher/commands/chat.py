@@ -135,7 +135,7 @@ class ChatLoop(threading.Thread):
         decoder, pieces, times = StreamDecoder(self._tokenizer, turn.prompt_ids), [], [time.perf_counter()]
         reason = None
         try:
-            for token in self.front.answer(lambda index: Request(index, turn.prompt_ids, params)):
+            for token in self.front.answer(lambda index: Request(index, turn.prompt_ids, params, adapter=self._options.adapter)):
                 times.append(time.perf_counter())
                 pieces.append(decoder.push(token.token_id))
                 self._write(pieces[-1])

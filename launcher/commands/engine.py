@@ -122,7 +122,8 @@ def _run(link: _Link) -> None:
     room = min(run.context_tokens, num_blocks * job.block_size + 1)
     settings, tokenizer_path = run.settings, str(run.tokenizer_path.absolute())
     words = settings.add_bos_token, settings.add_eos_token, settings.chat_template
-    link.tell(Opened(run.opened.source.path.name, run.world_size, room, tokenizer_path, *words))
+    adapters = {adapter.name: adapter.path for adapter in job.adapters}
+    link.tell(Opened(run.opened.source.path.name, run.world_size, room, tokenizer_path, *words, adapters))
     progress = loading_progress(run.world_size)
     is_shown = sys.stderr.isatty()
     engine = _Engine(job.max_batch_size, link.tell, lambda done, total: progress(done, total) if is_shown else None)
@@ -174,7 +175,7 @@ class _RequestBuilder:
                 if key not in built:
                     built[key] = self._build_grammar(convert(one.limit, StructuredOutputs))
                 params = replace(params, grammar=built[key])
-            request = Request(one.prompt, tuple(one.prompt_ids), params)
+            request = Request(one.prompt, tuple(one.prompt_ids), params, adapter=one.adapter)
             check_request(request, self.job.context_tokens, vocab_size)
             check_memory(request, self.num_blocks, self.job.block_size)
             unknown = next((token for token, _ in params.logit_bias if not 0 <= token < vocab_size), None)

@@ -1,16 +1,19 @@
 """Opening the checkpoint and the tokenizer of a command, validated against config.json and the YAML before any process starts."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.host.file_errors import describe_os_error
 from launcher.reporting.console import ByteProgress
+from launcher.settings.lora_options import list_adapters
 from launcher.settings.options import CheckpointOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings
 from model.checkpoint.completeness import check_checkpoint
 from model.checkpoint.formats import OpenOptions, open_checkpoint, settle_options
+from model.checkpoint.lora_folder import LoraFolder
 from model.checkpoint.notes import list_notes, name_settings
 from model.checkpoint.source import CheckpointSource
 from model.checkpoint.stored_facts import check_facts
@@ -75,6 +78,11 @@ def open_model(options: CheckpointOptions, settings: Settings, *, quantized: boo
     if options.verify:
         require_intact(source, ByteProgress("verifying"))
     return OpenedModel(source, config, scheme, settle_options(source, opening))
+
+
+def open_adapters(words: Iterable[str], base: OpenedModel, *, follow_links: bool) -> dict[str, LoraFolder]:
+    """Open the adapters of --lora for a base model, by name. Raises InputError."""
+    return {name: LoraFolder(path, base.config, follow_links=follow_links) for name, path in list_adapters(words).items()}
 
 
 def read_tokenizer_of(path: Path, config: LlamaConfig, settings: Settings) -> Tokenizer:

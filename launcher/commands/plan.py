@@ -17,14 +17,20 @@ from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
+from launcher.host.numa import plan_nodes
 from launcher.host.output_paths import check_output_file
+from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION, fit_ranks, parse_bytes
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
+from launcher.settings.lora_options import list_adapters
+from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings, open_settings
 from model.draft_planning import add_draft_model
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
+from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
+from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
@@ -47,9 +53,16 @@ def plan(options: PlanOptions) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
+    scheme = plan_run_scheme(
+        scheme,
+        tied=config.tie_word_embeddings,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        activations=options.activations or settings.tandem.activations or "auto",
+        lm_head=options.lm_head or settings.tandem.lm_head or "auto",
+    )
     workload = Workload(
         dtype=dtype,
-        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        kv_cache=scheme.kv_cache,
         batch_size=options.batch_size,
         tokens=tokens,
         num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
@@ -57,9 +70,16 @@ def plan(options: PlanOptions) -> None:
         num_blocks=settings.num_blocks,
     )
     check_blocks(workload.block_size, workload.num_blocks)
-    plans = plan_ranks(config, scheme, world_size, workload, stored)
+    fraction = first_not_none(options.memory_fraction, settings.tandem.memory_fraction, DEFAULT_MEMORY_FRACTION)
+    budget = int(fraction * parse_bytes("--device-memory", options.device_memory)) if options.device_memory else None
+    adapters = _open_adapters(options, config)
+    plans = plan_ranks(config, scheme, world_size, workload, stored, list(adapters.values()))
     drafts = _plan_draft_model(options, world_size, workload)
-    result = _describe(options, config, scheme, add_draft_model(plans, drafts) if drafts else plans, workload, stored)
+    both = add_draft_model(plans, drafts) if drafts else plans
+    result = _describe(options, config, scheme, both, workload, stored, budget)
+    result["adapters"] = {
+        name: [count_adapter_bytes(config, updates, rank, world_size) for rank in range(world_size)] for name, updates in adapters.items()
+    }
     if drafts:
         result["draft_model"] = {
             name: [getattr(rank, name) for rank in drafts] for name in ("file_bytes", "weight_bytes", "kv_cache_bytes")
@@ -107,6 +127,16 @@ def _read_model(options: PlanOptions, settings: Settings) -> tuple[LlamaConfig, 
     return config, plan_recipe(quantize, check_words(quantize), settings.quantization).build_scheme(config), stored
 
 
+def _open_adapters(options: PlanOptions, config: LlamaConfig) -> dict[str, Mapping[str, LoraUpdate]]:
+    """Return the updates of each adapter of --lora."""
+    if not options.lora:
+        return {}
+    from model.checkpoint.lora_folder import LoraFolder
+
+    folders = list_adapters(options.lora)
+    return {name: LoraFolder(path, config, follow_links=options.follow_links).updates for name, path in folders.items()}
+
+
 def _plan_draft_model(options: PlanOptions, world_size: int, workload: Workload) -> list[RankPlan]:
     """Plan the ranks' parts of the draft model; empty without one. Its vocabulary is compared when a run starts."""
     if options.draft_model is None:
@@ -123,6 +153,7 @@ def _describe(
     plans: list[RankPlan],
     workload: Workload,
     stored: Mapping[str, StoredForm],
+    budget_bytes: int | None,
 ) -> dict[str, Any]:
     layout = config.layout()
     valid = range(1, layout.max_world_size + 1)
@@ -141,15 +172,25 @@ def _describe(
         "batch_size": workload.batch_size,
         "tokens": workload.tokens,
         "threads_per_rank": workload.num_threads,
+        "numa_nodes": plan_nodes(len(plans), workload.num_threads),
         "valid_workers": list(valid),
         "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
         "balance": balance,
         "bandwidth_gb_per_second": options.bandwidth,
         "tokens_per_second": speed,
+        "device": _fit(plans, workload, budget_bytes),
         "file_bytes": sum(rank.file_bytes for rank in plans),
         "peak_bytes": sum(rank.peak_bytes for rank in plans),
         "ranks": [asdict(rank) for rank in plans],
     }
+
+
+def _fit(plans: list[RankPlan], workload: Workload, budget_bytes: int | None) -> dict[str, int] | None:
+    """Return how the fullest rank fits into what it may use of a device; None without a device."""
+    if budget_bytes is None:
+        return None
+    fit = fit_ranks(plans, workload.cached_tokens, workload.block_size, budget_bytes)
+    return {**asdict(fit), "num_blocks": max(0, fit.num_blocks), "kv_cache_tokens": max(0, fit.num_blocks) * workload.block_size}
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -162,6 +203,8 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['workers']} ranks, quantization {result['quantization']}, compute {result['dtype']}, cache {result['kv_cache']}, "
         f"{result['batch_size']} x {result['tokens']} tokens"
     )
+    for name, sizes in result["adapters"].items():
+        print(f"adapter {name}: {_size(max(sizes))} per rank, in float32, included in the peak")
     if result["encodings"]:
         print(f"stored as {', '.join(result['encodings'])}, dequantized to {result['dtype']} while loading")
     Terminal(width=130).print(table)
@@ -169,6 +212,15 @@ def _print(result: dict[str, Any]) -> None:
         words = (f"{word} {', '.join(map(_size, draft[name]))}" for name, word in _DRAFT_SIZES.items())
         print(f"of these, the draft model, by rank: {'; '.join(words)}")
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
+    if fit := result["device"]:
+        left = f"{fit['kv_cache_tokens']} tokens of KV cache fit next to them" if fit["num_blocks"] else "no KV cache fits: use more ranks"
+        print(
+            f"device: rank {fit['rank']} may use {_size(fit['budget_bytes'])}, and needs {_size(fit['needed_bytes'])} for weights and "
+            f"activations; {left}"
+        )
+    if len(set(result["numa_nodes"])) > 1:
+        homes = ", ".join("-" if node is None else str(node) for node in result["numa_nodes"])
+        print(f"NUMA nodes of the ranks on this host, from rank 0: {homes}")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
     print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")
     if result["tokens_per_second"]:

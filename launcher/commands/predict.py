@@ -60,9 +60,9 @@ def _decode(
     """Run the ranks and write their results. `again` is set if a launcher has restarted this rank."""
     task = console.plan_task()
     job = build_job(run, task, tokenizer=tokenizer)
-    if job.num_blocks is not None:
+    if job.block_limit is not None:
         for request in task.requests:
-            check_memory(request, job.num_blocks, job.block_size)
+            check_memory(request, job.block_limit, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
         output.begin()  # before the ranks start, since a launcher may restart this rank
     restarts = 0
@@ -95,7 +95,7 @@ def plan_requests(options: PredictOptions, run: Run, tokenizer: Tokenizer, promp
     requests = []
     for index, (ids, new_tokens) in enumerate(zip(prompt_ids, lengths, strict=True)):
         params = replace(plan_params(options, settings, new_tokens), ignore_eos=options.ignore_eos, logprobs=options.logprobs)
-        requests.append(Request(index, ids, params))
+        requests.append(Request(index, ids, params, adapter=options.adapter))
         check_request(requests[-1], context, run.opened.config.vocab_size)
     said = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None}
     if said and not requests[0].params.do_sample:

@@ -23,10 +23,11 @@ from launcher.settings.api_batch import read_batch
 from launcher.settings.approaches import check_words, resolve_approach
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions, VerifyOptions
 from launcher.settings.decode_options import ApiOptions, BatchOptions, ChatOptions, PredictOptions, ServeOptions
+from launcher.settings.lora_options import check_adapters, choose_adapter
 from launcher.settings.measure_options import BenchOptions, EnvOptions, EvaluateOptions
 from launcher.settings.model_location import find_model
 from launcher.settings.msrun_options import MsrunOptions, check_msrun_options
-from launcher.settings.options import CheckpointOptions, RunOptions
+from launcher.settings.options import CheckpointOptions, EngineOptions, RunOptions
 from launcher.settings.program_options import ProgramOptions
 from launcher.settings.prompts import read_prompts
 from launcher.settings.yaml_file import find_yaml
@@ -58,6 +59,8 @@ def prepare(options: Any) -> Any:
     if isinstance(options, RunOptions):
         _note_msrun_options(options)
     _check_input_files(options)
+    if isinstance(options, EngineOptions | PlanOptions):
+        check_adapters(options.lora)
     options = _locate_draft_model(locate_model(options))
     settings = open_settings(options.config)
     if options.checkpoint is None and _needs_checkpoint(options):
@@ -203,13 +206,14 @@ def _check_ranks(options: RunOptions, environment: LaunchEnvironment, settings: 
 def _prepare_predict(options: PredictOptions, environment: LaunchEnvironment) -> PredictOptions:
     # Ranks started by a launcher would each read part of the same standard input.
     prompts = read_prompts(options.prompts, options.prompts_file, may_read_input=not environment.is_rank)
-    return replace(options, prompts=prompts, prompts_file=None)
+    adapter = choose_adapter(options.lora, options.adapter)
+    return replace(options, prompts=prompts, prompts_file=None, adapter=adapter)
 
 
 def _prepare_chat(options: ChatOptions, environment: LaunchEnvironment) -> ChatOptions:
     if environment.is_rank:
         raise ConfigError(f"tandem chat needs a single process, but {environment.launcher} started this one as a rank")
-    return options
+    return replace(options, adapter=choose_adapter(options.lora, options.adapter))
 
 
 def _prepare_api(options: ApiOptions, environment: LaunchEnvironment) -> ApiOptions:

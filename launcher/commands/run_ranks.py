@@ -5,30 +5,36 @@ All input errors are raised here, before any process starts. Depends on no parti
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from launcher.commands.begun_starter import take_starter
+from launcher.commands.device_memory import fit_blocks
 from launcher.commands.devices import check_collectives, choose_device
 from launcher.commands.draft_model import OpenedDraftModel, open_draft_model
-from launcher.commands.opened_model import OpenedModel, open_model, read_tokenizer_of
+from launcher.commands.opened_model import OpenedModel, open_adapters, open_model, read_tokenizer_of
 from launcher.commands.preparation import plan_run_nodes, read_run_environment
 from launcher.commands.refusal import refusal
 from launcher.environment.detection import LaunchEnvironment, decide_world_size, read_cpu_kernels
+from launcher.host.core_claims import claim_cores
+from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure, describe_os_error
 from launcher.host.log_folder import check_log_folder, open_log_folder
 from launcher.host.shared_memory import shared_memory_works
-from launcher.job.job import DraftCheckpoint, Job
+from launcher.job.device_facts import DeviceFacts
+from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION
+from launcher.job.job import Adapter, DraftCheckpoint, Job
 from launcher.job.memory_forecast import forecast_memory
 from launcher.job.observer import RunObserver
 from launcher.job.prefetch import prefetch
-from launcher.job.tasks import Bench, Task
+from launcher.job.tasks import Bench, Quantize, Task
 from launcher.rendezvous.nodes import Nodes
 from launcher.reporting.console import WorkConsole
-from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, RunOptions
+from launcher.settings.options import MAX_SECONDS, CollectivesName, CpuKernels, Device, EngineOptions, RunOptions
 from launcher.settings.precedence import first_not_none
 from launcher.settings.tokenizer_location import locate_tokenizer
 from launcher.settings.yaml_settings import Settings, open_settings
@@ -36,13 +42,15 @@ from launcher.supervision.rank_starter import RankStarter
 from launcher.supervision.spawn import spawn_ranks
 from launcher.supervision.verdict import RanksFailedError
 from model.backends.device_types import is_host_memory
-from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint
+from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_fingerprint, read_state
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.lora_folder import LoraFolder
 from model.draft_planning import add_draft_model
 from model.engine.speculation import DEFAULT_DRAFT_TOKENS
 from model.kernels.library import choose_kernels
 from model.planning import RankPlan, Workload, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, build_config, check_blocks
+from model.spec.run_scheme import PRECISIONS
 from model.spec.scheme import read_scheme
 from model.text.end_of_text import decide_end_of_text
 from model.text.tokenizer import Tokenizer
@@ -65,6 +73,8 @@ class Run:
     nodes: Nodes
     """The nodes of the run, if tandem starts the ranks."""
     opened: OpenedModel
+    adapters: Mapping[str, LoraFolder] = field(default_factory=dict)
+    """The LoRA adapters by name."""
     draft: OpenedDraftModel | None = None
     """The draft model, if there is one."""
     starter: RankStarter | None = None
@@ -82,6 +92,21 @@ class Run:
         longest = self.opened.config.max_position_embeddings
         return min(longest, self.settings.seq_length or longest)
 
+    def read_devices(self, checks: bool) -> DeviceFacts:
+        """Look at the devices of this host, or of this rank if a launcher started it. `checks`: with the self-check of their backend.
+
+        Raises ConfigError if they cannot be used.
+        """
+        if self.starter is not None:
+            return self.starter.probe_devices(checks=checks)
+        from launcher.supervision.device_probe import read_devices
+
+        try:
+            return read_devices(self.environment.local_rank or 0, checks=checks)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the devices of this host cannot be used ({type(error).__name__}: {reason})") from None
+
     def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer of the YAML, otherwise the checkpoint's.
 
@@ -98,11 +123,13 @@ class Run:
             )
         return read_tokenizer_of(path or source.path, self.opened.config, self.settings)
 
-    def plan_ranks(self, workload: Workload) -> list[RankPlan]:
+    def plan_ranks(self, job: Job, workload: Workload) -> list[RankPlan]:
         """Plan the ranks' parts of the model and its draft model."""
         opened = self.opened
         stored = {name: info.form for name, info in opened.source.tensors.items()}
-        plans = plan_ranks(opened.config, opened.scheme, self.world_size, workload, stored)
+        updates = [folder.updates for folder in self.adapters.values()]
+        scheme = job.plan_scheme(opened.config, opened.scheme)
+        plans = plan_ranks(opened.config, scheme, self.world_size, workload, stored, updates)
         if self.draft is None:
             return plans
         return add_draft_model(plans, self.draft.plan(self.world_size, workload, self.options.kv_cache_dtype))
@@ -146,7 +173,8 @@ def _open_run(options: RunOptions, environment: LaunchEnvironment, opener: Calla
     if options.verify and not opened.source.checksums:
         print(f"warning: no checksums are recorded for {opened.source.path}: only headers and sizes were checked", file=sys.stderr)
     opened.config.layout().check(world_size)
-    run = Run(options, settings, environment, world_size, nodes, opened)
+    adapters = open_adapters(options.lora, opened, follow_links=options.follow_links) if isinstance(options, EngineOptions) else {}
+    run = Run(options, settings, environment, world_size, nodes, opened, adapters)
     if options.draft_model is None:
         return run
     draft = open_draft_model(options, Path(options.draft_model), world_size)
@@ -178,19 +206,31 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
     if tokenizer is not None and not run.environment.rank:
         for warning in end.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+    ranks_per_device = first_not_none(options.ranks_per_device, own.ranks_per_device, 1)
+    device = choose_device(
+        _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)),
+        run.environment,
+        run.num_local_ranks,
+        ranks_per_device,
+        run.read_devices,
+    )
+    fraction = first_not_none(options.memory_fraction, own.memory_fraction, DEFAULT_MEMORY_FRACTION)
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"memory_fraction is {fraction}, but has to be above 0 and at most 1")
     job = Job(
         checkpoint=str(run.opened.source.path.absolute()),
         opening=run.opened.opening,
         fingerprint=read_fingerprint(run.opened.source, config, run.opened.scheme),
         kv_cache=settings.decide_cache(options.kv_cache_dtype, run.opened.scheme),
+        activations=_decide_precision("activations", options.activations, own.activations, task),
+        lm_head=_decide_precision("lm-head", options.lm_head, own.lm_head, task),
         world_size=run.world_size,
         context_tokens=run.context_tokens,
         eos_token_ids=end.ids,
         pad_token_id=yaml_ids.get("pad_token_id", config.pad_token_id),
         dtype=_one_of("dtype", first_not_none(options.dtype, dtype, own.dtype, settings.compute_dtype, config.dtype), tuple(DTYPES)),
-        device=choose_device(
-            _one_of("device", first_not_none(options.device, own.device, "auto"), get_args(Device)), run.environment, run.num_local_ranks
-        ),
+        device=device.kind,
+        ranks_per_device=ranks_per_device,
         collectives=_one_of("collectives", first_not_none(options.collectives, own.collectives, "auto"), get_args(CollectivesName)),
         threads_per_rank=first_not_none(options.threads_per_rank, own.threads_per_rank),
         cpu_kernels=_one_of(
@@ -207,7 +247,9 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         draft=run.draft.describe(options.kv_cache_dtype) if run.draft is not None else None,
         draft_tokens=first_not_none(options.draft_tokens, DEFAULT_DRAFT_TOKENS),
         task=task,
+        adapters=tuple(Adapter(name, str(folder.path.absolute()), folder.fingerprint) for name, folder in run.adapters.items()),
     )
+    job.plan_scheme(config, run.opened.scheme)
     for name in ("threads_per_rank", "max_batch_size", "timeout_seconds"):
         value = getattr(job, name)
         if value is not None and value <= 0:
@@ -216,11 +258,13 @@ def build_job(run: Run, task: Task, *, dtype: str | None = None, tokenizer: Toke
         raise ConfigError(f"timeout_seconds is {job.timeout_seconds}, but has to be above 0 and at most {MAX_SECONDS}")
     check_blocks(job.block_size, job.num_blocks)
     choose_kernels(job.cpu_kernels)
-    check_collectives(job.collectives, job.device)
-    if job.collectives == "shm" and (not is_host_memory(job.device) or not shared_memory_works()):
-        raise ConfigError("collectives shm need CPU ranks on an x86-64 Linux; use --collectives gloo")
+    check_collectives(job.collectives, job.device, device.sharing)
+    if job.collectives == "shm" and not shared_memory_works():
+        raise ConfigError("collectives shm need the native kernels on processors other than x86-64; use --collectives gloo")
     if job.collectives == "shm" and run.nodes.num_nodes > 1:
         raise ConfigError(f"collectives shm work inside one node, but --nnodes is {run.nodes.num_nodes}; use --collectives auto")
+    if device.rank_bytes is not None and not isinstance(task, Quantize):
+        job = replace(job, fitting_blocks=fit_blocks(job, partial(run.plan_ranks, job), device.rank_bytes, fraction))
     return job
 
 
@@ -252,7 +296,7 @@ def run_job(run: Run, job: Job, observer: RunObserver) -> int:
 
 def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
     options, own = run.options, run.settings.tandem
-    if warning := forecast_memory(job, run.plan_ranks, run.nodes.local_workers):
+    if warning := forecast_memory(job, partial(run.plan_ranks, job), run.nodes.local_workers):
         print(f"warning: {warning}", file=sys.stderr)
     for opened in [run.opened, *([] if run.draft is None else [run.draft.opened])]:
         prefetch(opened.source, opened.config, opened.scheme, run.nodes.local_ranks(run.world_size), run.world_size)
@@ -264,16 +308,27 @@ def _spawn(run: Run, job: Job, log_dir: Path, observer: RunObserver) -> int:
             check_unchanged(job.fingerprint, partial(_read_again, job))
             if job.draft is not None:
                 check_unchanged(job.draft.fingerprint, partial(_read_again, job.draft))
+            for adapter, folder in zip(job.adapters, run.adapters.values(), strict=True):
+                check_unchanged(adapter.fingerprint, partial(read_state, folder))
         print(f"{cause}; restart {number} of {max_restarts}: {_say_reloading(reloading, run.nodes)} {observer.redone}", file=sys.stderr)
 
     try:
-        return spawn_ranks(job, run.nodes, log_dir, max_restarts, observer, tell, run.starter)
+        with _claim_cores(run, job) as cores:
+            return spawn_ranks(replace(job, cores=cores), run.nodes, log_dir, max_restarts, observer, tell, run.starter)
     except RanksFailedError as error:
         try:
             error.verdict.write(log_dir)
         except OSError as fault:  # a full disk must not hide the original failure
             print(f"warning: the verdict was not written: {describe_os_error(fault)}", file=sys.stderr)
         raise
+
+
+def _claim_cores(run: Run, job: Job) -> AbstractContextManager[tuple[tuple[int, ...], ...] | None]:
+    """Claim the cores that the ranks of this host compute on; see `claim_cores`."""
+    if not is_host_memory(job.device):
+        return nullcontext()
+    threads = job.threads_per_rank or share_cores(run.nodes.local_workers)
+    return claim_cores(run.nodes.local_workers, threads, may_bind=job.bind_cores is None)
 
 
 def _say_reloading(ranks: Sequence[int], nodes: Nodes) -> str:
@@ -319,12 +374,16 @@ def _find_log_dir(options: RunOptions, settings: Settings) -> Path | None:
     return options.log_dir or (Path(settings.tandem.log_dir) if settings.tandem.log_dir else None)
 
 
-def _parse_flag(name: str, word: str | None) -> bool:
-    flags = {None: False, "true": True, "false": False, "1": True, "0": False}
-    found = flags.get(word.lower() if word else None)
-    if found is None:
+def _parse_flag(name: str, word: str | None) -> bool | None:
+    flags = {"true": True, "false": False, "1": True, "0": False}
+    if word is not None and word.lower() not in flags:
         raise ConfigError(f"{name} is {word!r}, but True or False is needed")
-    return found
+    return None if word is None else flags[word.lower()]
+
+
+def _decide_precision(name: str, option: str | None, yaml: str | None, task: Task) -> str:
+    """Return one of PRECISIONS: the command line's, otherwise the YAML's. A quantization computes in floats."""
+    return "auto" if isinstance(task, Quantize) else _one_of(name, first_not_none(option, yaml, "auto"), PRECISIONS)
 
 
 def _one_of(name: str, value: str, words: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ from model.kernels.library import find_kernels
 from model.planning import RankPlan, Workload
 from model.spec.config import count_blocks
 from model.text.tokenizer import Tokenizer
-from parallel.errors import RunError
+from parallel.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from launcher.server.connection_places import ConnectionPlaces
@@ -91,7 +91,8 @@ def serve(options: ServeOptions) -> None:
     server.start()
     address = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listener.getsockname()[1]}"
     print(
-        f"listening on {address}: model {front.served.name}, {run.world_size} rank(s), {chat.words} chat template",
+        f"listening on {address}: model {front.served.name}, {_name_adapters(front.served.adapters)}{run.world_size} rank(s), "
+        f"{chat.words} chat template",
         file=sys.stderr,
         flush=True,
     )
@@ -107,6 +108,10 @@ def serve(options: ServeOptions) -> None:
     raise RunError("the ranks exited without being asked to; this is a bug in tandem, see their logs")
 
 
+def _name_adapters(names: tuple[str, ...]) -> str:
+    return f"adapter(s) {', '.join(names)}, " if names else ""
+
+
 def plan_engine(run: Run, options: ApiOptions, tokenizer: Tokenizer, *, max_waiting: int, drain_seconds: float) -> "EngineClient":
     """Plan the job of a server and return its parent side. Raises InputError."""
     from launcher.server.engine_client import EngineClient, Served
@@ -115,9 +120,12 @@ def plan_engine(run: Run, options: ApiOptions, tokenizer: Tokenizer, *, max_wait
     job = build_job(run, task, tokenizer=tokenizer)
     num_blocks, plans = plan_cache(run, job)
     source = run.opened.source
+    name = options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name)
+    if name in run.adapters:
+        raise ConfigError(f"--lora names an adapter {name!r}, but the model has this name: give another one, or --served-model-name")
     return EngineClient(
         Served(
-            name=options.served_model_name or options.model_id or (source.path.stem if source.path.is_file() else source.path.name),
+            name=name,
             version=read_version(),
             config=run.opened.config,
             job=replace(job, task=structs.replace(task, num_blocks=num_blocks)),
@@ -156,10 +164,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         tokens=job.context_tokens,
         num_threads=job.threads_per_rank or share_cores(num_local),
         block_size=job.block_size,
-        num_blocks=job.num_blocks,
+        num_blocks=job.block_limit,
     )
-    plans = run.plan_ranks(workload)
-    num_blocks = job.num_blocks or job.max_batch_size * a_context
+    plans = run.plan_ranks(job, workload)
+    num_blocks = job.num_blocks or min(job.max_batch_size * a_context, job.fitting_blocks or sys.maxsize)
     available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
@@ -169,7 +177,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = run.plan_ranks(replace(workload, num_blocks=num_blocks))
+        plans = run.plan_ranks(job, replace(workload, num_blocks=num_blocks))
     return num_blocks, plans
 
 

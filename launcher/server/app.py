@@ -50,12 +50,12 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_describe_model(front)]}
+        return {"object": "list", "data": [_describe_model(front, name) for name in (front.served.name, *front.served.adapters)]}
 
     @app.get("/v1/models/{name:path}")
     async def describe_model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return _describe_model(front)
+        return _describe_model(front, name)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -148,13 +148,16 @@ def build_app(service: Service, limits: Limits, allowed_origins: Sequence[str] =
     return CORSMiddleware(guard, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
 
 
-def _describe_model(front: EngineClient) -> dict[str, Any]:
+def _describe_model(front: EngineClient, name: str) -> dict[str, Any]:
+    """`name`: of the base model, or of a LoRA adapter, whose parent it is."""
     served = front.served
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": front.created,
         "owned_by": "tandem",
+        "root": name,
+        "parent": None if name == served.name else served.name,
         "max_model_len": served.job.context_tokens,
     }
 

@@ -80,7 +80,7 @@ class Service:
         return await self._threads.run(body, self._planner.detokenize)
 
     def check_model(self, name: str) -> None:
-        """Raise ServiceError if the requested model is not the served one."""
+        """Raise ServiceError if the requested model is neither the served one nor an adapter."""
         self._planner.check_model(name)
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Service:
 
     async def complete(self, asked: PlannedRequest, writer: AnswerWriter, caller: str) -> bytes:
         """Return the complete answer to a request that did not come over HTTP. Raises ServiceError."""
-        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds, asked.priority)
+        ticket = self.front.dispatcher.submit(caller, asked.choices, asked.timeout_seconds, asked.priority, asked.adapter)
         try:
             return await self._collect(asked, ticket, writer)
         finally:
@@ -121,7 +121,8 @@ class Service:
         )
 
     def _submit(self, asked: PlannedRequest, request: Request) -> Ticket:
-        ticket = self.front.dispatcher.submit(read_client(request.scope), asked.choices, asked.timeout_seconds, asked.priority)
+        client = read_client(request.scope)
+        ticket = self.front.dispatcher.submit(client, asked.choices, asked.timeout_seconds, asked.priority, asked.adapter)
         self.front.metrics.count_prompt(sum(map(len, asked.prompts)))
         return ticket
 

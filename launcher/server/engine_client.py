@@ -59,6 +59,11 @@ class Served:
     drain_seconds: float
     """Maximum time in-flight requests may take to complete on shutdown."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters, which are models of their own in the API."""
+        return tuple(adapter.name for adapter in self.job.adapters)
+
 
 class EngineClient(RunObserver):
     """The parent side of one server."""
@@ -197,6 +202,7 @@ class EngineClient(RunObserver):
         ready = self._phase == "ready"
         return {
             "model": served.name,
+            "adapters": list(served.adapters),
             "version": served.version,
             "state": self.state,
             "uptime_seconds": time.monotonic() - self._began,
@@ -243,6 +249,7 @@ class EngineClient(RunObserver):
             "weight_bytes": plan.weight_bytes,
             "kv_cache_bytes": plan.kv_cache_bytes,
             "rss_bytes": row.rss_bytes if row else None,
+            "device_bytes": row.device_bytes if row else None,
             "step_seconds": step,
             "gather_seconds": row.gather_seconds if row else None,
             "bytes_per_second": plan.streamed_bytes / step if step else None,

@@ -26,6 +26,8 @@ class Sequence(Struct, frozen=True):
     """Fields of `model.engine.sampling_params.SamplingParams`."""
     limit: dict[str, Any] = {}
     """Fields of `launcher.server.structured_output.StructuredOutputs`; empty: any text."""
+    adapter: str | None = None
+    """Name of its LoRA adapter."""
 
 
 class Submit(Struct, frozen=True, tag=True):
@@ -61,6 +63,8 @@ class Opened(Struct, frozen=True, tag=True):
     """Whether texts end with the end token."""
     chat_template: str | None = None
     """Of the YAML, if it has one."""
+    adapters: dict[str, str] = {}
+    """Absolute path of each LoRA adapter, by its name."""
 
 
 class Ready(Struct, frozen=True, tag=True):

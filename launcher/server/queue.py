@@ -84,9 +84,14 @@ class Dispatcher:
         return self._drained is not None
 
     def submit(
-        self, caller: str, wanted: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline_seconds: float, priority: int = 0
+        self,
+        caller: str,
+        wanted: Sequence[tuple[tuple[int, ...], SamplingParams]],
+        deadline_seconds: float,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> Ticket:
-        """Queue the sequences of a request; among those of one client, lower priorities go first.
+        """Queue the sequences of a request; among those of one client, lower priorities go first. `adapter`: see Request.
 
         Raises ServiceError if the server is draining or too many sequences are waiting."""
         if self.is_draining:
@@ -100,7 +105,7 @@ class Dispatcher:
         mine = self._waiting.setdefault(caller, deque())
         place = next((place for place, sequence in enumerate(mine) if sequence.ticket.priority > priority), len(mine))
         for number, (prompt_ids, params) in enumerate(wanted):
-            mine.insert(place + number, _Sequence(ticket, number, Request(self._next_index, prompt_ids, params)))
+            mine.insert(place + number, _Sequence(ticket, number, Request(self._next_index, prompt_ids, params, adapter=adapter)))
             self._next_index += 1
         self._fill()
         return ticket

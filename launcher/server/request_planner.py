@@ -35,6 +35,8 @@ class PlannedRequest:
     """One planned request, as text and token ids."""
 
     naming: Naming
+    adapter: str | None
+    """Name of the LoRA adapter to use."""
     prompts: Sequence[tuple[int, ...]]
     choices: Sequence[tuple[tuple[int, ...], SamplingParams]]
     """Token ids and sampling parameters of each choice; n choices per prompt."""
@@ -146,7 +148,7 @@ class RequestPlanner:
         has_echo: bool,
         chat: ChatPrompt | None = None,
     ) -> PlannedRequest:
-        served, num_choices = self._front.served, body.num_choices
+        served, num_choices, adapter = self._front.served, body.num_choices, self.check_model(body.model)
         echo_logprobs = logprobs if has_echo else None
         prompt_logprobs = body.prompt_logprobs if echo_logprobs is None else max(echo_logprobs, body.prompt_logprobs or 0)
         grammar = body.form.build() if chat is None else chat.grammar
@@ -178,7 +180,8 @@ class RequestPlanner:
             echo = [body.messages[-1].text]
         rules = self._build_rules(body, chat)
         return PlannedRequest(
-            naming=Naming.new(served.name, is_chat=chat is not None, fingerprint=self._fingerprint),
+            adapter=adapter,
+            naming=Naming.new(adapter or served.name, is_chat=chat is not None, fingerprint=self._fingerprint),
             prompts=prompts,
             choices=choices,
             texts=[ChoiceText(self._tokenizer, ids, rules, None if chat is None else chat.build_reader()) for ids, _ in choices],
@@ -260,11 +263,16 @@ class RequestPlanner:
         served = self._front.served
         return min(served.job.context_tokens, served.num_blocks * served.job.block_size + 1)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ServiceError if the requested model is not the served one."""
-        known = self._front.served.name
-        if name is not None and name != known:
-            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known!r} is", param="model", code="model_not_found")
+    def check_model(self, name: str | None) -> str | None:
+        """Return the LoRA adapter that a request's `model` names; None for the base model. Raises ServiceError for any other name."""
+        served = self._front.served
+        if name is None or name == served.name:
+            return None
+        if name not in served.adapters:
+            known = " and ".join(map(repr, (served.name, *served.adapters)))
+            verb = "are" if served.adapters else "is"
+            raise ServiceError(404, f"the model {name[:100]!r} is not served here; {known} {verb}", param="model", code="model_not_found")
+        return name
 
 
 def _translate(body: ResponsesRequest | MessagesRequest) -> ChatRequest:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from launcher.settings.option_declarations import GENERATION, MEMORY, OUTPUT, PARALLELISM, SERVER, also, argument, option
+from launcher.settings.option_declarations import GENERATION, MEMORY, MODEL, OUTPUT, PARALLELISM, SERVER, also, argument, option
 from launcher.settings.options import MAX_SECONDS, ClusterOptions, EngineOptions, LogLevel, SamplingOptions
 
 ToolCallParser = Literal["hermes", "llama3_json", "mistral"]
@@ -15,6 +15,10 @@ OutputFormat = Literal["text", "mindformers", "json"]
 class PredictOptions(SamplingOptions, ClusterOptions):
     """Options of `tandem predict`."""
 
+    adapter: Annotated[
+        str | None,
+        option("--adapter", metavar="NAME", help="Adapter of --lora to use. Default: the only one.", panel=MODEL),
+    ] = None
     prompts: Annotated[
         tuple[str, ...],
         option("--prompt", help="Prompt; repeatable. Default: standard input, as one prompt.", panel=GENERATION),
@@ -58,6 +62,10 @@ class PredictOptions(SamplingOptions, ClusterOptions):
 class ChatOptions(SamplingOptions, EngineOptions):
     """Options of `tandem chat`."""
 
+    adapter: Annotated[
+        str | None,
+        option("--adapter", metavar="NAME", help="Adapter of --lora to use. Default: the only one.", panel=MODEL),
+    ] = None
     system: Annotated[
         str | None, option("--system", metavar="TEXT", help="System message of the conversation. Default: none.", panel=GENERATION)
     ] = None

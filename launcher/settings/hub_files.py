@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.checkpoint.cache_scales import CACHE_SCALES_FILE
 from parallel.errors import CheckpointError
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -38,7 +39,7 @@ def choose_files(name: str, files: Sequence[str], variant: str | None = None) ->
         file
         for file in top
         if file.endswith((".json", ".jinja", ".model", ".yaml", ".yml", ".chk"))
-        or file in ("merges.txt", "vocab.txt", "SHA256SUMS", "sha256sums")
+        or file in ("merges.txt", "vocab.txt", "SHA256SUMS", "sha256sums", CACHE_SCALES_FILE)
     ]
     unused = ("adapter_",) if weights == bins else ("adapter_", "pytorch_model")
     return sorted({*weights, *(file for file in beside if not file.startswith(unused))})

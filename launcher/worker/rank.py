@@ -14,7 +14,9 @@ from launcher.rendezvous.placement import RankPlacement
 from launcher.worker.service import Inbox
 from model.checkpoint.fingerprint import Fingerprint, check_unchanged, read_state
 from model.checkpoint.formats import open_checkpoint
+from model.checkpoint.lora_folder import LoraFolder
 from model.checkpoint.source import CheckpointSource
+from model.decoder.adapters import load_adapter
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
 from model.kernels.library import choose_kernels, explain_absence
@@ -89,7 +91,7 @@ class Rank:
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """Gather the integers of every rank, one row each."""
-        mine = torch.tensor([values], dtype=torch.float64, device=self.device)
+        mine = torch.tensor([values], dtype=torch.float64)
         sizes = [len(values)] * self.job.world_size
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
@@ -124,9 +126,13 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
         eos_token_ids=job.eos_token_ids,
         pad_token_id=job.pad_token_id,
     )
-    scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
+    scheme = job.plan_scheme(config, read_scheme(source.config))
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
     read_bytes = load_model(model, source, me.report(Loading))
+    for adapter in job.adapters:
+        folder = LoraFolder(Path(adapter.path), config, follow_links=job.opening.follow_links)
+        read_bytes += load_adapter(model, adapter.name, folder)
+        check_unchanged(adapter.fingerprint, partial(read_state, folder))
     if own:
         check_unchanged(job.fingerprint, partial(read_state, source))
     if model.backend.in_host_memory and (absence := explain_absence()):

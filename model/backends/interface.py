@@ -47,6 +47,18 @@ class Backend(Protocol):
         """Open the device of a rank, given its number among the ranks of its host."""
         ...
 
+    def identify(self, device: torch.device) -> str | None:
+        """Return a name of the device that is the same in every process of its host; None if there is none."""
+        ...
+
+    def count_bytes(self, device: torch.device) -> int:
+        """Return the bytes that this process has allocated on the device; 0 in host memory."""
+        ...
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """Return the largest number of these bytes so far."""
+        ...
+
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Return whether results are bitwise identical for any number of ranks."""
         ...

@@ -30,10 +30,24 @@ class TorchBackend:
         self.int8_kernel: Int8Kernel = PLAIN
 
     def open_device(self, local_rank: int) -> torch.device:
-        """Return the only visible device, or the one with the rank's number on its host, and make it current."""
-        index = 0 if torch.accelerator.device_count() == 1 else local_rank
+        """Return the visible device with the rank's number on its host, counted in a circle, and make it current."""
+        index = local_rank % torch.accelerator.device_count()
         torch.accelerator.set_device_index(index)
         return torch.device(self._device_type, index)
+
+    def identify(self, device: torch.device) -> str | None:
+        """Return the UUID that the device's driver reports."""
+        read = getattr(torch.get_device_module(device), "get_device_properties", None)
+        uuid = None if read is None else getattr(read(device.index), "uuid", None)
+        return None if uuid is None else str(uuid)
+
+    def count_bytes(self, device: torch.device) -> int:
+        """As counted by PyTorch's allocator."""
+        return int(torch.accelerator.memory_allocated(device))
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """As counted by PyTorch's allocator."""
+        return int(torch.accelerator.max_memory_allocated(device))
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Return False: accelerator matmuls give no guarantee."""
@@ -115,6 +129,18 @@ class TorchCpuBackend(TorchBackend):
     def open_device(self, local_rank: int) -> torch.device:
         """Return the CPU, which all ranks of a host share."""
         return torch.device("cpu")
+
+    def identify(self, device: torch.device) -> str | None:
+        """Return None: a host has one."""
+        return None
+
+    def count_bytes(self, device: torch.device) -> int:
+        """Return 0."""
+        return 0
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """Return 0."""
+        return 0
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Check on a sample."""

@@ -9,22 +9,45 @@ file with tensors. A change between the samples that preserves size and modifica
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Protocol
 
-from model.checkpoint.source import CheckpointSource
-from model.spec.config import LlamaConfig
-from model.spec.scheme import Scheme
+from model.spec.tensor_info import TensorInfo
 from parallel.errors import RunError
+from parallel.file_slices import StoredRows
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 3
 """Samples per tensor."""
 _SHOWN = 16
 """Hexadecimal digits kept of a hash."""
+
+
+class Fingerprinted(Protocol):
+    """What has a fingerprint: a checkpoint or an adapter."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Values of its settings file."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by its name."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold tensors."""
+        ...
+
+    def locate_rows(self, name: str, start: int, stop: int) -> Sequence[StoredRows]:
+        """Return where the rows are stored; empty if they are converted or assembled."""
+        ...
 
 
 class CheckpointReplacedError(RunError):
@@ -48,17 +71,17 @@ class Fingerprint:
         return _shorten(json.dumps([self.config, self.files]))
 
 
-def read_state(source: CheckpointSource) -> Fingerprint:
+def read_state(source: Fingerprinted) -> Fingerprint:
     """Return the fingerprint without the content, using only `stat`. Raises OSError for a missing file."""
     stats = {str(file.absolute()): file.stat() for file in source.files}
     config = _shorten(json.dumps(source.config, sort_keys=True, default=str))
     return Fingerprint("", config, {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()})
 
 
-def read_fingerprint(source: CheckpointSource, config: LlamaConfig, scheme: Scheme) -> Fingerprint:
-    """Return the full fingerprint, reading three samples of each tensor. Raises OSError for unreadable files."""
+def read_fingerprint(source: Fingerprinted, *settings: Any) -> Fingerprint:
+    """Return the full fingerprint, reading three samples of each tensor. `settings`: dataclasses. Raises OSError for unreadable files."""
     state, digest = read_state(source), hashlib.sha256()
-    digest.update(json.dumps([asdict(config), asdict(scheme)], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([asdict(one) for one in settings], sort_keys=True, default=str).encode())
     for name, info in sorted(source.tensors.items()):
         digest.update(f"{name} {list(info.shape)} {info.dtype_name}\n".encode())
     opened: dict[Path, int] = {}
@@ -71,7 +94,7 @@ def read_fingerprint(source: CheckpointSource, config: LlamaConfig, scheme: Sche
     return Fingerprint(digest.hexdigest()[:_SHOWN], state.config, state.files)
 
 
-def _list_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
+def _list_samples(source: Fingerprinted) -> Iterator[tuple[Path, int, int]]:
     """Return (file, first byte, bytes) of every sample."""
     places = []
     for name, info in sorted(source.tensors.items()):
@@ -85,7 +108,7 @@ def _list_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
     yield from places
 
 
-def _spread_samples(source: CheckpointSource) -> Iterator[tuple[Path, int, int]]:
+def _spread_samples(source: Fingerprinted) -> Iterator[tuple[Path, int, int]]:
     """Return evenly spaced positions over all files, including the first and the last bytes of each."""
     sizes = {file: file.stat().st_size for file in source.files}
     step = max(_SAMPLE_BYTES, sum(sizes.values()) // (_SAMPLES * max(1, len(source.tensors))))

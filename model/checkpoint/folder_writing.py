@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.cache_scales import CACHE_SCALES_FILE
 from model.checkpoint.checksum_file import write_sha256sums
 from model.checkpoint.safetensors_file import SafetensorsWriter
 from model.spec.tensor_info import TensorInfo
@@ -67,10 +68,12 @@ def write_tensors(
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
     groups: Iterable[tuple[str, tuple[str, ...]]],
+    cache_scales: Collection[str] = (),
 ) -> None:
     """Write a Hugging Face folder's weights as one file, or as several with an index; return their hashes.
 
-    `groups` pairs what to `read` next with the names of the resulting tensors, in that order.
+    `groups` pairs what to `read` next with the names of the resulting tensors, in that order. `cache_scales` names those that go to
+    CACHE_SCALES_FILE.
     """
     files: list[list[tuple[str, tuple[str, ...]]]] = [[]]
     size = 0
@@ -82,18 +85,25 @@ def write_tensors(
         files[-1].append(group)
         size += group_bytes
     weight_map, hashes = {}, {}
-    for number, file in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        names = [tensor for _, group in file for tensor in group]
-        weight_map.update(dict.fromkeys(names, name))
-        with SafetensorsWriter(folder / name, {tensor: tensors[tensor] for tensor in names}) as writer:
-            for key, _ in file:
-                for tensor, value in read(key):
-                    writer.write(tensor, value)
-        hashes[name] = writer.sha256
+    with ExitStack() as stack:
+        aside = [name for file in files for _, group in file for name in group if name in cache_scales]
+        scales = SafetensorsWriter(folder / CACHE_SCALES_FILE, {name: tensors[name] for name in aside}) if aside else None
+        if scales is not None:
+            stack.enter_context(scales)
+        for number, file in enumerate(files, 1):
+            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            names = [tensor for _, group in file for tensor in group if tensor not in cache_scales]
+            weight_map.update(dict.fromkeys(names, name))
+            with SafetensorsWriter(folder / name, {tensor: tensors[tensor] for tensor in names}) as writer:
+                for key, _ in file:
+                    for tensor, value in read(key):
+                        (scales if scales is not None and tensor in cache_scales else writer).write(tensor, value)
+            hashes[name] = writer.sha256
+    if scales is not None:
+        hashes[CACHE_SCALES_FILE] = scales.sha256
     write_sha256sums(folder, hashes)
     if len(files) > 1:
-        total = sum(info.num_bytes for info in tensors.values())
+        total = sum(tensors[name].num_bytes for name in weight_map)
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

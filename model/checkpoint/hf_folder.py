@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from model.checkpoint.cache_scales import find_cache_scales
 from model.checkpoint.checksum_file import read_sha256sums
 from model.checkpoint.name_prefix import find_names
 from model.checkpoint.recognition import check_method
@@ -128,6 +129,8 @@ def _find_files(path: Path, names: WeightFiles, *, follow_links: bool) -> list[P
         if not files:
             raise CheckpointError(f"{path} holds no weights: neither {names.single} nor other {names.pattern} files")
         _check_parts(path, files)
+    if names.suffix == SAFETENSORS.suffix:
+        files += find_cache_scales(path)
     for file in files:
         check_link(file, follow_links=follow_links)
     return files

@@ -5,7 +5,7 @@ times: attention heads, output projection, feed-forward, down projection. Every 
 does not depend on the number of ranks (see `model/layers/linear.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from model.layers.batch import Batch, Span
 from model.layers.cache import KeyValueCache, KeyValueStore
 from model.layers.experts import Expert, ExpertLayer
 from model.layers.linear import BiasedLinear, RowBlock, VocabParallelEmbedding
+from model.layers.lora import LoraLayer
 from model.layers.norm import RMSNorm
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.layers.rotary import Rotary
@@ -123,11 +124,15 @@ class LlamaForCausalLM(nn.Module):
         """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
         self._graphs: StepGraphs | None = None
+        self.adapters: dict[str, int] = {}
+        """Number of each LoRA adapter, from 1, by its name."""
+        self._updates: dict[tuple[int, int, str], LoraLayer] = {}
+        """By adapter, layer and fused linear."""
         self.embed_tokens = VocabParallelEmbedding(config.hidden_size, shares.first_id, shares.block("vocab"), self.dtype, backend)
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend, offset=config.norm_offset)
         self.lm_head: nn.Module = self.embed_tokens.rows
-        if not config.tie_word_embeddings:
+        if scheme.head is not None or not config.tie_word_embeddings:
             self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, backend)
 
     @property
@@ -145,6 +150,16 @@ class LlamaForCausalLM(nn.Module):
         """Bytes of the weights on this rank."""
         floats = sum(tensor.nbytes for tensor in self.parameters())
         return floats + sum(layer.weight_bytes for layer in self.modules() if isinstance(layer, QuantizedColumnParallelLinear))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of all adapters on this rank."""
+        return sum(update.num_bytes for update in self._updates.values())
+
+    def add_adapter(self, name: str, updates: Mapping[tuple[int, str], LoraLayer]) -> None:
+        """Add a LoRA adapter: its updates by layer and path of the fused linear."""
+        self.adapters[name] = number = len(self.adapters) + 1
+        self._updates.update({(number, *place): update for place, update in updates.items()})
 
     def build_layer(self, index: int) -> DecoderLayer:
         """Build a decoder layer without weights."""
@@ -209,7 +224,7 @@ class LlamaForCausalLM(nn.Module):
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """Run all layers in one native call; None if the weights, caches or collectives do not support it."""
         kernels = self.backend.kernels
-        if kernels is None or not self.fuses_layers or not batch.lies_in_stores or len(batch.join_stores()) > 1:
+        if kernels is None or not self.fuses_layers or batch.adapted or not batch.lies_in_stores or len(batch.join_stores()) > 1:
             return None
         if self._fused is None:
             self.fuses_layers = FusedLayers.fits(self.layers)
@@ -225,7 +240,7 @@ class LlamaForCausalLM(nn.Module):
         attended = self._attend(layer, index, layer.input_layernorm(hidden, delta), batch)
         if layer.attention_norm is not None:
             attended = layer.attention_norm(attended)
-        output = self._feed_forward(layer, layer.post_attention_layernorm(hidden, attended))
+        output = self._feed_forward(layer, index, layer.post_attention_layernorm(hidden, attended), batch)
         return output if layer.feed_forward_norm is None else layer.feed_forward_norm(output)
 
     @torch.inference_mode()
@@ -250,7 +265,7 @@ class LlamaForCausalLM(nn.Module):
         return rows if scale == 1 else rows * torch.full((), scale, dtype=rows.dtype, device=rows.device)
 
     def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
-        shares, qkv = self.shares, layer.qkv_proj(x)
+        shares, qkv = self.shares, self._multiply(layer, index, "qkv_proj", x, batch)
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = self._normalize_heads(qkv, layer.q_norm, layer.k_norm)
         if self.config.query_scale != 1:
@@ -259,7 +274,15 @@ class LlamaForCausalLM(nn.Module):
         heads, kv_heads, softcap = shares.num_heads, shares.num_kv_heads, self.config.attention_softcap
         local = self.attention(qkv, heads, kv_heads, index, batch, layer.cache_scales, layer.window, softcap, local=layer.is_local)
         attended = self.collectives.gather_columns(local, shares.query)
-        return self.collectives.gather_columns(layer.o_proj(attended), shares.hidden)
+        return self.collectives.gather_columns(self._multiply(layer, index, "o_proj", attended, batch), shares.hidden)
+
+    def _multiply(self, layer: DecoderLayer, index: int, name: str, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
+        """Run a fused linear, and add the updates of the adapters that the batch uses. Rows of other sequences keep their bits."""
+        out: torch.Tensor = getattr(layer, name)(x)
+        for number, rows in batch.adapted:
+            if (update := self._updates.get((number, index, name))) is not None:
+                update.add(x, out, rows)
+        return out
 
     def _normalize_heads(self, qkv: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
         """Normalize each head of queries and keys of [T, heads of queries, keys and values]."""
@@ -270,13 +293,13 @@ class LlamaForCausalLM(nn.Module):
         )
         return torch.cat((query, keys, parts[2]), dim=1)
 
-    def _feed_forward(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
         shares = self.shares
         if layer.experts is not None:
             routing = layer.experts.route(x)
             inner = layer.experts.expand(x, routing, self._activate)
             full = self.collectives.gather_columns(inner, shares.experts)
             return self.collectives.gather_columns(layer.experts.contract(full, routing), shares.hidden)
-        inner = self._activate(layer.gate_up_proj(x))
+        inner = self._activate(self._multiply(layer, index, "gate_up_proj", x, batch))
         full = self.collectives.gather_columns(inner, shares.intermediate)
-        return self.collectives.gather_columns(layer.down_proj(full), shares.hidden)
+        return self.collectives.gather_columns(self._multiply(layer, index, "down_proj", full, batch), shares.hidden)

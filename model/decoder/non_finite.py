@@ -24,10 +24,10 @@ def explain(dtype: torch.dtype, where: str, layer: str | None = None) -> str:
     return f"the logits are NaN or infinite in {str(dtype).removeprefix('torch.')} {where}{first}: {_ADVICE[dtype]}"
 
 
-def find_first_layer(model: LlamaForCausalLM, ids: Sequence[int]) -> str | None:
+def find_first_layer(model: LlamaForCausalLM, ids: Sequence[int], adapter: int = 0) -> str | None:
     """Describe the first part of the model with a non-finite hidden state; None if there are more ids than fit a pass.
 
-    Runs the whole sequence again, layer by layer. Every rank has to call this with the same ids.
+    Runs the whole sequence again, layer by layer. Every rank has to call this with the same ids. `adapter`: see Span.
     """
     if len(ids) > PREFILL_TOKENS:
         return None
@@ -35,7 +35,7 @@ def find_first_layer(model: LlamaForCausalLM, ids: Sequence[int]) -> str | None:
     if not hidden.isfinite().all():
         return "the embedding"
     for index in range(len(model.layers)):
-        hidden = model.run_layer(index, hidden, [Span(cache, list(ids))])
+        hidden = model.run_layer(index, hidden, [Span(cache, list(ids), adapter)])
         if not hidden.isfinite().all():
             return f"layer {index} of {len(model.layers)}"
     return "the last norm or the head"

@@ -34,8 +34,14 @@ class StepGraphs:
         caches = [span.cache for span in spans]
         stores = {id(cache.store): cache.store for cache in caches if isinstance(cache, KeyValueCache)}
         tokens = sum(len(span.ids) for span in spans)
-        longest = max(len(span.ids) for span in spans)
-        if len(stores) != 1 or not all(isinstance(cache, KeyValueCache) for cache in caches) or longest > SPLIT_TOKENS or tokens > ROWS[-1]:
+        longest, adapted = max(len(span.ids) for span in spans), any(span.adapter for span in spans)
+        if (
+            len(stores) != 1
+            or not all(isinstance(cache, KeyValueCache) for cache in caches)
+            or longest > SPLIT_TOKENS
+            or tokens > ROWS[-1]
+            or adapted
+        ):
             return None
         (store,) = stores.values()
         rows = next(size for size in ROWS if size >= tokens)

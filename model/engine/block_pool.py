@@ -7,7 +7,7 @@ until its memory is needed; the least recently released is evicted first.
 from collections.abc import Sequence
 
 ROOT = 0
-"""The predecessor of the first block of every chain."""
+"""The predecessor of the first block of every chain; LoRA adapter N has its own, -N, since its keys and values differ."""
 
 
 class BlockPool:
@@ -44,13 +44,13 @@ class BlockPool:
         """Number of blocks that have owners."""
         return self.num_blocks - self.num_free
 
-    def find(self, ids: Sequence[int], *, hollow: bool) -> tuple[list[int], int]:
+    def find(self, ids: Sequence[int], *, hollow: bool, root: int = ROOT) -> tuple[list[int], int]:
         """Return the cached blocks of the longest prefix, and the end of their chain. Leaves at least one token to compute.
 
-        `hollow`: whether to accept blocks whose contents were not computed.
+        `hollow`: whether to accept blocks whose contents were not computed. `root`: predecessor of the first block.
         """
         blocks: list[int] = []
-        chain = ROOT
+        chain = root
         for first in range(0, (len(ids) - 1) // self.block_size * self.block_size, self.block_size) if self.share else ():
             found = self._chains.get((chain, tuple(ids[first : first + self.block_size])))
             if found is None or (found[1] in self.hollow and not hollow):

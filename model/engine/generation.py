@@ -115,6 +115,8 @@ class Engine:
         if lookup is not None:
             lookup.extend(request.prompt_ids)
         sequence = LiveSequence(request, sampling, KeyValueCache(self._store, []), list(request.prompt_ids), lookup)
+        if request.adapter is not None:
+            sequence.adapter = self._find_adapter(request.adapter)
         if self._draft_model is not None:
             self._draft_model.begin(sequence)
         if params.grammar:
@@ -169,7 +171,7 @@ class Engine:
         # A finished sequence stays in the batch to preserve its size. Where its own prompt was skipped its result is wrong, but unused.
         computed = self._scheduler.is_needed(parts)
         masks = self._begin_masks(parts)
-        hidden = self._model([Span(part.sequence.cache, part.ids) for part in parts]) if computed else None
+        hidden = self._model([Span(part.sequence.cache, part.ids, part.sequence.adapter) for part in parts]) if computed else None
         self._scheduler.pass_by(parts, computed=computed)
         if hidden is not None:
             if not all(part.decodes for part in parts):
@@ -249,7 +251,7 @@ class Engine:
             logits = logits if len(places) == len(rows) else logits[places]
             model, allowed = self._model, {}
             if limited:
-                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives, logits.device)
+                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives)
                 by_place = dict(zip(limited, rows_allowed, strict=True))
                 allowed = {number: by_place[place] for number, place in enumerate(places) if place in by_place}
             find = None if model.backend.in_host_memory else model.backend.find_largest
@@ -317,7 +319,7 @@ class Engine:
         """
         for one in self._scheduler.spoil(sequence, position):
             if not self._has_failed(one):
-                layer = find_first_layer(self._model, one.ids[: position + 1])
+                layer = find_first_layer(self._model, one.ids[: position + 1], one.adapter)
                 message = explain(self._model.dtype, f"at step {one.num_new + 1}", layer)
                 self.failures.append(SequenceFailure(one.request.index, one.num_new, message))
 
@@ -326,6 +328,13 @@ class Engine:
         error = sequence.grammar.error if sequence.grammar is not None else ""
         message = f"no token is allowed at step {sequence.num_new + 1}: {error or 'the restrictions of the request exclude all of them'}"
         self.failures.append(SequenceFailure(sequence.request.index, sequence.num_new, message, by_request=True))
+
+    def _find_adapter(self, name: str) -> int:
+        """Return the number of an adapter. Raises RequestError for an unknown one."""
+        number = self._model.adapters.get(name)
+        if number is None:
+            raise RequestError(f"the LoRA adapter {name!r} is not loaded: give it with --lora {name}=PATH")
+        return number
 
     def _has_failed(self, sequence: LiveSequence) -> bool:
         return any(failure.index == sequence.request.index for failure in self.failures)

@@ -147,7 +147,7 @@ def sample(
     else:
         mine = _list_best(logits_local, states, count, first_id, masks)
     wide = [2 * count] * collectives.world_size
-    gathered = collectives.gather_columns(mine, wide).numpy(force=True)
+    gathered = collectives.gather_columns(mine.cpu(), wide).numpy()
     candidates = gathered.reshape(len(states), -1, 2, count)
     tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is among its rank's candidates, as the largest
     for values, state, top in zip(candidates, states, tops, strict=True):
@@ -173,7 +173,7 @@ def _list_best(
         ids = _best(penalized, count)
         mine[row, : len(ids)] = ids + first_id
         mine[row, count : count + len(ids)] = penalized[ids]
-    return torch.from_numpy(mine).to(logits_local.device)
+    return torch.from_numpy(mine)
 
 
 def _changes_logits(state: SamplingState) -> bool:

@@ -125,10 +125,12 @@ class Scheduler:
         if not self.pool.share:
             return False
         size = self.pool.block_size
-        ended = [part.sequence.final_ids[:size] for part in parts]
-        live = [sequence.final_ids[:size] for sequence in (*self._running, *self._waiting) if not sequence.is_over]
+        ended = [(part.sequence.adapter, part.sequence.final_ids[:size]) for part in parts]
+        live = [(one.adapter, one.final_ids[:size]) for one in (*self._running, *self._waiting) if not one.is_over]
         # A sequence whose first block is not full yet may still come to match.
-        return any(len(one) == size and one[: len(other)] == other for one in ended for other in live)
+        return any(
+            adapter == other and len(ids) == size and ids[: len(others)] == others for adapter, ids in ended for other, others in live
+        )
 
     def pass_by(self, parts: Sequence[Part], *, computed: bool) -> None:
         """Finish a pass, computed or skipped, and record the blocks that were not computed."""
@@ -152,7 +154,10 @@ class Scheduler:
         """Allocate the blocks for all tokens of a sequence, reusing shared ones; return False if there are too few."""
         pool = self.pool
         # Tokens in shared blocks do not go through the model, so they could not be scored.
-        blocks, chain = ([], ROOT) if sequence.num_unscored else pool.find(sequence.ids, hollow=sequence.is_over)
+        blocks: list[int] = []
+        chain = ROOT - sequence.adapter
+        if not sequence.num_unscored:
+            blocks, chain = pool.find(sequence.ids, hollow=sequence.is_over, root=chain)
         missing = count_blocks(len(sequence.ids), pool.block_size) - len(blocks)
         if missing + pool.count_kept(blocks) > pool.num_free:
             return False

@@ -46,6 +46,8 @@ class LiveSequence:
     """Number of cached blocks."""
     grammar: GrammarState | None = None
     """Its parser, on rank 0, if its text is limited by a grammar."""
+    adapter: int = 0
+    """Number of its LoRA adapter, from 1; 0: none."""
     num_scored: int = 0
     """Prompt tokens after which the next one has been scored, see SamplingParams.prompt_logprobs."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.cache_scales import list_cache_scales
 from model.checkpoint.folder_writing import write_folder, write_json, write_tensors
 from model.checkpoint.source import CheckpointSource, read_pieces
 from model.spec.tensor_info import TensorInfo
@@ -68,7 +69,7 @@ def write_checkpoint(
             on_progress(done, total)
 
     with write_folder(target) as folder:
-        write_tensors(folder, tensors, read_counted, groups)
+        write_tensors(folder, tensors, read_counted, groups, list_cache_scales(config, tensors))
         write_json(folder / "config.json", config)
         write_tokenizer(source.tokenizer_path(), folder)
         add_files(folder)

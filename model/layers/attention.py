@@ -50,7 +50,7 @@ class Attention:
         if self._backend.kernels is not None and batch.lies_in_stores:
             limits = (window or 0, softcap or 0.0)
             return _attend_natively(self._backend.kernels, qkv.contiguous(), heads, kv_heads, layer, batch, angles, scales, limits)
-        tile_tokens = self._backend.tokens_per_tile(heads, kv_heads) if batch.lies_in_stores else None
+        tile_tokens = self._backend.tokens_per_tile(heads, kv_heads) if batch.is_paged else None
         if tile_tokens is not None:
             return self._attend_paged(qkv, heads, kv_heads, layer, batch, angles, scales, window, softcap, tile_tokens)
         split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)

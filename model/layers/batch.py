@@ -19,6 +19,8 @@ class Span:
     """The sequence's KV cache; a forward pass extends it."""
     ids: Sequence[int]
     """The new tokens."""
+    adapter: int = 0
+    """Number of the sequence's LoRA adapter, from 1; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,14 @@ class Batch:
         positions = [p for span in spans for p in range(span.cache.length, span.cache.length + len(span.ids))]
         self.cos, self.sin = rotary.angles(positions, device)
         self._local = None if local_rotary is None else local_rotary.angles(positions, device)
+        self.adapted = _group_adapted(spans)
+        """Number of each adapter in use, with the rows of its tokens within the pass."""
         self._stores: list[StoreRows] | None = None
+        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) and span.cache.store.for_kernels for span in spans)
+        """Whether native kernels can read and write all caches (see `join_stores`); else they go by the caches' own methods."""
+        self.is_paged = all(isinstance(span.cache, KeyValueCache) and not span.cache.store.for_kernels for span in spans)
+        """Whether a device's own attention can read and write all caches (see `place_part`)."""
         self._device, self._paged = device, dict[int, PagedRows]()
-        self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) for span in spans)
-        """Whether `join_stores` can tell where keys and values go; else they go by the caches' own methods."""
 
     def angles(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin for a layer with a window (`local`), or without."""
@@ -82,6 +88,18 @@ class Batch:
                 row += len(span.ids)
             found = self._paged[part.rows.start] = place_rows(sequences, tile_tokens, part.store.block_size, self._device)
         return found
+
+
+def _group_adapted(spans: Sequence[Span]) -> list[tuple[int, slice | torch.Tensor]]:
+    if not any(span.adapter for span in spans):
+        return []
+    owners = [span.adapter for span in spans for _ in span.ids]
+    groups: list[tuple[int, slice | torch.Tensor]] = []
+    for adapter in sorted({*owners} - {0}):
+        rows = [row for row, owner in enumerate(owners) if owner == adapter]
+        is_run = rows[-1] - rows[0] + 1 == len(rows)
+        groups.append((adapter, slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows)))
+    return groups
 
 
 def _find_cache(span: Span) -> KeyValueCache:

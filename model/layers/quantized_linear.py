@@ -1,4 +1,4 @@
-"""Quantized linears split over output rows: weight-only (A16W8, grouped A16W4), or with quantized activations (A8W8).
+"""Quantized linears split over output rows: weight-only (A16W8, grouped A16W4), or with quantized activations (A8W8, A8W4).
 
 Integer matmuls are exact and sums over groups have a fixed order, so results are bitwise identical for any ranks and kernels.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.backends.int8 import InputSteps, Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
+from model.backends.int8 import InputSteps, Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear, token_linear
 from model.backends.interface import Backend
+from model.backends.upload import upload
 from model.kernels.library import KernelInputs, PackedInt4
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
@@ -112,7 +113,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         parts, column = [], 0
         for group, size in enumerate(sizes):
             columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
-            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
+            packed = self.kernel.pack(upload(columns, device), scale[:, group].contiguous().to(device))
             parts.append(Part(column, column + size, packed))
             column += size
         return parts
@@ -135,7 +136,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         if self.scheme.activation == "tensor":
             scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
             integers = (x.float() / scale).add_(self._zero_point).round_().clamp_(-128, 127)
-            product = one_slice_linear(integers, self._parts[0], self.kernel)
+            product = one_slice_linear(integers, self._parts, self.kernel)
             if self._correction is not None:
                 product.sub_(self._correction)
             product.mul_(self._input_scale)
@@ -144,10 +145,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":
-            # The scale of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
-            row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
-            integers = (x.float() / row_scale).round_().clamp_(-128, 127)
-            return one_slice_linear(integers, self._parts[0], self.kernel).mul_(row_scale).to(dtype)
+            return token_linear(x, self._parts, self.kernel, self._order).to(dtype)
         return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
 
 

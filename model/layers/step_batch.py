@@ -15,9 +15,11 @@ _ALIGNED = 4
 class StepBatch:
     """The rows of a recorded step, in place of a `Batch`: views of the block on the device."""
 
-    lies_in_stores = True
+    lies_in_stores, is_paged = False, True
     spans: Sequence[Span] = ()
     """A recorded step has no sequences of its own."""
+    adapted: Sequence[tuple[int, slice | torch.Tensor]] = ()
+    """A recorded step has no adapters."""
 
     def __init__(self, block: torch.Tensor, rows: int, blocks: int, store: KeyValueStore, head_dim: int, rotaries: int) -> None:
         """`blocks`: of a sequence, at most. `rotaries`: 2 if layers with a window have angles of their own."""

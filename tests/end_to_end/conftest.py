@@ -322,8 +322,12 @@ def refuse(
         for variable in [name for name in os.environ if name.startswith(_STRAY_PREFIXES)]:
             monkeypatch.delenv(variable)
         monkeypatch.setattr(sys, "argv", ["tandem", *map(str, command)])
-        for name in ("join_ranks", "spawn_ranks", "serve_ranks"):
-            monkeypatch.setattr(f"launcher.commands.run_ranks.{name}", _start_nothing)
+        for place in (
+            "launcher.supervision.foreign_launchers.join_ranks",
+            "launcher.commands.run_ranks.spawn_ranks",
+            "launcher.rendezvous.msrun_scheduler.serve_ranks",
+        ):
+            monkeypatch.setattr(place, _start_nothing)
         monkeypatch.setattr("signal.signal", lambda number, handler: None)  # the handlers of this process stay
         from launcher.cli.main import main
 

@@ -76,7 +76,10 @@ def interrupt(tandem: "Tandem", command: Sequence[str | Path], number: int, **va
 Make = Callable[["Checkpoints", Path], list[str | Path]]
 PHASES: dict[str, tuple[str, Make]] = {
     "the commands' import": (SLOW.format(where="launcher", module="typer"), lambda made, out: ["env"]),
-    "torch's import in verify": (SLOW.format(where="launcher", module="torch"), lambda made, out: ["verify", made.float]),
+    "torch's import in convert": (
+        SLOW.format(where="launcher", module="torch"),
+        lambda made, out: ["convert", made.float, out / "converted"],
+    ),
     "verify": (HANG.format(module="checkpoint.verification", function="_read_chunks"), lambda made, out: ["verify", made.float]),
     "convert": (
         HANG.format(module="checkpoint.folder_writing", function="write_sha256sums"),

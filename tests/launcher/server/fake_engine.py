@@ -110,7 +110,9 @@ class FakeEngine:
 
 def serve(max_client_requests: int, keys: tuple[bytes, ...]) -> None:
     """Print the port, then serve."""
-    job: Any = SimpleNamespace(world_size=1, max_batch_size=4, context_tokens=CONTEXT, block_size=16, dtype="float32", eos_token_ids=(257,))
+    job: Any = SimpleNamespace(
+        world_size=1, max_batch_size=4, context_tokens=CONTEXT, block_size=16, dtype="float32", eos_token_ids=(257,), adapters=()
+    )
     config: Any = SimpleNamespace(vocab_size=258, num_hidden_layers=1)
     front = EngineClient(
         Served(name="fake", version="0", config=config, job=job, plans=[], num_blocks=1000, max_waiting=200, drain_seconds=1.0)

@@ -43,7 +43,7 @@ def build() -> Iterator[Build]:
 
         def make(template: str = PLAIN, *, context: int = 512, **options: Any) -> Service:
             job = SimpleNamespace(context_tokens=context, block_size=16, max_batch_size=4, eos_token_ids=(257,))
-            served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100)
+            served = SimpleNamespace(version="0", name="m", job=job, config=SimpleNamespace(vocab_size=258), num_blocks=100, adapters=())
             dispatcher = Dispatcher(InflightRequests(), ServeMetrics(), max_running=4, max_waiting=100)
             front: Any = SimpleNamespace(served=served, dispatcher=dispatcher)
             service = Service(front, ByteTokenizer(), build_chat(template), 60.0, **options)

@@ -37,7 +37,7 @@ def test_an_option_has_the_names_of_its_field_and_flags(given: dict[str, Any], f
     ("given", "words"),
     [
         ({"wrkers": 2}, r"LLM has no option 'wrkers'; did you mean workers"),
-        ({"colour": 2}, r"LLM has no option 'colour'; the options are .*workers"),
+        ({"shade": 2}, r"LLM has no option 'shade'; the options are .*workers"),
         ({"num_nodes": 2}, r"LLM has no option 'num_nodes'"),  # a field that no engine declares
         ({"workers": 2, "tensor_parallel_size": 2}, r"workers and tensor_parallel_size are two names of one option: give one"),
         ({"workers": "2"}, r"workers is '2', but a whole number is needed"),
