@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,36 @@ _PLAIN_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class InputSteps:
+    """What is done to the inputs of an integer linear before they are multiplied."""
+
+    activation: str | None = None
+    """None: slices; "token" or "tensor": rounded to int8 once, with a scale per token or a stored one."""
+    divisor: torch.Tensor | None = None
+    """float32 [columns]: divisor of the inputs."""
+    order: torch.Tensor | None = None
+    """int64 [columns]: the input of each column of the weight; None: in order."""
+    input_scale: float = 1.0
+    """The stored scale."""
+    zero_point: int = 0
+    """Added to the inputs after the stored scale."""
+    correction: torch.Tensor | None = None
+    """float32 [rows]: what the zero point adds to the products."""
+
+
+class WholeLinears(Protocol):
+    """Products of whole weights, with all their groups and all that is done to their inputs."""
+
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor, sizes: Sequence[int], bits: int, steps: InputSteps) -> Any:
+        """Pack weight int8 [rows, columns] with scale float32 [rows, groups] and the columns of each group, all on the device."""
+        ...
+
+    def multiply(self, x: torch.Tensor, packed: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply x [tokens, columns] of any float dtype: [tokens, rows] as `dtype`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Int8Kernel:
     """One implementation of the int8 matmul."""
 
@@ -41,6 +71,8 @@ class Int8Kernel:
     """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer matmul, rounded, times the scale."""
     whole: Kernels | None = None
     """Set if it multiplies whole weights as stored, with all their groups."""
+    linears: WholeLinears | None = None
+    """Set if it multiplies whole weights in a form of its own; it then leaves `pack` and `multiply` to tests."""
 
 
 @dataclass(frozen=True, slots=True)

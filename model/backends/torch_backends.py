@@ -1,11 +1,16 @@
 """Backends built on PyTorch operators. The CPU backend is the reference for the native kernels' tests."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from model.backends.device_types import TORCH, is_host_memory
 from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
+from model.backends.interface import StepBlock
+from model.backends.largest import find_largest
+from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
 
 _ALIGNED_ELEMENTS = 16
@@ -17,6 +22,8 @@ class TorchBackend:
 
     name = TORCH
     kernels: Kernels | None = None
+    batch_invariant = False
+    captures_graphs = False
 
     def __init__(self, device_type: str) -> None:
         self._device_type, self.in_host_memory = device_type, is_host_memory(device_type)
@@ -66,6 +73,36 @@ class TorchBackend:
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Scaled dot-product attention; in float32 if the dtypes of cache and query differ."""
         return self._attend_scaled(query, keys, values, mask, query.shape[-1] ** -0.5)
+
+    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
+        """Return None: caches are read one by one."""
+        return None
+
+    def attend_paged(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: StoredLayer,
+        paged: PagedRows,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Not called: see `tokens_per_tile`."""
+        raise NotImplementedError
+
+    def find_largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Found by one key per value, see `model/backends/largest.py`."""
+        return find_largest(logits, count)
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Not called: see `captures_graphs`."""
+        raise NotImplementedError
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Not called: see `captures_graphs`."""
+        raise NotImplementedError
 
     def _attend_scaled(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
