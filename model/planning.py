@@ -28,6 +28,7 @@ rank of another launcher needs 55 to 70 MB more.
 """
 _DEQUANTIZER_BYTES = 12_000_000
 """The gguf library, and its copies of the rows that it dequantizes. Measured."""
+_EMBEDDING = "model.embed_tokens.weight"
 _PACKED_ROWS = 48
 """PyTorch's packed int8 matrices consist of whole blocks of this many rows (measured)."""
 _PACKED_ROW_BYTES = 24
@@ -210,10 +211,11 @@ def _plan_rank(
         hidden_rows=rows["hidden"],
         intermediate_rows=rows["intermediate"],
         vocab_rows=rows["vocab"],
-        file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items()),
+        file_bytes=sum(file_bytes(name, spec) for name, spec in specs.items())
+        + (file_bytes(_EMBEDDING, specs[_EMBEDDING]) if scheme.head is not None and config.tie_word_embeddings else 0),
         weight_bytes=weights,
         streamed_bytes=round(sum(step.kept_bytes * step.streamed_share * length for step, length in steps))
-        - (0 if config.tie_word_embeddings else steps[0][0].kept_bytes),
+        - (0 if config.tie_word_embeddings and scheme.head is None else steps[0][0].kept_bytes),
         kv_cache_bytes=kv_bytes,
         activation_bytes=activations,
         peak_bytes=PROCESS_BYTES[workload.dtype][scheme.linear is not None and not workload.own_kernels]
@@ -253,7 +255,8 @@ def _list_steps(
     layout = config.layout()
 
     def local(name: str) -> int:
-        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale") if key in specs)
+        # The last one is the source of a tied head that is quantized.
+        spec = next(specs[key] for key in (f"{name}.weight", f"{name}.weight_scale", _EMBEDDING) if key in specs)
         start, stop = spec.rows(rank, world_size)
         return stop - start
 
@@ -314,7 +317,7 @@ def _list_steps(
                     layers[layer].append(small(sum(local(name) for name in full)))
         yield layers[layer], length
     yield [small(config.hidden_size, norm_bytes)], 1
-    if not config.tie_word_embeddings:
+    if scheme.head is not None or not config.tie_word_embeddings:
         yield list(linear(("lm_head",), config.hidden_size, (layout.vocab.unit,))), 1
 
 

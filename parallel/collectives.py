@@ -1,6 +1,7 @@
 """Collectives: gather every rank's columns in rank order. Nothing is ever reduced, so results do not depend on the number of ranks.
 
-One interface, three implementations: identity (one rank), shared memory (`parallel/shared_memory.py`), torch.distributed.
+One interface: identity (one rank), gloo; shared memory (`parallel/shared_memory.py`), both (`parallel/node_collectives.py`), and ranks on
+devices (`parallel/device_collectives.py`).
 """
 
 import ctypes
@@ -9,7 +10,6 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
@@ -65,24 +65,25 @@ class IdentityCollectives:
         """Do nothing: there are no resources."""
 
 
-class DistributedCollectives:
-    """torch.distributed: gloo on CPUs, the device's own backend elsewhere. Barriers go through the store, whose timeout can be extended.
+class GlooCollectives:
+    """gloo, between the processors of any hosts. Barriers go through the store, whose timeout can be extended.
 
     `address`: the local address to listen on. `ranks`: rank numbers to use in messages when this group is only part of a run.
     """
+
+    name = "gloo"
 
     def __init__(
         self,
         store: Store,
         rank: int,
         world_size: int,
-        backend: str,
         timeout_seconds: float,
         address: str = "127.0.0.1",
         *,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self.name, self.rank, self.world_size = backend, rank, world_size
+        self.rank, self.world_size = rank, world_size
         self._ranks = list(range(world_size)) if ranks is None else list(ranks)
         me = self._ranks[rank]
         self._beats = StoreBeats(store, me)
@@ -92,17 +93,14 @@ class DistributedCollectives:
         self._lines = PeerLines(store, me, self._ranks, address, timeout_seconds)
         self._barrier = StoreBarrier(store, me, self._ranks, timeout_seconds, self._lines.find_gone)
         try:
-            if backend == "gloo":
-                self._group = open_gloo_group(store, rank, world_size, timeout, address)
-            else:
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            self._group = open_gloo_group(store, rank, world_size, timeout, address)
         except RuntimeError as error:
             raise self._fail("connect", error) from error
 
     def gather_columns(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Join [rows, sizes[rank]] of every rank into [rows, sum(sizes)].
 
-        Parts are sent as bytes, padded to the widest part: backends differ in the dtypes and uneven sizes they support.
+        Parts are sent as bytes, padded to the widest part: gloo lacks some dtypes, and uneven sizes.
         """
         rows, widest = local.shape[0], max(sizes)
         mine = local.new_zeros((rows, widest))
@@ -110,10 +108,7 @@ class DistributedCollectives:
         parts = [torch.empty_like(mine) for _ in sizes]
         sent, received = mine.view(torch.uint8), [part.view(torch.uint8) for part in parts]
         try:
-            if self._group is not None:
-                self._wait(gather_bytes(self._group, received, sent))
-            else:
-                dist.all_gather(received, sent)
+            self._wait(gather_bytes(self._group, received, sent))
         except RuntimeError as error:
             raise self._fail("gather_columns", error) from error
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
@@ -129,8 +124,6 @@ class DistributedCollectives:
     def close(self) -> None:
         """Leave the process group."""
         self._lines.close()
-        if self._group is None:
-            dist.destroy_process_group()
         self._group = None
 
     def _wait(self, work: Any) -> None:

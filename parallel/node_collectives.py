@@ -1,4 +1,4 @@
-"""Collectives of CPU ranks on several hosts: shared memory within a host, torch.distributed between the first ranks of the hosts.
+"""Collectives of CPU ranks on several hosts: shared memory within a host, gloo between the first ranks of the hosts.
 
 Each part crosses between two hosts only once, however many ranks they run.
 """
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from parallel.collectives import DistributedCollectives, IdentityCollectives
+from parallel.collectives import GlooCollectives, IdentityCollectives
 from parallel.peer_lines import PeerLines
 from parallel.shared_memory import SharedMemoryCollectives
+from parallel.shared_words import WordAccess
 from parallel.store_waiting import StoreBarrier, StoreBeats
 from parallel.torch_internals import PrefixStore, Store
 
@@ -21,11 +22,16 @@ def number_nodes(hosts: Sequence[str]) -> list[int]:
 
 
 class NodeCollectives:
-    """Gather within each host, between the hosts, then within each host again. `nodes[r]` is the node of rank r."""
+    """Gather within each host, between the hosts, then within each host again.
+
+    `nodes[r]` is the node of rank r; `access`: see SharedMemoryCollectives.
+    """
 
     name = "shm+gloo"
 
-    def __init__(self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str) -> None:
+    def __init__(
+        self, store: Store, rank: int, nodes: Sequence[int], timeout_seconds: float, address: str, access: WordAccess | None = None
+    ) -> None:
         self.rank, self.world_size = rank, len(nodes)
         self._members = [[other for other in range(len(nodes)) if nodes[other] == node] for node in range(max(nodes) + 1)]
         self._node = nodes[rank]
@@ -38,12 +44,12 @@ class NodeCollectives:
         self._local: IdentityCollectives | SharedMemoryCollectives = IdentityCollectives()
         if len(mates) > 1:
             inside = PrefixStore(f"node_{self._node}", store)
-            self._local = SharedMemoryCollectives(inside, mates.index(rank), len(mates), timeout_seconds, ranks=mates)
-        self._between: DistributedCollectives | None = None
+            self._local = SharedMemoryCollectives(inside, mates.index(rank), len(mates), timeout_seconds, ranks=mates, access=access)
+        self._between: GlooCollectives | None = None
         if rank == mates[0] and len(self._members) > 1:
             between = PrefixStore("leaders", store)
-            self._between = DistributedCollectives(
-                between, self._node, len(self._members), "gloo", timeout_seconds, address, ranks=[members[0] for members in self._members]
+            self._between = GlooCollectives(
+                between, self._node, len(self._members), timeout_seconds, address, ranks=[members[0] for members in self._members]
             )
         # Columns arrive grouped by node; this permutation restores rank order.
         self._order = [other for members in self._members for other in members]

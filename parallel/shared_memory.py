@@ -1,8 +1,8 @@
-"""Collectives of CPU ranks on one x86-64 host: each rank writes its slot, increments its sequence number and reads all slots.
+"""Collectives of CPU ranks on one host: each rank writes its slot, increments its sequence number and reads all slots.
 
 Two buffers alternate: when a rank reuses a buffer, the sequence numbers guarantee that all peers have read it. Plain loads and stores
-are ordered on x86-64 only; use torch.distributed elsewhere. Waiting yields the CPU and ends when a peer dies. The memory is anonymous,
-so it disappears with the last rank.
+are ordered on x86-64 only; elsewhere `AtomicWords` orders them, or use torch.distributed. Waiting yields the CPU and ends when a peer
+dies. The memory is anonymous, so it disappears with the last rank.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import torch
 from parallel.errors import PeerError
 from parallel.observed_time import ObservedTime
 from parallel.process_ends import find_ended
+from parallel.shared_words import AtomicWords, WordAccess
 from parallel.store_waiting import wait_for_ranks
 from parallel.torch_internals import Store
 
@@ -67,11 +68,23 @@ class SharesSlots(Protocol):
 
 
 class SharedMemoryCollectives:
-    """Gather through memory shared by all ranks of one host. `ranks`: rank numbers to use in messages when this group is part of a run."""
+    """Gather through memory shared by all ranks of one host.
+
+    `ranks`: rank numbers to use in messages when this group is part of a run. `access`: None on x86-64, where plain words are ordered.
+    """
 
     name = "shm"
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float, *, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        *,
+        ranks: Sequence[int] | None = None,
+        access: WordAccess | None = None,
+    ) -> None:
         self.rank, self.world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
         self._ranks = list(range(world_size)) if ranks is None else list(ranks)
@@ -79,12 +92,13 @@ class SharedMemoryCollectives:
         flag_bytes = world_size * _FLAG_WORDS * 8
         size = flag_bytes + 2 * world_size * _SLOT_BYTES
         memory, descriptor = _map_shared(store, rank, self._ranks, size, timeout_seconds)
-        self._flags = memoryview(memory)[:flag_bytes].cast("q")
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=flag_bytes).view(2, world_size, _SLOT_BYTES)
         self._slots = [[slots[buffer, peer] for peer in range(world_size)] for buffer in range(2)]
         self._views: dict[tuple[object, ...], list[torch.Tensor]] = {}
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._flags: memoryview[int] | AtomicWords
+        self._flags = memoryview(memory)[:flag_bytes].cast("q") if access is None else AtomicWords(self._address, access)
         self._flag_bytes = flag_bytes
         self._unwatched = (ctypes.c_int64 * 4)()
         self._clock = ObservedTime()

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from launcher.commands.job_plan import build_job
 from launcher.commands.opened_model import open_model
+from launcher.commands.opened_run import Run
 from launcher.commands.preparation import locate_model
-from launcher.commands.run_ranks import Run, build_job
 from launcher.environment.detection import LaunchEnvironment, decide_world_size
+from launcher.environment.device_transports import bind_device_transports
 from launcher.job.job import Job
 from launcher.job.tasks import Decode
 from launcher.rendezvous.nodes import Nodes
@@ -52,9 +54,13 @@ MODEL_OPTIONS = (
     "workers",
     "dtype",
     "device",
+    "ranks_per_device",
+    "memory_fraction",
     "threads_per_rank",
     "collectives",
     "cpu_kernels",
+    "activations",
+    "lm_head",
     "kv_cache_dtype",
 )
 """Options of the command line that describe a model and its ranks."""
@@ -83,6 +89,7 @@ class AutoModel:
         group = init()
         given = {"dtype": dtype, "device": device, **options}
         job = group.agree(lambda: _plan_job(group, path, given), describe_run)
+        bind_device_transports(job.device, group.seat.address)
         return cls(*load_rank(group.open_rank(job, _warn)))
 
     def generate(

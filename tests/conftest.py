@@ -10,6 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+# Read when triton is first imported: kernels for accelerators then run in its interpreter, on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 

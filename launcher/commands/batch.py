@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.commands.opened_run import open_run
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import open_run, run_job
+from launcher.commands.run_ranks import run_job
 from launcher.commands.serve import DEFAULT_MAX_RESTARTS, Follower, plan_engine
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.batch_results import BatchResults

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.env import read_processor
+from launcher.commands.job_plan import build_job
 from launcher.commands.opened_model import OpenedModel, open_model
+from launcher.commands.opened_run import Run, open_run
 from launcher.commands.preparation import writes_results
 from launcher.commands.profile_report import build_trace, print_profile
-from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
+from launcher.commands.run_ranks import run_to_result
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import count_cores
 from launcher.host.file_errors import as_run_failure
@@ -129,10 +131,11 @@ def describe_result(task: Bench, run: Run, measured: dict[str, Any]) -> dict[str
 
 RESULT_NAMES = (
     *("bench", "version", "model", "num_layers", "quantization", "dtype", "kernel", "collectives", "world_size", "threads_per_rank"),
+    "cores_bound",
     *("device", "machine", "cores", "date", "prompt_tokens", "new_tokens", "rounds", "memory_bandwidth_bytes_per_second"),
     *("weight_bytes", "decode_bytes_per_step", "load_seconds", "read_bytes", "time_to_first_token_seconds"),
     *("start_to_first_token_seconds", "prefill_tokens_per_second", "decode", "speculation", "gather_seconds"),
-    "peak_rss_bytes",
+    *("peak_rss_bytes", "peak_device_bytes"),
 )
 """Keys of the object that --json prints, in order."""
 
@@ -143,7 +146,7 @@ def write_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{r['model']}, {r['num_layers']} layers, {r['quantization']}, {r['dtype']}: {r['world_size']} rank(s) x {r['threads_per_rank']} "
         f"thread(s), {r['kernel']}, {r['collectives']}",
-        f"{r['machine']}, {r['cores']} cores, {r['date']}",
+        f"{r['machine']}, {r['cores']} cores, ranks {'bound' if r['cores_bound'] else 'not bound'} to them, {r['date']}",
         f"memory    {r['memory_bandwidth_bytes_per_second'] / 1e9:8.1f} GB/s read bandwidth of all ranks together",
         f"load      {r['load_seconds']:8.2f} s; first token {r['start_to_first_token_seconds']:.2f} s after the start of the command",
         f"prefill   {r['prefill_tokens_per_second']:8.1f} tokens/s; first token {r['time_to_first_token_seconds'] * 1e3:.1f} ms after a "

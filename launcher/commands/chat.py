@@ -14,8 +14,10 @@ from dataclasses import replace
 from msgspec import structs
 
 from launcher.commands.conversation import Conversation
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
 from launcher.commands.predict import plan_params
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.run_ranks import run_job
 from launcher.commands.serve import plan_cache
 from launcher.job.tasks import Serve
 from launcher.server.chat_front import ChatEngineClient

@@ -15,7 +15,9 @@ from queue import SimpleQueue
 
 from msgspec import convert, structs
 
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
+from launcher.commands.run_ranks import run_job
 from launcher.commands.serve import plan_cache
 from launcher.host.streams import prepare_streams
 from launcher.job.job import Job

@@ -14,6 +14,7 @@ from launcher.environment.detection import read_cpu_kernels, read_environment
 from launcher.host.accelerators import may_have_accelerator
 from launcher.host.control_groups import read_memory_group
 from launcher.host.cores import count_cores
+from launcher.host.numa import format_cores, read_nodes
 from launcher.host.program_version import read_version
 from launcher.host.streams import require_stdout
 from launcher.settings.measure_options import EnvOptions
@@ -48,6 +49,7 @@ def describe_machine() -> dict[str, Any]:
             "model": read_processor(),
             "cores": os.cpu_count(),
             "usable_cores": count_cores(),
+            "numa_nodes": {str(node): list(cores) for node, cores in read_nodes().items()},
             "features": _list_features(),
         },
         **_describe_backend(),
@@ -155,6 +157,7 @@ def _list_machine(machine: dict[str, Any]) -> list[str]:
         "versions": installed,
         "system": versions["system"],
         "cpu": f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores usable",
+        "NUMA nodes": "; ".join(f"{node}: cores {format_cores(cores)}" for node, cores in cpu["numa_nodes"].items()),
         "cpu features": " ".join(cpu["features"]) or "-",
         "backend": runs,
         "cpu kernels": " ".join(backend.get("cpu_kernels_usable", ())) or "none (PyTorch's are used)",

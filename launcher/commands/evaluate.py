@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
+from launcher.commands.run_ranks import run_to_result
 from launcher.job.tasks import EVALUATIONS, Evaluate
 from launcher.settings.measure_options import EvaluateOptions
 from model.evaluation.data import encode_prompts, find_choice_ids, read_boolq, read_windows

@@ -17,16 +17,20 @@ from launcher.environment.detection import decide_world_size, read_environment
 from launcher.host.atomic_write import atomic_write
 from launcher.host.cores import share_cores
 from launcher.host.file_errors import as_run_failure
+from launcher.host.numa import plan_nodes
 from launcher.host.output_paths import check_output_file
+from launcher.job.device_memory import DEFAULT_MEMORY_FRACTION, fit_ranks, parse_bytes
 from launcher.reporting.plan_drawing import draw_plan
 from launcher.settings.approaches import check_words, plan_recipe
 from launcher.settings.checkpoint_options import PlanOptions, QuantizeOptions
 from launcher.settings.lora_options import list_adapters
+from launcher.settings.precedence import first_not_none
 from launcher.settings.yaml_settings import Settings, open_settings
 from model.draft_planning import add_draft_model
 from model.planning import RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import DEFAULT_BLOCK_SIZE, DTYPES, LlamaConfig, build_config, check_blocks, read_config
 from model.spec.lora_updates import LoraUpdate, count_adapter_bytes
+from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from parallel.errors import ConfigError
@@ -49,9 +53,16 @@ def plan(options: PlanOptions) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--tokens", tokens), ("--bandwidth", options.bandwidth)):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} is {value}, but has to be above 0")
+    scheme = plan_run_scheme(
+        scheme,
+        tied=config.tie_word_embeddings,
+        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        activations=options.activations or settings.tandem.activations or "auto",
+        lm_head=options.lm_head or settings.tandem.lm_head or "auto",
+    )
     workload = Workload(
         dtype=dtype,
-        kv_cache=settings.decide_cache(options.kv_cache_dtype, scheme),
+        kv_cache=scheme.kv_cache,
         batch_size=options.batch_size,
         tokens=tokens,
         num_threads=options.threads_per_rank or settings.tandem.threads_per_rank or share_cores(world_size),
@@ -59,10 +70,13 @@ def plan(options: PlanOptions) -> None:
         num_blocks=settings.num_blocks,
     )
     check_blocks(workload.block_size, workload.num_blocks)
+    fraction = first_not_none(options.memory_fraction, settings.tandem.memory_fraction, DEFAULT_MEMORY_FRACTION)
+    budget = int(fraction * parse_bytes("--device-memory", options.device_memory)) if options.device_memory else None
     adapters = _open_adapters(options, config)
     plans = plan_ranks(config, scheme, world_size, workload, stored, list(adapters.values()))
     drafts = _plan_draft_model(options, world_size, workload)
-    result = _describe(options, config, scheme, add_draft_model(plans, drafts) if drafts else plans, workload, stored)
+    both = add_draft_model(plans, drafts) if drafts else plans
+    result = _describe(options, config, scheme, both, workload, stored, budget)
     result["adapters"] = {
         name: [count_adapter_bytes(config, updates, rank, world_size) for rank in range(world_size)] for name, updates in adapters.items()
     }
@@ -139,6 +153,7 @@ def _describe(
     plans: list[RankPlan],
     workload: Workload,
     stored: Mapping[str, StoredForm],
+    budget_bytes: int | None,
 ) -> dict[str, Any]:
     layout = config.layout()
     valid = range(1, layout.max_world_size + 1)
@@ -157,15 +172,25 @@ def _describe(
         "batch_size": workload.batch_size,
         "tokens": workload.tokens,
         "threads_per_rank": workload.num_threads,
+        "numa_nodes": plan_nodes(len(plans), workload.num_threads),
         "valid_workers": list(valid),
         "why_not_more": f"{layout.max_world_size + 1} ranks are too many: the model has {layout.reason}",
         "balance": balance,
         "bandwidth_gb_per_second": options.bandwidth,
         "tokens_per_second": speed,
+        "device": _fit(plans, workload, budget_bytes),
         "file_bytes": sum(rank.file_bytes for rank in plans),
         "peak_bytes": sum(rank.peak_bytes for rank in plans),
         "ranks": [asdict(rank) for rank in plans],
     }
+
+
+def _fit(plans: list[RankPlan], workload: Workload, budget_bytes: int | None) -> dict[str, int] | None:
+    """Return how the fullest rank fits into what it may use of a device; None without a device."""
+    if budget_bytes is None:
+        return None
+    fit = fit_ranks(plans, workload.cached_tokens, workload.block_size, budget_bytes)
+    return {**asdict(fit), "num_blocks": max(0, fit.num_blocks), "kv_cache_tokens": max(0, fit.num_blocks) * workload.block_size}
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -187,6 +212,15 @@ def _print(result: dict[str, Any]) -> None:
         words = (f"{word} {', '.join(map(_size, draft[name]))}" for name, word in _DRAFT_SIZES.items())
         print(f"of these, the draft model, by rank: {'; '.join(words)}")
     print(f"all ranks: {_size(result['file_bytes'])} read, {_size(result['peak_bytes'])} of memory at the peak if they share a host")
+    if fit := result["device"]:
+        left = f"{fit['kv_cache_tokens']} tokens of KV cache fit next to them" if fit["num_blocks"] else "no KV cache fits: use more ranks"
+        print(
+            f"device: rank {fit['rank']} may use {_size(fit['budget_bytes'])}, and needs {_size(fit['needed_bytes'])} for weights and "
+            f"activations; {left}"
+        )
+    if len(set(result["numa_nodes"])) > 1:
+        homes = ", ".join("-" if node is None else str(node) for node in result["numa_nodes"])
+        print(f"NUMA nodes of the ranks on this host, from rank 0: {homes}")
     even = _ranges([size for size, share in result["balance"].items() if share >= EVEN])
     print(f"valid: 1 to {len(result['valid_workers'])} ranks ({result['why_not_more']}); even within 5 %: {even}")
     if result["tokens_per_second"]:

@@ -7,8 +7,10 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
 from launcher.commands.preparation import writes_results
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.run_ranks import run_job
 from launcher.host.file_errors import as_run_failure
 from launcher.host.output_paths import check_output_file
 from launcher.reporting.console import RunConsole
@@ -60,9 +62,9 @@ def _decode(
     """Run the ranks and write their results. `again` is set if a launcher has restarted this rank."""
     task = console.plan_task()
     job = build_job(run, task, tokenizer=tokenizer)
-    if job.num_blocks is not None:
+    if job.block_limit is not None:
         for request in task.requests:
-            check_memory(request, job.num_blocks, job.block_size)
+            check_memory(request, job.block_limit, job.block_size)
     if output is not None and run.environment.is_rank and run.environment.rank == 0:
         output.begin()  # before the ranks start, since a launcher may restart this rank
     restarts = 0

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.checkpoint_target import claim_target, tell_written
-from launcher.commands.run_ranks import Run, build_job, open_run, run_to_result
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
+from launcher.commands.run_ranks import run_to_result
 from launcher.host.file_errors import as_run_failure
 from launcher.job.tasks import Quantize
 from launcher.reporting.console import ByteProgress

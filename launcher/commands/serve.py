@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import structs
 
-from launcher.commands.run_ranks import Run, build_job, open_run, run_job
+from launcher.commands.job_plan import build_job
+from launcher.commands.opened_run import Run, open_run
+from launcher.commands.run_ranks import run_job
 from launcher.host.cores import share_cores
 from launcher.host.loopback import is_loopback
 from launcher.host.program_version import read_version
@@ -164,10 +166,10 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         tokens=job.context_tokens,
         num_threads=job.threads_per_rank or share_cores(num_local),
         block_size=job.block_size,
-        num_blocks=job.num_blocks,
+        num_blocks=job.block_limit,
     )
-    plans = run.plan_ranks(workload)
-    num_blocks = job.num_blocks or job.max_batch_size * a_context
+    plans = run.plan_ranks(job, workload)
+    num_blocks = job.num_blocks or min(job.max_batch_size * a_context, job.fitting_blocks or sys.maxsize)
     available = read_available_bytes() if in_host_memory else None
     if job.num_blocks is None and available is not None:
         local = sorted(plans, key=lambda plan: plan.peak_bytes)[-num_local:]
@@ -177,7 +179,7 @@ def plan_cache(run: Run, job: Job) -> tuple[int, list[RankPlan]]:
         if num_blocks < a_context:
             words = f"free memory holds {num_blocks * job.block_size} tokens of KV cache, but the context is {job.context_tokens}"
             print(f"warning: {words}: longer requests are rejected; see --kv-cache-dtype int8", file=sys.stderr)
-        plans = run.plan_ranks(replace(workload, num_blocks=num_blocks))
+        plans = run.plan_ranks(job, replace(workload, num_blocks=num_blocks))
     return num_blocks, plans
 
 

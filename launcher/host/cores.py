@@ -1,6 +1,7 @@
 """Number of CPU cores available to this process and to each rank."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +20,14 @@ def share_cores(local_world_size: int) -> int:
     return max(1, count_cores() // local_world_size)
 
 
-def bind_cores(local_rank: int, local_world_size: int) -> None:
-    """Pin this process to its contiguous share of this host's cores. With more ranks than cores, nothing is pinned."""
+def bind_cores(local_rank: int, local_world_size: int, chosen: Sequence[int] | None = None) -> None:
+    """Bind this process to the `chosen` cores, otherwise to its contiguous share of this host's.
+
+    With more ranks than cores, nothing is bound.
+    """
+    if chosen is not None:
+        os.sched_setaffinity(0, chosen)
+        return
     cores = sorted(os.sched_getaffinity(0))
     first, end = local_rank * len(cores) // local_world_size, (local_rank + 1) * len(cores) // local_world_size
     if first < end:

@@ -12,6 +12,9 @@ from launcher.job.tasks import Task
 from model.checkpoint.fingerprint import Fingerprint
 from model.checkpoint.formats import OpenOptions
 from model.engine.speculation import DEFAULT_DRAFT_TOKENS
+from model.spec.config import LlamaConfig
+from model.spec.run_scheme import plan_run_scheme
+from model.spec.scheme import Scheme
 
 _LOCAL_FIELDS = (
     "checkpoint",
@@ -21,9 +24,11 @@ _LOCAL_FIELDS = (
     "join_seconds",
     "threads_per_rank",
     "bind_cores",
+    "cores",
     "cpu_kernels",
     "draft",
     "task",
+    "fitting_blocks",
     "adapters",
 )
 """Fields that may differ between the ranks of a run; of the fingerprints, only the content is compared."""
@@ -63,6 +68,10 @@ class Job:
     """Fingerprint of the checkpoint on this host at the start of the run."""
     kv_cache: str | None
     """A kv_cache name of model/spec/scheme.py; overrides the checkpoint's."""
+    activations: str = "auto"
+    """Precision of the inputs of integer linears: one of model/spec/run_scheme.py."""
+    lm_head: str = "auto"
+    """Precision of the output head: one of model/spec/run_scheme.py."""
     world_size: int
     """Number of ranks."""
     context_tokens: int
@@ -75,14 +84,18 @@ class Job:
     """Compute dtype: float32, bfloat16 or float16."""
     device: str
     """"cpu", or an accelerator's device type."""
+    ranks_per_device: int = 1
+    """Maximum number of ranks that share a device outside host memory."""
     collectives: str
     """"auto", "shm", "gloo" or "nccl"."""
     threads_per_rank: int | None
     """None shares the available cores evenly."""
     cpu_kernels: str
     """"auto", "none", or the instruction set of the kernels; see model/kernels/library.py."""
-    bind_cores: bool
-    """Whether each rank is pinned to its own cores."""
+    bind_cores: bool | None
+    """Whether each rank is bound to its share of the cores that it may use. None: to `cores`, if there are any."""
+    cores: tuple[tuple[int, ...], ...] | None = None
+    """The cores of each rank that this node starts, which no other run has claimed; None: ranks are not bound to such cores."""
     timeout_seconds: float
     """Maximum time without progress of a peer; exceeding it ends the run."""
     join_seconds: float | None = None
@@ -93,6 +106,8 @@ class Job:
     """Tokens per KV cache block."""
     num_blocks: int | None
     """Maximum number of KV cache blocks, further limited to what the current requests can use; None sets only the latter limit."""
+    fitting_blocks: int | None = None
+    """Number of KV cache blocks that fit into the free memory of this host's devices; None on CPUs."""
     prefix_cache: bool
     """Whether sequences share the KV cache of equal prefixes."""
     speculate: bool
@@ -113,6 +128,21 @@ class Job:
         adapters = [[adapter.name, adapter.fingerprint.content] for adapter in self.adapters]
         settings: dict[str, Any] = json.loads(json.dumps(shared | {"fused_order": self.opening.fused_order, "adapters": adapters}))
         return settings
+
+    def plan_scheme(self, config: LlamaConfig, stored: Scheme) -> Scheme:
+        """Return the scheme of this run, whose checkpoint declares `stored`. Raises ConfigError if they do not fit together."""
+        tied = config.tie_word_embeddings
+        return plan_run_scheme(stored, tied=tied, kv_cache=self.kv_cache, activations=self.activations, lm_head=self.lm_head)
+
+    @property
+    def binds_cores(self) -> bool:
+        """Whether each rank is bound to cores."""
+        return bool(self.bind_cores) or self.cores is not None
+
+    @property
+    def block_limit(self) -> int | None:
+        """Maximum number of KV cache blocks on this host; None if only requests limit it."""
+        return min((count for count in (self.num_blocks, self.fitting_blocks) if count is not None), default=None)
 
     @property
     def path(self) -> Path:

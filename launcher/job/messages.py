@@ -94,6 +94,8 @@ class _Running(Struct, frozen=True, kw_only=True):
     """Name of the matmul kernel, and what runs without native kernels."""
     collectives: str
     """Name of the collectives."""
+    cores_bound: bool = False
+    """Whether each rank is bound to cores of its own."""
 
 
 class Stats(_Running, frozen=True, kw_only=True, tag=True):
@@ -123,6 +125,8 @@ class Stats(_Running, frozen=True, kw_only=True, tag=True):
     """Bytes read from the checkpoint."""
     peak_rss_bytes: list[int]
     """Largest resident memory of the process, bytes."""
+    peak_device_bytes: list[int]
+    """Largest memory allocated on the device, bytes; 0 on CPUs."""
     kv_cache_dtype: str
     """Type of keys and values in the cache."""
     kv_cache_bytes_per_token: list[int]
@@ -149,6 +153,8 @@ class RankReport(Struct, frozen=True, kw_only=True):
     """Median seconds that a step spent in collectives; None before the first step."""
     rss_bytes: int
     """Resident memory now, bytes."""
+    device_bytes: int = 0
+    """Memory allocated on the device now, bytes; 0 on CPUs."""
 
 
 class Report(Struct, frozen=True, kw_only=True, tag=True):

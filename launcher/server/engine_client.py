@@ -249,6 +249,7 @@ class EngineClient(RunObserver):
             "weight_bytes": plan.weight_bytes,
             "kv_cache_bytes": plan.kv_cache_bytes,
             "rss_bytes": row.rss_bytes if row else None,
+            "device_bytes": row.device_bytes if row else None,
             "step_seconds": step,
             "gather_seconds": row.gather_seconds if row else None,
             "bytes_per_second": plan.streamed_bytes / step if step else None,

@@ -93,6 +93,7 @@ class ServeMetrics:
             "step_seconds": "Median duration of a rank's recent steps",
             "gather_seconds": "Part of the step spent in collectives",
             "rss_bytes": "Resident memory of a rank",
+            "device_bytes": "Memory allocated on a rank's device; 0 on CPUs",
         }
         self._ranked = {name: Gauge(f"tandem_rank_{name}", words, ["rank"], registry=registry) for name, words in ranked.items()}
         self.tokens, self.prefill = Rate(), Rate()

@@ -78,6 +78,8 @@ def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSett
         raise ConfigError(f"--kvcache-granularity is {options.kv_granularity}, but no int8 cache is requested; add -k int8")
     if options.not_converted and linear is None:
         raise ConfigError(f"-b names layers that stay float, but -a {options.approach} produces no integer weights; drop -b")
+    if options.lm_head == "int8" and (kept := next((word for word in options.not_converted if word in "lm_head"), None)):
+        raise ConfigError(f"--lm-head is int8, but -b {kept} keeps the output head in float: drop one of them")
     if linear is not None and "group_size" in preset.options:
         symmetric = linear.symmetric if options.symmetric is None else options.symmetric
         linear = LinearScheme(bits=4, group_size=options.group_size or DEFAULT_GROUP_SIZE, symmetric=symmetric)
@@ -92,6 +94,7 @@ def plan_recipe(options: QuantizeOptions, preset: Preset, yaml: QuantizationSett
         alpha=alpha,
         fold=bool(options.fold),
         half_scales=options.approach == "ptq" and linear is not None and linear.activation is None,
+        int8_head=options.lm_head == "int8",
         not_converted=options.not_converted or (same.modules_to_not_convert if same else ()) or preset.not_converted,
     )
 

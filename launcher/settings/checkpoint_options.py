@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from launcher.settings.option_declarations import DATA, MODEL, OUTPUT, PARALLELISM, QUANTIZATION, also, argument, option
-from launcher.settings.options import CacheDtype, CheckpointOptions, Dtype, RunOptions
+from launcher.settings.options import CacheDtype, CheckpointOptions, Dtype, Precision, PrecisionOptions, RunOptions
 
 DEFAULT_SAMPLES = 200
 """Golden Stick's default."""
@@ -57,7 +57,7 @@ class VerifyOptions(CheckpointOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions(CheckpointOptions):
+class PlanOptions(PrecisionOptions):
     """Options of `tandem plan`."""
 
     verify: bool = False
@@ -100,6 +100,25 @@ class PlanOptions(CheckpointOptions):
         float | None,
         option("--bandwidth", help="Memory bandwidth per rank in GB/s; adds an estimate of tokens/s. Default: none.", panel=OUTPUT),
     ] = None
+    device_memory: Annotated[
+        str | None,
+        option(
+            "--device-memory",
+            metavar="SIZE",
+            help="Memory of each rank's device, such as 80GB or 64GiB; adds how much KV cache fits. Default: none.",
+            panel=OUTPUT,
+        ),
+    ] = None
+    memory_fraction: Annotated[
+        float | None,
+        option(
+            "--memory-fraction",
+            help="Fraction of that memory for weights and KV cache, above 0 and at most 1. Default: 0.9.",
+            panel=OUTPUT,
+            above=0,
+            max=1,
+        ),
+    ] = None
     svg: Annotated[Path | None, option("--svg", metavar="FILE", help="Write a diagram of the split to this file.", panel=OUTPUT)] = None
     as_json: Annotated[bool, option("--json", help="Print one JSON object instead of a table.", panel=OUTPUT)] = False
 
@@ -109,6 +128,15 @@ class QuantizeOptions(RunOptions):
     """Options of `tandem quantize`."""
 
     kv_cache_dtype: CacheDtype | None = None
+    activations: Precision | None = None
+    lm_head: Annotated[
+        Precision | None,
+        option(
+            "--lm-head",
+            help="int8: store the output head as int8 too, of a tied model as a copy. Default: auto (as the approach says).",
+            panel=QUANTIZATION,
+        ),
+    ] = None
     max_batch_size: int | None = None
     bind_cores: str | None = None
     dtype: Annotated[Dtype | None, option("--dtype", help="Compute type of the calibration. Default: float32.", panel=QUANTIZATION)] = None

@@ -15,13 +15,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
 CollectivesName = Literal["auto", "shm", "gloo", "nccl"]
 CacheDtype = Literal["auto", "int8", "float"]
+Precision = Literal["auto", "int8"]
 FormatName = Literal[
     "ranks", "modelslim", "gptq", "awq", "auto-round", "fp8", "compressed-tensors", "hf", "bin", "meta", "gguf", "mindspore"
 ]
 MAX_SECONDS = 365 * 24 * 3600
 """Maximum time limit; an infinite one cannot be waited for."""
 FusedOrder = Literal["auto", "1.3", "1.4"]
-CpuKernels = Literal["auto", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
+CpuKernels = Literal["auto", "avx512_amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "none"]
 LogLevel = Literal["error", "warning", "info", "debug"]
 DRAFT_MODEL = option(
     "--draft-model",
@@ -63,7 +64,7 @@ class CheckpointOptions:
         ),
     ] = None
     key_file: Annotated[
-        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hexadecimal.", panel=MODEL)
+        Path | None, option("--key-file", help="Key of an encrypted .ckpt: 16, 24 or 32 bytes, raw or hex.", panel=MODEL)
     ] = None
     fused_order: Annotated[
         FusedOrder | None,
@@ -75,9 +76,7 @@ class CheckpointOptions:
         also("--fused_order"),
     ] = None
     verify: Annotated[bool, option("--verify", help="Verify checksums before starting.", panel=MODEL)] = False
-    offline: Annotated[bool, option("--offline", help="Never download: use local files and the Hugging Face cache only.", panel=MODEL)] = (
-        False
-    )
+    offline: Annotated[bool, option("--offline", help="Never download: use local files and the cache only.", panel=MODEL)] = False
     follow_links: Annotated[
         bool, option("--follow-links", help="Allow weight files that link out of the checkpoint's folder.", panel=MODEL)
     ] = False
@@ -86,7 +85,29 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(MsrunOptions, CheckpointOptions):
+class PrecisionOptions(CheckpointOptions):
+    """Arithmetic that a run may use in place of the checkpoint's."""
+
+    activations: Annotated[
+        Precision | None,
+        option(
+            "--activations",
+            help="Type of integer linears' inputs. Default: auto (as stored).",
+            panel=MODEL,
+        ),
+    ] = None
+    lm_head: Annotated[
+        Precision | None,
+        option(
+            "--lm-head",
+            help="Type of the output head. Default: auto (as stored).",
+            panel=MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(MsrunOptions, PrecisionOptions):
     """Options of every command that starts ranks."""
 
     vocab_file: Annotated[Path | None, option("--vocab_file", help="The YAML's vocab_file.", panel=MODEL, hidden=True)] = None
@@ -103,7 +124,22 @@ class RunOptions(MsrunOptions, CheckpointOptions):
     ] = None
     device: Annotated[
         Device | None,
-        option("--device", help="Device type; cuda and npu need one device per rank. Default: auto (the CPU).", panel=PARALLELISM),
+        option("--device", help="Device type; cuda and npu need one device per rank. Default: auto (docs/devices.md).", panel=PARALLELISM),
+    ] = None
+    ranks_per_device: Annotated[
+        int | None,
+        option("--ranks-per-device", help="Maximum ranks that share a cuda or npu device. Default: 1.", panel=PARALLELISM, min=1),
+    ] = None
+    memory_fraction: Annotated[
+        float | None,
+        option(
+            "--memory-fraction",
+            help="Fraction of a device's free memory for weights and KV cache, above 0 and at most 1. Default: 0.9.",
+            panel=MEMORY,
+            above=0,
+            max=1,
+        ),
+        also("--gpu-memory-utilization"),
     ] = None
     threads_per_rank: Annotated[
         int | None,
@@ -115,7 +151,12 @@ class RunOptions(MsrunOptions, CheckpointOptions):
     ] = None
     bind_cores: Annotated[
         str | None,
-        option("--bind-cores", metavar="True|False", help="Pin each rank to its own cores. Default: False.", panel=PARALLELISM),
+        option(
+            "--bind-cores",
+            metavar="True|False",
+            help="Bind ranks to separate cores. Default: if enough are free.",
+            panel=PARALLELISM,
+        ),
         also("--bind_core"),
     ] = None
     cpu_kernels: Annotated[

@@ -14,6 +14,7 @@ from launcher.settings.other_models import check_model, count_experts
 from launcher.settings.yaml_family import list_names
 from launcher.settings.yaml_null import is_null
 from model.spec.config import DTYPES
+from model.spec.run_scheme import PRECISIONS
 from parallel.errors import ConfigError
 
 
@@ -102,6 +103,7 @@ _COUNT = Value(types=(int,), at_least=1)
 _NATURAL = Value(types=(int,), at_least=0)
 _POSITIVE = Value(types=(float,), above=0)
 _DTYPE = Value(types=(str,), choices=tuple(DTYPES))
+_PRECISION = Value(types=(str,), choices=PRECISIONS)
 
 _NO_BIAS = Value(types=(bool,), choices=(False,), hint="biases of the output projection are not supported")
 _DENSE = Ignored(
@@ -223,7 +225,11 @@ SCHEMA: Schema = {
         "threads_per_rank": _COUNT,
         "collectives": Value(types=(str,), choices=get_args(CollectivesName)),
         "device": Value(types=(str,), choices=get_args(Device)),
+        "ranks_per_device": _COUNT,
+        "memory_fraction": _POSITIVE,
         "dtype": _DTYPE,
+        "activations": _PRECISION,
+        "lm_head": _PRECISION,
         "temperature": _POSITIVE,
         "max_batch_size": _COUNT,
         "prefix_cache": _FLAG,

@@ -90,8 +90,16 @@ class TandemSettings:
     """Transport between ranks: "auto", "shm", "gloo" or "nccl"."""
     device: str | None = None
     """"auto", "cpu", "cuda" or "npu"."""
+    ranks_per_device: int | None = None
+    """Maximum ranks that share a device."""
+    memory_fraction: float | None = None
+    """Fraction of a device's free memory to use."""
     dtype: str | None = None
     """Compute dtype; overrides `compute_dtype`."""
+    activations: str | None = None
+    """"auto" or "int8": inputs of integer linears."""
+    lm_head: str | None = None
+    """"auto" or "int8": the output head."""
     temperature: float | None = None
     """Logits are divided by this before sampling."""
     max_batch_size: int = 16

@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from launcher.environment.detection import LaunchEnvironment
+from launcher.environment.device_transports import bind_device_transports
 from launcher.job.codec import read_task, write
 from launcher.job.job import Job
 from launcher.job.messages import Command, Event
@@ -111,6 +112,7 @@ class _Joining:
             if self.rank == 0:
                 self._store.set("task", write(job.task))
             self.seat = meet(self._store, self.rank, world_size, address, describe_run(job), join_seconds)
+            bind_device_transports(job.device, self.seat.address)
             # Rank 0 knows what an earlier run has finished; on other hosts there may be no such file.
             job = replace(job, task=read_task(self._store.get("task")))
         said: SimpleQueue[Command] = SimpleQueue()

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class RankOrder:
     """Port of that store."""
     program_port: int | None = None
     """Free port of this host, for the process group that a user's program may open; tandem does not listen on it."""
+    cores: Sequence[int] | None = None
+    """The cores that the rank is bound to; None: as the job says."""
 
     @property
     def variables(self) -> Mapping[str, str]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import finalize
 
+from launcher.job.device_facts import DeviceFacts
 from launcher.supervision.rank_process import RankOrder, start_code
-from parallel.errors import RunError
+from parallel.errors import ConfigError, RunError
 
 _MAX_MESSAGE_BYTES = 1 << 16
 _CLOSE_SECONDS = 5.0
+_PROBE_SECONDS = 120.0
 _LOOK_SECONDS = 0.05
 _TAIL_LINES = 12
 
@@ -99,6 +101,32 @@ class RankStarter:
                 return RankHandle(message["started"], descriptors[0])
             if "failed" in message:
                 raise RunError(message["failed"])
+
+    def probe_devices(self, *, checks: bool) -> DeviceFacts:
+        """Return the facts about this host's devices. `checks`: with the self-check of their backend.
+
+        Raises StarterEndedError, ConfigError if the devices cannot be used, and RunError if their driver hangs.
+        """
+        file = os.memfd_create("devices")
+        try:
+            try:
+                socket.send_fds(self._line, [b"check devices" if checks else b"look at devices"], [file])
+            except OSError:
+                raise self._describe_end() from None
+            self._line.settimeout(_PROBE_SECONDS)
+            try:
+                message, _ = self._receive()
+            except TimeoutError:
+                raise RunError(f"the driver of the devices has not answered within {_PROBE_SECONDS:g} s: use --device cpu") from None
+            finally:
+                self._line.settimeout(None)
+            found = os.pread(file, _MAX_MESSAGE_BYTES, 0).decode()
+            if message["probed"]:
+                reason = found or f"the process that looked at them ended with code {message['probed']}"
+                raise ConfigError(f"the devices of this host cannot be used ({reason})")
+            return DeviceFacts.from_json(found)
+        finally:
+            os.close(file)
 
     def wait(self, seconds: float) -> Sequence[RankEnd]:
         """Return the ranks that have ended since the last call, and wait up to `seconds` for the first. Raises StarterEndedError."""

@@ -12,6 +12,7 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from launcher.environment.detection import set_variables
+from launcher.environment.device_transports import bind_device_transports
 from launcher.job.codec import read_command, read_job, write
 from launcher.job.messages import Command, Event
 from launcher.rendezvous.key_value_store import connect_store, open_file_store
@@ -116,9 +117,10 @@ def _run_attempt(order: RankOrder, folder: Path, progress: Progress, kept: Kept)
         store = _open_store(order, folder, wait_seconds)
         address = order.master_addr or "127.0.0.1"
         seat = meet(store, order.rank, order.world_size, address, {}, wait_seconds)  # the nodes have already compared their runs
+        bind_device_transports(job.device, seat.address)
     line = _ParentLine(folder, order.rank)
     try:
-        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, kept=kept)
+        run_rank(job, seat, store, progress, line.emit, line.receive, wait_seconds=wait_seconds, cores=order.cores, kept=kept)
     except PeerError:
         line.close()  # the next attempt makes another
         raise

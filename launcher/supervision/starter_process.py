@@ -16,8 +16,11 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from launcher.supervision.device_probe import write_devices
 from launcher.supervision.rank_process import RankOrder, end_with_parent, name_process, run_order, start_code
 
+PROBES = {b"look at devices": False, b"check devices": True}
+"""Orders to look at the host's devices instead of starting a rank, and whether the self-check runs."""
 _MAX_MESSAGE_BYTES = 1 << 16
 
 
@@ -71,7 +74,9 @@ class _Starter:
                     data = b""
                 if not data:
                     break
-                if (started := self._start(data.decode(), descriptors[0])) is not None:
+                if data in PROBES:
+                    self._send({"probed": self._probe(descriptors[0], checks=PROBES[data])})
+                elif (started := self._start(data.decode(), descriptors[0])) is not None:
                     poll.register(started, select.POLLIN)
                 os.close(descriptors[0])
         for descriptor in list(self._pids):
@@ -92,6 +97,24 @@ class _Starter:
         self._pids[descriptor] = pid
         socket.send_fds(self._line, [json.dumps({"started": pid}).encode()], [descriptor])
         return descriptor
+
+    def _probe(self, file: int, *, checks: bool) -> int:
+        """Write the facts about the devices to `file`, in a process of its own; returns its exit code."""
+        pid = os.fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = 1
+        try:
+            end_with_parent(self._pid)
+            if not self._forks:
+                os.set_inheritable(file, True)
+                os.execv(sys.executable, [sys.executable, "-c", start_code("device_probe"), str(file), "check" if checks else "look"])
+            write_devices(file, checks=checks)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
     def _become_rank(self, order: str, log: int) -> NoReturn:
         code = 1

@@ -181,6 +181,7 @@ class Supervisor:
             master_addr=self.rendezvous.address if self.rendezvous else None,
             master_port=self.rendezvous.port if self.rendezvous else None,
             program_port=self._program_port,
+            cores=None if self._job.cores is None else self._job.cores[local_rank],
         )
 
     def _open_log(self, rank: int) -> Path:

@@ -25,7 +25,9 @@ def measure_bandwidth(
 ) -> float:
     """Return the bytes per second that all ranks read together, best of several tries. `num_local` is the number of ranks on this host."""
     size = max(block_bytes, _BLOCK_BYTES_A_THREAD * threads)
-    if find_backend(device.type).in_host_memory and (available := read_available_bytes()) is not None:
+    in_host_memory = find_backend(device.type).in_host_memory
+    available = read_available_bytes() if in_host_memory else torch.accelerator.get_memory_info(device)[0]
+    if available is not None:
         size = min(size, available // (4 * num_local))
     block = torch.ones(max(1, size // 4), device=device)
     seconds = []

@@ -22,9 +22,10 @@ from model.checkpoint.random_source import RandomSource
 from model.checkpoint.source import CheckpointSource
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, step_all
-from model.engine.request import Request
+from model.engine.request import Request, plan_blocks
 from model.engine.sampling_params import SamplingParams
 from model.engine.speculation import DEFAULT_DRAFT_TOKENS
+from model.spec.config import DEFAULT_BLOCK_SIZE
 from parallel.collectives import Collectives
 
 SHORT_TOKENS = 16
@@ -88,26 +89,31 @@ class RankBench:
 
     def start_prefill(self) -> Engine:
         """Create an engine that is about to run the prompt."""
-        engine = Engine(self._model, 1)
-        engine.add(self._request(0, self._task.prompt_tokens, 1))
-        return engine
+        return self._start([self._request(0, self._task.prompt_tokens, 1)])
 
     def start_decode(self, batch_size: int, steps: int) -> Engine:
         """Create an engine that is about to decode a full batch for at least `steps` steps."""
-        config, engine, started = self._model.config, Engine(self._model, batch_size), set[int]()
+        config, started = self._model.config, set[int]()
         prompt_tokens = max(1, min(SHORT_TOKENS, config.max_position_embeddings - steps - 1))
         # An engine may start sequences one by one: the first must last until the last has started.
         new_tokens = min(steps + batch_size, config.max_position_embeddings - prompt_tokens)
-        for index in range(batch_size):
-            engine.add(self._request(index, prompt_tokens, new_tokens))
+        engine = self._start([self._request(index, prompt_tokens, new_tokens) for index in range(batch_size)])
         while len(started) < batch_size:
             started.update(event.index for event in step_all(engine))
         return engine
 
+    def _start(self, requests: list[Request]) -> Engine:
+        """Create an engine with memory for these requests: on a device, a cache for whole contexts would not be free."""
+        engine = Engine(self._model, len(requests), num_blocks=plan_blocks(requests, len(requests), DEFAULT_BLOCK_SIZE))
+        for request in requests:
+            engine.add(request)
+        return engine
+
     def count_step_bytes(self) -> int:
-        """Return the bytes of this rank's weights that a decode step reads: all except an untied embedding."""
+        """Return the bytes of this rank's weights that a decode step reads: all except an embedding that is not the output head too."""
         model = self._model
-        embedding = 0 if model.config.tie_word_embeddings else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
+        shared = model.lm_head is model.embed_tokens.rows
+        embedding = 0 if shared else sum(tensor.nbytes for tensor in model.embed_tokens.parameters())
         return model.weight_bytes - embedding
 
     def _time_prefill(self) -> tuple[float, float]:

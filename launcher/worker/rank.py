@@ -91,7 +91,7 @@ class Rank:
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """Gather the integers of every rank, one row each."""
-        mine = torch.tensor([values], dtype=torch.float64, device=self.device)
+        mine = torch.tensor([values], dtype=torch.float64)
         sizes = [len(values)] * self.job.world_size
         return self.collectives.gather_columns(mine, sizes).view(-1, len(values)).long().tolist()
 
@@ -126,7 +126,7 @@ def load_rank(me: Rank, source: CheckpointSource | None = None) -> tuple[LlamaFo
         eos_token_ids=job.eos_token_ids,
         pad_token_id=job.pad_token_id,
     )
-    scheme = replace(read_scheme(source.config), kv_cache=job.kv_cache)
+    scheme = job.plan_scheme(config, read_scheme(source.config))
     model = LlamaForCausalLM(config, scheme, me.collectives, dtype=job.dtype, device=me.device, num_threads=me.threads)
     read_bytes = load_model(model, source, me.report(Loading))
     for adapter in job.adapters:

@@ -123,7 +123,7 @@ class RankGroup:
         torch.set_num_threads(threads)
         device = find_backend(job.device).open_device(seat.local_rank)
         store = PrefixStore(f"collectives_{self._num_agreements}", self._store) if self._store is not None else None
-        collectives = WatchedCollectives(connect(job, seat, store, self.timeout_seconds), self._progress)
+        collectives = WatchedCollectives(connect(job, seat, store, self.timeout_seconds, device), self._progress)
 
         def emit(event: Event) -> None:
             if isinstance(event, RankWarning) and self.rank == 0:

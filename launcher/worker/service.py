@@ -35,13 +35,14 @@ class RankService:
         self,
         engine: Engine,
         collectives: Collectives,
-        device: torch.device,
         read_gather_nanoseconds: Callable[[], int],
         inbox: Inbox,
         emit: Callable[[Event], None],
+        count_device_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._engine, self._collectives, self._device = engine, collectives, device
+        self._engine, self._collectives = engine, collectives
         self._read_gather_nanoseconds, self._inbox, self._emit = read_gather_nanoseconds, inbox, emit
+        self._count_device_bytes = count_device_bytes
         self._step = (0.0, 0.0)
         self._steps: list[deque[tuple[float, float]]] = [deque(maxlen=_STEPS) for _ in range(collectives.world_size)]
         self._reported = 0.0
@@ -95,7 +96,7 @@ class RankService:
         """Gather the step times of all ranks and distribute rank 0's commands."""
         collectives, world_size = self._collectives, self._collectives.world_size
         payload = write(commands).encode() if commands else b""
-        mine = torch.tensor([[len(payload), *self._step, read_rss_bytes()]], dtype=torch.float64, device=self._device)
+        mine = torch.tensor([[len(payload), *self._step, read_rss_bytes(), self._count_device_bytes()]], dtype=torch.float64)
         self._step = 0.0, 0.0
         rows = collectives.gather_columns(mine, [mine.shape[1]] * world_size).view(world_size, -1).tolist()
         size = int(rows[0][0])
@@ -110,12 +111,12 @@ class RankService:
         """Broadcast rank 0's bytes, as rows of equal width to which the other ranks contribute no columns."""
         collectives, count = self._collectives, -(-size // _PAYLOAD_COLUMNS)
         sizes = [_PAYLOAD_COLUMNS] + [0] * (collectives.world_size - 1)
-        local = torch.empty((count, sizes[collectives.rank]), dtype=torch.uint8, device=self._device)
+        local = torch.empty((count, sizes[collectives.rank]), dtype=torch.uint8)
         if collectives.rank == 0:
             padded = bytearray(payload.ljust(count * _PAYLOAD_COLUMNS))
-            local = torch.frombuffer(padded, dtype=torch.uint8).view(count, -1).to(self._device)
+            local = torch.frombuffer(padded, dtype=torch.uint8).view(count, -1)
         whole = collectives.gather_columns(local, sizes)
-        return whole.numpy(force=True).tobytes()[:size]
+        return whole.numpy().tobytes()[:size]
 
     def _report(self, rows: list[list[float]]) -> None:
         self._reported = time.monotonic()
@@ -125,6 +126,7 @@ class RankService:
                 step_seconds=median(step for step, _ in steps) if steps else None,
                 gather_seconds=median(gather for _, gather in steps) if steps else None,
                 rss_bytes=int(row[3]),
+                device_bytes=int(row[4]),
             )
             for steps, row in zip(self._steps, rows, strict=True)
         ]

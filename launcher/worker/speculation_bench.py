@@ -12,7 +12,8 @@ from typing import Any
 from launcher.job.speculation_prompts import PROMPTS
 from model.decoder.llama import LlamaForCausalLM
 from model.engine.generation import Engine, generate
-from model.engine.request import Request
+from model.engine.request import Request, plan_blocks
+from model.spec.config import DEFAULT_BLOCK_SIZE
 from parallel.collectives import Collectives
 from parallel.errors import RunError
 
@@ -41,7 +42,7 @@ def measure_speculation(
 
     `options`: those of the engine that make it speculate. Raises RunError if speculation has changed a token.
     """
-    if not Engine(model, 1, **options).speculates:
+    if not Engine(model, 1, num_blocks=1, **options).speculates:
         return None
     rows = []
     for name, request in zip(PROMPTS, requests, strict=True):
@@ -55,7 +56,7 @@ def measure_speculation(
 
 
 def _decode(model: LlamaForCausalLM, collectives: Collectives, request: Request, options: Mapping[str, Any]) -> _Decoded:
-    engine = Engine(model, 1, **options)
+    engine = Engine(model, 1, num_blocks=plan_blocks([request], 1, DEFAULT_BLOCK_SIZE), **options)
     collectives.barrier()
     ids = tuple(event.token_id for event in generate(engine, [request]))
     times = engine.times

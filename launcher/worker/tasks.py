@@ -52,7 +52,7 @@ def decode(me: Rank, task: Decode) -> None:
         model,
         job.max_batch_size,
         block_size=job.block_size,
-        num_blocks=min(needed, job.num_blocks or needed),
+        num_blocks=_limit_blocks(me, needed),
         share_prefixes=job.prefix_cache,
         speculate=job.speculate,
         draft_model=draft_model,
@@ -69,10 +69,12 @@ def decode(me: Rank, task: Decode) -> None:
         if engine.failures:
             emit(Failures(tuple(engine.failures)))
         me.raise_if_stopping()
+    peak_device_bytes = model.backend.count_peak_bytes(me.device)
     models = [model] if draft_model is None else [model, draft_model]
     token_bytes = sum(one.build_cache(1).store.bytes_per_token for one in models)
     draft_bytes = sum(one.weight_bytes for one in models[1:])
-    everyone = me.gather([model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes, model.adapter_bytes])
+    bytes_used = [model.weight_bytes, read_bytes, read_peak_rss_bytes(), token_bytes, draft_bytes, model.adapter_bytes, peak_device_bytes]
+    everyone = me.gather(bytes_used)
     times = engine.times
     emit(
         Stats(
@@ -89,10 +91,19 @@ def decode(me: Rank, task: Decode) -> None:
             draft_weight_bytes=[row[4] for row in everyone],
             read_bytes=[row[1] for row in everyone],
             peak_rss_bytes=[row[2] for row in everyone],
+            peak_device_bytes=[row[6] for row in everyone],
             kv_cache_dtype="int8" if model.scheme.kv_cache else job.dtype,
             kv_cache_bytes_per_token=[row[3] for row in everyone],
         )
     )
+
+
+def _limit_blocks(me: Rank, needed: int) -> int:
+    """Return how many KV cache blocks every rank can have, at most `needed`. The hosts of a run may have different devices."""
+    limit = me.job.block_limit
+    if me.job.fitting_blocks is not None:
+        limit = min(row[0] for row in me.gather([limit or needed]))
+    return needed if limit is None else min(needed, limit)
 
 
 def serve(me: Rank, task: Serve) -> None:
@@ -120,7 +131,8 @@ def serve(me: Rank, task: Serve) -> None:
     if job.speculate and not engine.speculates:
         me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
     me.emit(Serving(**_describe(me, model), memory_bytes_per_second=bandwidth, hosts=me.seat.host_names, pids=me.seat.pids))
-    service = RankService(engine, collectives, me.device, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit)
+    count_bytes = partial(model.backend.count_bytes, me.device)
+    service = RankService(engine, collectives, lambda: me.progress.gather_nanoseconds, me.inbox, me.emit, count_bytes)
     for request in task.requests:
         service.add(request)
     service.run()
@@ -142,6 +154,7 @@ def _describe(me: Rank, model: LlamaForCausalLM) -> dict[str, Any]:
         "quantization": model.scheme.name,
         "kernel": f"{kernel} (plain: {', '.join(model.plain_features)})" if model.plain_features else kernel,
         "collectives": me.collectives.name,
+        "cores_bound": job.binds_cores,
     }
 
 
@@ -157,7 +170,8 @@ def bench(me: Rank, task: Bench) -> None:
     measured = bench.measure()
     if task.speculated and measured["speculation"] is None and me.job.draft is None:
         me.emit(RankWarning(NO_DRAFTS.format("--speculate")))
-    everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes()])
+    peak_device_bytes = model.backend.count_peak_bytes(me.device)
+    everyone = me.gather([model.weight_bytes, read_bytes, bench.peak_rss_bytes, bench.count_step_bytes(), peak_device_bytes])
     result = {
         **_describe(me, model),
         "weight_bytes": [row[0] for row in everyone],
@@ -166,6 +180,7 @@ def bench(me: Rank, task: Bench) -> None:
         "read_bytes": [row[1] for row in everyone],
         **measured,
         "peak_rss_bytes": [row[2] for row in everyone],
+        "peak_device_bytes": [row[4] for row in everyone],
     }
     if task.profile:
         result["profile"] = record_spans(bench, model, recorded, one_host=seat.num_nodes == 1)

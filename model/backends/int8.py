@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,36 @@ _PLAIN_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class InputSteps:
+    """What is done to the inputs of an integer linear before they are multiplied."""
+
+    activation: str | None = None
+    """None: slices; "token" or "tensor": rounded to int8 once, with a scale per token or a stored one."""
+    divisor: torch.Tensor | None = None
+    """float32 [columns]: divisor of the inputs."""
+    order: torch.Tensor | None = None
+    """int64 [columns]: the input of each column of the weight; None: in order."""
+    input_scale: float = 1.0
+    """The stored scale."""
+    zero_point: int = 0
+    """Added to the inputs after the stored scale."""
+    correction: torch.Tensor | None = None
+    """float32 [rows]: what the zero point adds to the products."""
+
+
+class WholeLinears(Protocol):
+    """Products of whole weights, with all their groups and all that is done to their inputs."""
+
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor, sizes: Sequence[int], bits: int, steps: InputSteps) -> Any:
+        """Pack weight int8 [rows, columns] with scale float32 [rows, groups] and the columns of each group, all on the device."""
+        ...
+
+    def multiply(self, x: torch.Tensor, packed: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply x [tokens, columns] of any float dtype: [tokens, rows] as `dtype`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Int8Kernel:
     """One implementation of the int8 matmul."""
 
@@ -41,6 +71,8 @@ class Int8Kernel:
     """(integers as float32 [n, columns], packed) to float32 [n, rows]: the integer matmul, rounded, times the scale."""
     whole: Kernels | None = None
     """Set if it multiplies whole weights as stored, with all their groups."""
+    linears: WholeLinears | None = None
+    """Set if it multiplies whole weights in a form of its own; it then leaves `pack` and `multiply` to tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +106,32 @@ def sliced_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, or
         whole = slices[first : first + rows]
         torch.round(left, out=whole)
         left.sub_(whole).mul_(254)
-    product = one_slice_linear(slices, parts[0], kernel)
-    for part in parts[1:]:
-        product += one_slice_linear(slices, part, kernel)
+    product = one_slice_linear(slices, parts, kernel)
     total = product[-rows:]
     for first in range((num_slices - 2) * rows, -1, -rows):
         total = total.div_(254).add_(product[first : first + rows])
     return total.mul_(scale)
 
 
-def one_slice_linear(integers: torch.Tensor, part: Part, kernel: Int8Kernel) -> torch.Tensor:
-    """Multiply integers from -128 to 127 as float32 [rows, all columns] by one part of the weight: float32 [rows, weight rows]."""
-    inside = integers if part.stop - part.start == integers.shape[1] else integers[:, part.start : part.stop].contiguous()
-    return kernel.multiply(inside, part.packed)
+def token_linear(x: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply x as int8 with a scale per row, for arguments as of `sliced_linear`.
+
+    The scale is that of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
+    """
+    scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
+    integers = (x.float() / scale).round_().clamp_(-128, 127)
+    return one_slice_linear(integers if order is None else integers[:, order], parts, kernel).mul_(scale)
+
+
+def one_slice_linear(integers: torch.Tensor, parts: Sequence[Part], kernel: Int8Kernel) -> torch.Tensor:
+    """Multiply integers from -128 to 127 as float32 [rows, columns] by all parts of a weight: float32 [rows, weight rows]."""
+    product: torch.Tensor | None = None
+    for part in parts:
+        inside = integers if len(parts) == 1 else integers[:, part.start : part.stop].contiguous()
+        one = kernel.multiply(inside, part.packed)
+        product = one if product is None else product.add_(one)
+    assert product is not None
+    return product
 
 
 def _pack_plain(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

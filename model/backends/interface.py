@@ -1,11 +1,30 @@
 """The device interface of the layers, the loader and the commands. The decoder never checks the device type; it asks its backend."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from model.backends.int8 import Int8Kernel
+from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
+
+
+class StepBlock(Protocol):
+    """Integers that go to the device in one copy."""
+
+    values: torch.Tensor
+    """int32 [size], in host memory."""
+    on_device: torch.Tensor
+    """int32 [size]."""
+
+    def wait(self) -> None:
+        """Wait until `values` may be changed."""
+        ...
+
+    def send(self) -> None:
+        """Start the copy; what is launched after it sees the new values."""
+        ...
 
 
 class Backend(Protocol):
@@ -19,9 +38,25 @@ class Backend(Protocol):
     """Whether weights and KV cache are in host memory, so that host limits apply and ranks can share memory."""
     int8_kernel: Int8Kernel
     """The exact integer matmul."""
+    batch_invariant: bool
+    """Whether a row has the same bits in any batch, in decoding and in prefill."""
+    captures_graphs: bool
+    """Whether a step may be recorded once as a graph of the device and then replayed: `open_block` and `capture` are then there."""
 
     def open_device(self, local_rank: int) -> torch.device:
         """Open the device of a rank, given its number among the ranks of its host."""
+        ...
+
+    def identify(self, device: torch.device) -> str | None:
+        """Return a name of the device that is the same in every process of its host; None if there is none."""
+        ...
+
+    def count_bytes(self, device: torch.device) -> int:
+        """Return the bytes that this process has allocated on the device; 0 in host memory."""
+        ...
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """Return the largest number of these bytes so far."""
         ...
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
@@ -45,4 +80,40 @@ class Backend(Protocol):
 
         `mask`: bool [T, all tokens]; None: causal if T > 1. Returns a tensor of the query's shape.
         """
+        ...
+
+    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
+        """Return the number of tokens that `attend_paged` takes together; None without that operation: caches are then read one by one."""
+        ...
+
+    def attend_paged(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: StoredLayer,
+        paged: PagedRows,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Rotate and append the keys of qkv [T, (heads + 2 kv_heads) * head_dim] to the cache, and attend: [T, heads * head_dim].
+
+        `angles`: cos and signed sin, float32 [T, 1, head_dim]; `window` and `softcap`: as in `model/layers/attention.py`.
+        """
+        ...
+
+    def find_largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the `count` largest values of each row of float32 [T, columns] and their columns, int64: largest first, ties by column.
+
+        NaN counts as the largest value.
+        """
+        ...
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Allocate the inputs of a recorded step."""
+        ...
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
         ...

@@ -12,6 +12,7 @@ class NativeCpuBackend(TorchCpuBackend):
     """Native kernels for matmuls, norms, activations and attention over the paged KV cache; PyTorch for other caches."""
 
     name = NATIVE
+    batch_invariant = True
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()

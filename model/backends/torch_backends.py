@@ -1,11 +1,16 @@
 """Backends built on PyTorch operators. The CPU backend is the reference for the native kernels' tests."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from model.backends.device_types import TORCH, is_host_memory
 from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
+from model.backends.interface import StepBlock
+from model.backends.largest import find_largest
+from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
 
 _ALIGNED_ELEMENTS = 16
@@ -17,16 +22,32 @@ class TorchBackend:
 
     name = TORCH
     kernels: Kernels | None = None
+    batch_invariant = False
+    captures_graphs = False
 
     def __init__(self, device_type: str) -> None:
         self._device_type, self.in_host_memory = device_type, is_host_memory(device_type)
         self.int8_kernel: Int8Kernel = PLAIN
 
     def open_device(self, local_rank: int) -> torch.device:
-        """Return the only visible device, or the one with the rank's number on its host, and make it current."""
-        index = 0 if torch.accelerator.device_count() == 1 else local_rank
+        """Return the visible device with the rank's number on its host, counted in a circle, and make it current."""
+        index = local_rank % torch.accelerator.device_count()
         torch.accelerator.set_device_index(index)
         return torch.device(self._device_type, index)
+
+    def identify(self, device: torch.device) -> str | None:
+        """Return the UUID that the device's driver reports."""
+        read = getattr(torch.get_device_module(device), "get_device_properties", None)
+        uuid = None if read is None else getattr(read(device.index), "uuid", None)
+        return None if uuid is None else str(uuid)
+
+    def count_bytes(self, device: torch.device) -> int:
+        """As counted by PyTorch's allocator."""
+        return int(torch.accelerator.memory_allocated(device))
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """As counted by PyTorch's allocator."""
+        return int(torch.accelerator.max_memory_allocated(device))
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Return False: accelerator matmuls give no guarantee."""
@@ -53,6 +74,36 @@ class TorchBackend:
         """Scaled dot-product attention; in float32 if the dtypes of cache and query differ."""
         return self._attend_scaled(query, keys, values, mask, query.shape[-1] ** -0.5)
 
+    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
+        """Return None: caches are read one by one."""
+        return None
+
+    def attend_paged(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: StoredLayer,
+        paged: PagedRows,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Not called: see `tokens_per_tile`."""
+        raise NotImplementedError
+
+    def find_largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Found by one key per value, see `model/backends/largest.py`."""
+        return find_largest(logits, count)
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Not called: see `captures_graphs`."""
+        raise NotImplementedError
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Not called: see `captures_graphs`."""
+        raise NotImplementedError
+
     def _attend_scaled(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
@@ -78,6 +129,18 @@ class TorchCpuBackend(TorchBackend):
     def open_device(self, local_rank: int) -> torch.device:
         """Return the CPU, which all ranks of a host share."""
         return torch.device("cpu")
+
+    def identify(self, device: torch.device) -> str | None:
+        """Return None: a host has one."""
+        return None
+
+    def count_bytes(self, device: torch.device) -> int:
+        """Return 0."""
+        return 0
+
+    def count_peak_bytes(self, device: torch.device) -> int:
+        """Return 0."""
+        return 0
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Check on a sample."""

@@ -14,6 +14,7 @@ from model.backends.interface import Backend
 from model.backends.registry import find_backend
 from model.decoder.fused_layers import FusedLayers
 from model.decoder.shares import Shares
+from model.decoder.step_graph import StepGraphs
 from model.layers.activation import gelu_multiply, limit
 from model.layers.attention import Attention
 from model.layers.batch import Batch, Span
@@ -24,6 +25,7 @@ from model.layers.lora import LoraLayer
 from model.layers.norm import RMSNorm
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, build_linear
 from model.layers.rotary import Rotary
+from model.layers.step_batch import StepBatch
 from model.spec.config import BLOCK_MULTIPLE, LlamaConfig, count_blocks
 from model.spec.scheme import Scheme
 from model.spec.weights import has_bias, list_fused
@@ -121,6 +123,7 @@ class LlamaForCausalLM(nn.Module):
         self.fuses_layers = True
         """Whether layers may run in one native call; turned off where each step has to be observable."""
         self._fused: FusedLayers | None = None
+        self._graphs: StepGraphs | None = None
         self.adapters: dict[str, int] = {}
         """Number of each LoRA adapter, from 1, by its name."""
         self._updates: dict[tuple[int, int, str], LoraLayer] = {}
@@ -129,13 +132,13 @@ class LlamaForCausalLM(nn.Module):
         self.layers = nn.ModuleList(self.build_layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.dtype, backend, offset=config.norm_offset)
         self.lm_head: nn.Module = self.embed_tokens.rows
-        if not config.tie_word_embeddings:
+        if scheme.head is not None or not config.tie_word_embeddings:
             self.lm_head = build_linear(config.hidden_size, (shares.block("vocab"),), (scheme.find_linear("lm_head"),), self.dtype, backend)
 
     @property
     def batch_invariant(self) -> bool:
         """Whether the result of a row is bitwise identical for every batch size."""
-        return self.backend.kernels is not None
+        return self.backend.batch_invariant
 
     @property
     def plain_features(self) -> tuple[str, ...]:
@@ -175,6 +178,9 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Return the hidden states [T, H] of the new tokens of all spans, after the final norm."""
+        graphs = self._find_graphs()
+        if graphs is not None and (replayed := graphs.run(spans)) is not None:
+            return replayed
         batch = Batch(spans, self.rotary, self.device, self._local_rotary)
         hidden = self.embed([token for span in spans for token in span.ids])
         delta = self._run_fused(hidden, batch)
@@ -198,6 +204,23 @@ class LlamaForCausalLM(nn.Module):
         softcap = self.config.logit_softcap
         return logits.float() if softcap is None else limit(logits.float(), softcap)
 
+    def _find_graphs(self) -> StepGraphs | None:
+        """Return the recorded steps; None where the device records none, or a step waits for the host within."""
+        waits = self.shares.world_size > 1 or self.config.experts is not None
+        if not self.backend.captures_graphs or waits or not self.fuses_layers:
+            return None
+        if self._graphs is None:
+            rotaries = [self.rotary] if self._local_rotary is None else [self.rotary, self._local_rotary]
+            self._graphs = StepGraphs(self.backend, rotaries, self.config.head_dim, self.device, self._run_step)
+        return self._graphs
+
+    def _run_step(self, batch: StepBatch) -> torch.Tensor:
+        hidden, delta = self.embed_rows(batch.tokens.long()), None
+        for index in range(len(self.layers)):
+            delta = self._run_layer(index, hidden, delta, batch)
+        normed: torch.Tensor = self.norm(hidden, delta)
+        return normed
+
     def _run_fused(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """Run all layers in one native call; None if the weights, caches or collectives do not support it."""
         kernels = self.backend.kernels
@@ -210,7 +233,7 @@ class LlamaForCausalLM(nn.Module):
             self._fused = FusedLayers(list(self.layers), self.config, self.shares, self.collectives, self.dtype, kernels)
         return self._fused.run(hidden, batch, batch.join_stores()[0])
 
-    def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def _run_layer(self, index: int, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch | StepBatch) -> torch.Tensor:
         """Add the previous layer's `delta` and this layer's attention to `hidden`; return the feed-forward output as the next delta."""
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
@@ -223,22 +246,25 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Return embeddings [T, H]. Each rank looks up all ids in its own rows, and the owner's row is selected for each id."""
-        tokens = torch.tensor(ids, device=self.device)
+        return self.embed_rows(torch.tensor(ids, device=self.device))
+
+    def embed_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [T, H] of token ids int64 [T]."""
         local = self.scale_embeddings(self.embed_tokens(tokens))
         shares = self.shares
         if shares.world_size == 1:
             return local
         size = self.config.hidden_size
-        parts = self.collectives.gather_columns(local, [size] * shares.world_size).view(len(ids), shares.world_size, size)
+        parts = self.collectives.gather_columns(local, [size] * shares.world_size).view(len(tokens), shares.world_size, size)
         owner = torch.bucketize(tokens, torch.tensor(shares.ends, device=self.device), right=True)
-        return parts[torch.arange(len(ids), device=self.device), owner]
+        return parts[torch.arange(len(tokens), device=self.device), owner]
 
     def scale_embeddings(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply embeddings of the model's dtype by the model's factor, rounded to that dtype."""
         scale = self.config.embedding_scale
-        return rows if scale == 1 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+        return rows if scale == 1 else rows * torch.full((), scale, dtype=rows.dtype, device=rows.device)
 
-    def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attend(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
         shares, qkv = self.shares, self._multiply(layer, index, "qkv_proj", x, batch)
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = self._normalize_heads(qkv, layer.q_norm, layer.k_norm)
@@ -250,7 +276,7 @@ class LlamaForCausalLM(nn.Module):
         attended = self.collectives.gather_columns(local, shares.query)
         return self.collectives.gather_columns(self._multiply(layer, index, "o_proj", attended, batch), shares.hidden)
 
-    def _multiply(self, layer: DecoderLayer, index: int, name: str, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _multiply(self, layer: DecoderLayer, index: int, name: str, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
         """Run a fused linear, and add the updates of the adapters that the batch uses. Rows of other sequences keep their bits."""
         out: torch.Tensor = getattr(layer, name)(x)
         for number, rows in batch.adapted:
@@ -267,7 +293,7 @@ class LlamaForCausalLM(nn.Module):
         )
         return torch.cat((query, keys, parts[2]), dim=1)
 
-    def _feed_forward(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _feed_forward(self, layer: DecoderLayer, index: int, x: torch.Tensor, batch: Batch | StepBatch) -> torch.Tensor:
         shares = self.shares
         if layer.experts is not None:
             routing = layer.experts.route(x)

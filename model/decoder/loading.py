@@ -17,13 +17,17 @@ from model.decoder.llama import DecoderLayer, LlamaForCausalLM
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import BiasedLinear, ColumnParallelLinear
 from model.layers.quantized_linear import QuantizedColumnParallelLinear, SeparateLinears, StoredLinear
+from model.layers.rounding import quantize_rows
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import unpack_integers
 from model.spec.scheme import read_scheme
 from model.spec.weights import list_fused, list_norms, plan_weights
 from parallel.file_slices import Convert, FileReader, ask_for_huge_pages
 
+_EMBEDDING = "model.embed_tokens.weight"
 _PART_BYTES = 8 << 20
+_ROUNDED_BYTES = 1 << 20
+"""Rows that are quantized at a time: the arithmetic takes several copies of them."""
 
 
 def load_model(
@@ -69,10 +73,12 @@ class ModelLoader:
         self._rank, self._world_size = model.shares.rank, model.shares.world_size
         self.done_bytes = 0
         self.total_bytes = sum(self._count_bytes(name) for name in plan_weights(model.config, read_scheme(source.config)))
+        if model.scheme.head is not None and model.config.tie_word_embeddings:
+            self.total_bytes += self._count_bytes(_EMBEDDING)
 
     def load_embedding(self) -> None:
         """Load the vocabulary rows, which a tied output head shares."""
-        weight = self._read_joined(["model.embed_tokens.weight"], self._model.config.hidden_size, self._model.dtype)
+        weight = self._read_joined([_EMBEDDING], self._model.config.hidden_size, self._model.dtype)
         self._model.embed_tokens.assign(weight, self._model.device)
 
     def load_layer(self, index: int) -> None:
@@ -90,10 +96,25 @@ class ModelLoader:
             layer.assign_cache_scales(scales[0], scales[1], self._model.device)
 
     def load_head(self) -> None:
-        """Load the final norm, and the output head unless it is tied."""
+        """Load the final norm, and the output head unless it is tied and used as stored."""
         self._model.norm.assign(self.read("model.norm.weight"), self._model.device)
-        if not self._model.config.tie_word_embeddings:
+        if self._model.scheme.head is not None:
+            self._round_head(_EMBEDDING if self._model.config.tie_word_embeddings else "lm_head.weight")
+        elif not self._model.config.tie_word_embeddings:
             self._fill(self._model.lm_head, ["lm_head"])
+
+    def _round_head(self, name: str) -> None:
+        """Quantize this rank's rows of the tensor `name`, as `tandem quantize` would, to be the output head."""
+        (start, stop), info = self._rows(name), self._source.tensors[name]
+        weight = torch.empty((stop - start, info.shape[1]), dtype=torch.int8)
+        scale = torch.empty((stop - start, 1))
+        step = info.count_step_rows(_ROUNDED_BYTES)
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            integers, scales = quantize_rows(self._source.read_rows(self.reader, name, first, end))
+            weight[first - start : end - start], scale[first - start : end - start] = integers, scales
+        self.done_bytes += self._count_bytes(name)
+        self._assign(self._model.lm_head, StoredLinear(weight=weight, scale=scale), self._model.device)
 
     def read(self, name: str) -> torch.Tensor:
         """Read this rank's rows of a tensor, as stored."""

@@ -251,10 +251,11 @@ class Engine:
             logits = logits if len(places) == len(rows) else logits[places]
             model, allowed = self._model, {}
             if limited:
-                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives, logits.device)
+                rows_allowed = share_masks(found_masks, len(limited), model.config.vocab_size, model.collectives)
                 by_place = dict(zip(limited, rows_allowed, strict=True))
                 allowed = {number: by_place[place] for number, place in enumerate(places) if place in by_place}
-            chosen = dict(zip(places, sample(logits, states, model.shares.vocab, model.collectives, allowed), strict=True))
+            find = None if model.backend.in_host_memory else model.backend.find_largest
+            chosen = dict(zip(places, sample(logits, states, model.shares.vocab, model.collectives, allowed, find), strict=True))
         events: list[TokenEvent] = []
         place = 0
         for part in parts:

@@ -10,13 +10,11 @@ from model.engine.grammar import count_mask_bytes
 from parallel.collectives import Collectives
 
 
-def share_masks(
-    masks: Sequence[bytes], num_rows: int, vocab_size: int, collectives: Collectives, device: torch.device
-) -> npt.NDArray[np.bool_]:
+def share_masks(masks: Sequence[bytes], num_rows: int, vocab_size: int, collectives: Collectives) -> npt.NDArray[np.bool_]:
     """Send rank 0's masks to every rank; returns [num_rows, vocab_size], True where a token is allowed. `masks` is empty elsewhere."""
     sizes = [count_mask_bytes(vocab_size)] + [0] * (collectives.world_size - 1)
-    local = torch.empty((num_rows, sizes[collectives.rank]), dtype=torch.uint8, device=device)
+    local = torch.empty((num_rows, sizes[collectives.rank]), dtype=torch.uint8)
     if collectives.rank == 0:
-        local = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(num_rows, -1).to(device)
-    bits = collectives.gather_columns(local, sizes).numpy(force=True)
+        local = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(num_rows, -1)
+    bits = collectives.gather_columns(local, sizes).numpy()
     return np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)

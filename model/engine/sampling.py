@@ -7,7 +7,7 @@ one draw from a numpy generator. OpenAI's bias and penalties are applied after t
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,11 +116,13 @@ def sample(
     sizes: Sequence[int],
     collectives: Collectives,
     allowed: Mapping[int, npt.NDArray[np.bool_]] | None = None,
+    find_largest: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> list[Choice | None]:
     """Choose the next token of every sequence; None where the largest logit is NaN or infinite, identically on every rank.
 
     logits_local: float32 [sequences, vocab_local]; sizes: vocab_local of every rank. allowed: mask of the whole vocabulary for rows that a
-    grammar limits. NO_TOKEN where no token is allowed.
+    grammar limits. NO_TOKEN where no token is allowed. find_largest: finds candidates on the device of the logits where no option changes
+    logits; None: they are found in host memory.
     """
     first_id, masks = sum(sizes[: collectives.rank]), allowed or {}
     chosen: list[Choice | None] = []
@@ -136,16 +138,16 @@ def sample(
             chosen.append(_choose(ids, penalized[ids], total, state, logprobs))
         return chosen
     count = min(sum(sizes), max(state.params.top_k if state.params.do_sample else 1 for state in states))
-    local = logits_local.numpy(force=True)
-    mine = np.full((len(states), 2 * count), -np.inf)  # float64 represents ids and float32 logits exactly
-    for row, (values, state) in enumerate(zip(local, states, strict=True)):
-        mask = masks.get(row)
-        penalized = _penalize(values, state, first_id, None if mask is None else mask[first_id : first_id + len(values)])
-        ids = _best(penalized, count)
-        mine[row, : len(ids)] = ids + first_id
-        mine[row, count : count + len(ids)] = penalized[ids]
+    if find_largest is not None and not masks and not any(_changes_logits(state) for state in states):
+        width = min(count, logits_local.shape[1])
+        values_found, columns = find_largest(logits_local, width)
+        mine = logits_local.new_full((len(states), 2, count), -torch.inf, dtype=torch.float64)
+        mine[:, 0, :width], mine[:, 1, :width] = columns + first_id, values_found
+        mine = mine.view(len(states), 2 * count)
+    else:
+        mine = _list_best(logits_local, states, count, first_id, masks)
     wide = [2 * count] * collectives.world_size
-    gathered = collectives.gather_columns(torch.from_numpy(mine).to(logits_local.device), wide).numpy(force=True)
+    gathered = collectives.gather_columns(mine.cpu(), wide).numpy()
     candidates = gathered.reshape(len(states), -1, 2, count)
     tops = candidates[:, :, 1].max(axis=(1, 2)).tolist()  # a NaN in a row is among its rank's candidates, as the largest
     for values, state, top in zip(candidates, states, tops, strict=True):
@@ -157,6 +159,28 @@ def sample(
         keep = keep[np.isfinite(every[keep])]
         chosen.append(_choose(every[keep].astype(np.int64), logits[keep].astype(np.float32), None, state, None))
     return chosen
+
+
+def _list_best(
+    logits_local: torch.Tensor, states: Sequence[SamplingState], count: int, first_id: int, masks: Mapping[int, npt.NDArray[np.bool_]]
+) -> torch.Tensor:
+    """Return this rank's best candidates, found in host memory: float64 [rows, ids and then logits of `count` candidates]."""
+    local = logits_local.numpy(force=True)
+    mine = np.full((len(states), 2 * count), -np.inf)  # float64 represents ids and float32 logits exactly
+    for row, (values, state) in enumerate(zip(local, states, strict=True)):
+        mask = masks.get(row)
+        penalized = _penalize(values, state, first_id, None if mask is None else mask[first_id : first_id + len(values)])
+        ids = _best(penalized, count)
+        mine[row, : len(ids)] = ids + first_id
+        mine[row, count : count + len(ids)] = penalized[ids]
+    return torch.from_numpy(mine)
+
+
+def _changes_logits(state: SamplingState) -> bool:
+    """Return whether an option changes the logits or forbids a token."""
+    params = state.params
+    changed = params.repetition_penalty != 1.0 or params.logit_bias or state.counts or params.allowed_token_ids
+    return bool(changed or state.list_forbidden())
 
 
 def score(logits_local: torch.Tensor, targets: Sequence[tuple[int, int]], sizes: Sequence[int], collectives: Collectives) -> list[Choice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def write_quantized(
     Also writes `report`, with the bytes of the tensors under "written_bytes". `ckpt`: path in the folder of a MindSpore file with the
     same tensors; None for none.
     """
+    is_untied = config.tie_word_embeddings and scheme.is_quantized("lm_head")
+    config = replace(config, tie_word_embeddings=config.tie_word_embeddings and not is_untied)
     specs, floats = plan_weights(config, scheme), plan_weights(config, Scheme())
     layers = {name: _layer_of(name, config) for name in specs}
     dtypes = {name: dtype for layer in range(config.num_hidden_layers + 1) for name, dtype in work.read_dtypes(layer).items()}
@@ -89,6 +92,8 @@ def write_quantized(
 
     report["written_bytes"] = sum(tensor.num_bytes for tensor in tensors.values())
     raw = declare_scheme(source.config, scheme)
+    if is_untied:
+        raw["tie_word_embeddings"] = False
     if float_dtype is not None:
         raw.pop("dtype", None)  # see convert_checkpoint
         raw["torch_dtype"] = float_dtype

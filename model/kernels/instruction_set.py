@@ -24,6 +24,7 @@ _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
+    InstructionSet("avx512_amx", "x86_64", _AVX512 | {"avx512_bf16", "amx_tile", "amx_int8"}, adds_pairs=True),
     InstructionSet("avx512_bf16", "x86_64", _AVX512 | {"avx512_bf16"}, adds_pairs=True),
     InstructionSet("avx512_vnni", "x86_64", _AVX512),
     InstructionSet("avx_vnni", "x86_64", _AVX2 | {"avx_vnni"}),

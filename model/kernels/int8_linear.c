@@ -5,26 +5,9 @@
 /* With this step, GCC 12 keeps constants in registers that the sums need. */
 #pragma GCC optimize("no-gcse")
 
-#include "kernels.h"
-#include "slices.h"
+#include "int8_product.h"
 
 enum { CACHED_BYTES = 256 << 10, NEAR_BYTES = 8 << 10 };
-
-typedef struct {
-    const int8_t *slices;    /* [tokens][num_slices][padded columns], zero-padded */
-    const int32_t *sums;     /* [tokens][num_slices][groups]: the sum of a slice's elements in a group */
-    const float *row_scale;  /* [tokens] */
-    size_t padded;
-    const int8_t *weight;    /* [rows][columns] */
-    const float *scale;      /* [rows][groups] */
-    const int64_t *starts;   /* [groups + 1]: first column of each group */
-    size_t columns, groups, num_slices;
-    void *out;               /* [tokens][out_stride] */
-    size_t out_stride;
-    int out_dtype;
-    const float *correction; /* [rows] or NULL */
-    int alone;               /* whether one tile covers all slices */
-} Product;
 
 /* Slices that one instruction multiplies. */
 #ifdef HAS_PAIR_TILES
@@ -156,6 +139,9 @@ int tandem_int8_linear(const void *x, int dtype, size_t tokens, size_t columns, 
     size_t each = inputs->num_slices ? inputs->num_slices : 1, total = tokens * each, at_once = INT_SLICES / each * each;
     Product p = {cut.bytes, cut.sums, cut.row_scale, cut.padded, weight, scale, starts, columns, groups, each, out, out_stride, out_dtype,
                  inputs->correction, total <= INT_SLICES};
+#ifdef HAS_PANELS
+    if (total >= FEWEST_PANEL_SLICES) return multiply_in_panels(&p, total, rows, threads);
+#endif
     size_t block = rows_a_block(columns, total * cut.padded), tiles = (rows + INT_ROWS - 1) / INT_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int thread = 0; thread < threads; thread++) {

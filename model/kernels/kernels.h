@@ -25,6 +25,8 @@ int tandem_pack_int4(const int8_t *weight, size_t rows, size_t columns, const in
                      int8_t *zeros, int threads);
 void tandem_float_linear(const void *x, int dtype, size_t tokens, size_t columns, const void *weight, size_t rows, void *out,
                          size_t out_stride, int threads);
+int64_t tandem_load_word(const int64_t *word);
+void tandem_store_word(int64_t *word, int64_t value);
 void tandem_rms_norm(void *hidden, const void *delta, const void *weight, void *out, int dtype, size_t tokens, size_t size, float epsilon,
                      int threads);
 void tandem_silu_multiply(const void *gate_up, void *out, int dtype, size_t tokens, size_t size, int threads);

@@ -59,10 +59,14 @@ typedef struct {
     int has_delta, threads;
 } Pass;
 
+/* What the gathers of Python read and write; documented in parallel/shared_memory.py. */
+int64_t tandem_load_word(const int64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+void tandem_store_word(int64_t *word, int64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+
 static int wait_for_peers(Ranks *r) {
     for (size_t peer = 0; peer < r->world_size; peer++) {
         int64_t *flag = r->flags + peer * r->flag_words;
-        for (size_t spins = 0; __atomic_load_n(flag, __ATOMIC_ACQUIRE) < r->sequence; spins++) {
+        for (size_t spins = 0; tandem_load_word(flag) < r->sequence; spins++) {
             if (spins < SPINS_BEFORE_YIELD) {
                 relax();
                 continue;
@@ -97,7 +101,7 @@ static int gather(Ranks *r, const char *local, size_t rows, const int64_t *width
         size_t count = smaller(rows_a_round, rows - first);
         char *slots = r->slots + (++r->sequence % 2) * r->world_size * r->slot_bytes;
         memcpy(slots + r->rank * r->slot_bytes, local + first * mine, count * mine);
-        __atomic_store_n(r->flags + r->rank * r->flag_words, r->sequence, __ATOMIC_RELEASE);
+        tandem_store_word(r->flags + r->rank * r->flag_words, r->sequence);
         if (wait_for_peers(r)) return 1;
         size_t column = 0;
         for (size_t peer = 0; peer < r->world_size; peer++) {

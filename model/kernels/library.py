@@ -21,8 +21,9 @@ from model.kernels.instruction_set import INSTRUCTION_SETS, InstructionSet, read
 from model.spec.linear_memory import STEP_BYTES, STEP_COLUMNS, TILE_ROWS
 from parallel.errors import ConfigError
 from parallel.lazy_torch import torch
+from parallel.shared_words import WordAccess
 
-_INTERFACE = 6
+_INTERFACE = 7
 """Interface version, as in model/kernels/supported.c."""
 
 
@@ -42,6 +43,8 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tandem_interface": (_INT, []),
     "tandem_supported": (_INT, []),
+    "tandem_load_word": (ctypes.c_int64, [_POINTER]),
+    "tandem_store_word": (None, [_POINTER, ctypes.c_int64]),
     "tandem_int8_linear": (
         _INT,
         [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, *[_POINTER] * 2, _SIZE, *[_POINTER] * 2, _INT, _SIZE, _INT],
@@ -114,6 +117,11 @@ class Kernels:
     def run_layers(self) -> Any:
         """Run whole layers, see `model/decoder/fused_layers.py`."""
         return self._library.tandem_layers
+
+    @property
+    def word_access(self) -> WordAccess:
+        """Ordered access to words of memory that processes share."""
+        return WordAccess(self._library.tandem_load_word, self._library.tandem_store_word)
 
     @property
     def is_usable(self) -> bool:

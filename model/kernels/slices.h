@@ -55,6 +55,9 @@ INLINE float cut_slices(const Inputs *in, const void *x, int dtype, size_t colum
     return row_scale;
 }
 
+/* Tiles of slices may read this many rows past the last, without using the results. */
+enum { SPARE_SLICES = 32 };
+
 /* The slices of all tokens of a call, in a buffer that each thread keeps. */
 typedef struct {
     int8_t *bytes;      /* [tokens][num_slices][padded] */
@@ -74,12 +77,12 @@ INLINE void permute(const char *from, const int64_t *order, size_t columns, int 
 }
 
 /* Cut x [tokens, columns] of `dtype`; int8 inputs are copied as one slice. Returns 0, or 1 when out of memory. */
-static int cut_all_slices(const Inputs *in, const void *x, int dtype, size_t tokens, size_t columns, const int64_t *starts, size_t groups,
+__attribute__((unused)) static int cut_all_slices(const Inputs *in, const void *x, int dtype, size_t tokens, size_t columns, const int64_t *starts, size_t groups,
                           int threads, Slices *cut) {
     size_t padded = (columns + 63) / 64 * 64, count = in->num_slices ? in->num_slices : 1, row_bytes = columns * item_bytes(dtype);
     size_t slice_bytes = tokens * count * padded, sums_bytes = (tokens * count * groups * 4 + 63) / 64 * 64;
-    size_t scale_bytes = (tokens * 4 + 63) / 64 * 64, ordered_bytes = in->order ? tokens * row_bytes : 0;
-    char *memory = keep_bytes(&kept_slices, &kept_slice_bytes, slice_bytes + sums_bytes + scale_bytes + ordered_bytes);
+    size_t scale_bytes = (tokens * 4 + 63) / 64 * 64, ordered_bytes = in->order ? tokens * row_bytes : 0, spare_bytes = SPARE_SLICES * padded;
+    char *memory = keep_bytes(&kept_slices, &kept_slice_bytes, slice_bytes + sums_bytes + scale_bytes + ordered_bytes + spare_bytes);
     if (!memory) return 1;
     *cut = (Slices){(int8_t *)memory, (int32_t *)(memory + slice_bytes), (float *)(memory + slice_bytes + sums_bytes), padded};
     char *ordered = memory + slice_bytes + sums_bytes + scale_bytes;

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.backends.paged import PagedRows, place_rows
 from model.layers.cache import Cache, KeyValueCache, KeyValueStore
 from model.layers.rotary import Rotary
 
@@ -53,6 +54,9 @@ class Batch:
         self._stores: list[StoreRows] | None = None
         self.lies_in_stores = all(isinstance(span.cache, KeyValueCache) and span.cache.store.for_kernels for span in spans)
         """Whether native kernels can read and write all caches (see `join_stores`); else they go by the caches' own methods."""
+        self.is_paged = all(isinstance(span.cache, KeyValueCache) and not span.cache.store.for_kernels for span in spans)
+        """Whether a device's own attention can read and write all caches (see `place_part`)."""
+        self._device, self._paged = device, dict[int, PagedRows]()
 
     def angles(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin for a layer with a window (`local`), or without."""
@@ -72,6 +76,18 @@ class Batch:
                 self._stores.append(joined)
                 first = joined.rows.stop
         return self._stores
+
+    def place_part(self, part: StoreRows, tile_tokens: int) -> PagedRows:
+        """Return the rows of one of `join_stores` for the device's attention. Computed once, since they are the same for every layer."""
+        found = self._paged.get(part.rows.start)
+        if found is None:
+            sequences, row = [], 0
+            for span in self.spans:
+                if part.rows.start <= row < part.rows.stop:
+                    sequences.append((span.cache.length, len(span.ids), _find_cache(span).blocks))
+                row += len(span.ids)
+            found = self._paged[part.rows.start] = place_rows(sequences, tile_tokens, part.store.block_size, self._device)
+        return found
 
 
 def _group_adapted(spans: Sequence[Span]) -> list[tuple[int, slice | torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.backends.interface import Backend
+from model.backends.upload import upload
 from model.layers.linear import RowBlock, check_rows, tile_rows
 from model.spec.linear_scheme import LinearScheme
 from parallel.layout import TILE_ROWS
@@ -45,7 +46,7 @@ class Float8ColumnParallelLinear(nn.Module):
             tiled[self._index.cpu()], scales[self._index.cpu()] = weight.view(torch.uint8), scale
             weight, scale = tiled.view(torch.float8_e4m3fn), scales
         self._has_nan = any(bool(piece.isnan().any()) for piece in torch.split(weight, self._count_rows(_PIECE_WEIGHTS)))
-        self.weight = nn.Parameter(weight.to(device), requires_grad=False)
+        self.weight = nn.Parameter(upload(weight, device), requires_grad=False)
         self.scale = nn.Parameter(scale.to(device), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.backends.interface import Backend
+from model.backends.upload import upload
 from parallel.layout import TILE_ROWS
 
 
@@ -66,7 +67,7 @@ class ColumnParallelLinear(nn.Module):
             tiled = whole.new_zeros(self.weight.shape)
             tiled[self._index.cpu()] = whole
             whole = tiled
-        self.weight = nn.Parameter(whole.to(device), requires_grad=False)
+        self.weight = nn.Parameter(upload(whole, device), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, local rows of all blocks]."""

@@ -1,4 +1,4 @@
-"""Quantized linears split over output rows: weight-only (A16W8, grouped A16W4), or with quantized activations (A8W8).
+"""Quantized linears split over output rows: weight-only (A16W8, grouped A16W4), or with quantized activations (A8W8, A8W4).
 
 Integer matmuls are exact and sums over groups have a fixed order, so results are bitwise identical for any ranks and kernels.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.backends.int8 import Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear
+from model.backends.int8 import InputSteps, Int8Kernel, Part, count_slices, one_slice_linear, sliced_linear, token_linear
 from model.backends.interface import Backend
+from model.backends.upload import upload
 from model.kernels.library import KernelInputs, PackedInt4
 from model.layers.float8_linear import Float8ColumnParallelLinear
 from model.layers.linear import ColumnParallelLinear, RowBlock, check_rows
@@ -45,11 +46,14 @@ class QuantizedColumnParallelLinear(nn.Module):
         super().__init__()
         self.in_features, self.blocks, self.scheme, self.kernel = in_features, tuple(blocks), scheme, kernel
         rows = sum(block.num_rows for block in blocks)
-        self.weight_bytes = count_linear_bytes(rows, in_features, scheme, own_kernels=kernel.whole is not None)
+        self.weight_bytes = count_linear_bytes(
+            rows, in_features, scheme, own_kernels=kernel.whole is not None or kernel.linears is not None
+        )
         """Integers, scales and zero points in memory."""
         self._parts: list[Part] = []
         self._packed: PackedInt4 | None = None
         self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._device_packed: Any = None
         self._order: torch.Tensor | None = None
         self._divisor: torch.Tensor | None = None
         self._input_scale, self._zero_point = 1.0, 0
@@ -91,7 +95,7 @@ class QuantizedColumnParallelLinear(nn.Module):
             starts = torch.tensor([0, *itertools.accumulate(sizes)])
             self._packed = self.kernel.whole.pack_int4(weight, scale, starts) if self.scheme.bits == 4 else None
             self._whole = (weight.contiguous(), scale.contiguous(), starts) if self._packed is None else None
-        else:
+        elif self.kernel.linears is None:
             self._parts = self._pack_parts(weight, scale, sizes, device)
         if stored.smooth_scale is not None:
             assert self._order is None, "the kernels divide the ordered inputs"
@@ -100,12 +104,16 @@ class QuantizedColumnParallelLinear(nn.Module):
         if stored.input_zero_point:
             sums = weight.sum(dim=1, dtype=torch.int64).double()
             self._correction = (sums * stored.input_zero_point * scale[:, 0].double()).float().to(device)
+        if self.kernel.linears is not None:
+            steps = InputSteps(self.scheme.activation, self._divisor, self._order, self._input_scale, self._zero_point, self._correction)
+            packed = self.kernel.linears.pack(weight.to(device), scale.to(device), sizes, self.scheme.bits, steps)
+            self._device_packed = packed
 
     def _pack_parts(self, weight: torch.Tensor, scale: torch.Tensor, sizes: list[int], device: torch.device) -> list[Part]:
         parts, column = [], 0
         for group, size in enumerate(sizes):
             columns = weight if len(sizes) == 1 else weight[:, column : column + size].contiguous()
-            packed = self.kernel.pack(columns.to(device), scale[:, group].contiguous().to(device))
+            packed = self.kernel.pack(upload(columns, device), scale[:, group].contiguous().to(device))
             parts.append(Part(column, column + size, packed))
             column += size
         return parts
@@ -122,11 +130,13 @@ class QuantizedColumnParallelLinear(nn.Module):
         """Map [rows, in_features] to [rows, local rows of all blocks], in the dtype of x."""
         if self.kernel.whole is not None:
             return self._multiply_whole(x)
+        if self.kernel.linears is not None:
+            return self.kernel.linears.multiply(x, self._device_packed, x.dtype)
         dtype, divisor = x.dtype, self._divisor
         if self.scheme.activation == "tensor":
             scale: Any = self._input_scale if divisor is None else divisor * self._input_scale
             integers = (x.float() / scale).add_(self._zero_point).round_().clamp_(-128, 127)
-            product = one_slice_linear(integers, self._parts[0], self.kernel)
+            product = one_slice_linear(integers, self._parts, self.kernel)
             if self._correction is not None:
                 product.sub_(self._correction)
             product.mul_(self._input_scale)
@@ -135,10 +145,7 @@ class QuantizedColumnParallelLinear(nn.Module):
         if divisor is not None:
             x = x.float() / divisor
         if self.scheme.activation == "token":
-            # The scale of compressed-tensors: 255 steps from -absmax to absmax, so the largest value is clipped by half a step.
-            row_scale = x.abs().amax(dim=1, keepdim=True).float().div_(127.5).clamp_min_(1e-30)
-            integers = (x.float() / row_scale).round_().clamp_(-128, 127)
-            return one_slice_linear(integers, self._parts[0], self.kernel).mul_(row_scale).to(dtype)
+            return token_linear(x, self._parts, self.kernel, self._order).to(dtype)
         return sliced_linear(x, self._parts, self.kernel, self._order).to(dtype)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from model.backends.float_linear import float_linear
-from model.quantization.rounding import quantize_groups
+from model.layers.rounding import quantize_groups
 
 _STEPS = 20
 

@@ -5,6 +5,7 @@ quantized one, so that later layers compensate for its error.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def quantize_layers(
     """
     model = LlamaForCausalLM(config, Scheme(), collectives, dtype=dtype, device=device, num_threads=num_threads)
     loader, total = ModelLoader(model, source), config.num_hidden_layers + 1
-    specs, scheme = plan_weights(config, Scheme()), recipe.build_scheme(config)
+    # A tied head that gets rows of its own is split like any other.
+    specs, scheme = plan_weights(replace(config, tie_word_embeddings=False), Scheme()), recipe.build_scheme(config)
     rank, world_size = collectives.rank, collectives.world_size
     rounder = LayerRounder(config, scheme, recipe, collectives, loader.read, lambda name: specs[name].rows(rank, world_size)[0])
     lengths = [len(sample) for sample in samples] if recipe.needs_samples else []
@@ -104,7 +106,7 @@ def _quantize_head(model: LlamaForCausalLM, loader: ModelLoader, rounder: LayerR
     model.norm.assign(loader.read("model.norm.weight"), model.device)
     observer = InputObserver(model.config.hidden_size, choose_kept_tokens(len(hidden)), hessian=False)
     for rows in torch.split(hidden, 1024):
-        observer(model.norm(rows.to(model.device)))
+        observer(model.norm(rows.to(model.device)).cpu())
     return rounder.round_head(observer)
 
 

@@ -8,7 +8,7 @@ round its own rows.
 import torch
 
 from model.backends.float_linear import float_linear
-from model.quantization.rounding import choose_group_scales, round_to_integers
+from model.layers.rounding import choose_group_scales, round_to_integers
 
 _BLOCK_COLUMNS = 128
 """Columns per block; the errors of a block are propagated to later columns in one matmul."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from model.backends.float_linear import float_linear
+from model.layers.rounding import asymmetric_scale, quantize_groups, quantize_rows, symmetric_scale
 from model.quantization.awq import dequantize, search_scale, sum_columns
 from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.observing import InputObserver, Observations
 from model.quantization.recipe import Recipe
-from model.quantization.rounding import asymmetric_scale, quantize_groups, quantize_rows, symmetric_scale
 from model.quantization.smoothing import smooth_scale
 from model.spec.config import LlamaConfig
 from model.spec.scheme import Scheme
@@ -98,8 +98,8 @@ class LayerRounder:
         """Quantize the output head, always rounding to nearest: no later layer compensates for its errors."""
         out = RoundedLayer()
         if self._scheme.is_quantized("lm_head"):
-            weight, scale = self._read("lm_head.weight"), None
-            if self._recipe.smooth and observer is not None:
+            weight, scale = self._read("model.embed_tokens.weight" if self._config.tie_word_embeddings else "lm_head.weight"), None
+            if self._recipe.smooth and not self._recipe.int8_head and observer is not None:
                 scale = smooth_scale(observer.absmax, self._column_absmax([weight]), self._recipe.alpha)
                 if self._recipe_folds:
                     out.tensors["model.norm.weight"] = self._divide_norm(self._read("model.norm.weight"), scale)
@@ -199,7 +199,7 @@ class LayerRounder:
         upper: torch.Tensor | None,
         out: RoundedLayer,
     ) -> None:
-        linear, tensors = self._recipe.linear, out.tensors
+        linear, tensors = self._scheme.find_linear(name), out.tensors
         assert linear is not None
         zero_points = None
         if upper is not None:
@@ -210,7 +210,7 @@ class LayerRounder:
         else:
             group = linear.group_size or weight.shape[1]
             integers, scales, zero_points = quantize_groups(weight, linear.bits, group, symmetric=linear.symmetric)
-        if self._recipe.half_scales:
+        if self._recipe.half_scales and not (name == "lm_head" and self._recipe.int8_head):
             scales = scales.half()
         tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = integers, scales
         if zero_points is not None:
@@ -261,7 +261,7 @@ class LayerRounder:
         return entry | {"relative_error": (error / size) ** 0.5 if size else 0.0}
 
     def _round_inputs(self, name: str, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        linear = self._recipe.linear
+        linear = self._scheme.find_linear(name)
         assert linear is not None
         if linear.activation == "tensor":
             scale, zero_point = tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"]

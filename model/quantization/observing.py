@@ -69,7 +69,7 @@ class CacheObserver:
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Observe [tokens, heads, head_dim]."""
         for kind, states in enumerate((keys, values)):
-            torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float(), out=self.absmax[kind])
+            torch.maximum(self.absmax[kind], states.flatten(1).abs().amax(dim=0).float().cpu(), out=self.absmax[kind])
         self._last = keys.transpose(0, 1), values.transpose(0, 1)
 
     def read(self, layer: int, scale: torch.Tensor | None, end: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ def run_samples(
     if seen is not None:
         for observer, path in {observer: path for path, observer in reversed(seen.inputs.items())}.items():
             take = observer.__call__
-            hooks.append(layer.get_submodule(path).register_forward_pre_hook(lambda module, args, take=take: take(args[0])))
+            hooks.append(layer.get_submodule(path).register_forward_pre_hook(lambda module, args, take=take: take(args[0].cpu())))
     cache = CacheObserver(model.shares.key_value) if seen is None else seen.cache
     if layer.experts is not None:
         layer.experts.runs_all = seen is not None
@@ -122,7 +122,7 @@ def run_samples(
     try:
         for part in _group_samples(lengths):
             end = first + sum(part)
-            out = model.run_layer(index, hidden[first:end].to(model.dtype), [Span(cache, range(length)) for length in part])
+            out = model.run_layer(index, hidden[first:end].to(model.device, model.dtype), [Span(cache, range(length)) for length in part])
             if not keep_hidden:
                 hidden[first:end] = out
             first = end

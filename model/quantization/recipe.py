@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 
 from model.spec.config import LlamaConfig
-from model.spec.linear_scheme import LinearScheme
+from model.spec.linear_scheme import LinearGroup, LinearScheme
 from model.spec.scheme import Scheme
 from model.spec.weights import find_not_converted, linear_names, linear_shape
 from parallel.errors import ConfigError
 
 METHODS = ("rtn", "gptq", "awq")
+_HEAD = LinearScheme()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +34,16 @@ class Recipe:
     """Whether weight scales are stored as float16, regardless of the weights' dtype."""
     not_converted: tuple[str, ...] = ("lm_head",)
     """Linears whose names contain one of these stay float."""
+    int8_head: bool = False
+    """Whether the output head is stored as 8-bit integers with a scale per row, whatever `linear` and `not_converted` say."""
 
     def __post_init__(self) -> None:
         if self.linear is None and self.kv_cache is None:
             raise ConfigError(f"{self.approach} quantizes neither weights nor the key-value cache: ask for one of them")
         if self.linear is not None and self.linear.activation == "tensor" and self.linear.activation_symmetric:
             raise ConfigError("static activations are made with zero points only; set activation_symmetric to False")
+        if self.int8_head and self.linear is None:
+            raise ConfigError(f"--lm-head is int8, but {self.approach} stores no integer weights: quantize the linears too, or drop it")
         if self.method not in METHODS:
             raise ConfigError(f"the method {self.method!r} is unknown; there are {', '.join(METHODS)}")
         if not 0 <= self.alpha <= 1:
@@ -56,6 +61,9 @@ class Recipe:
         if self.linear is None:
             return Scheme(None, (), self.kv_cache)
         scheme = Scheme(replace(self.linear, smooth=self.smooth and not self.fold), ignore, self.kv_cache)
+        if self.int8_head:
+            others = () if scheme.linear == _HEAD else (LinearGroup(("lm_head",), _HEAD),)
+            scheme = replace(scheme, ignore=tuple(name for name in ignore if name != "lm_head"), others=others)
         if not any(scheme.is_quantized(name) for name in (*linear_names(config), "lm_head")):
             raise ConfigError(f"modules_to_not_convert {list(self.not_converted)} leaves nothing to quantize")
         group = self.linear.group_size

@@ -42,8 +42,8 @@ class LinearScheme:
             raise ConfigError(
                 f"quantization_config: group_size is {quote(self.group_size)}, but a whole number from 1 to {MAX_GROUP} is needed"
             )
-        if self.activation is not None and (self.bits != 8 or self.group_size is not None or not self.symmetric):
-            raise ConfigError("quantization_config: int8 activations need symmetric 8-bit weights with one scale an output row")
+        if self.activation == "tensor" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ConfigError("quantization_config: static int8 activations need symmetric 8-bit weights with one scale an output row")
         if self.activation == "token" and not self.activation_symmetric:
             raise ConfigError("quantization_config: dynamic int8 activations with zero points are not supported; symmetric ones are")
         if self.float8 and (self.bits != 8 or self.packed or not self.symmetric or self.act_order or self.activation or self.smooth):
@@ -67,7 +67,7 @@ class LinearScheme:
         if self.activation is None:
             words = "rtn-a16w8" if self.bits == 8 and self.group_size is None else f"a16w{self.bits}"
         else:
-            words = f"a8w8-{'dynamic' if self.activation == 'token' else 'static'}"
+            words = f"a8w{self.bits}-{'dynamic' if self.activation == 'token' else 'static'}"
         return words + ("-smooth" if self.smooth else "") + (f"-g{self.group_size}" if self.group_size else "")
 
 

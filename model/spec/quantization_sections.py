@@ -68,7 +68,7 @@ def check_pattern(entry: str, key: str) -> None:
 def read_group(group: Mapping[str, Any], default_format: Any) -> LinearGroup:
     """Return the linears of a group of config_groups and their scheme. Raises ConfigError."""
     targets = read_names(group.get("targets"), "targets")
-    if not targets or any("." not in target and target not in ALL_LINEARS for target in targets):
+    if not targets or any("." not in target and target not in (*ALL_LINEARS, "lm_head") for target in targets):
         raise ConfigError(
             f"quantization_config: targets {quote(group.get('targets'))} are not supported; 'Linear', full names and 're:' patterns are"
         )

@@ -45,6 +45,8 @@ class Scheme:
     """Linears that `linear` applies to, as in LinearGroup."""
     others: tuple[LinearGroup, ...] = ()
     """Linears with other schemes than `linear`."""
+    head: LinearScheme | None = None
+    """Scheme of an output head that is stored as floats and quantized while it is loaded; never declared in a config.json."""
     _names: frozenset[str] = field(init=False, repr=False, compare=False)
     """The full names in `ignore`: a large model may have a hundred thousand."""
     _patterns: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -56,12 +58,14 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Name in stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-c8", …"""
+        """Name in stats: "none", "rtn-a16w8", "a8w8-dynamic", "a16w4-g64-h8-c8", …"""
         words = ["+".join(dict.fromkeys((self.linear.name, *(group.linear.name for group in self.others))))] if self.linear else []
-        return "-".join([*words, *(["c8"] if self.kv_cache else [])]) or "none"
+        return "-".join([*words, *(["h8"] if self.head else []), *(["c8"] if self.kv_cache else [])]) or "none"
 
     def find_linear(self, name: str) -> LinearScheme | None:
         """Return the scheme of the linear with this full name (without `.weight`); None: float."""
+        if name == "lm_head" and self.head is not None:
+            return self.head
         if self.linear is None or name in self._names or any(re.match(pattern, name) for pattern in self._patterns):
             return None
         if not self.others and self.targets == ALL_LINEARS:
@@ -78,8 +82,8 @@ class Scheme:
 
     @property
     def has_integers(self) -> bool:
-        """Whether some linears are stored as integers."""
-        return any(not group.linear.float8 for group in self.groups)
+        """Whether some linears are integers in memory."""
+        return self.head is not None or any(not group.linear.float8 for group in self.groups)
 
     def is_quantized(self, name: str) -> bool:
         """Return whether the linear with this full name is quantized."""

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from model.spec.config import DTYPES, LlamaConfig
@@ -254,7 +254,8 @@ def plan_weights(config: LlamaConfig, scheme: Scheme, layers: Iterable[int] | No
             specs.update({f"{prefix}.self_attn.{name}": cache for name in ("k_scale", "v_scale")})
     specs["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
-        specs.update(_linear_specs("lm_head", embedding.shape, layout.vocab, layout, scheme))
+        stored = replace(scheme, head=None)
+        specs.update(_linear_specs("lm_head", embedding.shape, layout.vocab, layout, stored))
     return specs
 
 

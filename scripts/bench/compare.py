@@ -4,13 +4,15 @@
     python scripts/bench/compare.py --model-config scripts/bench/shapes/tinyllama_1.1b.json --workers 1,2 --rounds 5 \\
         --llama-bench llama.cpp/build/bin/llama-bench --gguf tinyllama.gguf --png compare.png
     python scripts/bench/compare.py --model-config scripts/bench/shapes/tinyllama_1.1b.json --quantization none --transformers --tp-plan
+    bash scripts/bench/compare_all.sh FOLDER --rounds 5 --batch-size 1,8,32
 
 Every program runs once a round, all with --threads threads (tandem: ranks times threads of a rank): a prefill of --prompt-tokens, and
 decoding --new-tokens behind a prompt of 16 tokens, as `tandem bench` does; the order rotates. Weights are random unless --checkpoint,
 --float-folder or --gguf say otherwise. A peer that fails is left out, with its reason. Prints tables; the last line is one JSON object,
 which is also written to --results. A busy machine is waited for, --quiet seconds at most, and noted.
 --tp-plan needs `pip install accelerate`.
-llama-bench: see random_gguf.py. dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
+compare_all.sh fetches the prebuilt llama.cpp of npm and OpenVINO GenAI into FOLDER. llama-bench: see random_gguf.py.
+dllama: https://github.com/b4rtaz/distributed-llama, `make dllama`.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from chart import Bar, draw_bars, load_pyplot
-from peers import PEERS, Contender, build_tandem
+from peers import LLAMA_CPUS, PEERS, Contender, build_tandem
 from quiet_machine import BUSY, wait_until_quiet
 from rounds import collect, compare, list_metrics, rotate_order, spread
 from tandem_bench import OWN_COMMAND, BenchError, name_machine, slug
@@ -132,7 +134,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=1800, help="of one program in one round, seconds")
     parser.add_argument("--tandem", default=OWN_COMMAND, help="command to measure (default: this checkout)")
     parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--llama-package", type=Path, help="npm's @node-llama-cpp/linux-x64, unpacked: see llama_library.py")
+    parser.add_argument("--llama-cpu", type=lambda words: words.split(","), default=["zen4", "haswell"], help=f"of {', '.join(LLAMA_CPUS)}")
+    parser.add_argument("--openvino", type=Path, help="Python of an environment with openvino-genai: see openvino_decode.py")
+    parser.add_argument("--openvino-model", type=Path, help="default: --gguf")
+    parser.add_argument("--gguf", type=Path, help="the model of llama.cpp and OpenVINO")
     parser.add_argument("--dllama", type=Path)
     parser.add_argument("--dllama-model", type=Path)
     parser.add_argument("--dllama-tokenizer", type=Path)
@@ -144,6 +150,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.model_config or options.checkpoint):
         parser.error("give --model-config or --checkpoint")
+    if unknown := set(options.llama_cpu) - set(LLAMA_CPUS):
+        parser.error(f"--llama-cpu {', '.join(sorted(unknown))} is not one of {', '.join(LLAMA_CPUS)}")
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads have to be above 0")
     if options.checkpoint:

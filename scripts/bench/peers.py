@@ -12,12 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tandem_bench import DECODE_PROMPT_TOKENS, BenchCall, BenchError, run_program
 
 _TRANSFORMERS = Path(__file__).resolve().with_name("transformers_decode.py")
+_LLAMA_LIBRARY = Path(__file__).resolve().with_name("llama_library.py")
+_OPENVINO = Path(__file__).resolve().with_name("openvino_decode.py")
+LLAMA_CPUS = ("zen4", "haswell", "sapphirerapids", "icelake", "alderlake")
+"""CPU libraries of llama.cpp, as npm's package names them; haswell is AVX2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,34 @@ def build_llama_bench(options: argparse.Namespace) -> Contender | None:
     return Contender(f"llama.cpp {options.gguf.stem} {options.threads} threads", measure)
 
 
+def build_llama_library(options: argparse.Namespace, cpu: str) -> Contender | None:
+    """The prebuilt library of npm, in a process of its own; it also measures batches."""
+    if not options.llama_package or cpu not in options.llama_cpu:
+        return None
+    if not options.gguf:
+        raise SystemExit("--llama-package needs --gguf FILE; scripts/bench/random_gguf.py writes one")
+    command = [sys.executable, str(_LLAMA_LIBRARY), str(options.llama_package.resolve()), str(options.gguf.resolve()), "--cpu", cpu]
+    command += ["--threads", str(options.threads), *_measured_arguments(options)]
+    name = f"llama.cpp {cpu} library {options.gguf.stem} {options.threads} threads"
+    return Contender(name, lambda: read_transformers(run_program(command, options.timeout)))
+
+
+# --- OpenVINO GenAI
+
+
+def build_openvino(options: argparse.Namespace) -> Contender | None:
+    """Its own environment's Python runs it, since it draws packages that tandem does not have."""
+    if not options.openvino:
+        return None
+    model = options.openvino_model or options.gguf
+    if not model:
+        raise SystemExit("--openvino needs --openvino-model or --gguf, with a vocabulary: see openvino_decode.py")
+    # Not resolved: the link tells Python its environment.
+    command = [str(options.openvino.absolute()), str(_OPENVINO), str(model.resolve()), "--threads", str(options.threads)]
+    name = f"OpenVINO GenAI {model.stem} {options.threads} threads"
+    return Contender(name, lambda: read_transformers(run_program([*command, *_measured_arguments(options)], options.timeout)))
+
+
 # --- distributed-llama
 
 
@@ -177,7 +210,7 @@ def _find_port() -> int:
 
 
 def read_transformers(output: str) -> Speed:
-    """The last line of transformers_decode.py."""
+    """The last line of transformers_decode.py, llama_library.py and openvino_decode.py."""
     answer = json.loads(output.strip().splitlines()[-1])
     details = {name: answer[name] for name in ("version", "ranks", "dtype")}
     return Speed(answer["prefill_tokens_per_second"], {int(size): speed for size, speed in answer["decode"].items()}, details)
@@ -210,13 +243,19 @@ def _transformers_arguments(options: argparse.Namespace, threads: int) -> list[s
         raise SystemExit("transformers needs --float-folder FOLDER, or --model-config for random weights")
     words = [str(_TRANSFORMERS), os.path.realpath(model), "--threads", str(threads), "--dtype", options.dtype]
     words += ["--layers", str(options.layers)] if options.layers and not options.float_folder else []
-    words += ["--batch-size", ",".join(map(str, options.batch_size))]
+    return [*words, *_measured_arguments(options)]
+
+
+def _measured_arguments(options: argparse.Namespace) -> list[str]:
+    words = ["--batch-size", ",".join(map(str, options.batch_size))]
     words += ["--prompt-tokens", str(options.prompt_tokens), "--decode-prompt-tokens", str(DECODE_PROMPT_TOKENS)]
     return [*words, "--new-tokens", str(options.new_tokens)]
 
 
 PEERS: Mapping[str, Callable[[argparse.Namespace], Contender | None]] = {
     "llama.cpp": build_llama_bench,
+    **{f"llama.cpp {cpu} library": partial(build_llama_library, cpu=cpu) for cpu in LLAMA_CPUS},
+    "OpenVINO GenAI": build_openvino,
     "distributed-llama": build_dllama,
     "transformers": build_transformers,
     "transformers tp_plan": build_tp_plan,

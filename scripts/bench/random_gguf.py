@@ -48,8 +48,8 @@ def list_tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (config.vocab_size, hidden)
 
 
-def write_random_gguf(path: Path, config: LlamaConfig, name: str, seed: int = 0) -> None:
-    """Write the file."""
+def write_random_gguf(path: Path, config: LlamaConfig, name: str, seed: int = 0, *, vocabulary: bool = False) -> None:
+    """Write the file. `vocabulary`: with made-up tokens."""
     writer, generator = GGUFWriter(path, "llama"), np.random.default_rng(seed)
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
@@ -65,7 +65,10 @@ def write_random_gguf(path: Path, config: LlamaConfig, name: str, seed: int = 0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(7)  # mostly Q8_0
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary:
+        _add_vocabulary(writer, config)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     tensors = list(list_tensors(config))
     for tensor, shape in tensors:
         if len(shape) == 1:
@@ -79,6 +82,18 @@ def write_random_gguf(path: Path, config: LlamaConfig, name: str, seed: int = 0)
     for _, shape in tensors:
         writer.write_tensor_data(np.ones(shape, np.float32) if len(shape) == 1 else _random_blocks(shape, generator))
     writer.close()
+
+
+def _add_vocabulary(writer: GGUFWriter, config: LlamaConfig) -> None:
+    """Single bytes, then words that no text has: no merges lead to them."""
+    tokens = [chr(0x100 + token) if token < 256 else f"token{token}" for token in range(config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token < 3 else 1 for token in range(config.vocab_size)])
+    writer.add_token_merges(["\u0100 \u0101"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _stored_columns(columns: int) -> int:
@@ -100,10 +115,12 @@ def main() -> None:
     parser.add_argument("model_config", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocabulary", action="store_true", help="with made-up tokens, which OpenVINO GenAI needs")
     options = parser.parse_args()
     raw = read_config(options.model_config)
     raw["num_hidden_layers"] = options.layers or raw["num_hidden_layers"]
-    write_random_gguf(options.output, build_config(raw, str(options.model_config)), options.model_config.stem)
+    config = build_config(raw, str(options.model_config))
+    write_random_gguf(options.output, config, options.model_config.stem, vocabulary=options.vocabulary)
     print(f"wrote {options.output}, {options.output.stat().st_size / 1e9:.2f} GB")
 
 

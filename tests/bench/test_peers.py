@@ -110,7 +110,48 @@ def test_a_peer_takes_part_only_when_it_is_asked_for() -> None:
     ]
 
 
-@pytest.mark.parametrize("words", [("--llama-bench", "l"), ("--dllama", "d", "--dllama-model", "m")])
+def test_the_libraries_of_npm_are_a_peer_each_and_measure_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    answer = {"version": "v0.5.0", "ranks": 1, "dtype": "zen4", "prefill_tokens_per_second": 90.0, "decode": {"1": 20.0, "8": 66.0}}
+
+    def run(command: list[str], _seconds: float) -> str:
+        calls.append(command)
+        return json.dumps(answer) + "\n"
+
+    monkeypatch.setattr(peers, "run_program", run)
+    options = _options("--llama-package", "package", "--gguf", "g.gguf", "--batch-size", "1,8", "--llama-cpu", "haswell,zen4")
+    built = [one for build in PEERS.values() if (one := build(options))]
+    assert [one.name for one in built] == ["llama.cpp zen4 library g 4 threads", "llama.cpp haswell library g 4 threads"]
+    assert [one.measure().figures() for one in built] == [{"prefill": 90.0, "decode@1": 20.0, "decode@8": 66.0}] * 2
+    assert [call[call.index("--cpu") + 1] for call in calls] == ["zen4", "haswell"]
+    assert all(call[call.index("--batch-size") + 1] == "1,8" and call[call.index("--threads") + 1] == "4" for call in calls)
+
+
+def test_openvino_runs_in_its_own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+    answer = {"version": "2026.4", "ranks": 1, "dtype": "int8", "prefill_tokens_per_second": 215.0, "decode": {"1": 25.2}}
+
+    def run(command: list[str], _seconds: float) -> str:
+        calls.append(command)
+        return json.dumps(answer)
+
+    monkeypatch.setattr(peers, "run_program", run)
+    (tmp_path / "python").symlink_to(sys.executable)
+    contender = PEERS["OpenVINO GenAI"](_options("--openvino", str(tmp_path / "python"), "--gguf", "g.gguf"))
+    assert contender is not None and contender.name == "OpenVINO GenAI g 4 threads"
+    assert contender.measure().figures() == {"prefill": 215.0, "decode@1": 25.2}
+    assert calls[0][0] == str(tmp_path / "python"), "the link, which tells Python its environment"
+    with pytest.raises(SystemExit, match="needs --openvino-model or --gguf"):
+        PEERS["OpenVINO GenAI"](_options("--openvino", "python"))
+
+
+def test_an_unknown_cpu_library_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _options("--llama-cpu", "zen5")
+    assert "--llama-cpu zen5 is not one of zen4, haswell" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--llama-bench", "l"), ("--llama-package", "p"), ("--dllama", "d", "--dllama-model", "m")])
 def test_a_peer_without_its_files_says_what_it_needs(words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit, match="needs --"):
         [build(_options(*words)) for build in PEERS.values()]

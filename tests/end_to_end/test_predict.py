@@ -19,6 +19,7 @@ RECORD_FIELDS = ["index", "prompt", "prompt_token_ids", "token_ids", "text", "fi
 STATS_FIELDS = {
     "world_size",
     "threads_per_rank",
+    "cores_bound",
     "device",
     "dtype",
     "quantization",
@@ -33,8 +34,10 @@ STATS_FIELDS = {
     "acceptance_rate",
     "weight_bytes",
     "draft_weight_bytes",
+    "adapter_bytes",
     "read_bytes",
     "peak_rss_bytes",
+    "peak_device_bytes",
     "restarts",
     "recovery_seconds",
     "kv_cache_dtype",

@@ -153,7 +153,7 @@ def test_each_approach_writes_a_whole_folder_and_tells_what_it_cost(name: str, q
     has_scales = read_scheme(made.config).kv_cache == "channel"
     assert sorted(path.name for path in made.folder.iterdir()) == sorted([*FILES, *([CACHE_SCALES_FILE] if has_scales else [])])
     assert read_scheme(made.config).name == case.name
-    tensors = load_file(made.folder / "model.safetensors")
+    tensors = load_file(made.folder / "model.safetensors") | (load_file(made.folder / CACHE_SCALES_FILE) if has_scales else {})
     for linear in case.floats:
         found = [tensor for key, tensor in tensors.items() if f"{linear}.weight" in key]
         assert found and all(tensor.dtype == torch.float32 for tensor in found)

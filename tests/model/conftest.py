@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from model.backends.interface import Backend
 from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
@@ -22,6 +23,7 @@ from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme
 from model.spec.scheme import Scheme, read_scheme
 from parallel.collectives import Collectives, IdentityCollectives
+from tests.model.interpreted_kernels import build_interpreted_backend
 
 _SIZES: dict[str, dict[str, Any]] = {
     "nine_heads": {
@@ -76,6 +78,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """The Triton backend for CPU tensors, in the interpreter."""
+    return build_interpreted_backend(monkeypatch)
 
 
 @pytest.fixture(scope="session")

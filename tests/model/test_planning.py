@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +18,12 @@ from safetensors.torch import save_file
 from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
 from model.decoder.loading import load_model
+from model.kernels.library import find_kernels, kernels_disabled
+from model.layers.quantized_linear import QuantizedColumnParallelLinear
 from model.planning import PROCESS_BYTES, RankPlan, Workload, measure_balance, plan_ranks
 from model.spec.config import LlamaConfig, build_config
 from model.spec.linear_scheme import LinearScheme
+from model.spec.run_scheme import plan_run_scheme
 from model.spec.scheme import Scheme, declare_scheme, read_scheme
 from model.spec.stored_form import StoredForm
 from model.spec.weights import find_not_converted, linear_shape, plan_weights
@@ -60,6 +64,7 @@ SCHEMES: dict[str, tuple[LinearScheme | None, tuple[str, ...], str | None]] = {
     "a8w8 dynamic": (DYNAMIC, ("lm_head",), "token"),
     "a8w8 static": (STATIC, ("lm_head", "w2"), None),
     "smooth": (replace(STATIC, smooth=True), ("lm_head", "w2"), None),
+    "a8w4 in groups": (LinearScheme(bits=4, group_size=16, activation="token"), ("lm_head",), None),
     "int8 cache by channel": (None, (), "channel"),
     "int8 cache by tensor": (INT8, ("lm_head",), "tensor"),
 }
@@ -123,10 +128,10 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str],
     return run
 
 
-def load(folder: Path, rank: int, world_size: int, dtype: str) -> tuple[LlamaForCausalLM, int]:
-    """One rank's model and the bytes that were read for it."""
+def load(folder: Path, rank: int, world_size: int, dtype: str, asked: Scheme | None = None) -> tuple[LlamaForCausalLM, int]:
+    """One rank's model and the bytes that were read for it. `asked`: the scheme of the run; None: the checkpoint's."""
     source = open_checkpoint(folder)
-    config, scheme = build_config(source.config), read_scheme(source.config)
+    config, scheme = build_config(source.config), asked or read_scheme(source.config)
     model = LlamaForCausalLM(config, scheme, SilentCollectives(rank, world_size), dtype=dtype, device=torch.device("cpu"))
     return model, load_model(model, source)
 
@@ -159,6 +164,34 @@ def test_every_rank_keeps_and_reads_the_bytes_of_its_plan(
             embedding = 0 if config.tie_word_embeddings else sum(tensor.nbytes for tensor in built.embed_tokens.parameters())
             assert one.streamed_bytes == one.weight_bytes - embedding, one
             assert one.peak_bytes >= PROCESS_BYTES[dtype][0] + one.weight_bytes + one.kv_cache_bytes + one.activation_bytes
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("scheme", ["float", "int8"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_head_that_is_quantized_while_loading_has_the_bytes_of_its_plan(
+    write: Callable[[str, str, str], Path], model: str, scheme: str, kernels: bool
+) -> None:
+    """A tied embedding stays as stored, is read once more, and is then not streamed."""
+    folder, config = write(model, scheme, "bfloat16"), build_config(MODELS[model])
+    source = open_checkpoint(folder)
+    stored = {name: info.form for name, info in source.tensors.items()}
+    asked = plan_run_scheme(read_scheme(source.config), tied=config.tie_word_embeddings, kv_cache=None, activations="auto", lm_head="int8")
+    with nullcontext() if kernels else kernels_disabled():
+        workload = Workload(dtype="bfloat16", tokens=50, own_kernels=kernels and find_kernels() is not None)
+        for world_size in FEW:
+            plans = plan_ranks(build_config(source.config), asked, world_size, workload, stored)
+            before = plan(folder, world_size, workload)
+            extra = config.vocab_size * config.hidden_size * 2 if config.tie_word_embeddings else 0
+            assert sum(one.file_bytes for one in plans) - sum(one.file_bytes for one in before) == extra
+            for one in plans:
+                built, read_bytes = load(folder, one.rank, world_size, "bfloat16", asked)
+                assert (one.weight_bytes, one.file_bytes) == (built.weight_bytes, read_bytes)
+                embedding = sum(tensor.nbytes for tensor in built.embed_tokens.parameters())
+                assert one.streamed_bytes == one.weight_bytes - embedding
+                assert isinstance(built.lm_head, QuantizedColumnParallelLinear)
+                share = one.vocab_rows[1] - one.vocab_rows[0]
+                assert built.lm_head.weight_bytes == share * (config.hidden_size + 4)
 
 
 def test_types_in_the_headers_go_over_config_json(write: Callable[[str, str, str], Path]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from model.kernels.library import find_kernels
 from parallel.collectives import Collectives, IdentityCollectives
 from parallel.node_collectives import number_nodes
 from parallel.shared_memory import SharedMemoryCollectives
@@ -24,14 +25,16 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 # Plain stores keep their order on x86-64 only.
 HAS_SHARED_MEMORY = platform.machine() in ("x86_64", "AMD64")
 NODES = ["nodes in turn", "nodes in a row", "nodes alone"] if HAS_SHARED_MEMORY else []
-BACKS = ["gloo", *(["shm", *NODES] if HAS_SHARED_MEMORY else [])]
+ATOMIC = ["shm, atomic words"] if find_kernels() is not None else []
+BACKS = ["gloo", *(["shm", *NODES] if HAS_SHARED_MEMORY else []), *ATOMIC]
 
 HOST = """
 import json, os, signal, sys, time, traceback
 from datetime import timedelta
 import torch
 from torch.distributed import FileStore, TCPStore
-from parallel.collectives import DistributedCollectives
+from parallel.collectives import GlooCollectives
+from model.kernels.library import find_kernels
 from parallel.errors import PeerError
 from parallel.node_collectives import NodeCollectives
 from parallel.shared_memory import SharedMemoryCollectives
@@ -76,10 +79,12 @@ def connect(rank):
     store = FileStore(path, world_size)
     if back == "shm":
         return SharedMemoryCollectives(store, rank, world_size, timeout_seconds)
+    if back == "shm, atomic words":  # as on ARM
+        return SharedMemoryCollectives(store, rank, world_size, timeout_seconds, access=find_kernels().word_access)
     if back.startswith("nodes"):  # ranks of one host in the parts of several
         nodes = {"nodes in turn": [0, 1, 0, 1], "nodes in a row": [0, 0, 1, 1], "nodes alone": [0, 1, 2, 3]}[back][:world_size]
         return NodeCollectives(store, rank, nodes, timeout_seconds, address)
-    return DistributedCollectives(store, rank, world_size, back, timeout_seconds, address)
+    return GlooCollectives(store, rank, world_size, timeout_seconds, address)
 
 def gather_zeros(collectives):
     return collectives.gather_columns(torch.zeros((1, 2)), [2] * world_size)
@@ -228,7 +233,7 @@ def run_rank(rank):
         os.write(death_in, host.port.to_bytes(2, "big"))
         time.sleep(60)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
-    collectives = DistributedCollectives(store, rank, 2, back, timeout_seconds, address)
+    collectives = GlooCollectives(store, rank, 2, timeout_seconds, address)
     collectives.barrier()
     os.write(death_in, b"r")
     report_wait(rank, collectives.barrier if rank == 0 else lambda: beat_on(collectives))
@@ -333,7 +338,7 @@ def host() -> Iterator[RankHost]:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_what_is_gathered_is_what_the_ranks_gave_in_rank_order(world_size: int, host: RankHost, tmp_path: Path) -> None:
     for back in BACKS:
-        name = "shm+gloo" if back in NODES else back
+        name = "shm+gloo" if back in NODES else "shm" if back in ATOMIC else back
         assert host.run(GATHER, [back], world_size, tmp_path, 30) == {back: [[rank, name, rank, world_size] for rank in range(world_size)]}
 
 
@@ -344,7 +349,7 @@ def test_a_killed_rank_ends_every_wait_quickly_even_where_it_was_dead_before(ope
         assert (first.rank, third.rank) == (0, 2)
         for wait in (first, third):
             assert wait.kind == "PeerError" and wait.seconds < 8, (back, wait)
-            if back == "shm" or operation == "barrier":
+            if back in ("shm", *ATOMIC) or operation == "barrier":
                 assert (wait.peer, wait.died) == (1, True), (back, wait)
                 assert wait.message == f"rank 1 died while rank {wait.rank} waited for it in {operation}"
             elif back == "gloo":  # it tells that one died; the lines tell which, where they know of one only
@@ -357,7 +362,7 @@ def test_a_stopped_rank_ends_every_wait_after_the_timeout(operation: str, host: 
     for back, (first, third) in waits.items():
         assert (first.kind, third.kind) == ("PeerError", "PeerError"), back
         assert 1.5 < first.seconds < 6 and third.seconds < 6, (back, first, third)
-        if back == "shm" or operation == "barrier":
+        if back in ("shm", *ATOMIC) or operation == "barrier":
             assert (first.peer, first.died) == (1, False), (back, first)
             assert first.message.startswith(f"rank 1 did not reach {operation} within 2 s"), back
 

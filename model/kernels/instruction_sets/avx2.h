@@ -236,6 +236,77 @@ INLINE four_ints sum_four_ints(int_sums a, int_sums b, int_sums c, int_sums d) {
     return (four_ints)_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
+/* Panels of int8_panels.c: a line is 16 rows of one 32-bit word each: 4 columns larger by PANEL_OFFSET, or 2 columns of 16 bits. Columns past
+   a group are 0. */
+#define HAS_PANELS 1
+#ifdef __AVXVNNI__
+typedef int8_t panel_slice;
+enum { PANEL_COLUMNS = 4, PANEL_LINES = 1, PACKED_COLUMNS = 32, PANEL_OFFSET = 128, PANEL_SLICES = 6, PANELS_AT_ONCE = 1, FEWEST_PANEL_SLICES = 48 };
+INLINE __m256i load_panel_words(const int8_t *from, size_t count) {
+    if (count >= 32) return load_weights(from);
+    __m256i places = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    return _mm256_and_si256(load_weights_part(from, count), _mm256_cmpgt_epi8(_mm256_set1_epi8((char)count), places));
+}
+INLINE void add_word_products(__m256i *sum, __m256i weight, __m256i slice) { add_byte_products(sum, weight, slice); }
+#else
+typedef int16_t panel_slice;
+enum { PANEL_COLUMNS = 2, PANEL_LINES = 1, PACKED_COLUMNS = 16, PANEL_OFFSET = 0, PANEL_SLICES = 6, PANELS_AT_ONCE = 1, FEWEST_PANEL_SLICES = 16 };
+INLINE __m256i load_panel_words(const int8_t *from, size_t count) { return load_words(from, count); }
+/* Inline assembly, since GCC 12 computes all products before it adds the first, which takes more registers than there are. */
+INLINE void add_word_products(__m256i *sum, __m256i weight, __m256i slice) {
+    __m256i product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(*sum), "=&x"(product) : "x"(weight), "x"(slice));
+}
+#endif
+
+INLINE void open_panels(void) {}
+INLINE void close_panels(void) {}
+
+INLINE void turn_words(const __m256i row[8], uint8_t *to) {
+    __m256i four[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        __m256i a = _mm256_unpacklo_epi32(row[i], row[i + 1]), b = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+        __m256i c = _mm256_unpacklo_epi32(row[i + 2], row[i + 3]), d = _mm256_unpackhi_epi32(row[i + 2], row[i + 3]);
+        four[i] = _mm256_unpacklo_epi64(a, c);
+        four[i + 1] = _mm256_unpackhi_epi64(a, c);
+        four[i + 2] = _mm256_unpacklo_epi64(b, d);
+        four[i + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm256_store_si256((__m256i *)(to + 64 * i), _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
+        _mm256_store_si256((__m256i *)(to + 64 * (i + 4)), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
+    }
+}
+
+INLINE void pack_lines(const int8_t *const row[16], size_t column, size_t count, const uint8_t offset, uint8_t *to) {
+    (void)offset;
+#pragma GCC unroll 2
+    for (size_t half = 0; half < 2; half++) {
+        __m256i words[8];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < 8; i++) words[i] = load_panel_words(row[half * 8 + i] + column, count);
+        turn_words(words, to + half * 32);
+    }
+}
+
+INLINE void multiply_lines(ints sums[PANELS_AT_ONCE][PANEL_SLICES], const size_t count, const uint8_t *const panel[PANELS_AT_ONCE],
+                           const panel_slice *slice, size_t stride, size_t lines) {
+    for (size_t line = 0; line < lines; line++) {
+        __m256i low = _mm256_load_si256((const __m256i *)(panel[0] + line * 64));
+        __m256i high = _mm256_load_si256((const __m256i *)(panel[0] + line * 64 + 32));
+#pragma GCC unroll 8
+        for (size_t i = 0; i < count; i++) {
+            int32_t word;
+            memcpy(&word, slice + i * stride + line * PANEL_COLUMNS, 4);
+            __m256i part = _mm256_set1_epi32(word);
+            add_word_products(&sums[0][i].low, low, part);
+            add_word_products(&sums[0][i].high, high, part);
+        }
+    }
+}
+
 INLINE int32_t sum_bytes(const int8_t *from, size_t count) {
     int32_t sum = 0;
     for (size_t i = 0; i < count; i++) sum += from[i];

@@ -201,6 +201,48 @@ INLINE void add_nibble_products(ints *sums, const size_t count, const uint8_t *p
     for (size_t i = 0; i < count; i++) sums[i] = _mm512_add_epi32(sums[i], high[i]);
 }
 
+/* Panels of int8_panels.c: a line is 16 rows of 4 columns, 4 bytes a row, larger by PANEL_OFFSET; columns past a group are 0. */
+#define HAS_PANELS 1
+typedef int8_t panel_slice;
+
+INLINE void pack_lines(const int8_t *const row[16], size_t column, size_t count, const uint8_t offset, uint8_t *to) {
+    const __mmask64 mask = count >= 64 ? ~(__mmask64)0 : first_bytes(count);
+    floats words[16];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) {
+        __m512i bytes = _mm512_maskz_loadu_epi8(mask, row[i] + column);
+        if (offset) bytes = _mm512_maskz_mov_epi8(mask, flip(bytes));
+        words[i] = _mm512_castsi512_ps(bytes);
+    }
+    transpose(words);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) _mm512_store_ps(to + 64 * i, words[i]);
+}
+
+#if defined(__AMX_INT8__) || defined(EMULATED_TILES)
+#include "amx.h"
+#else
+enum { PANEL_COLUMNS = 4, PANEL_LINES = 1, PACKED_COLUMNS = 64, PANEL_OFFSET = 128, PANEL_SLICES = 12, PANELS_AT_ONCE = 2, FEWEST_PANEL_SLICES = 128 };
+
+INLINE void open_panels(void) {}
+INLINE void close_panels(void) {}
+
+INLINE void multiply_lines(ints sums[PANELS_AT_ONCE][PANEL_SLICES], const size_t count, const uint8_t *const panel[PANELS_AT_ONCE],
+                           const panel_slice *slice, size_t stride, size_t lines) {
+    for (size_t line = 0; line < lines; line++) {
+        __m512i one = _mm512_load_si512(panel[0] + line * 64), two = _mm512_load_si512(panel[1] + line * 64);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < count; i++) {
+            int32_t word;
+            memcpy(&word, slice + i * stride + line * 4, 4);
+            __m512i part = _mm512_set1_epi32(word);
+            add_byte_products(&sums[0][i], one, part);
+            add_byte_products(&sums[1][i], two, part);
+        }
+    }
+}
+#endif
+
 #ifdef __AVX512BF16__
 /* Products of bfloat16 pairs: 32 columns at a time, rounded as the CPU's vdpbf16ps does. */
 #define HAS_PAIRS 1

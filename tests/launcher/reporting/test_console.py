@@ -36,6 +36,8 @@ STATS = Stats(
     draft_weight_bytes=[0, 0],
     read_bytes=[1, 1],
     peak_rss_bytes=[1, 1],
+    peak_device_bytes=[0, 0],
+    adapter_bytes=[0, 0],
     kv_cache_dtype="float32",
     kv_cache_bytes_per_token=[1, 1],
 )

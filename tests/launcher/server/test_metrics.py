@@ -119,7 +119,7 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     dashboard = json.loads((Path(__file__).resolve().parents[3] / "scripts/cluster/grafana-dashboard.json").read_text())
     metrics = ServeMetrics("m")
     metrics.count_request("/v1/completions", 200)
-    for name in ("step_seconds", "gather_seconds", "rss_bytes"):
+    for name in ("step_seconds", "gather_seconds", "rss_bytes", "device_bytes"):
         metrics.set_rank(0, name, 1.0)
     known = {name for name, _ in read(metrics)}
     used = {

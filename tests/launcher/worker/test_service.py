@@ -4,7 +4,6 @@ from collections import deque
 from typing import Any
 
 import pytest
-import torch
 
 from launcher.job.messages import Add, Command, End, Event, Refused
 from launcher.worker.service import RankService
@@ -38,7 +37,7 @@ def test_a_request_that_cannot_run_is_refused_and_those_around_it_run(error: Exc
     engine: Any = StrictEngine(error)
     told: list[Event] = []
     inbox = deque[list[Command]]([[ask(1, 5), ask(7, 1, 2), ask(2, 5)], [End()]])
-    service = RankService(engine, IdentityCollectives(), torch.device("cpu"), lambda: 0, lambda wait: inbox.popleft(), told.append)
+    service = RankService(engine, IdentityCollectives(), lambda: 0, lambda wait: inbox.popleft(), told.append)
     service._reported = float("inf")
     service.run()
     assert engine.taken == [1, 2]

@@ -39,7 +39,7 @@ class PlayedEngine:
     can_guess: bool
     asked: list[tuple[bool, tuple[int, ...]]]
 
-    def __init__(self, model: object, max_batch_size: int, *, speculate: bool = False) -> None:
+    def __init__(self, model: object, max_batch_size: int, *, num_blocks: int, speculate: bool = False) -> None:
         assert (model, max_batch_size) == (MODEL, 1)
         self.speculates = speculate and self.can_guess
         self.times = EngineTimes()

@@ -302,7 +302,7 @@ try:
     model([Span(cache, [5] * count)])
 except PeerError as error:
     waited = time.monotonic() - started
-    os.write(1, f"{rank} {error.peer} {error.died} {waited < 10} {error}\\n".encode())
+    os.write(1, f"{rank} {error.peer} {error.died} {waited < 30} {error}\\n".encode())
     Path(f"{path}-{rank}-told").touch()
 """
 

@@ -199,7 +199,7 @@ def test_masks_reach_every_rank(gather_ranks: Callable[..., list[Any]]) -> None:
     masks = [np.packbits(row, bitorder="little").tobytes() for row in padded]
 
     def share(collectives: Any) -> Any:
-        return share_masks(masks if collectives.rank == 0 else (), 3, VOCAB, collectives, torch.device("cpu"))
+        return share_masks(masks if collectives.rank == 0 else (), 3, VOCAB, collectives)
 
     for found in gather_ranks(3, share):
         assert (found == allowed).all()

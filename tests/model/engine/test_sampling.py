@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.backends.largest import find_largest
 from model.engine.choice import NO_TOKEN, Choice
 from model.engine.sampling import RandomNumbers, SamplingState, sample
 from model.engine.sampling_params import SamplingParams
@@ -75,14 +76,16 @@ def make_logits(rows: int, seed: int) -> torch.Tensor:
     return (torch.randn((rows, VOCAB), generator=torch.Generator().manual_seed(seed)) * 2).to(torch.bfloat16).float()
 
 
-@pytest.fixture
-def sample_split(gather_ranks: Callable[..., list[Any]]) -> Callable[..., list[Choice]]:
+@pytest.fixture(params=[None, find_largest], ids=["in host memory", "on the device"])
+def sample_split(request: pytest.FixtureRequest, gather_ranks: Callable[..., list[Any]]) -> Callable[..., list[Choice]]:
     """`sample` of whole logits by ranks that each see their part; all ranks must agree."""
 
     def run(logits: torch.Tensor, build_states: Callable[[], list[SamplingState]], sizes: list[int]) -> list[Choice]:
         def work(collectives: Collectives) -> list[Choice]:
             start = sum(sizes[: collectives.rank])
-            return sample(logits[:, start : start + sizes[collectives.rank]], build_states(), sizes, collectives)
+            return sample(
+                logits[:, start : start + sizes[collectives.rank]], build_states(), sizes, collectives, find_largest=request.param
+            )
 
         first, *others = gather_ranks(len(sizes), work)
         assert all(other == first for other in others)

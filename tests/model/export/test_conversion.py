@@ -22,7 +22,7 @@ from model.engine.request import Request
 from model.engine.sampling_params import SamplingParams
 from model.export.conversion import convert_checkpoint
 from model.layers.batch import Span
-from model.quantization.rounding import quantize_rows
+from model.layers.rounding import quantize_rows
 from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme
 from model.spec.packing import pack_integers, unpack_integers

@@ -134,6 +134,7 @@ static void run_attention(size_t heads, size_t kv_heads, size_t head_dim, int ki
 int main(void) {
     if (!tandem_supported()) return printf("this CPU does not support the instruction set\n"), 3;
     run_linears(1, 64, 8, 64), run_linears(3, 200, 37, 48), run_linears(7, 512, 33, 128), run_linears(5, 96, 16, 32), run_linears(9, 1003, 20, 1003);
+    run_linears(150, 203, 37, 50), run_linears(64, 72, 160, 24), run_linears(129, 1003, 33, 1003);
     run_steps(3, 64), run_steps(2, 100), run_steps(1, 1003);
     for (int kind = 0; kind < 3; kind++) {
         run_attention(4, 2, 64, kind, 0, 0), run_attention(5, 1, 40, kind, 0, 0), run_attention(3, 3, 128, kind, 0, 0);

@@ -5,11 +5,14 @@ import shutil
 import subprocess
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.settings.options import CpuKernels
 from model.backends.int8 import PLAIN, Part, sliced_linear
@@ -45,7 +48,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def leave_out_pairs(name: str, text: str) -> list[str]:
     """The lines that are the same everywhere: AVX-512 BF16 adds products of bfloat16 in pairs."""
     in_pairs = ("float_linear 1 ", "attend_float 1 ")
-    return [line for line in text.splitlines() if name != "avx512_bf16" or not line.startswith(in_pairs)]
+    adds_pairs = next(one.adds_pairs for one in INSTRUCTION_SETS if one.name == name)
+    return [line for line in text.splitlines() if not adds_pairs or not line.startswith(in_pairs)]
 
 
 def test_every_instruction_set_gives_the_same_bits(results: dict[str, str]) -> None:
@@ -55,23 +59,80 @@ def test_every_instruction_set_gives_the_same_bits(results: dict[str, str]) -> N
         assert leave_out_pairs(name, text) == leave_out_pairs(name, last), name
 
 
-@pytest.mark.parametrize("name", ARM_FLAGS)
-def test_arm_gives_the_same_bits(results: dict[str, str], name: str, tmp_path: Path) -> None:
-    if platform.machine() == "aarch64":
-        pytest.skip("this is an ARM machine: its libraries are compared above")
+def compile_for_arm(name: str, program: Path, main: Path) -> None:
+    """Compile the kernels of an ARM instruction set and a main program; skips the test where that is not possible."""
     for tool in (ARM_COMPILER, ARM_EMULATOR):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} (Debian: gcc-aarch64-linux-gnu, qemu-user)")
     header = ["-E", "-include", "stdio.h", "-x", "c", "/dev/null"]
     if subprocess.run([ARM_COMPILER, *header], capture_output=True, timeout=60).returncode:
         pytest.skip("no C library for ARM (Debian: libc6-dev-arm64-cross)")
-    program = tmp_path / name
     sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
     flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", ARM_FLAGS[name], f"-I{FOLDER}", "-static"]
-    subprocess.run([ARM_COMPILER, *flags, *sources, str(PROGRAM), "-lm", "-o", str(program)], check=True, capture_output=True, timeout=300)
+    subprocess.run([ARM_COMPILER, *flags, *sources, str(main), "-lm", "-o", str(program)], check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ARM_FLAGS)
+def test_arm_gives_the_same_bits(results: dict[str, str], name: str, tmp_path: Path) -> None:
+    if platform.machine() == "aarch64":
+        pytest.skip("this is an ARM machine: its libraries are compared above")
+    program = tmp_path / name
+    compile_for_arm(name, program, PROGRAM)
     answer = subprocess.run([ARM_EMULATOR, "-cpu", "max", program], check=True, capture_output=True, text=True, timeout=300)
     name, text = list(results.items())[-1]
     assert leave_out_pairs(name, answer.stdout) == leave_out_pairs(name, text)
+
+
+def test_arm_orders_the_words_of_shared_memory(tmp_path: Path) -> None:
+    """The emulator keeps the order of x86-64 at least, so the instructions are looked at too."""
+    program = tmp_path / "exchange"
+    compile_for_arm("neon_dotprod", program, PROGRAM.with_name("exchange_rounds.c"))
+    answer = subprocess.run([ARM_EMULATOR, "-cpu", "max", program], check=True, capture_output=True, text=True, timeout=120)
+    assert answer.stdout.split() == ["0", "0"]
+    for function, instruction in (("tandem_load_word", "lda"), ("tandem_store_word", "stlr")):
+        command = [ARM_COMPILER.replace("gcc", "objdump"), f"--disassemble={function}", str(program)]
+        code = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        assert f"\t{instruction}" in code, code
+
+
+def test_tiles_give_the_same_bits_where_they_are_emulated(results: dict[str, str], tmp_path: Path) -> None:
+    if "avx512_bf16" not in results:
+        pytest.skip("no AVX-512 BF16, which the rest of the library of AMX consists of")
+    program = tmp_path / "tiles"
+    flags = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-DEMULATED_TILES"]
+    sources = [*map(str, sorted(FOLDER.glob("*.c"))), str(PROGRAM)]
+    command = ["gcc", "-std=gnu11", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", *flags, f"-I{FOLDER}", *sources, "-lm", "-o"]
+    subprocess.run([*command, str(program)], check=True, capture_output=True, timeout=300)
+    answer = subprocess.run([program], check=True, capture_output=True, text=True, timeout=120)
+    assert answer.stdout == results["avx512_bf16"]
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kernels", list_kernels(), ids=lambda kernels: kernels.name)
+def test_many_tokens_equal_the_plain_product(kernels: Kernels, data: st.DataObject) -> None:
+    tokens, rows, columns = data.draw(st.integers(20, 170)), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 200))
+    inner = data.draw(st.sets(st.integers(1, columns), max_size=3)) - {columns}
+    slices, threads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    bounds = [0, *sorted(inner), columns]
+    weight = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand((rows, len(bounds) - 1), generator=generator)
+    x = torch.randn((tokens, columns), generator=generator) * 3
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        many = kernels.int8_linear(x, weight, scale, torch.tensor(bounds), slices, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    alone = [kernels.int8_linear(x[i : i + 1], weight, scale, torch.tensor(bounds), slices, torch.float32) for i in range(tokens)]
+    assert torch.equal(many, torch.cat(alone))
+    if slices == 3:
+        parts = [
+            Part(a, b, PLAIN.pack(weight[:, a:b].contiguous(), scale[:, index].contiguous()))
+            for index, (a, b) in enumerate(pairwise(bounds))
+        ]
+        assert torch.equal(many, sliced_linear(x, parts, PLAIN))
 
 
 @PARTS

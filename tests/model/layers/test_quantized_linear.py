@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from model.backends.int8 import FBGEMM, PLAIN, Int8Kernel, choose_cpu_kernel
+from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
 from model.backends.registry import find_backend
 from model.kernels.library import PackedInt4, find_kernels, kernels_disabled
 from model.layers.linear import ColumnParallelLinear, RowBlock
@@ -28,6 +28,10 @@ SCHEMES = {
     "a16w8-smooth": LinearScheme(smooth=True),
     "a8w8-token": LinearScheme(packed=False, activation="token"),
     "a8w8-token-smooth": LinearScheme(packed=False, activation="token", smooth=True),
+    "a8w8-token-g32": LinearScheme(group_size=32, activation="token"),
+    "a8w4-token-g32": LinearScheme(bits=4, group_size=32, activation="token"),
+    "a8w4-token-zero-points": LinearScheme(bits=4, group_size=32, symmetric=False, activation="token"),
+    "a8w4-token-act-order": LinearScheme(bits=4, group_size=32, act_order=True, activation="token"),
     "a8w8-symmetric": LinearScheme(packed=False, activation="tensor"),
     "a8w8": LinearScheme(packed=False, activation="tensor", activation_symmetric=False),
     "a8w8-smooth": LinearScheme(packed=False, activation="tensor", activation_symmetric=False, smooth=True),
@@ -148,6 +152,16 @@ def test_dynamic_activations_give_the_exact_integer_product_times_both_scales(sm
     assert torch.equal(build(name, stored)(x), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "-token-" in name and "smooth" not in name])
+def test_dynamic_activations_of_grouped_weights_are_the_product_of_the_rounded_inputs(name: str) -> None:
+    stored, x = make_stored(name, 48), make_inputs(7)
+    row_scale = x.abs().amax(dim=1, keepdim=True) / 127.5
+    rounded = torch.from_numpy(np.clip(np.rint((x / row_scale).numpy()), -128, 127)).double() * row_scale.double()
+    weight = dequantize(stored)
+    error = build(name, stored)(x).double() - rounded @ weight.T
+    assert (error.abs() <= 1e-6 * rounded.abs() @ weight.abs().T).all()
+
+
 def test_dynamic_activations_are_rounded_as_compressed_tensors_does_it() -> None:
     x = torch.cat((make_inputs(40, seed=2), make_inputs(40, seed=3) * torch.logspace(-6, 3, 40).unsqueeze(1)))
     args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
@@ -227,7 +241,7 @@ def test_rows_split_at_units_keep_their_bits_in_one_block_and_in_three(name: str
 def test_every_kernel_and_number_of_threads_gives_the_same_bits(name: str, keep_torch_threads: None) -> None:
     columns = 1100 if SCHEMES[name].group_size is None else 144
     stored = make_stored(name, 272, columns)
-    kernels = [PLAIN, FBGEMM] if choose_cpu_kernel() is FBGEMM else [PLAIN]
+    kernels = list(dict.fromkeys((PLAIN, choose_cpu_kernel(), find_backend("cpu").int8_kernel)))
     for rows in (1, 21):
         x, found = make_inputs(rows, columns), []
         for kernel in kernels:

@@ -22,11 +22,11 @@ from model.export.quantized_folder import REPORT_FILE, write_quantized
 from model.kernels.library import kernels_disabled
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
+from model.layers.rounding import quantize_rows
 from model.quantization import layer_rounding
 from model.quantization.calibration import quantize_layers, read_embeddings
 from model.quantization.observing import PASS_TOKENS, InputObserver, choose_kept_tokens
 from model.quantization.recipe import Recipe
-from model.quantization.rounding import quantize_rows
 from model.quantization.work_folder import WorkFolder, describe_samples
 from model.spec.config import build_config
 from model.spec.linear_scheme import LinearScheme

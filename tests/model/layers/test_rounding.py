@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from model.quantization.awq import dequantize, search_scale
-from model.quantization.gptq import invert_hessian, quantize_gptq
-from model.quantization.rounding import (
+from model.layers.rounding import (
     asymmetric_scale,
     choose_group_scales,
     quantize_groups,
@@ -23,6 +21,8 @@ from model.quantization.rounding import (
     round_to_integers,
     symmetric_scale,
 )
+from model.quantization.awq import dequantize, search_scale
+from model.quantization.gptq import invert_hessian, quantize_gptq
 from model.quantization.smoothing import smooth_scale
 
 LINEARS = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo")]
