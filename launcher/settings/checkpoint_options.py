@@ -83,7 +83,7 @@ class PlanOptions(PrecisionOptions):
     ] = None
     threads_per_rank: Annotated[
         int | None,
-        option("--threads-per-rank", help="CPU threads per rank. Default: the available cores, shared evenly.", panel=PARALLELISM, min=1),
+        option("--threads-per-rank", help="CPU threads per rank. Default: an even share of the free cores.", panel=PARALLELISM, min=1),
     ] = None
     kv_cache_dtype: Annotated[
         CacheDtype | None, option("--kv-cache-dtype", help="KV cache type. Default: auto (checkpoint, then YAML).", panel=MODEL)

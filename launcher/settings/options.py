@@ -124,7 +124,7 @@ class RunOptions(MsrunOptions, PrecisionOptions):
     ] = None
     device: Annotated[
         Device | None,
-        option("--device", help="Device type; cuda and npu need one device per rank. Default: auto (docs/devices.md).", panel=PARALLELISM),
+        option("--device", help="Device type. Default: auto (docs/devices.md).", panel=PARALLELISM),
     ] = None
     ranks_per_device: Annotated[
         int | None,
@@ -134,7 +134,7 @@ class RunOptions(MsrunOptions, PrecisionOptions):
         float | None,
         option(
             "--memory-fraction",
-            help="Fraction of a device's free memory for weights and KV cache, above 0 and at most 1. Default: 0.9.",
+            help="Share of a device's free memory to use, up to 1. Default: 0.9.",
             panel=MEMORY,
             above=0,
             max=1,
@@ -143,11 +143,11 @@ class RunOptions(MsrunOptions, PrecisionOptions):
     ] = None
     threads_per_rank: Annotated[
         int | None,
-        option("--threads-per-rank", help="CPU threads per rank. Default: the available cores, shared evenly.", panel=PARALLELISM, min=1),
+        option("--threads-per-rank", help="CPU threads per rank. Default: an even share of the free cores.", panel=PARALLELISM, min=1),
     ] = None
     collectives: Annotated[
         CollectivesName | None,
-        option("--collectives", help="Transport between ranks. Default: auto (shm for CPU on one host).", panel=PARALLELISM),
+        option("--collectives", help="Transport between ranks. Default: auto (shm on one CPU host).", panel=PARALLELISM),
     ] = None
     bind_cores: Annotated[
         str | None,
@@ -238,7 +238,7 @@ class EngineOptions(RunOptions):
         bool | None,
         option(
             "--speculate/--no-speculate",
-            help="Speculative decoding with n-grams; the output is unchanged. Default: no.",
+            help="Draft tokens by n-grams; same output. Default: no.",
             panel=GENERATION,
         ),
     ] = None
@@ -287,7 +287,7 @@ class SamplingOptions:
     )
     top_p: Annotated[
         float | None,
-        option("--top-p", help="Sample from the most likely tokens with this total probability. Default: 1.", panel=GENERATION),
+        option("--top-p", help="Sample from the likeliest tokens of this probability. Default: 1.", panel=GENERATION),
     ] = None
     repetition_penalty: Annotated[
         float | None,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint.cache_scales import CACHE_SCALES_FILE
 from model.checkpoint.formats import find_format, open_checkpoint
 from model.checkpoint.source import CheckpointSource
 from model.export.conversion import convert_checkpoint
@@ -139,6 +140,12 @@ def chain(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return build
 
 
+def read_files(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that stands in a folder of one file, with the cache scales in a file of their own."""
+    scales = folder / CACHE_SCALES_FILE
+    return load_file(folder / "model.safetensors") | (load_file(scales) if scales.exists() else {})
+
+
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor under its canonical name."""
     source, reader = open_checkpoint(folder), FileReader()
@@ -160,10 +167,10 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def test_a_folder_written_for_8_3_5_and_1_ranks_is_the_same_folder_again(
     key: str, checkpoint: Callable[[str], Path], chain: Callable[[str], dict[int, Path]], tmp_path: Path
 ) -> None:
-    before = load_file(checkpoint(key) / "model.safetensors")
+    before = read_files(checkpoint(key))
     convert_checkpoint(open_checkpoint(chain(key)[1]), tmp_path / "hf", None, lambda done, total: None)
     assert find_format(tmp_path / "hf") in ("hf", "compressed-tensors")
-    check_same(load_file(tmp_path / "hf" / "model.safetensors"), before)
+    check_same(read_files(tmp_path / "hf"), before)
     config = json.loads((checkpoint(key) / "config.json").read_text())
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == config
     for world_size, folder in chain(key).items():

@@ -16,6 +16,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint.cache_scales import CACHE_SCALES_FILE
 from model.checkpoint.formats import open_checkpoint
 from model.decoder.llama import LlamaForCausalLM
 from model.export.quantized_folder import REPORT_FILE, write_quantized
@@ -129,7 +130,8 @@ def quantize(
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    scales = folder / CACHE_SCALES_FILE
+    return load_file(folder / "model.safetensors") | (load_file(scales) if scales.exists() else {})
 
 
 def assert_same_checkpoint(found: Path, expected: Path) -> None:
