@@ -81,7 +81,7 @@ def measure_memory(tree: Path, checkpoint: Path, workers: int, folder: Path) -> 
     try:
         address = ""
         for line in process.stderr:
-            if line.startswith(b"listening on "):
+            if line.startswith((b"listening on ", b"listening at ")):
                 address = line.split()[2].rstrip(b":").decode()
             if b"ready" in line or b"serving" in line:
                 break
