@@ -2,6 +2,7 @@
 
     python scripts/bench/serve_load.py --url http://127.0.0.1:8000 --clients 1,4,16,64
     python scripts/bench/serve_load.py --checkpoint CHECKPOINT --workers 2 --long-prompt 4096 -- --max-batch-size 16
+    python scripts/bench/serve_load.py --checkpoint CHECKPOINT --against http://127.0.0.1:8001 --rounds 3
 
 Any server with /v1/models and /v1/completions will do: tandem's, vLLM's, llama-server. With --checkpoint our own is started for the time
 of the test; what stands behind -- goes to `tandem serve`.
@@ -9,6 +10,7 @@ of the test; what stands behind -- goes to `tandem serve`.
 Every client sends --requests-per-client streamed requests one after another, temperature 0, no end before --max-tokens, no two prompts
 alike. Times count from the attempt that was taken; attempts that were refused (429) are counted, and sent again after Retry-After.
 Times between tokens are between pieces of a stream. Only answers that came to their end count as tokens; others are failures, by status.
+--against: the same load on another server too, in alternating rounds; medians over the rounds and their ratios.
 --long-prompt: short prompts are sent while one of so many tokens is read; their first token against a prefill of 512 tokens alone.
 Prints a table; the last line is one JSON object. Exit code 1 when a request failed.
 """
@@ -20,46 +22,21 @@ import os
 import signal
 import statistics
 import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from completion_client import OK, Answer, build_prompt, build_request, complete, find_model, measure_tokens_per_word
+from completion_client import OK, Answer, find_model, measure_tokens_per_word
 from http_client import Address
 from own_server import add_options, check_options, open_server
+from serve_level import Level, Sender, measure_level
+from serve_pairs import Pair, measure_pairs, print_pairs
 from tandem_bench import BenchError, name_machine
 
 ALONE_TOKENS = 512
 """Of the prefill that a first token during a long one is held against."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
-    """What so many clients saw. Seconds are None when no request came to its end."""
-
-    clients: int
-    requests: int
-    failures: dict[str, int]
-    """By status, or by words where there was none."""
-    refused: int
-    """Attempts that were answered with 429."""
-    seconds: float
-    tokens: int
-    prompt_tokens: float | None
-    """Of a request, as the server counts, on average."""
-    tokens_per_second: float
-    requests_per_second: float
-    first_token_seconds: float | None
-    first_token_seconds_95: float | None
-    between_tokens_seconds: float | None
-    between_tokens_seconds_95: float | None
-    between_tokens_seconds_worst: float | None
-    client_cpu_share: float
-    """Of one core, used by this program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,66 +54,6 @@ class Interruption:
     """To the first token of ALONE_TOKENS tokens, nothing else running: median of 3."""
     ratio: float
     ratio_worst: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """How requests are made."""
-
-    address: Address
-    model: str
-    tokens_per_word: float
-    timeout_seconds: float
-
-    async def send(self, seed: str, prompt_tokens: int, max_tokens: int) -> Answer:
-        """One request with a prompt of its own."""
-        prompt = build_prompt(seed, round(prompt_tokens / self.tokens_per_word))
-        return await complete(self.address, build_request(self.model, prompt, max_tokens), timeout_seconds=self.timeout_seconds)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of all are not above."""
-    return sorted(values)[max(0, -int(-len(values) * share // 1) - 1)]
-
-
-def summarize(clients: int, answers: Sequence[Answer], seconds: float, cpu_seconds: float = 0.0) -> Level:
-    """Figures of all requests of some clients."""
-    done = [answer for answer in answers if answer.outcome == OK and answer.times]
-    first = [answer.times[0] - answer.started for answer in done]
-    between = [later - earlier for answer in done for earlier, later in zip(answer.times, answer.times[1:], strict=False)]
-    failed = ["nothing came" if answer.outcome == OK else answer.outcome for answer in answers if answer.outcome != OK or not answer.times]
-    prompts = [answer.prompt_tokens for answer in done if answer.prompt_tokens is not None]
-    tokens = sum(answer.num_tokens for answer in done)
-    return Level(
-        clients=clients,
-        requests=len(answers),
-        failures=dict(Counter(failed)),
-        refused=sum(len(answer.refusals) for answer in answers),
-        seconds=seconds,
-        tokens=tokens,
-        prompt_tokens=statistics.fmean(prompts) if prompts else None,
-        tokens_per_second=tokens / seconds,
-        requests_per_second=len(done) / seconds,
-        first_token_seconds=statistics.median(first) if first else None,
-        first_token_seconds_95=percentile(first, 0.95) if first else None,
-        between_tokens_seconds=statistics.median(between) if between else None,
-        between_tokens_seconds_95=percentile(between, 0.95) if between else None,
-        between_tokens_seconds_worst=max(between) if between else None,
-        client_cpu_share=cpu_seconds / seconds,
-    )
-
-
-async def measure_level(sender: Sender, clients: int, requests_per_client: int, prompt_tokens: int, max_tokens: int) -> Level:
-    """So many clients at once."""
-
-    async def run_client(client: int) -> list[Answer]:
-        seeds = [f"{clients} {client} {index}" for index in range(requests_per_client)]
-        return [await sender.send(seed, prompt_tokens, max_tokens) for seed in seeds]
-
-    began, began_cpu = time.perf_counter(), time.process_time()
-    answers = await asyncio.gather(*(run_client(client) for client in range(clients)))
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-    return summarize(clients, [answer for some in answers for answer in some], seconds, cpu_seconds)
 
 
 async def measure_interruption(sender: Sender, long_tokens: int, short_tokens: int) -> Interruption:
@@ -223,18 +140,46 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--long-prompt", type=int, metavar="TOKENS")
     parser.add_argument("--timeout", type=float, default=600, help="of one request with its refusals, seconds")
+    parser.add_argument("--against", metavar="URL", help="of another server that runs: both are measured in alternating rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="with --against")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     options = parser.parse_args(arguments)
     check_options(parser, options)
+    if options.against:
+        try:
+            Address.parse(options.against)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.long_prompt:
+            parser.error("--long-prompt measures one server, without --against")
+    if options.rounds < 1:
+        parser.error("--rounds has to be above 0")
     if min(options.requests_per_client, options.prompt_tokens, options.max_tokens) < 1:
         parser.error("--requests-per-client, --prompt-tokens and --max-tokens have to be above 0")
     return options
 
 
+async def open_sender(options: argparse.Namespace, address: Address, model: str | None) -> Sender:
+    """What sends to a server. Raises BenchError."""
+    name = model or await find_model(address)
+    return Sender(address, name, await measure_tokens_per_word(address, name), options.timeout)
+
+
+async def compare(options: argparse.Namespace, address: Address) -> tuple[str, list[Pair]]:
+    """Both servers in turns, and our model's name. Raises BenchError."""
+    ours = await open_sender(options, address, options.model)
+    theirs = await open_sender(options, Address.parse(options.against), None)
+
+    async def measure_one(sender: Sender, clients: int, label: str) -> Level:
+        return await measure_level(sender, clients, options.requests_per_client, options.prompt_tokens, options.max_tokens, label)
+
+    return ours.model, await measure_pairs(ours, theirs, options.clients, options.rounds, measure_one)
+
+
 async def measure(options: argparse.Namespace, address: Address) -> tuple[str, list[Level], Interruption | None]:
     """Everything, and the model's name. Raises BenchError."""
-    model = options.model or await find_model(address)
-    sender = Sender(address, model, await measure_tokens_per_word(address, model), options.timeout)
+    sender = await open_sender(options, address, options.model)
+    model = sender.model
     levels = []
     for clients in options.clients:
         print(f"clients: {clients}", file=sys.stderr, flush=True)
@@ -247,9 +192,15 @@ async def measure(options: argparse.Namespace, address: Address) -> tuple[str, l
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start, measure, print."""
     options = parse(arguments)
+    levels: list[Level] = []
+    pairs: list[Pair] = []
+    interruption = None
     try:
         with open_server(options) as server:
-            model, levels, interruption = asyncio.run(measure(options, server.address))
+            if options.against:
+                model, pairs = asyncio.run(compare(options, server.address))
+            else:
+                model, levels, interruption = asyncio.run(measure(options, server.address))
     except BenchError as error:
         print(error, file=sys.stderr)
         return 1
@@ -257,13 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer |= {"date": date.today().isoformat(), "workers": options.workers if options.checkpoint else None}
     answer |= {"prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens, "requests_per_client": options.requests_per_client}
     answer |= {"levels": [asdict(level) for level in levels], "speedups": find_speedups(levels)}
+    answer |= {"pairs": [pair.describe() for pair in pairs]} if options.against else {}
     answer |= {"long_prompt": asdict(interruption) if interruption else None}
-    if not options.json:
+    if not options.json and options.against:
+        print_pairs(pairs)
+    elif not options.json:
         print_levels(levels)
         if interruption:
             print_interruption(interruption)
     print(json.dumps(answer))
-    return 1 if any(level.failures for level in levels) else 0
+    seen = [*levels, *(level for pair in pairs for level in (*pair.ours, *pair.theirs))]
+    return 1 if any(level.failures for level in seen) else 0
 
 
 def _milliseconds(seconds: float | None) -> str:

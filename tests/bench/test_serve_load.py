@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from completion_client import OK, Answer
-from serve_load import find_speedups, main, percentile, summarize
+from own_server import open_server
+from serve_level import percentile, summarize
+from serve_load import find_speedups, main, parse
 
 FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_server.py"))])
 
@@ -111,3 +113,29 @@ def test_a_server_that_does_not_start_ends_it_with_its_reason(capsys: pytest.Cap
 def test_options_that_name_no_server_or_two_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(words)
+
+
+def test_another_server_is_measured_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = ["--checkpoint", "none", "--tandem", FAKE, "--", "--token-seconds", "0.02"]
+    words = [
+        "--checkpoint",
+        "none",
+        "--tandem",
+        FAKE,
+        "--clients",
+        "1,2",
+        "--requests-per-client",
+        "2",
+        "--max-tokens",
+        "8",
+        "--rounds",
+        "2",
+    ]
+    with open_server(parse(slow)) as other:
+        url = f"http://{other.address.host}:{other.address.port}"
+        assert main([*words, "--against", url, "--", "--token-seconds", "0.002"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in table[2:]] == ["1", "2"]
+    for pair in json.loads(last)["pairs"]:
+        assert len(pair["ours"]) == len(pair["theirs"]) == 2
+        assert pair["ratios"]["tokens_per_second"] > 1 > pair["ratios"]["between_tokens_seconds"]
