@@ -26,20 +26,27 @@ class PinnedBlock:
         self._sent.record()
 
 
-def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_RUNS):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+class CudaGraphRecorder:
+    """Records steps as CUDA graphs."""
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
+    def open_block(self, size: int, device: torch.device) -> PinnedBlock:
+        """Allocate pinned host memory, and memory on the device."""
+        return PinnedBlock(size, device)
 
-    return replay
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay

@@ -27,6 +27,18 @@ class StepBlock(Protocol):
         ...
 
 
+class StepRecorder(Protocol):
+    """Records steps as graphs of the device."""
+
+    def open_block(self, size: int, device: torch.device) -> StepBlock:
+        """Allocate the inputs of a recorded step."""
+        ...
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
+        ...
+
+
 class Backend(Protocol):
     """The operations of one kind of device. Tensors are on that device; shapes: T tokens, H hidden size."""
 
@@ -40,8 +52,8 @@ class Backend(Protocol):
     """The exact integer matmul."""
     batch_invariant: bool
     """Whether a row has the same bits in any batch, in decoding and in prefill."""
-    captures_graphs: bool
-    """Whether a step may be recorded once as a graph of the device and then replayed: `open_block` and `capture` are then there."""
+    recorder: StepRecorder | None
+    """Records a decoding step once and replays it; None where every step is launched anew."""
 
     def open_device(self, local_rank: int) -> torch.device:
         """Open the device of a rank, given its number among the ranks of its host."""
@@ -108,12 +120,4 @@ class Backend(Protocol):
 
         NaN counts as the largest value.
         """
-        ...
-
-    def open_block(self, size: int, device: torch.device) -> StepBlock:
-        """Allocate the inputs of a recorded step."""
-        ...
-
-    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Record a step; return a function that replays it and returns its result, which the next replay overwrites."""
         ...

@@ -1,14 +1,12 @@
 """Backends built on PyTorch operators. The CPU backend is the reference for the native kernels' tests."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from model.backends.device_types import TORCH, is_host_memory
 from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
-from model.backends.interface import StepBlock
+from model.backends.interface import StepRecorder
 from model.backends.largest import find_largest
 from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
@@ -23,7 +21,7 @@ class TorchBackend:
     name = TORCH
     kernels: Kernels | None = None
     batch_invariant = False
-    captures_graphs = False
+    recorder: StepRecorder | None = None
 
     def __init__(self, device_type: str) -> None:
         self._device_type, self.in_host_memory = device_type, is_host_memory(device_type)
@@ -95,14 +93,6 @@ class TorchBackend:
     def find_largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Found by one key per value, see `model/backends/largest.py`."""
         return find_largest(logits, count)
-
-    def open_block(self, size: int, device: torch.device) -> StepBlock:
-        """Not called: see `captures_graphs`."""
-        raise NotImplementedError
-
-    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Not called: see `captures_graphs`."""
-        raise NotImplementedError
 
     def _attend_scaled(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float

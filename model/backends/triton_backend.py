@@ -1,12 +1,9 @@
 """The backend for accelerators that Triton compiles for."""
 
-from collections.abc import Callable
-
 import torch
 
-from model.backends.cuda_graphs import PinnedBlock, capture
+from model.backends.cuda_graphs import CudaGraphRecorder
 from model.backends.int8 import PLAIN, Int8Kernel
-from model.backends.interface import StepBlock
 from model.backends.paged import PagedRows, StoredLayer
 from model.backends.torch_backends import TorchBackend
 from model.backends.triton_kernels.activation import multiply_silu
@@ -27,7 +24,7 @@ class TritonBackend(TorchBackend):
         super().__init__(device_type)
         self._linears = IntegerLinears()
         self.int8_kernel = Int8Kernel("int8-sliced-triton", PLAIN.pack, PLAIN.multiply, linears=self._linears)
-        self.captures_graphs = device_type == "cuda"
+        self.recorder = CudaGraphRecorder() if device_type == "cuda" else None
 
     def is_split_invariant(self, dtype: torch.dtype, num_threads: int) -> bool:
         """Return True: a program computes its rows whole, in a fixed order."""
@@ -67,11 +64,3 @@ class TritonBackend(TorchBackend):
         """Two kernels in prefill, three in decoding."""
         query = write_cache(qkv.contiguous(), heads, kv_heads, angles, layer, paged)
         return attend(query, heads, kv_heads, layer, paged, window, softcap)
-
-    def open_block(self, size: int, device: torch.device) -> StepBlock:
-        """Allocate pinned host memory, and memory on the device."""
-        return PinnedBlock(size, device)
-
-    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Record a CUDA graph."""
-        return capture(step)

@@ -207,11 +207,12 @@ class LlamaForCausalLM(nn.Module):
     def _find_graphs(self) -> StepGraphs | None:
         """Return the recorded steps; None where the device records none, or a step waits for the host within."""
         waits = self.shares.world_size > 1 or self.config.experts is not None
-        if not self.backend.captures_graphs or waits or not self.fuses_layers:
+        recorder = self.backend.recorder
+        if recorder is None or waits or not self.fuses_layers:
             return None
         if self._graphs is None:
             rotaries = [self.rotary] if self._local_rotary is None else [self.rotary, self._local_rotary]
-            self._graphs = StepGraphs(self.backend, rotaries, self.config.head_dim, self.device, self._run_step)
+            self._graphs = StepGraphs(recorder, rotaries, self.config.head_dim, self.device, self._run_step)
         return self._graphs
 
     def _run_step(self, batch: StepBatch) -> torch.Tensor:

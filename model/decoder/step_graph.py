@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from model.backends.interface import Backend, StepBlock
+from model.backends.interface import StepBlock, StepRecorder
 from model.backends.paged import CHUNK_TOKENS, SPLIT_TOKENS
 from model.layers.batch import Span
 from model.layers.cache import KeyValueCache
@@ -23,10 +23,15 @@ class StepGraphs:
     """The graphs of one model. Its layers must not wait for the device."""
 
     def __init__(
-        self, backend: Backend, rotaries: Sequence[Rotary], head_dim: int, device: torch.device, run: Callable[[StepBatch], torch.Tensor]
+        self,
+        recorder: StepRecorder,
+        rotaries: Sequence[Rotary],
+        head_dim: int,
+        device: torch.device,
+        run: Callable[[StepBatch], torch.Tensor],
     ) -> None:
         """`run`: embeddings, all layers and the last norm for a batch: [rows, H]."""
-        self._backend, self._rotaries, self._head_dim, self._device, self._run = backend, rotaries, head_dim, device, run
+        self._recorder, self._rotaries, self._head_dim, self._device, self._run = recorder, rotaries, head_dim, device, run
         self._graphs: dict[tuple[int, int, int], tuple[StepBlock, Callable[[], torch.Tensor]]] = {}
 
     def run(self, spans: Sequence[Span]) -> torch.Tensor | None:
@@ -50,13 +55,13 @@ class StepGraphs:
         key = (id(store), rows, blocks)
         found = self._graphs.get(key)
         sizes = (rows, blocks, self._head_dim, len(self._rotaries))
-        block = self._backend.open_block(count_integers(*sizes), self._device) if found is None else found[0]
+        block = self._recorder.open_block(count_integers(*sizes), self._device) if found is None else found[0]
         block.wait()
         self._fill(block.values, spans, *sizes[:2])
         block.send()
         if found is None:
             batch = StepBatch(block.on_device, rows, blocks, store, self._head_dim, len(self._rotaries))
-            found = self._graphs[key] = block, self._backend.capture(lambda: self._run(batch))
+            found = self._graphs[key] = block, self._recorder.capture(lambda: self._run(batch))
         hidden = found[1]()
         for span in spans:
             span.cache.length += len(span.ids)

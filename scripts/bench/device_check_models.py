@@ -137,7 +137,8 @@ def decode(model: LlamaForCausalLM, *, graphs: bool) -> tuple[float, torch.Tenso
     """Return seconds per decoded token behind CONTEXT tokens, with or without graphs, and the logits of the last."""
     blocks = CONTEXT // 16 + 16
     cache = KeyValueCache(model.build_store(blocks, 16), list(range(blocks)))
-    model.backend.captures_graphs = graphs
+    recorder = model.backend.recorder
+    model.backend.recorder = recorder if graphs else None
     try:
         model([Span(cache, [(7 * place) % 32000 for place in range(CONTEXT)])])
         logits = torch.empty(0)
@@ -151,7 +152,7 @@ def decode(model: LlamaForCausalLM, *, graphs: bool) -> tuple[float, torch.Tenso
         seconds = clock(step, 30)
         return seconds, logits.clone()
     finally:
-        model.backend.captures_graphs = True
+        model.backend.recorder = recorder
 
 
 def speed(size: str, scheme: Scheme) -> dict[str, Any]:

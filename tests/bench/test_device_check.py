@@ -12,7 +12,7 @@ import torch
 import device_check
 import device_check_kernels
 from model.decoder import llama
-from tests.model.decoder.test_step_graph import HostBlock, Recorder
+from tests.model.decoder.test_step_graph import Recorder
 from tests.model.interpreted_kernels import build_interpreted_backend
 
 
@@ -92,8 +92,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_speed_compares_recorded_steps_with_others(tiny_models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = build_interpreted_backend(monkeypatch)
     monkeypatch.setattr(llama, "find_backend", lambda device_type: backend)
-    monkeypatch.setattr(backend, "open_block", HostBlock)
-    monkeypatch.setattr(backend, "capture", Recorder().capture)
+    monkeypatch.setattr(backend, "recorder", Recorder())
     monkeypatch.setattr(tiny_models, "build", lambda size, scheme, build=tiny_models.build: build(size, scheme).half())
     found = tiny_models.speed("7B", tiny_models.INT8)
     assert found["graph tokens/s"] == 2 and found["same bits"] is True

@@ -35,6 +35,9 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
+    def open_block(self, size: int, device: torch.device) -> HostBlock:
+        return HostBlock(size, device)
+
     def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         result = step()
         self.recorded += 1
@@ -48,11 +51,8 @@ class Recorder:
 
 @pytest.fixture
 def recorder(triton_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
     monkeypatch.setattr(llama, "find_backend", lambda device_type: triton_backend)
-    monkeypatch.setattr(triton_backend, "open_block", HostBlock)
-    monkeypatch.setattr(triton_backend, "capture", recorder.capture)
-    return recorder
+    return Recorder()
 
 
 def run(model: LlamaForCausalLM) -> dict[int, list[int]]:
@@ -76,7 +76,7 @@ def test_recorded_steps_give_the_tokens_of_others(
 ) -> None:
     expected = run(build_model(tiny_llama("llama3_rope")))
     assert recorder.recorded == 0 and [len(tokens) for tokens in expected.values()] == [2, 3, 4]
-    monkeypatch.setattr(triton_backend, "captures_graphs", True)
+    monkeypatch.setattr(triton_backend, "recorder", recorder)
     assert run(build_model(tiny_llama("llama3_rope"))) == expected
     # Prompts of at most eight tokens are recorded too: 14 rows of 16, and then one graph for each of 4, 2 and 1 rows.
     assert (recorder.recorded, recorder.replayed) == (4, 4)
