@@ -6,10 +6,9 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 from launcher.environment.detection import LaunchEnvironment
+from launcher.host.accelerators import may_have_accelerator
 from launcher.job.device_facts import DeviceFacts
 from launcher.job.tasks import TANDEM_RUN
 from parallel.errors import ConfigError
@@ -17,10 +16,6 @@ from parallel.lazy_torch import torch
 
 _SHARES_DEVICES = ("none", "torchrun", TANDEM_RUN)
 """Launchers whose ranks all see the same devices; the others can assign one device to each rank."""
-_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Files of the drivers of NVIDIA, of Windows' Linux, and of AMD."""
-_PLUGINS = ("torch_npu",)
-"""Packages that give PyTorch another device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +30,6 @@ class ChosenDevice:
     """Number of ranks on each device, as far as known."""
 
 
-def may_have_devices() -> bool:
-    """Whether this host may have an accelerator. Does not import PyTorch, which would be asked next."""
-    return any(Path(name).exists() for name in _DRIVER_FILES) or any(find_spec(name) is not None for name in _PLUGINS)
-
-
 def choose_device(
     word: str, environment: LaunchEnvironment, num_local: int, ranks_per_device: int, read: Callable[[bool], DeviceFacts]
 ) -> ChosenDevice:
@@ -48,7 +38,7 @@ def choose_device(
     `read` looks at the devices, with their self-check if its argument is true; it is not called on a machine that has none. Says in a line
     why `auto` uses the CPU although there is a device. Raises ConfigError if the device is unavailable or too few are visible.
     """
-    if word == "cpu" or (word == "auto" and not may_have_devices()):
+    if word == "cpu" or (word == "auto" and not may_have_accelerator()):
         return ChosenDevice("cpu")
     if word == "auto":
         try:

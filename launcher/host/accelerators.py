@@ -21,8 +21,8 @@ def is_cpu_build() -> bool:
 def may_have_accelerator(dev: Path = Path("/dev"), plugins: Sequence[str] = ("torch_npu",)) -> bool:
     """Return False if PyTorch cannot find an accelerator here: its build supports the CPU only, or no driver has made a device file.
 
-    True leaves the question to PyTorch. `plugins` add devices to a build for the CPU.
+    True leaves the question to PyTorch, as does any of `plugins`: these packages add devices, whatever the build is.
     """
-    if is_cpu_build() and all(find_spec(plugin) is None for plugin in plugins):
-        return False
-    return any(next(dev.glob(pattern), None) is not None for pattern in _NODES)
+    if any(find_spec(plugin) is not None for plugin in plugins):
+        return True
+    return not is_cpu_build() and any(next(dev.glob(pattern), None) is not None for pattern in _NODES)

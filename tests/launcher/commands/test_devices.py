@@ -26,7 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Choose]:
     """Makes `choose_device(word, environment, num_local, ranks_per_device)` of a machine with so many devices of a type."""
 
     def build(kind: str | None, count: int = 0, free_bytes: tuple[int, ...] = (1000,), complaint: str | None = None) -> Choose:
-        monkeypatch.setattr("launcher.commands.devices.may_have_devices", lambda: True)
+        monkeypatch.setattr("launcher.commands.devices.may_have_accelerator", lambda: True)
 
         def read(checks: bool) -> DeviceFacts:
             # Without a check nothing is known against the device.
@@ -47,9 +47,9 @@ def test_auto_asks_nobody_on_a_machine_without_an_accelerator(monkeypatch: pytes
     def read(checks: bool) -> DeviceFacts:
         raise AssertionError("the devices were looked at")
 
-    monkeypatch.setattr("launcher.commands.devices.may_have_devices", lambda: False)
+    monkeypatch.setattr("launcher.commands.devices.may_have_accelerator", lambda: False)
     assert choose_device("auto", ALONE, 2, 1, read) == CPU
-    monkeypatch.setattr("launcher.commands.devices.may_have_devices", lambda: True)
+    monkeypatch.setattr("launcher.commands.devices.may_have_accelerator", lambda: True)
     assert choose_device("cpu", ALONE, 2, 1, read) == CPU
 
 
@@ -73,7 +73,7 @@ def test_a_driver_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: p
     def read(checks: bool) -> DeviceFacts:
         raise ConfigError("the devices of this host cannot be used (RuntimeError: CUDA error 999)")
 
-    monkeypatch.setattr("launcher.commands.devices.may_have_devices", lambda: True)
+    monkeypatch.setattr("launcher.commands.devices.may_have_accelerator", lambda: True)
     assert choose_device("auto", ALONE, 1, 1, read) == CPU
     said = "the devices of this host cannot be used (RuntimeError: CUDA error 999)"
     assert capsys.readouterr().err == f"note: --device auto uses the CPU, not an accelerator: {said}\n"
