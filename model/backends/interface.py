@@ -39,6 +39,31 @@ class StepRecorder(Protocol):
         ...
 
 
+class PagedAttention(Protocol):
+    """Attention that reads the blocks of the KV cache in place."""
+
+    def tokens_per_tile(self, heads: int, kv_heads: int) -> int:
+        """Return the number of tokens that are taken together."""
+        ...
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: StoredLayer,
+        paged: PagedRows,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Rotate and append the keys of qkv [T, (heads + 2 kv_heads) * head_dim] to the cache, and attend: [T, heads * head_dim].
+
+        `angles`: cos and signed sin, float32 [T, 1, head_dim]; `window` and `softcap`: as in `model/layers/attention.py`.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The operations of one kind of device. Tensors are on that device; shapes: T tokens, H hidden size."""
 
@@ -54,6 +79,8 @@ class Backend(Protocol):
     """Whether a row has the same bits in any batch, in decoding and in prefill."""
     recorder: StepRecorder | None
     """Records a decoding step once and replays it; None where every step is launched anew."""
+    paged_attention: PagedAttention | None
+    """None where caches are read one by one, for `attend`."""
 
     def open_device(self, local_rank: int) -> torch.device:
         """Open the device of a rank, given its number among the ranks of its host."""
@@ -91,27 +118,6 @@ class Backend(Protocol):
         """Causal attention of query [KV heads, group, T, head_dim] over keys and values [KV heads, all tokens, head_dim].
 
         `mask`: bool [T, all tokens]; None: causal if T > 1. Returns a tensor of the query's shape.
-        """
-        ...
-
-    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
-        """Return the number of tokens that `attend_paged` takes together; None without that operation: caches are then read one by one."""
-        ...
-
-    def attend_paged(
-        self,
-        qkv: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        layer: StoredLayer,
-        paged: PagedRows,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Rotate and append the keys of qkv [T, (heads + 2 kv_heads) * head_dim] to the cache, and attend: [T, heads * head_dim].
-
-        `angles`: cos and signed sin, float32 [T, 1, head_dim]; `window` and `softcap`: as in `model/layers/attention.py`.
         """
         ...
 

@@ -128,9 +128,10 @@ def _check_attention(backend: Backend, device: torch.device, dtypes: Sequence[to
 
 def _check_paged_attention(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     heads, kv_heads, dim, size = 4, 2, 32, 16
-    tile = backend.tokens_per_tile(heads, kv_heads)
-    if tile is None:
+    attention = backend.paged_attention
+    if attention is None:
         return None
+    tile = attention.tokens_per_tile(heads, kv_heads)
     for dtype in dtypes:
         generator = torch.Generator().manual_seed(6)
         before, blocks = 300, [3, *range(4, 24), 0]
@@ -154,7 +155,7 @@ def _check_paged_attention(backend: Backend, device: torch.device, dtypes: Seque
         # The same three tokens as a short decoding step, and as the end of a prefill, whose chunks one program walks.
         for tokens in (1, tile):
             paged = place_rows([(before, 3, blocks)], tile, size, device, splits=tokens == 1)
-            found.append(backend.attend_paged(qkv.to(device), heads, kv_heads, angles, layer, paged, None, None))
+            found.append(attention.attend(qkv.to(device), heads, kv_heads, angles, layer, paged, None, None))
         if reason := _compare(found[0], torch.stack(expected), dtype):
             return reason
         if not torch.equal(found[0], found[1]):

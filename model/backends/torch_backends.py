@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from model.backends.device_types import TORCH, is_host_memory
 from model.backends.float_linear import float_linear, is_split_invariant
 from model.backends.int8 import PLAIN, Int8Kernel, choose_cpu_kernel
-from model.backends.interface import StepRecorder
+from model.backends.interface import PagedAttention, StepRecorder
 from model.backends.largest import find_largest
-from model.backends.paged import PagedRows, StoredLayer
 from model.kernels.library import Kernels
 
 _ALIGNED_ELEMENTS = 16
@@ -22,6 +21,7 @@ class TorchBackend:
     kernels: Kernels | None = None
     batch_invariant = False
     recorder: StepRecorder | None = None
+    paged_attention: PagedAttention | None = None
 
     def __init__(self, device_type: str) -> None:
         self._device_type, self.in_host_memory = device_type, is_host_memory(device_type)
@@ -71,24 +71,6 @@ class TorchBackend:
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Scaled dot-product attention; in float32 if the dtypes of cache and query differ."""
         return self._attend_scaled(query, keys, values, mask, query.shape[-1] ** -0.5)
-
-    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
-        """Return None: caches are read one by one."""
-        return None
-
-    def attend_paged(
-        self,
-        qkv: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        layer: StoredLayer,
-        paged: PagedRows,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Not called: see `tokens_per_tile`."""
-        raise NotImplementedError
 
     def find_largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Found by one key per value, see `model/backends/largest.py`."""

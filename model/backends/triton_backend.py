@@ -14,6 +14,29 @@ from model.backends.triton_kernels.integer_linears import IntegerLinears
 from model.backends.triton_kernels.norm import normalize
 
 
+class TritonPagedAttention:
+    """Two kernels in prefill, three in decoding."""
+
+    def tokens_per_tile(self, heads: int, kv_heads: int) -> int:
+        """Return the number of tokens whose query heads fill a tile."""
+        return tokens_per_tile(heads, kv_heads)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: StoredLayer,
+        paged: PagedRows,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Rotate, write to the cache, and attend."""
+        query = write_cache(qkv.contiguous(), heads, kv_heads, angles, layer, paged)
+        return attend(query, heads, kv_heads, layer, paged, window, softcap)
+
+
 class TritonBackend(TorchBackend):
     """Kernels of our own: integer linears with the CPU's bits, floats with bits that depend on neither batch nor ranks."""
 
@@ -22,6 +45,7 @@ class TritonBackend(TorchBackend):
 
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)
+        self.paged_attention = TritonPagedAttention()
         self._linears = IntegerLinears()
         self.int8_kernel = Int8Kernel("int8-sliced-triton", PLAIN.pack, PLAIN.multiply, linears=self._linears)
         self.recorder = CudaGraphRecorder() if device_type == "cuda" else None
@@ -45,22 +69,3 @@ class TritonBackend(TorchBackend):
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Activation and multiplication in one pass."""
         return multiply_silu(gate_up)
-
-    def tokens_per_tile(self, heads: int, kv_heads: int) -> int | None:
-        """Return the number of tokens whose query heads fill a tile."""
-        return tokens_per_tile(heads, kv_heads)
-
-    def attend_paged(
-        self,
-        qkv: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        layer: StoredLayer,
-        paged: PagedRows,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Two kernels in prefill, three in decoding."""
-        query = write_cache(qkv.contiguous(), heads, kv_heads, angles, layer, paged)
-        return attend(query, heads, kv_heads, layer, paged, window, softcap)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from model.backends.interface import Backend
+from model.backends.interface import Backend, PagedAttention
 from model.backends.paged import StoredLayer
 from model.kernels.library import Kernels
 from model.layers.batch import Batch
@@ -50,9 +50,9 @@ class Attention:
         if self._backend.kernels is not None and batch.lies_in_stores:
             limits = (window or 0, softcap or 0.0)
             return _attend_natively(self._backend.kernels, qkv.contiguous(), heads, kv_heads, layer, batch, angles, scales, limits)
-        tile_tokens = self._backend.tokens_per_tile(heads, kv_heads) if batch.is_paged else None
-        if tile_tokens is not None:
-            return self._attend_paged(qkv, heads, kv_heads, layer, batch, angles, scales, window, softcap, tile_tokens)
+        paged = self._backend.paged_attention if batch.is_paged else None
+        if paged is not None:
+            return _attend_paged(paged, qkv, heads, kv_heads, layer, batch, angles, scales, window, softcap)
         split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
         turned = rotate(split[:, : heads + kv_heads], *angles)
         query, keys, values = turned[:, :heads], turned[:, heads:], split[:, heads + kv_heads :]
@@ -66,30 +66,6 @@ class Attention:
             else:
                 parts.append(_attend_capped(query[rows], *keys_values, window, softcap))
             first = rows.stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_paged(
-        self,
-        qkv: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        layer: int,
-        batch: Batch | StepBatch,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        scales: torch.Tensor | None,
-        window: int | None,
-        softcap: float | None,
-        tile_tokens: int,
-    ) -> torch.Tensor:
-        """Attend by the backend's own operation, once for each store."""
-        parts = []
-        for part in batch.join_stores():
-            rows, store = part.rows, part.store
-            token_scales = None if store.scales is None else store.scales[layer]
-            fixed = scales if store.quantized and token_scales is None else None
-            turned = angles[0][rows], angles[1][rows]
-            stored, paged = StoredLayer(store.data[layer], token_scales, fixed), batch.place_part(part, tile_tokens)
-            parts.append(self._backend.attend_paged(qkv[rows], heads, kv_heads, turned, stored, paged, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -169,3 +145,27 @@ def _attend_natively(
             qkv[rows], heads, kv_heads, turned, store.data[layer], token_scales, fixed, part.places, part.blocks, limits, out[rows]
         )  # fmt: skip
     return out
+
+
+def _attend_paged(
+    operation: PagedAttention,
+    qkv: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    layer: int,
+    batch: Batch | StepBatch,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    scales: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend by the backend's own operation, once for each store."""
+    parts, tile_tokens = [], operation.tokens_per_tile(heads, kv_heads)
+    for part in batch.join_stores():
+        rows, store = part.rows, part.store
+        token_scales = None if store.scales is None else store.scales[layer]
+        fixed = scales if store.quantized and token_scales is None else None
+        turned = angles[0][rows], angles[1][rows]
+        stored, paged = StoredLayer(store.data[layer], token_scales, fixed), batch.place_part(part, tile_tokens)
+        parts.append(operation.attend(qkv[rows], heads, kv_heads, turned, stored, paged, window, softcap))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -60,12 +60,11 @@ def list_launches() -> dict[str, tuple[JITFunction[Any], tuple[Any, ...], dict[s
                 data = torch.zeros((20, 2, kv_heads, 16, dim), dtype=torch.int8 if quantized else dtype)
                 scales = torch.ones((20, 2, kv_heads, 16)) if quantized == "token" else None
                 layer = StoredLayer(data, scales, torch.ones((2, kv_heads, 1, dim)) if quantized is True else None)
-                tile = backend.tokens_per_tile(heads, kv_heads)
-                assert tile is not None
+                tile = backend.paged_attention.tokens_per_tile(heads, kv_heads)
                 paged = place_rows([(20, count, list(range(20)))], tile, 16, torch.device("cpu"))
                 qkv = torch.zeros((count, (heads + 2 * kv_heads) * dim), dtype=dtype)
                 angles = torch.zeros((count, 1, dim)), torch.zeros((count, 1, dim))
-                backend.attend_paged(qkv, heads, kv_heads, angles, layer, paged, None, softcap)
+                backend.paged_attention.attend(qkv, heads, kv_heads, angles, layer, paged, None, softcap)
     return launches
 
 
